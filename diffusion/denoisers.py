@@ -93,6 +93,13 @@ def check_interval(interval: tuple[float, float] | None, start: float = 1.0) -> 
         raise ValueError(f"got guidance interval {got}, wanted {wanted}: pass --guidance_interval LOW HIGH")
 
 
+def check_interval_is_met(interval: tuple[float, float] | None, times: Sequence[float]) -> None:
+    """Raises ValueError if no step of a solver starts in the interval, so that nothing would be guided."""
+    if interval is not None and not any(interval[0] <= t <= interval[1] for t in times[:-1]):
+        got = f"{interval[0]:g} {interval[1]:g}, which holds none of the {len(times) - 1} steps"
+        raise ValueError(f"got guidance interval {got} from t = {times[0]:g} on: pass a wider one, or --guidance 1")
+
+
 def drop_unused(conditions: list[C], scales: list[float], keep_last: bool) -> tuple[list[C], list[float]]:
     """Drops conditions whose coefficient is 0; with `keep_last`, the last one is kept anyway."""
     for i in reversed(range(1, len(scales))):

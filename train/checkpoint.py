@@ -23,7 +23,7 @@ from models.registry import current_names
 from train.distributed import DistContext, full_tensor, shard_like
 from train.files import fsync, sha256, write_errors_as_oserror, write_text
 from train.loop import HOOK_PREFIX, TrainState
-from vq.weights import UNREADABLE
+from vq.weights import UNREADABLE, refuse_nan
 
 WEIGHTS, EMA_WEIGHTS, POSTHOC_WEIGHTS = "model.safetensors", "ema.safetensors", "profiles.safetensors"
 STATE_FILE, MANIFEST = "state.pt", "manifest.json"
@@ -261,9 +261,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} not found" + (": the run has no EMA weights, pass --no_ema" if path.name == EMA_WEIGHTS else "")
         )
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    refuse_nan(tensors, path)
+    return tensors
 
 
 def load_weights(run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool) -> str:

@@ -20,7 +20,7 @@ from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
 from train.registry import load_plugin
-from train.samplers import Control, LearnedSampler
+from train.samplers import Control, LearnedSampler, NotFiniteError
 from train.spaces import Space
 from train.trained_sampler import TrainedSampler
 from train.trainer import build_train_state
@@ -207,5 +207,9 @@ class SamplerReports:
                 "on_step": lockstep_on_step(network),
                 "control": self.step.control,
             }
-            x = sampler.sample(network, rng, **kwargs)
+            try:
+                x = sampler.sample(network, rng, **kwargs)
+            except NotFiniteError as error:  # no reason to end the training
+                print(f"samples at step {state.step}: {error}", flush=True)
+                x = error.x.nan_to_num()
         return self.step.space.decode(x)

@@ -40,6 +40,7 @@ from train.registry import import_callable, load_plugin
 from train.runs import read_run, run_folder
 from train.samplers import Control, LearnedSampler
 from train.spaces import EditInput, PixelSpace, Space, reopen_space
+from vq.weights import refuse_nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +321,7 @@ def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, 
     machine's linear algebra.
     """
     tensors = reconstruct_ema(run, step, name, length)
+    refuse_nan(tensors, snapshot_path(run, step))
     load_into_module(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
     parts = []
     for each in [each for each in snapshot_steps(run) if each <= step]:

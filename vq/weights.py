@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,16 @@ UNREADABLE = (  # what torch.load raises for damaged files
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OverflowError),
     *(LookupError, AttributeError, AssertionError, TypeError, ValueError),
 )
+
+
+def refuse_nan(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises ValueError if any of the weights is not a number; `source` is where they are from."""
+    broken = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any())
+    if broken:
+        raise ValueError(
+            f"{source} holds NaN in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: "
+            "take weights from before the training diverged (--load_step N, --resume PATH)"
+        )
 
 
 def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
@@ -34,4 +45,5 @@ def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a bare state dict of named tensors: {wanted}")
+    refuse_nan(state, path)
     return state

@@ -247,6 +247,8 @@ def test_inversion_never_evaluates_time_0_and_is_not_a_solver():
     assert "ddim_inversion" not in SOLVERS
 
 
-def test_an_eta_beyond_ancestral_is_refused():
-    with pytest.raises(ValueError, match="got eta 1.5, wanted 0"):
-        solve("ddim", PROCESS, NORMAL, GRID, 3, eta=1.5)
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("eta", [1.5, -1.0])
+def test_an_eta_beyond_ancestral_is_refused(name, eta):
+    with pytest.raises(ValueError, match=f"got eta {eta}, wanted 0"):
+        solve(name, PROCESS, NORMAL, GRID, 3, eta=eta)

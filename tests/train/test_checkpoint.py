@@ -77,6 +77,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
         load_weights(tmp_path, 7, {"network": nn.ModuleDict({"extra": nn.Linear(1, 1)})}, ema=False)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
+def test_weights_that_are_not_numbers_are_refused(tmp_path, name):
+    state = state_of()
+    modules = state.modules if name == "model.safetensors" else {k: v.module for k, v in state.averages.items()}
+    nn.init.constant_(next(modules["network"].parameters()).data[:1], torch.nan)
+    save_checkpoint(tmp_path, state)
+    with pytest.raises(ValueError, match=f"{name} holds NaN in 1 of . tensors, such as network.0.weight"):
+        load_checkpoint(tmp_path, 7, state_of())
+
+
 class Labelled(nn.Module):
     """A user's network with a weight whose name transformers no longer use."""
 

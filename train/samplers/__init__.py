@@ -99,6 +99,27 @@ class LearnedSampler(ABC):
         """Records t (B,) and losses (B,) of a step, from all ranks, for samplers whose next times depend on them."""
 
 
+class NotFiniteError(ValueError):
+    """Raised by `sample` when samples or logits are not finite; `x` holds the samples."""
+
+    def __init__(self, message: str, x: Tensor):
+        super().__init__(message)
+        self.x = x
+
+
+def check_finite(x: Tensor, finite: Tensor, options: SamplingConfig) -> Tensor:
+    """Returns samples x (B, ...) if `finite`, a single bool, is True; otherwise NotFiniteError names the settings."""
+    if finite:
+        return x
+    settings = {"sample_steps": options.sample_steps, "guidance": options.guidance} | options.solver_options
+    named = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    raise NotFiniteError(
+        f"solver {options.solver} with {named} gave values that are not finite: pass --no_amp, less --guidance, "
+        "another --solver, or weights from before the training diverged",
+        x,
+    )
+
+
 def select_solver(process: Process, options: SamplingConfig) -> tuple[Solver, dict[str, Any]]:
     """Returns the solver that the options name, with its keywords. ValueError for an option of another solver."""
     solver, solver_kwargs = get_solver(process, options.solver), options.solver_options

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import check_interval, guided, windowed
+from diffusion.denoisers import check_interval, check_interval_is_met, guided, windowed
 from diffusion.discrete_solvers import even_times
 from diffusion.likelihood import bits_per_code
 from diffusion.logits_warper import LogitsWarper
@@ -23,7 +23,7 @@ from models.ranges import COUNT, NOT_NEGATIVE
 from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import ConditionInput, Control, LearnedSampler, select_solver
+from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
@@ -133,8 +133,20 @@ class CodeSampler(LearnedSampler):
         solver, solver_kwargs = select_solver(self.process, options)
         process = self.sampling_process(solver, options)
         steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
-        kwargs = {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
-        return solver.solve(denoise, process, x, even_times(steps), **kwargs)
+        times, kwargs = even_times(steps), {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
+        if options.guidance != 1 and solver.takes_any_steps:
+            self.check_guided(options, times)
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
+
+        def checked(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+            logits = denoise(x, t, rows)
+            finite.logical_and_(~logits.isnan().any())  # read once, after the last step
+            return logits
+
+        return check_finite(solver.solve(checked, process, x, times, **kwargs), finite, options)
+
+    def check_guided(self, options: CodeSampling, times: list[float]) -> None:  # noqa: B027 (optional to override)
+        """Raises ValueError if guidance would apply to none of the steps."""
 
     def check_windowable(self, shape: tuple[int, int], controlled: bool) -> None:
         """Raises ValueError if a condition belongs to the whole canvas, which windows cannot have."""
@@ -238,6 +250,9 @@ class DiscreteSampler(CodeSampler):
     def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
         """True for a window stride, or a shape other than the grid with learned positions; else one pass covers it."""
         return shape != self.grid and self.config.position == "learned" or window_stride is not None
+
+    def check_guided(self, options: DiscreteSampling, times: list[float]) -> None:
+        check_interval_is_met(options.guidance_interval, times)
 
     def make_denoiser(
         self,

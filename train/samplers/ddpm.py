@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoisers import check_interval, guided, thresholded, with_known_pixels
+from diffusion.denoisers import check_interval, check_interval_is_met, guided, thresholded, with_known_pixels
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
@@ -24,7 +24,7 @@ from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import ConditionInput, Control, LearnedSampler, select_solver
+from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_condition, make_encoders, raw_conditions
 from train.spaces import EditInput
 
@@ -336,9 +336,11 @@ class GaussianSampler(LearnedSampler):
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
         solver, solver_kwargs = select_solver(self.process, options)
-        return solver.solve(
-            denoise, process, x, self.solver_times(process, options), rng=rng, on_step=on_step, **solver_kwargs
-        )
+        times = self.solver_times(process, options)
+        if options.guidance != 1:
+            check_interval_is_met(options.guidance_interval, times)
+        x = solver.solve(denoise, process, x, times, rng=rng, on_step=on_step, **solver_kwargs)
+        return check_finite(x, x.isfinite().all(), options)
 
     def initial_state(
         self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams

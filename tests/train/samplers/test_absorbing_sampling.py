@@ -13,7 +13,7 @@ from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
 from diffusion.solvers import get_solver, solvers_for
 from helpers.labels import LabelNetwork
-from train.samplers import _codes, absorbing, select_solver
+from train.samplers import NotFiniteError, _codes, absorbing, select_solver
 from train.spaces import EditInput
 
 GRID, CODES, CLASSES = (3, 4), 6, 5
@@ -75,6 +75,21 @@ def test_guidance_follows_its_schedule_and_its_interval():
     ):
         pred = make_sampler().make_denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
         assert torch.allclose(pred, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
+
+
+def test_an_interval_that_guides_no_step_is_refused():
+    settings = {"guidance": 3.0, "guidance_interval": (0.3, 0.4)}  # the steps start at 1, 0.75, 0.5 and 0.25
+    with pytest.raises(ValueError, match="which holds none of the 4 steps"):
+        make_sampler().sample(Recorder(), Streams([0]), batch={"label": LABELS[:1]}, options=options(**settings))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "first_hitting", "confidence"])
+def test_logits_that_are_not_numbers_are_refused(name):
+    """They gave the last code everywhere."""
+    model = make_sampler()
+    torch.nn.init.constant_(model.network.head.weight, torch.nan)
+    with pytest.raises(NotFiniteError, match=f"solver {name} with .* gave values that are not finite"):
+        model.sample(model.network, Streams([0]), options=options(name))
 
 
 # Larger canvases

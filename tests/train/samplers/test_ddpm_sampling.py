@@ -7,7 +7,7 @@ from torch import Tensor
 from diffusion.gaussian_solvers import step_times
 from diffusion.rng import Streams
 from helpers.gaussian_recorder import SHAPE, Call, Recorder, images, perturb, sample_recorded, sampler
-from train.samplers import ddpm
+from train.samplers import NotFiniteError, ddpm
 
 
 def by_label(call: Call) -> Tensor:
@@ -42,6 +42,28 @@ def test_guidance_applies_within_its_interval():
     assert [round(t, 3) for t, _ in trajectory] == [1.0, 0.8, 0.6, 0.4, 0.2]
     assert [round(x0.mean().item(), 5) for _, x0 in trajectory] == pytest.approx([0.3, 0.3, 0.6, 0.6, 0.3])
     assert [len(call.x) for call in recorder.calls] == [2, 2, 4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("process", "interval", "message"),
+    [
+        ("gaussian", (30.0, 79.0), "wanted two times from 0 to 1, the lower first"),
+        ("gaussian", (0.21, 0.39), "which holds none of the 5 steps from t = 1 on"),
+        ("edm", (0.0, 1e-4), "which holds none of the 5 steps from t = 80 on"),
+    ],
+)
+def test_an_interval_that_guides_nothing_is_refused(process, interval, message):
+    settings = {"sample_steps": 5, "guidance": 2.0, "guidance_interval": interval}
+    with pytest.raises(ValueError, match=message):
+        sample_recorded(sampler(process=process), Recorder(), **settings)
+    sample_recorded(sampler(process="edm"), Recorder(), **settings | {"guidance_interval": (30.0, 80.0)})
+
+
+def test_samples_that_are_not_finite_are_refused_with_the_settings():
+    network = Recorder(lambda call: call.x.new_full(call.x.shape, torch.nan if call.t.min() < 500 else 0.0))
+    with pytest.raises(NotFiniteError, match="solver ddim with sample_steps 5, guidance 1.0, eta 0.5 gave") as error:
+        sample_recorded(x0_sampler(), network, solver="ddim", sample_steps=5, eta=0.5)
+    assert error.value.x.isnan().all()
 
 
 def test_a_rescaled_guidance_has_the_spread_of_the_condition():
