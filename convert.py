@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -49,7 +49,7 @@ class ConversionConfig:
     step: int | None = None
     """Training step of the checkpoint; None: the step in the name of a .th file, else 0."""
 
-    RANGES: ClassVar = {"step": NOT_NEGATIVE}
+    RANGES = {"step": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)

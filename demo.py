@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
@@ -48,7 +48,7 @@ class PageConfig:
     port: int = 7860
     """Port of the page, http://127.0.0.1:PORT."""
 
-    RANGES: ClassVar = {"port": "[1, 65535]"}
+    RANGES = {"port": "[1, 65535]"}
 
     def __post_init__(self):
         check_ranges(self)

@@ -10,7 +10,7 @@ codes masked at the start, sigma the probability that a revealed code is masked 
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ class ConfidenceOptions(SolverOptions):
     choice_temp: float | None = None
     """confidence: scale of the Gumbel noise added to the confidences; decreases linearly to 0 (4.5)."""
 
-    RANGES: ClassVar = {"choice_temp": "[0, inf)"}
+    RANGES = {"choice_temp": "[0, inf)"}
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ class RemaskOptions(SolverOptions):
     remask_eta: float | None = None
     """remask: the largest probability per step (cap), or a fraction of the largest possible one (0.05)."""
 
-    RANGES: ClassVar = {"remask_eta": "[0, 1]"}
+    RANGES = {"remask_eta": "[0, 1]"}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ class EtaOptions(SolverOptions):
     eta: float | None = None
     """ddim, dpmpp_2m_sde: amount of noise added per step, 0 (none) to 1; default: 0 for ddim, 1 for dpmpp_2m_sde."""
 
-    RANGES: ClassVar = {"eta": "[0, 1]"}
+    RANGES = {"eta": "[0, 1]"}
 
 
 def check_eta(eta: float) -> None:

@@ -11,7 +11,7 @@ nothing is written.
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import _root
 import torch
@@ -61,7 +61,7 @@ class BenchmarkConfig:
     full_steps: int = 256
     """Baseline for sampling codes: this many ancestral steps in float32 that evaluate every grid; 0: no baseline."""
 
-    RANGES: ClassVar = {"repeats": MILLION, "full_steps": "[0, 1000000]"}
+    RANGES = {"repeats": MILLION, "full_steps": "[0, 1000000]"}
 
     def __post_init__(self):
         check_ranges(self)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import _root
 import torch
@@ -67,7 +67,7 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         "sizes": SIZE,
         "kernel_size": SIZE,
         "dilations": SIZE,

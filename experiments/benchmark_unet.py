@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import _root
 import torch
@@ -51,7 +51,7 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         "channels": SIZE,
         "channel_mults": "[1, 1000]",
         "res_blocks": "[1, 1000]",

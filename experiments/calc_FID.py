@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import _root
 
@@ -53,7 +53,7 @@ class DistanceConfig:
     kid_subset_size: int = 1000
     """KID: images per subset, at most as many as there are."""
 
-    RANGES: ClassVar = {"n_samples": "[2, 1000000000]", "kid_subsets": COUNT, "kid_subset_size": "[2, 1000000000]"}
+    RANGES = {"n_samples": "[2, 1000000000]", "kid_subsets": COUNT, "kid_subset_size": "[2, 1000000000]"}
 
     def __post_init__(self):
         check_ranges(self)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import _root
 import torch
@@ -39,7 +39,7 @@ class PRDCConfig:
     split: Literal["train", "val"] = "train"
     """Split of real images used as the reference; of a larger split, a fixed random subset."""
 
-    RANGES: ClassVar = {"n_samples": "[2, 1000000000]", "nearest_k": COUNT}
+    RANGES = {"n_samples": "[2, 1000000000]", "nearest_k": COUNT}
 
     def __post_init__(self):
         check_ranges(self)

@@ -6,7 +6,7 @@ python experiments/calc_VQGAN_FID.py --dataset digits
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import _root
 import torch
@@ -57,7 +57,7 @@ class ReconstructionConfig:
     batch_size: int = 50
     """Images reconstructed at once in each process; does not change the results."""
 
-    RANGES: ClassVar = {"n_images": "[2, 1000000000]", "batch_size": MILLION}
+    RANGES = {"n_images": "[2, 1000000000]", "batch_size": MILLION}
 
     def __post_init__(self):
         check_ranges(self)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import _root
 import torch
@@ -48,7 +48,7 @@ class LikelihoodConfig:
     and image estimates its sum: unbiased, and covered by the standard error. edm and flow: steps of the ODE (None: 50),
     with two forward and two backward passes each. Exact likelihoods (autoregressive) always take one evaluation."""
 
-    RANGES: ClassVar = {"n_images": COUNT, "calls": MILLION}
+    RANGES = {"n_images": COUNT, "calls": MILLION}
 
     def __post_init__(self):
         check_ranges(self)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import _root
 import torch
@@ -67,7 +67,7 @@ class NeighboursConfig:
     rows: int = 4
     """Rows of the picture per section: samples nearest to a training image, other samples, held-out images."""
 
-    RANGES: ClassVar = {"n_samples": COUNT, "neighbours": COUNT, "candidates": COUNT, "rows": SIZE}
+    RANGES = {"n_samples": COUNT, "neighbours": COUNT, "candidates": COUNT, "rows": SIZE}
 
     def __post_init__(self):
         check_ranges(self)

@@ -8,7 +8,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import _root
 import torch
@@ -67,7 +67,7 @@ class ComparisonConfig:
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
 
-    RANGES: ClassVar = {"seeds": "[1, 10000]", "n_samples": "[2, 1000000000]", "generated_at_once": MILLION}
+    RANGES = {"seeds": "[1, 10000]", "n_samples": "[2, 1000000000]", "generated_at_once": MILLION}
 
     def __post_init__(self):
         check_ranges(self)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import _root
 from torch import nn
@@ -76,7 +76,7 @@ class ComparisonConfig:
     rebuilt_at_once: int = 100
     """Validation images reconstructed at once; does not change the results."""
 
-    RANGES: ClassVar = {"seeds": "[1, 10000]", "rebuilt_at_once": MILLION}
+    RANGES = {"seeds": "[1, 10000]", "rebuilt_at_once": MILLION}
 
     def __post_init__(self):
         check_ranges(self)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import _root
 import torch
@@ -68,7 +68,7 @@ class ComparisonConfig:
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
 
-    RANGES: ClassVar = {"steps": MILLION, "seeds": "[1, 10000]", "n_samples": "[2, 1000000000]"}
+    RANGES = {"steps": MILLION, "seeds": "[1, 10000]", "n_samples": "[2, 1000000000]"}
 
     def __post_init__(self):
         check_ranges(self)

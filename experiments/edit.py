@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import _root
 import torch
@@ -43,7 +43,7 @@ class EditingConfig:
     strength: float = 0.7
     """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
 
-    RANGES: ClassVar = {"label": NOT_NEGATIVE, "strength": "(0, 1]"}
+    RANGES = {"label": NOT_NEGATIVE, "strength": "(0, 1]"}
 
     def __post_init__(self):
         check_ranges(self)

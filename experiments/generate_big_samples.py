@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import _root
 import torch
@@ -32,7 +32,7 @@ class CanvasConfig:
     n_samples: int = 4
     """Number of images."""
 
-    RANGES: ClassVar = {"shape": SIZE, "window_stride": SIZE, "n_samples": COUNT}
+    RANGES = {"shape": SIZE, "window_stride": SIZE, "n_samples": COUNT}
 
     def __post_init__(self):
         check_ranges(self)

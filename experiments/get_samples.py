@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import _root
 
@@ -32,7 +32,7 @@ class SamplesConfig:
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
-    RANGES: ClassVar = {"n_samples": COUNT, "label": NOT_NEGATIVE}
+    RANGES = {"n_samples": COUNT, "label": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)

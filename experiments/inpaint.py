@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import _root
 import torch
@@ -56,7 +56,7 @@ class InpaintingConfig:
     paste: bool = True
     """Copy the visible pixels from the input; --no_paste: leave them as rendered by the model."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         "outpaint": "[0, 65536]",
         "shape": SIZE,
         "window_stride": SIZE,

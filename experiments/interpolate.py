@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import _root
 import torch
@@ -56,7 +56,7 @@ class PathConfig:
     label: int | None = None
     """Class to draw; if omitted, the label in the image's row of conditions. Without any condition, guidance is off."""
 
-    RANGES: ClassVar = {"points": "[2, 65536]", "strength": "[0, 1]", "label": NOT_NEGATIVE}
+    RANGES = {"points": "[2, 65536]", "strength": "[0, 1]", "label": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import _root
 import torch
@@ -63,7 +63,7 @@ class ReconstructionConfig:
     compare_whole: bool = False
     """Also reconstruct each image without tiles and report the difference; memory grows with the image."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         "n_images": COUNT,
         "size": SIZE,
         "tile": SIZE,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class UNetConfig:
     transformer_attention: str = "softmax"  # self-attention in blocks of type "transformer"
     feed_forward: str = "geglu"  # in blocks of type "transformer"
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mults": "(0, 1000]"},
         **{"res_blocks": "[1, 1000]", "attn_factors": SIZE, "heads": SIZE, "head_width": SIZE, "dropout": "[0, 1)"},
         **{"time_scale": POSITIVE, "kernel_sizes": SIZE, "dilations": SIZE},

@@ -147,7 +147,11 @@ REFUSED = {  # script and flags -> words that the message must contain
     "solver": ("experiments/get_samples.py", "--solver ancestrel --n_samples 2", ["ancestrel", "ancestral"]),
     "steps": ("experiments/get_samples.py", "--sample_steps 0 --n_samples 2", ["0", "at least 1", "--sample_steps"]),
     "temperature": ("experiments/get_samples.py", "--temp -1 --n_samples 2", ["-1", "--temp"]),
-    "last temperature": ("experiments/get_samples.py", "--last_temp -1 --n_samples 2", ["-1", "--temp"]),
+    "last temperature": (
+        "experiments/get_samples.py",
+        "--last_temp -1 --n_samples 2",
+        ["-1", "at least 0", "--last_temp"],
+    ),
     "top-k": ("experiments/get_samples.py", "--top_k 0 --n_samples 2", ["top_k 0", "--top_k"]),
     "top-p": ("experiments/get_samples.py", "--top_p 1.5 --n_samples 2", ["top_p 1.5", "--top_p"]),
     "schedule of masks": ("train_sampler.py", "--schedule cosin", ["schedule", "cosin", "cosine", "arccos"]),
@@ -175,7 +179,7 @@ REFUSED = {  # script and flags -> words that the message must contain
     "choice": (
         "experiments/get_samples.py",
         "--solver confidence --choice_temp -1 --n_samples 2",
-        ["-1", "0 or more", "--choice_temp"],
+        ["-1", "at least 0", "--choice_temp"],
     ),
     "times": ("train_sampler.py", "--total_steps 0", ["total_steps 0", "--total_steps"]),
     "temperature of ddpm": ("train_sampler.py", "--sampler ddpm --temp 0.9", ["--temp"]),

@@ -47,7 +47,7 @@ class DataConfig:
     prefetch: int = 2
     """Micro-batches that each worker loads in advance."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"img_size": SIZE, "img_width": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
         **{"crop_margin": "[0, 65536]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
     }
@@ -163,7 +163,7 @@ class TrainingConfig:
     train_only: tuple[str, ...] = ()
     """Train only these parts of the network (for example encoders up_blocks.0); all of it by default."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"train_steps": "[1, inf)", "batch_size": MILLION, "accumulate": MILLION, "lr": POSITIVE},
         **{"warmup_iters": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "grad_clip": NOT_NEGATIVE, "betas": "[0, 1)"},
         **{"decay_steps": NOT_NEGATIVE, "lr_end": "[0, 1]", "max_bad_steps": NOT_NEGATIVE, "ema_beta": "[0, 1)"},
@@ -222,7 +222,7 @@ class LoggingConfig:
     profile: bool = False
     """Profile five steps, from the 10th after the start or resume, with PyTorch's profiler; written to profile/."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"steps_per_log": "[1, inf)", "steps_per_checkpoint": "[1, inf)", "checkpoint_minutes": NOT_NEGATIVE},
         **{"keep_last": NOT_NEGATIVE, "keep_every": NOT_NEGATIVE, "steps_per_save_output": "[1, inf)"},
         **{"steps_per_eval": NOT_NEGATIVE, "steps_per_FD": NOT_NEGATIVE, "FD_samples": "[2, 1000000000]"},
@@ -253,7 +253,7 @@ class FirstStageConfig:
     ae_load_step: int | None = None
     """Step of the VQGAN; the newest by default."""
 
-    RANGES: ClassVar = {"ae_load_step": NOT_NEGATIVE}
+    RANGES = {"ae_load_step": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)
@@ -272,7 +272,7 @@ class SamplingConfig:
     condition_file: str | None = None
     """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
 
-    RANGES: ClassVar = {"sample_steps": MILLION, "guidance": FINITE}
+    RANGES = {"sample_steps": MILLION, "guidance": FINITE}
 
     def __post_init__(self):
         check_ranges(self)

@@ -1,7 +1,7 @@
 """Configuration of the first stage."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from models.ranges import COUNT, NOT_NEGATIVE, SIZE, check_ranges
 from models.registry import load_plugin
@@ -30,7 +30,7 @@ class VQGANConfig:
     unit_range: bool = False
     """Feed the encoder images in [0, 1], as in Unleashing Transformers, instead of [-1, 1]."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"nf": SIZE, "ch_mult": "[1, 1024]", "res_blocks": "[1, 1000]", "attn_resolutions": SIZE},
         **{"codebook_size": COUNT, "emb_dim": SIZE},
     }
@@ -115,7 +115,7 @@ class VQGANLossConfig:
     diff_aug: bool = False
     """DiffAugment (colour, translation) on the discriminator's inputs; recommended for small data sets."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"recon_weight": NOT_NEGATIVE, "perceptual_weight": NOT_NEGATIVE, "disc_weight": NOT_NEGATIVE},
         **{"disc_weight_max": NOT_NEGATIVE, "lecam_weight": NOT_NEGATIVE, "disc_start_step": NOT_NEGATIVE},
         **{"disc_warmup_steps": NOT_NEGATIVE, "disc_ramp_steps": NOT_NEGATIVE, "ndf": SIZE, "disc_layers": "[1, 100]"},

@@ -4,7 +4,6 @@ The first term makes the assignment of each position confident, the second makes
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ class EntropyConfig(CommitmentConfig):
     entropy_temperature: float = 0.01
     """Temperature of the code probabilities in the entropy loss."""
 
-    RANGES: ClassVar = {"entropy_weight": NOT_NEGATIVE, "entropy_temperature": POSITIVE}
+    RANGES = {"entropy_weight": NOT_NEGATIVE, "entropy_temperature": POSITIVE}
 
 
 def mean_over_processes(p: Tensor, context: StepContext | None) -> Tensor:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -39,7 +39,7 @@ class InputImagesConfig:
     n_images: int = 64
     """Number of held-out images, a fixed random subset."""
 
-    RANGES: ClassVar = {"n_images": COUNT}
+    RANGES = {"n_images": COUNT}
 
     def __post_init__(self):
         check_ranges(self)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -58,7 +58,7 @@ class ModelConfig:
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
-    RANGES: ClassVar = {"load_step": NOT_NEGATIVE, "ae_load_step": NOT_NEGATIVE, "ema_length": "(0, 0.3003]"}
+    RANGES = {"load_step": NOT_NEGATIVE, "ae_load_step": NOT_NEGATIVE, "ema_length": "(0, 0.3003]"}
 
     def __post_init__(self):
         check_ranges(self)
@@ -83,7 +83,7 @@ class OutputConfig:
     amp: bool = True
     """bfloat16 autocast on devices with native support."""
 
-    RANGES: ClassVar = {"batch_size": MILLION, "seed": NOT_NEGATIVE}
+    RANGES = {"batch_size": MILLION, "seed": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)
@@ -104,7 +104,7 @@ class FirstStageModelConfig:
     allow: tuple[str, ...] = ()
     """Shell commands that fetch the run's data and may be executed; without it, none is."""
 
-    RANGES: ClassVar = {"load_step": NOT_NEGATIVE}
+    RANGES = {"load_step": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)

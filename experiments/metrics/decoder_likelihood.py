@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class DecoderConfig:
     steps_per_eval: int = 5_000
     """Training steps between validations of the head; 0: none."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         "train_steps": "[1, inf)",
         "train_batch_size": MILLION,
         "lr": POSITIVE,

@@ -1,7 +1,6 @@
 """Image condition (Saharia et al. 2022, Palette): (B, C, h, w) -> a map of x's size."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ class Config(ConditionConfig):
     condition_channels: int = 3
     """Image condition: channels of the batch field condition_image."""
 
-    RANGES: ClassVar = {"condition_channels": SIZE}
+    RANGES = {"condition_channels": SIZE}
 
 
 class ImageEncoder(ConditionEncoder):

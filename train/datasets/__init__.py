@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class DatasetConfig:
     max_pixels: int = MAX_PIXELS
     """Image files of more pixels are skipped as unreadable; decoding takes up to 20 bytes per pixel."""
 
-    RANGES: ClassVar = {"val_fraction": "(0, 1)", "split_seed": NOT_NEGATIVE, "max_pixels": f"[1, {PILLOW_MAX_PIXELS}]"}
+    RANGES = {"val_fraction": "(0, 1)", "split_seed": NOT_NEGATIVE, "max_pixels": f"[1, {PILLOW_MAX_PIXELS}]"}
 
     def __post_init__(self):
         check_ranges(self)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class CodeSampling(SamplingConfig):
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How guidance grows from the first step to the last."""
 
-    RANGES: ClassVar = {"temp": NOT_NEGATIVE, "last_temp": NOT_NEGATIVE, "top_k": COUNT, "top_p": "(0, 1]"}
+    RANGES = {"temp": NOT_NEGATIVE, "last_temp": NOT_NEGATIVE, "top_k": COUNT, "top_p": "(0, 1]"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -188,7 +188,7 @@ class DiscreteSampling(CodeSampling):
     guidance_interval: tuple[float, float] | None = None
     """Apply guidance only for t in this interval (0 is data, 1 no data)."""
 
-    RANGES: ClassVar = {"guidance_interval": "[0, 1]"}
+    RANGES = {"guidance_interval": "[0, 1]"}
 
     def __post_init__(self):
         super().__post_init__()

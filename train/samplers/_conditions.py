@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,7 +29,7 @@ class ConditionsConfig(SamplerConfig):
     condition_drop: float = 0.1
     """Probability of replacing a condition by its null in training, independently for each condition."""
 
-    RANGES: ClassVar = {"label_drop": "[0, 1)", "condition_drop": "[0, 1)"}
+    RANGES = {"label_drop": "[0, 1)", "condition_drop": "[0, 1)"}
 
     def __post_init__(self):
         super().__post_init__()

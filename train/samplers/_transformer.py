@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from models.conditioning import ConditionEncoder
 from models.ranges import SIZE
@@ -47,7 +47,7 @@ class TransformerConfig(ConditionsConfig):
     resid_pdrop: float = 0.0
     """Dropout on the outputs of each block."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"bert_n_emb": SIZE, "bert_n_head": SIZE, "bert_n_layers": "[1, 10000]", "mlp_ratio": "(0, 1000]"},
         **{"kernel_sizes": SIZE, "dilations": SIZE, "attn_pdrop": "[0, 1)", "embd_pdrop": "[0, 1)"},
         **{"resid_pdrop": "[0, 1)"},

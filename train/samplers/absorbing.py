@@ -1,7 +1,7 @@
 """Absorbing diffusion on VQGAN codes: a transformer and its process."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class Config(TransformerConfig):
     time_sampler: Literal["uniform", "low_discrepancy"] = "uniform"
     """Training times: independent, or spread evenly over the batch."""
 
-    RANGES: ClassVar = {"total_steps": MILLION}
+    RANGES = {"total_steps": MILLION}
 
 
 @dataclass(frozen=True, kw_only=True)

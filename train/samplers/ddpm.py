@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class Config(ConditionsConfig):
     adapt: str = ""
     """Dotted path of a function from a data set item to the fields of a batch."""
 
-    RANGES: ClassVar = {
+    RANGES = {
         **{"total_steps": "[2, 1000000]", "first_beta": "(0, 1)", "last_beta": "(0, 1)", "min_snr_gamma": POSITIVE},
         **{"time_scale": POSITIVE, "sigma_data": POSITIVE, "time_mean": FINITE, "time_deviation": POSITIVE},
         **{"time_shift": POSITIVE},
@@ -162,7 +162,7 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     dynamic_threshold: float | None = None
     """Dynamic thresholding instead of clipping, at this quantile of |x0|, such as 0.995."""
 
-    RANGES: ClassVar = {"guidance_interval": "[0, 80]", "guidance_rescale": "[0, 1]", "dynamic_threshold": "(0, 1]"}
+    RANGES = {"guidance_interval": "[0, 80]", "guidance_rescale": "[0, 1]", "dynamic_threshold": "(0, 1]"}
 
     def __post_init__(self):
         super().__post_init__()

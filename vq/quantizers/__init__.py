@@ -7,7 +7,7 @@ must have the same type and default.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class CommitmentConfig(QuantizerConfig):
     """Weight of the commitment loss, which pulls encoder outputs to their codes; a codebook loss has weight 1 (ibq
     and legacy_beta: the reverse)."""
 
-    RANGES: ClassVar = {"beta": NOT_NEGATIVE}
+    RANGES = {"beta": NOT_NEGATIVE}
 
 
 class Quantized(NamedTuple):

@@ -1,7 +1,6 @@
 """Nearest-neighbour quantizer whose codes are moving averages (van den Oord et al. 2017, VQ-VAE, appendix A.1)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -24,7 +23,7 @@ class Config(CommitmentConfig):
     revive_below: float = 0.05
     """A code used less often than this fraction of an even share restarts at a random vector of the batch; 0: never."""
 
-    RANGES: ClassVar = {"codebook_decay": "[0, 1)", "revive_below": NOT_NEGATIVE}
+    RANGES = {"codebook_decay": "[0, 1)", "revive_below": NOT_NEGATIVE}
 
 
 class EMAQuantizer(Quantizer):

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ class Config(QuantizerConfig):
     fsq_levels: tuple[int, ...] = ()
     """Number of levels of each channel; default: 8s and 4s whose product is codebook_size, a power of 2."""
 
-    RANGES: ClassVar = {"fsq_levels": "[2, 65536]"}
+    RANGES = {"fsq_levels": "[2, 65536]"}
 
     def levels(self, codebook_size: int) -> tuple[int, ...]:
         """Returns the number of levels of each channel; ValueError if their product is not codebook_size."""

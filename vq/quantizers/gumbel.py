@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ class Config(QuantizerConfig):
     gumbel_decay_steps: int = 160_000
     """The temperature is 1 - step / gumbel_decay_steps, at least 1/16."""
 
-    RANGES: ClassVar = {"gumbel_kl_weight": NOT_NEGATIVE, "gumbel_decay_steps": "[1, inf)"}
+    RANGES = {"gumbel_kl_weight": NOT_NEGATIVE, "gumbel_decay_steps": "[1, inf)"}
 
 
 class GumbelQuantizer(Quantizer):

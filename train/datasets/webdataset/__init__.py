@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class Config(DatasetConfig):
     shard_cache: str | None = None
     """Folder for downloaded shards and the index of all shards; None: logs/.cache/webdataset."""
 
-    RANGES: ClassVar = {"mix_shards": MILLION, "shards_on_disk": "[2, 10000000]"}
+    RANGES = {"mix_shards": MILLION, "shards_on_disk": "[2, 10000000]"}
 
     def __post_init__(self):
         super().__post_init__()
