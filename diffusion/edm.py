@@ -3,6 +3,7 @@
 Preconditioning keeps the network's input, target and loss at unit variance for every sigma (table 1).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,10 @@ class EDM(ContinuousProcess):
     start: float = 80.0
     end: float = 0.002
     default_spacing: ClassVar[str] = "karras"
+
+    def __post_init__(self):
+        if not (0 < self.sigma_data < math.inf and 0 < self.std < math.inf):
+            raise ValueError(f"got sigma_data {self.sigma_data}, std {self.std}: wanted numbers above 0")
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t.cpu().double())

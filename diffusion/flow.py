@@ -1,5 +1,6 @@
 """Rectified flow (Liu et al. 2022; Lipman et al. 2022): straight lines from data, t = 0, to noise, t = 1."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,8 @@ class RectifiedFlow(ContinuousProcess):
     end: float = 1e-3
 
     def __post_init__(self):
-        if not self.shift > 0:
-            raise ValueError(f"got shift {self.shift}, wanted a number above 0; 1 is no shift")
+        if not (0 < self.shift < math.inf and 0 < self.std < math.inf):
+            raise ValueError(f"got shift {self.shift}, std {self.std}: wanted numbers above 0; shift 1 is no shift")
 
     def sigma(self, t: Tensor) -> Tensor:
         t = t.cpu().double()

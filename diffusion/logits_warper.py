@@ -4,6 +4,7 @@ They apply to sampling only: whatever else a solver does with a prediction, such
 the unmodified logits.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class LogitsWarper:
 
     def __post_init__(self):
         final_temperature = self.temperature if self.final_temperature is None else self.final_temperature
-        if not (self.temperature >= 0 and final_temperature >= 0):
+        if not (0 <= self.temperature < math.inf and 0 <= final_temperature < math.inf):
             got = f"temperature {self.temperature}, final temperature {final_temperature}"
             raise ValueError(f"got {got}: wanted 0 (greedy) or more; pass --temp T or --last_temp T")
         if self.top_k is not None and self.top_k < 1:

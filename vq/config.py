@@ -38,7 +38,7 @@ class VQGANConfig:
     def __post_init__(self):
         check_ranges(self)
         if not self.ch_mult:
-            raise ValueError("got no ch_mult, wanted one multiplier per level: pass --ch_mult 1 1 2 2 4")
+            raise ValueError(f"got ch_mult {self.ch_mult}, wanted a multiplier per level: pass --ch_mult 1 1 2 2 4")
         kind = load_plugin("vq.quantizers", self.quantizer, "quantizer").Config
         if type(self.quantizer_config) is QuantizerConfig:  # default: the defaults of the selected quantizer
             object.__setattr__(self, "quantizer_config", kind())

@@ -146,7 +146,7 @@ def test_names_that_the_run_stored_come_first(trained, tmp_path):
         ({"solver": "haltn"}, ValueError, "solver 'haltn', did you mean 'halton'"),
         ({"reveal": "cosin"}, ValueError, "did you mean 'cosine'"),
         ({"guidance": "much"}, ValueError, "got guidance 'much', wanted a number"),
-        ({"sample_steps": 0}, ValueError, "got 0 sampling steps"),
+        ({"sample_steps": 0}, ValueError, "got sample_steps 0, wanted at least 1"),
         ({"remask_eta": 0.5}, ValueError, "got remask_eta 0.5 for solver ancestral"),
         ({"label": 10}, ValueError, "got label 10, wanted a class from 0 to 9"),
         ({"label": -1}, ValueError, "got label -1, wanted a class from 0 to 9"),
