@@ -136,7 +136,7 @@ class SamplerRun:
           from held-out images. None for a condition other than the label needs None for all, the label too.
         """
         check_whole_number(1, n=n, batch_size=batch_size, window_stride=window_stride)
-        check_whole_number(None, seed=seed)
+        check_whole_number(0, seed=seed)
         check_shape(shape)
         names = setting_names(self.settings)
         parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step"}
@@ -195,7 +195,7 @@ class SamplerRun:
         if isinstance(model.space, LatentSpace):
             raise ValueError("latents are continuous and have no likelihood in bits: load a model of pixels or codes")
         check_whole_number(1, nfe=nfe, batch_size=batch_size)
-        check_whole_number(None, seed=seed)
+        check_whole_number(0, seed=seed)
         check_keywords("log_likelihood", conditions, {*self.conditions}, {"images", "seed", "nfe", "batch_size"})
         self._check_scored(images)
         if missing := [name for name in self.conditions if conditions.get(name) is None and name != "label"]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.ranges import SIZE
 from models.sdpa import upcast
 from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
@@ -19,7 +20,7 @@ class Config(QuantizerConfig):
     fsq_levels: tuple[int, ...] = ()
     """Number of levels of each channel; default: 8s and 4s whose product is codebook_size, a power of 2."""
 
-    RANGES = {"fsq_levels": "[2, 65536]"}
+    RANGES = {"fsq_levels": SIZE}
 
     def levels(self, codebook_size: int) -> tuple[int, ...]:
         """Returns the number of levels of each channel; ValueError if their product is not codebook_size."""
