@@ -85,7 +85,7 @@ REFUSED = {  # flags -> words that the message must contain
     "--sizes 12 8 --kernel_size 9": ["9", "height of 8"],
     "--kernel_size 3 --sizes 8 --dilations 1 3": ["dilation 3", "height of 8"],
     "--kernel_size 4": ["4", "odd"],
-    "--sizes 0": ["sizes 0", "at least 1"],
+    "--sizes 0": ["sizes (0,)", "at least 1"],
     "--repeats 0": ["repeats 0", "--repeats"],
     "--precision float16": ["float16", "bfloat16"],
 }

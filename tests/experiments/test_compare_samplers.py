@@ -230,7 +230,7 @@ REFUSED = {  # flags -> words that the message must contain
     "--solvers ancestral:4:tempp=2": ["tempp"],
     "--solvers ancestral:4:temp=-1": ["--solvers ancestral:4:temp=-1", "temp"],
     "--solvers first_hitting:4": ["first_hitting takes 16 steps"],
-    "--steps 0": ["steps [0]", "--steps"],
+    "--steps 0": ["steps (0,)", "--steps"],
     "--seeds 0": ["seeds 0", "--seeds"],
     "--n_samples 1": ["n_samples 1", "--n_samples"],
     "--solver halton": ["solver halton", "--solvers"],
