@@ -15,7 +15,7 @@ def test_val_fraction_outside_0_1_is_refused(fraction):
 
 
 def test_a_negative_split_seed_is_refused():
-    with pytest.raises(ValueError, match="split_seed is -1"):
+    with pytest.raises(ValueError, match="got split_seed -1, wanted at least 0"):
         DatasetConfig(split_seed=-1)
 
 
