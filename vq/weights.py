@@ -16,7 +16,7 @@ UNREADABLE = (  # what torch.load raises for damaged files
 
 
 def refuse_nan(tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Raises ValueError if any of the weights is not a number; `source` is where they are from."""
+    """Raises ValueError if weights of any shape hold a NaN; `source` is where they are from."""
     broken = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any())
     if broken:
         raise ValueError(

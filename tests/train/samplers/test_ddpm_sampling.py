@@ -59,7 +59,7 @@ def test_an_interval_that_guides_nothing_is_refused(process, interval, message):
     sample_recorded(sampler(process="edm"), Recorder(), **settings | {"guidance_interval": (30.0, 80.0)})
 
 
-def test_samples_that_are_not_finite_are_refused_with_the_settings():
+def test_samples_that_are_not_finite_name_the_settings():
     network = Recorder(lambda call: call.x.new_full(call.x.shape, torch.nan if call.t.min() < 500 else 0.0))
     with pytest.raises(NotFiniteError, match="solver ddim with sample_steps 5, guidance 1.0, eta 0.5 gave") as error:
         sample_recorded(x0_sampler(), network, solver="ddim", sample_steps=5, eta=0.5)
