@@ -22,7 +22,7 @@ from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import load_first_stage
 from train.registry import load_plugin
-from train.runs import open_run, run_folder
+from train.runs import open_run, run_folder, run_lock
 from train.sampler import build_state as build_sampler_state
 from train.spaces import CodeSpace, PixelSpace
 from train.vqgan import build_state as build_vqgan_state
@@ -258,11 +258,12 @@ def load_converted(network: nn.Module, converted: dict[str, ConvertedTensor], so
 def save_run(config, base: type, state, run: Path, origin: dict[str, Any], step: int) -> Path:
     """Writes the run's folder with its checkpoint; ValueError if the run has later checkpoints."""
     state.step = step
-    open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
-    later = [saved for saved in saved_steps(run) if saved > step]
-    if later:
-        raise ValueError(f"{run} has been trained to step {later[-1]}: convert to another --log_dir")
-    return save_checkpoint(run, state)
+    with run_lock(run):
+        open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
+        later = [saved for saved in saved_steps(run) if saved > step]
+        if later:
+            raise ValueError(f"{run} has been trained to step {later[-1]}: convert to another --log_dir")
+        return save_checkpoint(run, state)
 
 
 def plain_and_ema_files(weights: str) -> tuple[str, str]:

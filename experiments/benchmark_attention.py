@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from train.cli.parse import run_script
 from train.config import LoggingConfig
 from train.distributed import pick_device
 from train.files import atomic_write
-from train.runs import open_run, run_folder
+from train.runs import open_run, run_folder, run_lock
 
 COLORS = {"dense": "#d55e00", "tiled": "#0072b2", "natten": "#009e73", "flex": "#cc79a7"}  # colour-blind safe
 HEADING = (
@@ -144,12 +145,12 @@ def main(config: Config) -> None:
             )  # raises ValueError before anything runs if it does not fit
     facts = {"machine": device_name(device), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     folder = run_folder(config.results.logs_root, config.results.log_dir)
-    open_run(folder, config, facts)
-    print(f"results: {folder}", flush=True)
     rows = []
-    for side in c.sizes:
-        inputs = make_inputs(side, c.batch_size, c.heads, c.head_width, getattr(torch, c.precision), device)
-        for dilation in c.dilations:
+    with run_lock(folder):
+        open_run(folder, config, facts)
+        print(f"results: {folder}", flush=True)
+        for side, dilation in product(c.sizes, c.dilations):
+            inputs = make_inputs(side, c.batch_size, c.heads, c.head_width, getattr(torch, c.precision), device)
             case = Case(side, c.kernel_size, dilation)
             print(f"timing {case.name}", file=sys.stderr, flush=True)
             costs = compare(case, inputs, dense_limit=c.dense_limit, repeats=c.repeats)

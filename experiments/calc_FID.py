@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import _root
 
@@ -21,10 +21,11 @@ from experiments.metrics.distances import (
     sampled_images,
     save_reconstructions,
     statistics_cache,
+    with_grid,
 )
 from experiments.metrics.features import Features
-from experiments.metrics.frechet import Reference, frechet_distance
-from experiments.metrics.kid import FeatureSubset, kernel_distance
+from experiments.metrics.frechet import Reference, Statistics, frechet_distance
+from experiments.metrics.kid import MAX_FEATURES, FeatureSubset, kernel_distance
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
@@ -80,41 +81,67 @@ def measure(
     """Measures all distances and saves the pictures. All ranks must call it; only the main rank gets the results."""
     data, size, first_stage, world = model.data, batches.batch_size, model.space.first_stage, model.world
     features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
+    count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed)
     reference = load_reference(distance, model, features, cache, size)
     held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)
-    count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed)
-    files = {name: content for name, content in batches.files.items() if name != "ref_stats"}
-    generated = sampled_features(images_of, count, GRID_IMAGES, features, batches, files)
     n_held_out = min(count, len(held_out))
-    indices = rank_indices(world, fixed_subset(len(held_out), n_held_out), size)
 
-    subsets = {"generated": FeatureSubset(generated)}
-    all_samples, first_samples = generated_statistics(subsets["generated"], n_held_out, batches.folder / "samples.png")
-    subsets["real_vs_real"] = FeatureSubset(add_features(features, images_in_order(held_out, size, indices), world))
-    real, reconstructed = compute_statistics(subsets["real_vs_real"]), None
-    if first_stage is not None:
-        reconstructions = reconstruct_batches(first_stage, images_in_order(held_out, size, indices))
-        subsets["reconstructions"] = FeatureSubset(add_features(features, reconstructions, world))
-        bar = progress(subsets["reconstructions"], n_held_out, "reconstructing", world.is_main)
-        reconstructed = compute_statistics(bar)
+    def to_reference(statistics: Statistics) -> float | None:
+        return frechet_distance(statistics, reference.statistics) if statistics.has_covariance else None
+
+    yardsticks = measure_yardsticks(model, features, held_out, n_held_out, size)
+    distances = {name: to_reference(each.statistics) for name, each in yardsticks.items()}  # before anything is sampled
+    n_compared = yardsticks["real_vs_real"].statistics.count
+    files = {name: content for name, content in batches.files.items() if name != "ref_stats"}
+    sampled = sampled_features(images_of, range(count), fixed_subset(count, GRID_IMAGES), features, batches, files)
+    subset = FeatureSubset(with_grid(sampled, batches.folder / "samples.png"), fixed_subset(count, MAX_FEATURES))
+    all_samples, as_many = generated_statistics(subset, fixed_subset(count, n_compared))
     if not world.is_main:
         return None
     if first_stage is not None:
         save_reconstructions(batches.folder / "reconstructions.png", first_stage, held_out, min(n_held_out, 16))
+    subsets = {"generated": subset} | {name: each.subset for name, each in yardsticks.items()}
     return {
         "metric": features.module.METRIC,
-        "value": frechet_distance(all_samples, reference.statistics),
-        "real_vs_real": frechet_distance(real, reference.statistics),
-        "reconstructions": None if reconstructed is None else frechet_distance(reconstructed, reference.statistics),
+        "value": to_reference(all_samples),
+        **{"reconstructions": None, **distances},
         "n_samples": count,
         "features": features.name,
-        "n_compared": real.count,
-        "value_at_n_compared": frechet_distance(first_samples, reference.statistics),
+        "n_compared": n_compared,
+        "value_at_n_compared": to_reference(as_many),
         "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
         "n_reference": reference.statistics.count,
         "kernel": kernel_distances(distance, features, subsets, reference),
         "run": batches.run,
     }
+
+
+class Yardstick(NamedTuple):
+    """The features of images whose distance is reported beside that of generated ones."""
+
+    statistics: Statistics
+    subset: FeatureSubset
+
+
+def measure_yardsticks(
+    model: TrainedSampler, features: Features, held_out: ImageSource, count: int, batch_size: int
+) -> dict[str, Yardstick]:
+    """Measures `count` held-out images, "real_vs_real", and with a first stage their "reconstructions".
+
+    All ranks must call it; only the main rank gets features.
+    """
+    world, first_stage = model.world, model.space.first_stage
+    indices = rank_indices(world, fixed_subset(len(held_out), count), batch_size)
+    kinds = {"real_vs_real": images_in_order(held_out, batch_size, indices)}
+    if first_stage is not None:
+        originals = images_in_order(held_out, batch_size, indices)
+        kinds["reconstructions"] = reconstruct_batches(first_stage, originals)
+    yardsticks = {}
+    for name, images in kinds.items():
+        subset = FeatureSubset(add_features(features, images, world))
+        bar = progress(subset, count, "held-out images", world.is_main)
+        yardsticks[name] = Yardstick(compute_statistics(bar), subset)
+    return yardsticks
 
 
 def load_reference(
@@ -130,14 +157,15 @@ def load_reference(
 def kernel_distances(
     distance: DistanceConfig, features: Features, subsets: dict[str, FeatureSubset], reference: Reference
 ) -> dict[str, Any] | None:
-    """Returns the name of the metric and, for each kind of images, its mean, deviation, subsets and size; None if the
-    reference has no features."""
+    """Returns the name of the metric and, for each kind of images with at least 2 features, its mean, deviation,
+    subsets and size; None if the reference has no features."""
     if reference.features is None:
         return None
     kernel: dict[str, Any] = {"metric": features.module.METRIC.replace("F", "K", 1)}  # FID, FD(pixels): KID, KD(pixels)
-    for kind, subset in subsets.items():
-        value = kernel_distance(subset.features, reference.features, distance.kid_subsets, distance.kid_subset_size)
-        kernel[kind] = value._asdict()
+    for kind, own in ((kind, subset.features) for kind, subset in subsets.items()):
+        if len(own) > 1:
+            value = kernel_distance(own, reference.features, distance.kid_subsets, distance.kid_subset_size)
+            kernel[kind] = value._asdict()
     return kernel
 
 
@@ -150,13 +178,16 @@ def report(results: dict[str, Any], folder: Path) -> str:
 
     rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
     rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
-    if results["n_compared"] != results["n_samples"]:
+    if results["n_compared"] != results["n_samples"] and results["value_at_n_compared"] is not None:
         rows.append(row("generated, as many as held-out images", same, "value_at_n_compared"))
     if results["reconstructions"] is not None:
         rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
-    rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
+    if results["real_vs_real"] is not None:
+        rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
     to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
     lines = [f"\n{results['metric']} {to}; lower is better\n{table(rows)}"]
+    if results["real_vs_real"] is None:
+        lines.append(f"no distance of held-out images: a covariance needs at least 2 of them, got {same}")
     if kernel:
         sizes = sorted({kernel[kind]["size"] for kind in kernel.keys() - {"metric"}})
         of = f"{kernel['generated']['subsets']} subsets of {' or '.join(map(str, sizes))} images"

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
-from experiments.harness.images import GRID_IMAGES, save_grid
+from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import Batches, concatenate, real_features, sampled_features, sampled_images
+from experiments.metrics.distances import concatenate, real_features, sampled_features, sampled_images, with_grid
 from experiments.metrics.prdc import PRDC, knn_radii, prdc
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
@@ -27,7 +27,7 @@ class PRDCConfig:
     """Precision, recall, density, coverage."""
 
     n_samples: int = 10_000
-    """Number of generated and of real images; at most as many as the split has."""
+    """Number of generated and of real images; at most as many as the split has, of either a fixed random subset."""
     nearest_k: int = 5
     """Radius of each feature's ball: the distance to its k-th nearest neighbour; papers use 3 or 5."""
     samples: str | None = None
@@ -37,7 +37,7 @@ class PRDCConfig:
     inception_weights: str | None = None
     """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     split: Literal["train", "val"] = "train"
-    """Split of real images used as the reference; of a larger split, a fixed random subset."""
+    """Split of real images used as the reference."""
 
     RANGES = {"n_samples": "[2, 1000000000]", "nearest_k": COUNT}
 
@@ -66,7 +66,7 @@ def measure(
     available, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
     count = min(available, len(source))  # equal numbers of generated and real images: the metrics depend on their ratio
     same = min(count, len(held_out))
-    check_counts({"generated and real": count, "held-out": same}, settings.nearest_k)
+    check_count(count, settings.nearest_k)
     if count < available:
         print(f"using {count} images of each kind: the {settings.split} split has no more", flush=True)
 
@@ -75,11 +75,13 @@ def measure(
     )
     subset = fixed_subset(len(held_out), same)
     others = concatenate(real_features(held_out, subset, features, size, world, "held-out images"), same)
-    samples = sampled_features(images_of, count, GRID_IMAGES, features, batches, batches.files)
+    indices = sorted(fixed_subset(available, count))
+    shown = fixed_subset(available, count)[:GRID_IMAGES]
+    samples = sampled_features(images_of, indices, shown, features, batches, batches.files)
     generated = concatenate(with_grid(samples, batches.folder / "samples.png"), count)
     if not world.is_main:
         return None
-    sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
+    sets = {"generated": generated["features"], "real": real["features"], "held_out": others["features"]}
     return {
         **measure_against_real(sets, settings.nearest_k, model.device),
         "k": settings.nearest_k,
@@ -92,40 +94,32 @@ def measure(
     }
 
 
-def check_counts(counts: dict[str, int], k: int) -> None:
-    """Raises ValueError if a kind has at most k images, too few for k neighbours."""
-    for kind, count in counts.items():
-        if count <= k:
-            raise ValueError(
-                f"got {count} {kind} images for --nearest_k {k}: pass a smaller one, or measure more images"
-            )
+def check_count(count: int, k: int) -> None:
+    """Raises ValueError for at most k generated and real images, too few for k neighbours."""
+    if count <= k:
+        raise ValueError(
+            f"got {count} generated and real images for --nearest_k {k}: pass a smaller one, or measure more images"
+        )
 
 
-def with_grid(batches: Batches, path: Path) -> Batches:
-    """Yields the batches unchanged and saves the first 64 images as a grid."""
-    grid_images = []
-    for batch in batches:
-        if "image" in batch:
-            grid_images.append(batch["image"])
-        yield batch
-    if grid_images:
-        save_grid(path, torch.cat(grid_images)[:GRID_IMAGES])
-
-
-def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Measures the "generated" features, the first of them (as many as held-out ones) and the "held_out" ones against
-    the "real" ones. A progress bar counts rows of distances."""
+def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float] | None]:
+    """Measures the "generated" features, a fixed random subset of them (as many as held-out ones) and the "held_out"
+    ones against the "real" ones; the latter two are None for at most k held-out ones. A progress bar counts rows of
+    distances."""
     here = torch.device("cpu") if device.type == "mps" else device
     sets = {name: each.to(here) for name, each in sets.items()}
     real, count, same = sets["real"], len(sets["generated"]), len(sets["held_out"])
-    fakes = {"generated": sets["generated"], "held_out": sets["held_out"]}
-    if same < count:
-        fakes["generated_at_n_held_out"] = sets["generated"][:same]
+    fakes = {"generated": sets["generated"]}
+    if same > k:
+        fakes["held_out"] = sets["held_out"]
+        if same < count:
+            fakes["generated_at_n_held_out"] = sets["generated"][fixed_subset(count, same)]
     rows = len(real) + sum(len(each) + len(real) for each in fakes.values())
     with tqdm(total=rows, desc="distances", unit="row", dynamic_ncols=True, mininterval=1.0) as bar:
         real_radii = knn_radii(real, k, bar.update)
         metrics = {name: prdc(real, each, k, real_radii, bar.update)._asdict() for name, each in fakes.items()}
-    return metrics | {"generated_at_n_held_out": metrics.get("generated_at_n_held_out", metrics["generated"])}
+    left_out = {"held_out": None, "generated_at_n_held_out": metrics["generated"] if same == count else None}
+    return left_out | metrics
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
@@ -136,15 +130,21 @@ def report(results: dict[str, Any], folder: Path) -> str:
         return (label, str(count), *(f"{results[kind][name]:.3f}" for name in names))
 
     rows = [("images", "count", *names), row("generated", results["n_generated"], "generated")]
-    if results["n_held_out"] != results["n_generated"]:
-        rows.append(row("generated, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))
-    rows.append(row("held-out real images", results["n_held_out"], "held_out"))
+    floor = "Held-out real images show what a perfect model reaches; compare equal numbers of images."
+    if results["held_out"] is None:
+        floor = (
+            f"No row of held-out images: --nearest_k {results['k']} needs more than {results['n_held_out']} of them."
+        )
+    else:
+        if results["n_held_out"] != results["n_generated"]:
+            rows.append(row("generated, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))
+        rows.append(row("held-out real images", results["n_held_out"], "held_out"))
     against = f"{results['n_real']} real images of {results['reference']}"
     return f"""
 against {against}; k = {results["k"]}, features: {results["features"]}; higher is better
 {table(rows)}
 precision, density: fidelity (do generated images look real?); recall, coverage: diversity (are real images covered?)
-Held-out real images show what a perfect model reaches; compare equal numbers of images.
+{floor}
 
 {folder / "results.json"}
 {folder / "samples.png"}"""

@@ -107,7 +107,8 @@ def measure(
     if perceptual is not None:
         perceptual.to(model.device)
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
-    reference = real_statistics(dataset, data, features, settings.inception_weights, cache, size, world)
+    args = dataset, data, features, settings.inception_weights, cache, size, world
+    reference = real_statistics(*args) if len(dataset) > 1 else None  # a covariance needs at least 2 images
     source = ImageSource(dataset, data)
     n = len(source) if settings.n_images is None else min(settings.n_images, len(source))
     own = images_in_order(source, size, rank_indices(world, sorted(fixed_subset(len(source), n)), size))
@@ -120,7 +121,8 @@ def measure(
     numbers, counts = summarize_reconstructions(metrics, reference, codebook_size, math.prod(data.size))
     save_reconstructions(batches.folder / "reconstructions.png", model, source, min(n, SHOWN_IMAGES))
     results = {"metric": features.module.METRIC, **numbers, "codebook_size": codebook_size, "lpips_net": net}
-    results |= {"split": settings.split, "n_reference": reference.count, "features": features.name, "run": batches.run}
+    results |= {"split": settings.split, "n_reference": reference and reference.count, "features": features.name}
+    results["run"] = batches.run
     plot(batches.folder / "codes.png", counts, results)
     return results
 
@@ -132,6 +134,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
     used = round(results["codebook_usage"] * K)
     coded = f"lower is better; {results['entropy_coded_bits_per_pixel']:.4g} with entropy coding"
     against = f"lower is better; against all {results['n_reference']} originals"
+    if results["rfd"] is None:
+        against = f"left out: a covariance needs at least 2 images, got {results['n_images']}"
     rows = [
         ("metric", "value", ""),
         (f"r{results['metric']}", number(results["rfd"]), against),

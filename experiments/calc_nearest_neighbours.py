@@ -147,7 +147,7 @@ def make_queries(
     """Collects samples and held-out images with their features. All ranks must call it, and all get the result."""
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
-    sampled = sampled_features(images_of, count, count, features, batches, batches.files)
+    sampled = sampled_features(images_of, range(count), range(count), features, batches, batches.files)
     samples = concatenate(sampled, count, ("features", "image", "codes"))
     same = min(count, len(held_out))
     real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out images")

@@ -30,7 +30,7 @@ from experiments.metrics.classifier import (
 )
 from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
 from experiments.metrics.neighbours import coverage
-from train.data.loading import ImageSource, images_in_order
+from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import training_views
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -177,10 +177,10 @@ def training_copies(samples: dict[str, Tensor], generated: Tensor, trained: Trai
 
 
 def comparison_images(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
-    """Returns held-out real digits followed by as many generated ones: (2 * rows * columns, 3, S, S)."""
+    """Returns random held-out digits followed by as many generated ones: uint8 (2 * rows * columns, 3, S, S)."""
     real, _ = split_images(trained, "val")
-    count = columns * rows
-    return torch.cat([real[:count].expand(-1, 3, -1, -1), samples["image"][:count]])
+    real, generated = (each[fixed_subset(len(each), columns * rows)] for each in (real, samples["image"]))
+    return torch.cat([real.expand(-1, 3, -1, -1), generated])
 
 
 if __name__ == "__main__":

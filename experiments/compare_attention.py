@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from experiments.harness.report import mean_and_deviation, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
     add_features,
+    compute_statistics,
     features_provenance,
-    generated_statistics,
     real_statistics,
     statistics_cache,
+    with_grid,
 )
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
@@ -35,7 +37,7 @@ from train.datasets import Dataset, DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from train.loop import TrainState, fit
-from train.runs import open_run, run_folder
+from train.runs import open_run, run_folder, run_lock
 from train.sampler import SamplerStep, build_state, validation_losses
 from train.samplers import LearnedSampler
 from train.spaces import CodeSpace
@@ -99,12 +101,12 @@ def main(config: Config) -> None:
     )
     folder = run_folder(config.output.logs_root, name)
     origin = {"ae_weights": bench.space.first_stage.weights, "images": content_fingerprint(bench.images["train"])}
-    open_run(folder, config, origin | features_provenance(bench.features))
-    print(f"results: {folder}", flush=True)
-    path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for seed in range(config.training.seed, config.training.seed + config.comparison.seeds):
-        for variant in config.comparison.variants:
+    path, seeds = folder / "results.json", range(config.training.seed, config.training.seed + config.comparison.seeds)
+    with run_lock(folder):
+        open_run(folder, config, origin | features_provenance(bench.features))
+        print(f"results: {folder}", flush=True)
+        results = json.loads(path.read_text()) if path.is_file() else {}
+        for seed, variant in product(seeds, config.comparison.variants):
             run = f"{variant}_{seed}"
             if run not in results:
                 results[run] = bench.run(variant, VARIANTS[variant], seed, folder / f"{run}.png")
@@ -155,7 +157,7 @@ class Bench:
         )
         n, at_once = self.comparison.n_samples, self.comparison.generated_at_once
         batches = trained.sample_batches(n, seed, self.sampling, batch_size=at_once)
-        generated, _ = generated_statistics(add_features(self.features, batches, self.world), 0, grid)
+        generated = compute_statistics(with_grid(add_features(self.features, batches, self.world), grid))
         return {
             "parameters": sum(p.numel() for p in sampler.network.parameters()),
             "bits_per_code": losses["bits_per_code"],

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from train.first_stage import FirstStage
 from train.loop import TrainState, fit
 from train.optim import BadStepRecorder
 from train.registry import load_plugin, plugin_names
-from train.runs import open_run, perceptual_provenance, run_folder
+from train.runs import open_run, perceptual_provenance, run_folder, run_lock
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import load_perceptual
@@ -132,20 +132,22 @@ def main(config: Config) -> None:
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
     same |= {"images": content_fingerprint(bench.images.dataset)}
-    open_run(folder, config, same | features_provenance(bench.features))
-    print(f"results: {folder}", flush=True)
     path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for seed in range(config.training.seed, config.training.seed + c.seeds):
-        for name, network in autoencoders.items():
+    with run_lock(folder):
+        open_run(folder, config, same | features_provenance(bench.features))
+        print(f"results: {folder}", flush=True)
+        results = json.loads(path.read_text()) if path.is_file() else {}
+        for seed, name in product(range(config.training.seed, config.training.seed + c.seeds), autoencoders):
             if f"{name}_{seed}" not in results:
-                results[f"{name}_{seed}"] = bench.run(f"{name}_{seed}", network, seed)
+                results[f"{name}_{seed}"] = bench.run(f"{name}_{seed}", autoencoders[name], seed)
                 write_results(folder, results)  # an interrupted comparison resumes with the next run
     metric = bench.features.module.METRIC
     title = f"{config.data.dataset}, {config.network.codebook_size} codes, {steps} steps of {at_once} images"
     plot(folder / "comparison.png", results, c.quantizers, metric, f"{title}, seeds: {c.seeds}")
     print(f"\n{title}, seeds: {c.seeds}; {len(bench.held_out)} validation images")
     print(f"higher is better: PSNR, usage, perplexity; lower is better: r{metric}, L1, bits, s/step")
+    if bench.reference is None:
+        print(f"r{metric} is left out: a covariance needs at least 2 validation images")
     print(f"{summary(results, c.quantizers, metric)}\n\n{path}\n{folder / 'comparison.png'}")
 
 
@@ -161,7 +163,7 @@ class Bench:
     images: ImageSource
     held_out: ImageSource
     features: Features
-    reference: Statistics
+    reference: Statistics | None
     perceptual: nn.Module | None  # for training
     lpips: nn.Module | None  # for measurements
     world: DistContext
@@ -222,7 +224,9 @@ def prepare(config: Config, folder: Path) -> Bench:
         perceptual.to(world.device)
     features = all_features.choose_features(config.comparison.features, data, world.device)
     cache = statistics_cache(config.output.logs_root)
-    reference = real_statistics(held_out.dataset, data, features, None, cache, at_once, world)
+    reference = None  # a covariance needs at least 2 images
+    if len(held_out) > 1:
+        reference = real_statistics(held_out.dataset, data, features, None, cache, at_once, world)
     return Bench(
         comparison=config.comparison,
         loss=config.loss,

@@ -33,7 +33,7 @@ from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import mean_and_deviation, progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.cost import count_nfe
-from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
+from experiments.metrics.distances import compute_statistics, real_statistics, statistics_cache, with_grid
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.ranges import MILLION, check_ranges
@@ -114,9 +114,9 @@ def main(config: Config) -> None:
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         plan = plan_runs(config.comparison, config.sampling, trained)  # before the folder is created
-        folder = open_results_folder("compare_samplers", config, trained, world, ExperimentSetup(()))
-        batches = open_batches(config, trained, world, folder, files=())
-        compare(config.comparison, trained, plan, statistics_cache(config.output.logs_root), batches)
+        with open_results_folder("compare_samplers", config, trained, world, ExperimentSetup(())) as folder:
+            batches = open_batches(config, trained, world, folder, files=())
+            compare(config.comparison, trained, plan, statistics_cache(config.output.logs_root), batches)
 
 
 class SolverRun(NamedTuple):
@@ -274,7 +274,7 @@ def measure_set(
             spent.append(batch["spent"])
             yield batch
 
-    generated, _ = generated_statistics(timed_batches(), 0, batches.folder / f"{file}.png")
+    generated = compute_statistics(with_grid(timed_batches(), batches.folder / f"{file}.png"))
     if not world.is_main:
         return None
     return {"distance": frechet_distance(generated, reference)} | mean_costs(torch.cat(spent))

@@ -24,7 +24,7 @@ from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
 from models.ranges import COUNT, MILLION, SIZE, check_ranges
-from train.data.loading import build_dataset
+from train.data.loading import build_dataset, fixed_subset
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_float, to_item, to_pixels, to_uint8
 from train.datasets import UnreadableImage, content_fingerprint, files_fingerprint
 from train.datasets._decode import decode
@@ -51,7 +51,8 @@ class ReconstructionConfig:
     images: str | None = None
     """An image, or a folder of images (recursive); if omitted, validation images, preprocessed as in training."""
     n_images: int | None = None
-    """Number of images, the first ones; if omitted, all of --images, or 16 validation images."""
+    """Number of images: the first of --images by path (default: all), or a fixed random subset of the validation split
+    (default: 16)."""
     size: int | None = None
     """Resize the short side to this many pixels; if omitted, images of --images keep their own size."""
     tile: int | None = None
@@ -160,19 +161,19 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
 
 
 def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
-    """Returns the first images of the validation split, preprocessed by `fit`, by default as in training."""
+    """Returns a fixed random subset of the validation split, preprocessed by `fit`, by default as in training."""
     dataset = build_dataset(first_stage.data, first_stage.reader, "val")
+    indices = sorted(fixed_subset(len(dataset), count))
 
-    def read(index: int) -> Tensor:
-        image, data = dataset[index]["image"], first_stage.data
+    def read(i: int) -> Tensor:
+        image, data = dataset[indices[i]]["image"], first_stage.data
         if fit is not None:
             return fit(image)
         return as_uint8(
             to_item({"image": image}, data.size, data.n_channels, data.data_range)["image"].as_subclass(Tensor)
         )
 
-    names = [f"val_{i:06d}" for i in range(min(len(dataset), count))]
-    return Originals(names, read, content_fingerprint(dataset))
+    return Originals([f"val_{index:06d}" for index in indices], read, content_fingerprint(dataset))
 
 
 def picture_names(names: list[str]) -> list[str]:

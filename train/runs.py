@@ -164,14 +164,14 @@ def run_context(run: Path, training: TrainingConfig) -> Iterator[DistContext]:
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Locks a run folder; ValueError if another process is training in it."""
+    """Locks a run folder; ValueError if another process is writing to it."""
     path = run.parent / ".cache" / "locks" / f"{run.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)  # the operating system releases it when the process dies
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another process is training {run}: wait for it, or pass another --log_dir") from error
+        raise ValueError(f"another process is writing to {run}: wait for it, or pass another --log_dir") from error
     try:
         yield
     finally:

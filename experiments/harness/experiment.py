@@ -4,8 +4,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,7 +27,7 @@ from train.files import sha256, write_text
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
-from train.runs import is_new, open_run, read_provenance, read_run, run_folder
+from train.runs import is_new, open_run, read_provenance, read_run, run_folder, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
@@ -292,13 +292,14 @@ def default_results_folder(
     return run_folder(logs_root, f"{name}_{loaded.run.name}_{loaded.step}{length}")
 
 
+@contextmanager
 def open_results_folder(
     name: str, config: ExperimentConfig, loaded: TrainedModel, world: DistContext, setup: ExperimentSetup
-) -> Path:
-    """Creates or reopens the results folder as a run, so that two experiments never share one.
+) -> Iterator[Path]:
+    """Creates or reopens the results folder as a run, and locks it, so that two experiments never share one.
 
     All ranks must call it. Settings that the sampler does not support are refused before the folder is created.
-    ValueError: the folder holds another experiment.
+    ValueError: the folder holds another experiment, or another process is writing to it.
     """
     output, sampling = config.output, config_groups(config).get("sampling")
     folder = default_results_folder(setup.name or name, config.model, output.logs_root, loaded)
@@ -309,13 +310,14 @@ def open_results_folder(
         source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
-    if world.is_main:
-        given = condition_provenance(sampling.condition_file) if samples else {}
-        provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
-        open_run(folder, config, provenance, results_identity)
-    world.barrier()
-    print(f"results: {folder}", flush=True)
-    return folder
+    with run_lock(folder) if world.is_main else nullcontext():
+        if world.is_main:
+            given = condition_provenance(sampling.condition_file) if samples else {}
+            provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
+            open_run(folder, config, provenance, results_identity)
+        world.barrier()
+        print(f"results: {folder}", flush=True)
+        yield folder
 
 
 def data_provenance(model: ModelConfig | FirstStageModelConfig, loaded: TrainedModel) -> dict[str, Any]:
@@ -368,16 +370,16 @@ def run_experiment(
         with single_process or experiment_world(output.device) as world:
             model = load_trained_model(config.model, output, world)
             setup = ExperimentSetup(measure_settings(config)) if prepare is None else prepare(config, model, world)
-            folder = open_results_folder(name, config, model, world, setup)
-            batches = open_batches(config, model, world, folder, files)
-            results = read_results(batches)
-            if any(world.any(not are_current(results, setup, batches.files))):
-                results = measure(*setup.settings, model, batches)
+            with open_results_folder(name, config, model, world, setup) as folder:
+                batches = open_batches(config, model, world, folder, files)
+                results = read_results(batches)
+                if any(world.any(not are_current(results, setup, batches.files))):
+                    results = measure(*setup.settings, model, batches)
+                    if world.is_main:
+                        write_results(folder, results)
                 if world.is_main:
-                    write_results(folder, results)
-            if world.is_main:
-                batches.clear()
-                print(report(results, folder))
+                    batches.clear()
+                    print(report(results, folder))
 
     kinds = {each.name: each.type for each in dataclasses.fields(config_class)}
     under = vqgan_run_defaults if kinds["model"] is FirstStageModelConfig else run_defaults

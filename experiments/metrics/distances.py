@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,21 +65,28 @@ def sampled_images(
 
 
 def sampled_features(
-    images_of: ImagesAt, count: int, n_images: int, features: Features, batches: ResumableBatches, files: dict[str, str]
+    images_of: ImagesAt,
+    indices: Sequence[int],
+    shown: Sequence[int],
+    features: Features,
+    batches: ResumableBatches,
+    files: dict[str, str],
 ) -> Batches:
-    """Yields resumable batches of "features" (B, D) of the first `count` images, on the main rank only.
+    """Yields resumable batches of "features" (B, D) and "index" (B,) of the images with these indices, on the main rank
+    only.
 
-    All ranks must iterate. Batches that begin before image `n_images` also have what `images_of` returns. `files`
-    identifies inputs that the run's config does not.
+    All ranks must iterate. Of the images whose indices are in `shown`, batches also have what `images_of` returns.
+    `files` identifies inputs that the run's config does not.
     """
 
-    def make(indices: list[int]) -> dict[str, Tensor]:
-        images = images_of(indices)
-        batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1))}
-        return batch | (images if indices[0] < n_images else {})
+    def make(own: list[int]) -> dict[str, Tensor]:
+        images, index = images_of(own), torch.tensor(own)
+        batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1)), "index": index}
+        here = torch.isin(index, torch.tensor(shown))
+        return batch | ({name: each[here] for name, each in images.items()} if here.any() else {})
 
-    name = batches_name(features.name, files, *features_version(features, None))
-    return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
+    name = batches_name(features.name, list(indices), list(shown), files, *features_version(features, None))
+    return progress(batches.resume(name, indices, make), len(indices), "sampling", batches.world.is_main)
 
 
 def add_features(features: Features, batches: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
@@ -192,18 +199,24 @@ def reconstruct_batches(first_stage: FirstStage, batches: Batches) -> Iterator[d
         yield {"image": first_stage.decode(first_stage.encode(batch["image"])).cpu()}
 
 
-def generated_statistics(batches: Batches, n_first: int, grid: Path) -> tuple[Statistics, Statistics]:
-    """Returns the statistics of all generated images and of the first `n_first`; saves the first ones as a grid."""
-    all_statistics, first_statistics, grid_images = Statistics(), Statistics(), []
+def generated_statistics(batches: Batches, subset: Sequence[int]) -> tuple[Statistics, Statistics]:
+    """Returns the statistics of all generated images and of those whose "index" is in `subset`."""
+    all_statistics, subset_statistics, indices = Statistics(), Statistics(), torch.tensor(subset)
     for batch in batches:
         all_statistics.update(batch["features"])
-        if (missing := n_first - (first_statistics.count or 0)) > 0:
-            first_statistics.update(batch["features"][:missing])
-        if sum(map(len, grid_images)) < GRID_IMAGES:
+        subset_statistics.update(batch["features"][torch.isin(batch["index"], indices)])
+    return all_statistics, subset_statistics
+
+
+def with_grid(batches: Batches, path: Path) -> Batches:
+    """Yields the batches unchanged and saves the first 64 images that they have as a grid."""
+    grid_images = []
+    for batch in batches:
+        if "image" in batch and sum(map(len, grid_images)) < GRID_IMAGES:
             grid_images.append(batch["image"])
+        yield batch
     if grid_images:
-        save_grid(grid, torch.cat(grid_images)[:GRID_IMAGES])
-    return all_statistics, first_statistics
+        save_grid(path, torch.cat(grid_images)[:GRID_IMAGES])
 
 
 def save_reconstructions(path: Path, first_stage: FirstStage, held_out: ImageSource, count: int) -> None:

@@ -84,11 +84,16 @@ class Statistics:
         return self._mean
 
     @property
+    def has_covariance(self) -> bool:
+        """Whether there are at least 2 features, or the statistics of a file, which has a covariance."""
+        return self.count is None or self.count > 1
+
+    @property
     def covariance(self) -> Tensor:
         """(D, D) float64, unbiased (divided by count - 1). ValueError: fewer than 2 features."""
         if self.count is None:
             return self._scatter
-        if self.count < 2:
+        if not self.has_covariance:
             raise ValueError(f"{self.count} features: the covariance needs at least 2, so measure more images")
         return self._scatter / (self.count - 1)
 
@@ -166,8 +171,8 @@ class Reference(NamedTuple):
         array = read_arrays(Path(path), ("features",), WANTED).get("features")
         if array is None:
             return cls(statistics, None)
-        if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] != len(statistics.mean):
-            wanted = f"(n, {len(statistics.mean)}), of the width of mu"
+        if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] != len(statistics.mean) or len(array) < 2:
+            wanted = f"(n, {len(statistics.mean)}), of the width of mu, n at least 2"
             raise ValueError(f"{path} holds features of shape {array.shape}, {array.dtype}: wanted floats {wanted}")
         features = torch.from_numpy(array).float()
         if not features.isfinite().all():

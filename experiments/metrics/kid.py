@@ -34,7 +34,7 @@ class FeatureSubset:
     @property
     def features(self) -> Tensor:
         """The kept features (n, D), n <= MAX_FEATURES."""
-        return torch.cat(self.parts)
+        return torch.cat(self.parts) if self.parts else torch.zeros(0, 0)
 
 
 class KernelDistance(NamedTuple):

@@ -45,11 +45,12 @@ def measure_reconstructions(
 
 
 def summarize_reconstructions(
-    batches: Batches, reference: Statistics, codebook_size: int, pixels: int
+    batches: Batches, reference: Statistics | None, codebook_size: int, pixels: int
 ) -> tuple[dict[str, Any], Tensor]:
     """Summarises batches of `measure_reconstructions`: the numbers of a report (None if not measured) and the counts of
     the codes (K,).
 
+    `reference` is None if there are too few images for one.
     `pixels` is the height times the width of an image. Images reconstructed exactly have infinite PSNR: they are
     counted as `exact_images`, and the mean PSNR is over the others.
     """
@@ -67,7 +68,7 @@ def summarize_reconstructions(
     means = {name: values[name].mean().item() if len(values.get(name, ())) else None for name in parts}
     effective_codes = perplexity(counts).item()
     return {
-        "rfd": frechet_distance(statistics, reference),
+        "rfd": frechet_distance(statistics, reference) if reference and statistics.has_covariance else None,
         **means,
         "exact_images": int(exact.sum()),
         "codebook_usage": usage(counts).item(),

@@ -83,7 +83,8 @@ def images_per_rank(training: TrainingConfig, count: int, world: DistContext) ->
     few enough that every rank has some, since a sharded network needs all ranks. ValueError: too few images."""
     least = max(MIN_IMAGES, world.size)
     if count < least:
-        raise ValueError(f"got {count} images for a distance, wanted at least {least}: pass a larger --FD_samples N")
+        remedy = "pass a larger --FD_samples N, or --steps_per_FD 0 if no more are held out"
+        raise ValueError(f"got {count} images for a distance, wanted at least {least}: {remedy}")
     return max(1, min(training.batch_size // training.accumulate, count) // world.size)
 
 

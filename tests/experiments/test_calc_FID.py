@@ -5,19 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.harness.images import read_samples
-from experiments.metrics import distances
+from experiments.metrics import distances, kid
 from experiments.metrics import features as all_features
 from experiments.metrics.features import digits
 from experiments.metrics.frechet import Reference, Statistics, frechet_distance
 from experiments.metrics.kid import kernel_distance
-from helpers.tiny_runs import call
+from helpers.tiny_runs import call, keep_few_images
 from train.config import DataConfig
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
 from train.datasets import ArrayDataset
 from train.distributed import DistContext
+from train.logging import grid_image
 from train.trained_sampler import TrainedSampler
 
 FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_subset_size 50 --no_amp"
@@ -184,6 +186,53 @@ def test_a_file_changed_before_resuming_is_measured_from_scratch(calc, tmp_path,
         calc("fid_replaced", flags)
     np.savez(path, arr_0=rng.integers(0, 100, (30, 16, 16, 3), dtype=np.uint8))
     assert calc("fid_replaced", flags)["value"] == calc("fid_fresh", flags)["value"]
+
+
+def test_a_list_sorted_by_class_is_measured_as_a_shuffled_one(calc, trained, tmp_path, monkeypatch):
+    """Every figure of a part of the images takes a random part, not the first class."""
+    monkeypatch.setattr(kid, "MAX_FEATURES", 300)
+    model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
+    source = ImageSource(model.dataset("train"), model.data)
+    images = torch.cat([batch["image"] for batch in images_in_order(source, 500)])
+    images = images[torch.from_numpy(source.dataset.labels).argsort(stable=True)]
+    real, reference = features_of(images), tmp_path / "reference.npz"
+    Reference(Statistics().update(real), real).save(reference)
+    np.savez(tmp_path / "sorted.npz", arr_0=images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    results = calc("fid_sorted", f"--features digits --samples {tmp_path / 'sorted.npz'} --ref_stats {reference}")
+
+    def distance(indices):
+        return frechet_distance(Statistics().update(real[indices]), Statistics().update(real))
+
+    assert (results["n_samples"], results["n_compared"]) == (1438, 359)
+    assert results["value_at_n_compared"] == pytest.approx(distance(fixed_subset(1438, 359)), rel=1e-3)
+    assert results["value_at_n_compared"] < distance(range(359)) / 10
+    kernel = kernel_distance(real[sorted(fixed_subset(1438, 300))], real, 100, 300)
+    assert results["kernel"]["generated"]["mean"] == pytest.approx(kernel.mean, abs=1e-4)
+    assert abs(kernel.mean) < kernel_distance(real[:300], real, 100, 300).mean / 10
+    grid = grid_image(images[sorted(fixed_subset(1438, 64))].expand(-1, 3, -1, -1))
+    assert np.array_equal(np.asarray(Image.open(trained / "fid_sorted" / "samples.png")), np.asarray(grid))
+
+
+def test_one_held_out_image_is_no_yardstick(calc, sampled_indices, monkeypatch, capsys):
+    keep_few_images(monkeypatch, train=23, val=1)
+    results = calc("fid_few", "--n_samples 30 --features pixels --kid_subsets 2")
+    assert results["value"] > 0 and results["n_compared"] == 1
+    assert results["real_vs_real"] is results["reconstructions"] is results["value_at_n_compared"] is None
+    assert results["kernel"].keys() == {"metric", "generated"}
+    out = capsys.readouterr().out
+    assert "a covariance needs at least 2 of them, got 1" in out and "held-out real images" not in out
+    sampled_indices.clear()
+    with pytest.raises(SystemExit):  # a reference of one image has no distance to anything
+        calc("fid_none", "--n_samples 30 --features pixels --split val")
+    assert not sampled_indices and "the covariance needs at least 2" in capsys.readouterr().err
+
+
+def test_a_reference_of_other_features_is_refused_first(calc, sampled_indices, tmp_path, capsys):
+    Statistics().update(torch.randn(9, 3)).save(tmp_path / "other.npz")
+    with pytest.raises(SystemExit) as stop:
+        calc("fid_other", f"{FLAGS} --ref_stats {tmp_path / 'other.npz'}")
+    assert stop.value.code == 2 and "both sets need the same features" in capsys.readouterr().err
+    assert not sampled_indices
 
 
 def test_another_experiment_in_the_same_folder_is_refused(calc, uninterrupted, capsys):

@@ -12,7 +12,7 @@ from experiments.harness.images import read_samples
 from experiments.metrics.distances import concatenate
 from experiments.metrics.features import pixels
 from experiments.metrics.prdc import PRDC, prdc
-from helpers.tiny_runs import call, run
+from helpers.tiny_runs import call, keep_few_images, run
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.trained_sampler import TrainedSampler
 
@@ -45,7 +45,8 @@ def test_the_numbers_are_those_of_the_images(trained_ddpm, noise, capsys):
         return extract(batch["image"].expand(-1, 3, -1, -1))
 
     real, held_out, fake = real("train", 400), real("val", 359), extract(read_samples(noise)["image"])
-    for kind, features in {"generated": fake, "generated_at_n_held_out": fake[:359], "held_out": held_out}.items():
+    as_many = fake[fixed_subset(400, 359)]  # not the first ones, which are darker
+    for kind, features in {"generated": fake, "generated_at_n_held_out": as_many, "held_out": held_out}.items():
         assert results[kind] == pytest.approx(prdc(real, features, 4)._asdict())
     assert (results["n_real"], results["n_generated"], results["n_held_out"], results["k"]) == (400, 400, 359, 4)
     assert results["held_out"]["coverage"] > 0.8 > results["generated"]["coverage"]
@@ -64,6 +65,30 @@ def test_no_more_images_than_the_split_has(trained_ddpm, noise, capsys):
     assert results["n_real"] == results["n_generated"] == results["n_held_out"] == 359
     assert "using 359 images of each kind: the val split has no more" in capsys.readouterr().out
     assert results["generated"] == results["generated_at_n_held_out"]
+
+
+def test_a_list_sorted_by_class_is_measured_as_a_shuffled_one(trained_ddpm, tmp_path):
+    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm)))
+    source = ImageSource(model.dataset("train"), model.data)
+    order = source.dataset.labels.argsort(kind="stable")
+    (batch,) = images_in_order(source, len(source), order.tolist())
+    np.savez(tmp_path / "sorted.npz", arr_0=batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {tmp_path / 'sorted.npz'} --features pixels"
+    call(SCRIPT, f"{flags} --split val --log_dir sorted")
+    results = read_results(trained_ddpm, "sorted")
+    assert results["n_generated"] == 359  # of 1438; the first 359 are the digits 0, 1 and some 2: recall 0.3
+    assert results["generated"]["recall"] > 0.9 and results["generated"]["coverage"] > 0.9
+
+
+def test_few_held_out_images_are_left_out(trained_ddpm, noise, capsys, monkeypatch):
+    """With k = 5 and a twentieth held out, that is below 110 images."""
+    keep_few_images(monkeypatch, train=60, val=3)
+    call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --samples {noise} --features pixels --log_dir few")
+    results = read_results(trained_ddpm, "few")
+    assert results["held_out"] is None and results["generated_at_n_held_out"] is None and results["n_held_out"] == 3
+    assert results["n_generated"] == results["n_real"] == 60 and results["generated"].keys() == {*PRDC._fields}
+    out = capsys.readouterr().out
+    assert "No row of held-out images: --nearest_k 5 needs more than 3 of them" in out and "held-out real" not in out
 
 
 def test_changed_samples_are_measured_again(trained_ddpm, noise, tmp_path):

@@ -1,12 +1,16 @@
 """Tiny runs of the scripts, which take seconds."""
 
+import dataclasses
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from train.cli import parse as cli
+from train.trained_sampler import TrainedSampler
 
 ROOT = Path(__file__).resolve().parents[2]
 VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
@@ -41,3 +45,14 @@ def parse_config(script, flags, monkeypatch):
     monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
     call(script, flags)
     return {key: value for group in cli.to_dict(configs[0]).values() for key, value in group.items()}
+
+
+def keep_few_images(patch: pytest.MonkeyPatch, **counts: int) -> None:
+    """Reduces the splits of trained samplers' data sets, which are arrays, to their first images."""
+    build = TrainedSampler.dataset
+
+    def first_images(model, split):
+        dataset, n = build(model, split), counts[split]
+        return dataclasses.replace(dataset, images=dataset.images[:n], labels=dataset.labels[:n])
+
+    patch.setattr(TrainedSampler, "dataset", first_images)

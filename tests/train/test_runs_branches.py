@@ -178,7 +178,7 @@ def test_two_processes_cannot_train_in_one_folder(run_copy):
     with run_lock(run_copy):
         second = run("train_sampler.py", f"--logs_root {run_copy.parent} --log_dir run --train_steps 9 {RUN}")
     assert second.returncode == 2
-    assert "another process is training" in second.stderr and "--log_dir" in second.stderr
+    assert "another process is writing to" in second.stderr and "--log_dir" in second.stderr
     assert "Traceback" not in second.stderr and saved_steps(run_copy) == [2, 4, 6, 8]
     with run_lock(run_copy):  # the lock is free again
         pass

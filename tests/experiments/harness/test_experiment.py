@@ -208,7 +208,8 @@ def test_every_rank_opens_the_condition_source(tmp_path):
     )
     for is_main in (False, True):  # `any` gives the answer of the main rank: the folder does not exist
         world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
-        open_results_folder("samples", config, model, world, ExperimentSetup(()))
+        with open_results_folder("samples", config, model, world, ExperimentSetup(())):
+            pass
     assert len(calls) == 2 and dry_runs == ["source"]
 
 
