@@ -62,7 +62,7 @@ class EDM(ContinuousProcess):
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
         """Squared error of x_0 with EDM's weight, for a network's output (B, C, H, W) at corrupt(x0, t, noise)."""
-        error = (self.to_prediction(output, self.corrupt(x0, t, noise), t).x0 - x0).square()
-        error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)
+        squares = (self.to_prediction(output, self.corrupt(x0, t, noise), t).x0 - x0).square()
+        error = apply_loss_weight(squares, loss_weight).flatten(1).mean(1)
         weight = (self.marginal_std(t) / (self.sigma(t) * self.sigma_data)) ** 2
-        return Loss(error * append_dims(weight, error), {"mse": error.detach()})
+        return Loss(error * append_dims(weight, error), {"mse": squares.detach().flatten(1).mean(1)})

@@ -50,6 +50,6 @@ class RectifiedFlow(ContinuousProcess):
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
         """Mean squared error of the velocity, for a network's output (B, C, H, W) at corrupt(x0, t, noise)."""
-        error = (noise - x0 - upcast(output)).square()
-        error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)
-        return Loss(error, {"mse": error.detach()})
+        squares = (noise - x0 - upcast(output)).square()
+        error = apply_loss_weight(squares, loss_weight).flatten(1).mean(1)
+        return Loss(error, {"mse": squares.detach().flatten(1).mean(1)})

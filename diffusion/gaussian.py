@@ -169,7 +169,7 @@ class GaussianDiffusion(ContinuousProcess):
     ) -> Loss:
         """Returns the loss of a network's output (B, C or 2 C, H, W) at corrupt(x0, t, noise), a mean over dimensions.
 
-        `loss_weight`, (B,), (B, H, W) or broadcastable with four axes, multiplies the loss, but not the metric vlb.
+        `loss_weight`, (B,), (B, H, W) or broadcastable with four axes, multiplies the loss, but not the metrics.
         simple: |target - output|^2.
         min_snr: simple with the weight of Hang et al. 2023, which is min(SNR, gamma) on the error of x_0; with zero
         terminal SNR at least 1 (Salimans & Ho 2022), or nothing would be learned at t = 1, where sampling starts.
@@ -178,9 +178,9 @@ class GaussianDiffusion(ContinuousProcess):
         """
         self.check_loss(kind)
         pred, log_var = upcast(output)[:, : x0.shape[1]], upcast(output)[:, x0.shape[1] :]
-        error = (self.target(x0, noise, t) - pred).square()
-        error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)  # (B,)
-        metrics = {"mse": error.detach()}
+        squares = (self.target(x0, noise, t) - pred).square()
+        error = apply_loss_weight(squares, loss_weight).flatten(1).mean(1)  # (B,)
+        metrics = {"mse": squares.detach().flatten(1).mean(1)}
         if kind == "simple":
             return Loss(error, metrics)
         if kind == "min_snr":

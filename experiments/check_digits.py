@@ -150,8 +150,13 @@ def compute_figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict
 
 
 def conditional_accuracy(logits: Tensor, labels: Tensor | None) -> float | None:
-    """Returns the fraction of images whose most likely class by logits (N, K) is the requested one, labels (N,)."""
-    return None if labels is None else (logits.argmax(1) == labels).double().mean().item()
+    """Returns the fraction of images whose most likely class by logits (N, K) is the requested one, labels (N,).
+
+    Images of the null class, K, are left out; None without requested classes.
+    """
+    if labels is None or (labels == logits.shape[1]).all():
+        return None
+    return (logits.argmax(1) == labels)[labels < logits.shape[1]].double().mean().item()
 
 
 @torch.no_grad()

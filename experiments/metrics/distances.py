@@ -67,7 +67,7 @@ def sampled_images(
 def sampled_features(
     images_of: ImagesAt,
     indices: Sequence[int],
-    shown: Sequence[int],
+    with_images: Sequence[int],
     features: Features,
     batches: ResumableBatches,
     files: dict[str, str],
@@ -75,17 +75,17 @@ def sampled_features(
     """Yields resumable batches of "features" (B, D) and "index" (B,) of the images with these indices, on the main rank
     only.
 
-    All ranks must iterate. Of the images whose indices are in `shown`, batches also have what `images_of` returns.
+    All ranks must iterate. Batches also have what `images_of` returns, for images whose indices are in `with_images`.
     `files` identifies inputs that the run's config does not.
     """
 
     def make(own: list[int]) -> dict[str, Tensor]:
         images, index = images_of(own), torch.tensor(own)
         batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1)), "index": index}
-        here = torch.isin(index, torch.tensor(shown))
+        here = torch.isin(index, torch.tensor(with_images))
         return batch | ({name: each[here] for name, each in images.items()} if here.any() else {})
 
-    name = batches_name(features.name, list(indices), list(shown), files, *features_version(features, None))
+    name = batches_name(features.name, list(indices), list(with_images), files, *features_version(features, None))
     return progress(batches.resume(name, indices, make), len(indices), "sampling", batches.world.is_main)
 
 

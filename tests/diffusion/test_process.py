@@ -150,8 +150,9 @@ def test_a_perfect_output_has_no_loss_and_returns_x0_and_eps(process):
     )
     loss = process.loss(output + 0.1, x0, noise, t)  # a constant error costs the same at every time
     assert torch.allclose(loss.per_example, torch.full((4,), 0.01, dtype=torch.float64))
-    weighted = process.loss(output + 0.1, x0, noise, t, loss_weight=torch.tensor([1.0, 0, 2]).view(1, 1, 1, 3))
-    assert torch.allclose(weighted.per_example, loss.per_example)
+    weighted = process.loss(output + 0.1, x0, noise, t, loss_weight=torch.tensor([1.0, 0, 2]).view(1, 1, 1, 3) / 2)
+    assert torch.allclose(weighted.per_example, loss.per_example / 2)
+    assert torch.equal(weighted.metrics["mse"], loss.metrics["mse"])  # comparable between runs with other weights
 
 
 def test_edm_network_input_and_target_have_unit_variance():

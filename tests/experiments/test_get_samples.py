@@ -134,7 +134,8 @@ def test_other_conditions_do_not_depend_on_the_class(trained_ddpm, draw_calls, m
 def test_conditional_accuracy_uses_the_requested_classes():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
     assert conditional_accuracy(logits, torch.tensor([0, 2, 0, 1])) == 0.5
-    assert conditional_accuracy(logits, None) is None
+    assert conditional_accuracy(logits, torch.tensor([0, 1, 3, 3])) == 0.5  # 3 is the null class
+    assert conditional_accuracy(logits, torch.full((4,), 3)) is None is conditional_accuracy(logits, None)
     assert GOALS["samples whose class the classifier gives as asked"][1:] == (">=", 0.97)
 
 

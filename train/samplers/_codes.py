@@ -262,12 +262,16 @@ class DiscreteSampler(CodeSampler):
         x: Tensor,
         control: Control | None = None,
     ) -> Denoiser:
-        """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once."""
+        """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once.
+
+        Guidance depends on the solver's t; the network and the control branch get that of training.
+        """
         conditions = self.guidance_chain(network, batch, options, x)
         ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
         condition_rows = torch.arange(2 * len(x), device=x.device)
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
+            t = self.training_time(t, options)
             first, inverse = unique_rows(x, None if ids is None else ids[rows], t if uses_time else None)
             if len(first) == len(x):
                 return self.predict(network, x, t, conditions[rows], control)
@@ -275,6 +279,10 @@ class DiscreteSampler(CodeSampler):
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
         return guided(denoise, condition_rows.chunk(2), [options.guidance], **kwargs)
+
+    def training_time(self, t: Tensor, options: DiscreteSampling) -> Tensor:
+        """Returns the time (B,) in training at which codes are as corrupted as at t (B,) in sampling."""
+        return t
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
         """Returns an upper bound on -log2 p of {"codes": (B, h, w)}, in bits per code.

@@ -11,6 +11,7 @@ from diffusion.solvers import Solver, solver_options_for
 from diffusion.timesteps import low_discrepancy_times
 from models.ranges import MILLION
 from train.data.loading import TrainingStreams
+from train.samplers import select_solver
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._conditions import make_encoders
 from train.samplers._transformer import TransformerConfig, make_network
@@ -83,6 +84,12 @@ class AbsorbingSampler(DiscreteSampler):
         """Returns the process with the schedule m(t) for sampling: --reveal, else the solver's, else its own."""
         default = self.process.schedule if solver.schedule is None else solver.schedule
         return replace(self.process, schedule=default if options.reveal == "auto" else options.reveal)
+
+    def training_time(self, t: Tensor, options: Sampling) -> Tensor:
+        process = self.sampling_process(select_solver(self.process, options)[0], options)
+        if process.schedule == self.process.schedule:
+            return t
+        return self.process.t_from_mask_prob(process.mask_prob(t).clamp(max=1))
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AbsorbingSampler:

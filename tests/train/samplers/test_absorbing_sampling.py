@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_guidance_evaluates_both_conditions_in_one_call():
     )
     (ids, labels), *others = recorder.calls
     assert not others and labels.tolist() == [1, 4, CLASSES] and (ids == CODES).all()  # the empty canvas has one null
+
+
+def test_a_control_branch_is_given_the_time_of_training():
+    """With another schedule in sampling, the same t masks another fraction of the codes than it did in training."""
+    times = []
+
+    def control(x, t, condition, drop):
+        times.extend(t.tolist())
+
+    sampler = make_sampler(schedule="square")
+    sampling = options("halton", reveal="cosine", sample_steps=4)
+    sampler.sample(sampler.network.eval(), Streams([0]), options=sampling, control=control)
+    masked = sampler.process.mask_prob(torch.tensor(times)).tolist()
+    assert masked == pytest.approx([math.sin(math.pi / 2 * step / 4) for step in (4, 3, 2, 1)])
 
 
 def test_without_a_batch_the_null_is_used_and_guidance_refused():
