@@ -10,7 +10,7 @@ from PIL import Image
 from experiments.harness.experiment import FirstStageModelConfig, load_chosen_vqgan
 from experiments.metrics.image_pairs import l1, psnr, ssim
 from helpers.process_pool import ProcessPool
-from helpers.tiny_runs import call
+from helpers.tiny_runs import call, keep_few_images
 from train.data.loading import ImageSource, build_dataset, images_in_order
 
 SCRIPT = "experiments/calc_VQGAN_FID.py"
@@ -91,6 +91,14 @@ def test_a_subset_of_images_is_fixed_and_keeps_the_reference(val_results, logs):
     for name in ("rfd", "psnr", "ssim", "l1", "perplexity", "codebook_usage"):
         assert subset[name] == pytest.approx(rebatched[name], rel=1e-5, abs=1e-4)  # pixels may round differently
     assert subset["l1"] != val_results["l1"]
+
+
+def test_one_image_has_no_distance_but_all_other_figures(val_results, logs, monkeypatch, capsys):
+    keep_few_images(monkeypatch, val=1)
+    call(SCRIPT, f"--logs_root {logs} --no_amp --log_dir one")
+    results, out = read_results(logs, "one"), capsys.readouterr().out
+    assert results["rfd"] is results["n_reference"] is None and results["n_images"] == 1 and results["psnr"] > 0
+    assert "rFD(digits)     -" in out and "a covariance needs at least 2 images, got 1" in out
 
 
 def test_the_training_split_can_be_measured(val_results, logs):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from train import trained_sampler
 from train.cli import parse as cli
-from train.trained_sampler import TrainedSampler
+from train.data import loading
 
 ROOT = Path(__file__).resolve().parents[2]
 VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
@@ -48,11 +49,12 @@ def parse_config(script, flags, monkeypatch):
 
 
 def keep_few_images(patch: pytest.MonkeyPatch, **counts: int) -> None:
-    """Reduces the splits of trained samplers' data sets, which are arrays, to their first images."""
-    build = TrainedSampler.dataset
+    """Reduces the splits of data sets that are arrays to their first images."""
+    build = loading.build_dataset
 
-    def first_images(model, split):
-        dataset, n = build(model, split), counts[split]
+    def first_images(data, reader, split):
+        dataset, n = build(data, reader, split), counts[split]
         return dataclasses.replace(dataset, images=dataset.images[:n], labels=dataset.labels[:n])
 
-    patch.setattr(TrainedSampler, "dataset", first_images)
+    for module in (loading, trained_sampler):
+        patch.setattr(module, "build_dataset", first_images)

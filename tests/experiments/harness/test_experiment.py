@@ -31,6 +31,7 @@ from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import FirstStage
+from train.runs import run_lock
 from train.trained_sampler import TrainedSampler
 
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\n    run_experiment(" in p.read_text())
@@ -161,6 +162,22 @@ def test_an_interrupted_experiment_resumes(toy, capsys):
     toy.fails_at, toy.requested = None, []
     assert toy()["numbers"] == [7, 8, 9, 10, 11] and toy.requested == [[4]]
     assert not (folder / BATCHES_FOLDER).exists()
+
+
+def test_two_experiments_cannot_write_to_one_folder(toy, capsys):
+    folder = toy.logs / "toy_absorbing_digits_3"
+    with run_lock(folder), pytest.raises(SystemExit) as stop:
+        toy()
+    assert stop.value.code == 2 and "another process is writing to" in capsys.readouterr().err
+    assert not folder.exists() and not toy.requested
+    assert toy()["numbers"] == [7, 8, 9, 10, 11]  # the lock is free again
+
+
+def test_whoever_opens_a_run_locks_it():
+    texts = {path: path.read_text() for pattern in ("*.py", "experiments/**/*.py") for path in ROOT.glob(pattern)}
+    opens = [path for path, text in texts.items() if "open_run(" in text or "open_or_resume(" in text]
+    assert len(opens) > 5
+    assert [path for path in opens if "run_lock(" not in texts[path] and "run_context(" not in texts[path]] == []
 
 
 def test_a_changed_input_file_is_measured_again(toy, tmp_path):
