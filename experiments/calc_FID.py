@@ -162,8 +162,8 @@ def kernel_distances(
     if reference.features is None:
         return None
     kernel: dict[str, Any] = {"metric": features.module.METRIC.replace("F", "K", 1)}  # FID, FD(pixels): KID, KD(pixels)
-    for kind, own in ((kind, subset.features) for kind, subset in subsets.items()):
-        if len(own) > 1:
+    for kind, subset in subsets.items():
+        if len(own := subset.features) > 1:
             value = kernel_distance(own, reference.features, distance.kid_subsets, distance.kid_subset_size)
             kernel[kind] = value._asdict()
     return kernel
@@ -178,11 +178,11 @@ def report(results: dict[str, Any], folder: Path) -> str:
 
     rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
     rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
-    if results["n_compared"] != results["n_samples"] and results["value_at_n_compared"] is not None:
-        rows.append(row("generated, as many as held-out images", same, "value_at_n_compared"))
-    if results["reconstructions"] is not None:
-        rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
     if results["real_vs_real"] is not None:
+        if results["n_compared"] != results["n_samples"]:
+            rows.append(row("generated, as many as held-out images", same, "value_at_n_compared"))
+        if results["reconstructions"] is not None:
+            rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
         rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
     to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
     lines = [f"\n{results['metric']} {to}; lower is better\n{table(rows)}"]

@@ -75,13 +75,12 @@ def measure(
     )
     subset = fixed_subset(len(held_out), same)
     others = concatenate(real_features(held_out, subset, features, size, world, "held-out images"), same)
-    indices = sorted(fixed_subset(available, count))
-    shown = fixed_subset(available, count)[:GRID_IMAGES]
-    samples = sampled_features(images_of, indices, shown, features, batches, batches.files)
+    chosen = fixed_subset(available, count)
+    samples = sampled_features(images_of, sorted(chosen), chosen[:GRID_IMAGES], features, batches, batches.files)
     generated = concatenate(with_grid(samples, batches.folder / "samples.png"), count)
     if not world.is_main:
         return None
-    sets = {"generated": generated["features"], "real": real["features"], "held_out": others["features"]}
+    sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
     return {
         **measure_against_real(sets, settings.nearest_k, model.device),
         "k": settings.nearest_k,
@@ -132,9 +131,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     rows = [("images", "count", *names), row("generated", results["n_generated"], "generated")]
     floor = "Held-out real images show what a perfect model reaches; compare equal numbers of images."
     if results["held_out"] is None:
-        floor = (
-            f"No row of held-out images: --nearest_k {results['k']} needs more than {results['n_held_out']} of them."
-        )
+        floor = f"No row of held-out images: --nearest_k {results['k']} needs more than {results['n_held_out']}."
     else:
         if results["n_held_out"] != results["n_generated"]:
             rows.append(row("generated, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))

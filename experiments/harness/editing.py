@@ -81,7 +81,8 @@ def load_input_images(
         names = tuple(Path(name).name for name in files)
     else:
         source = ImageSource(trained.dataset("val"), trained.data)
-        batches = list(images_in_order(source, 100, sorted(fixed_subset(len(source), count))))
+        subset = fixed_subset(len(source), count)  # not sorted: interpolation pairs neighbours
+        batches = list(images_in_order(source, 100, subset))
         images = torch.cat([batch["image"] for batch in batches])
         indices = [i for batch in batches for i in batch["index"].tolist()]
         names = tuple(f"val_{i:06d}" for i in indices)

@@ -82,8 +82,8 @@ def sampled_features(
     def make(own: list[int]) -> dict[str, Tensor]:
         images, index = images_of(own), torch.tensor(own)
         batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1)), "index": index}
-        here = torch.isin(index, torch.tensor(with_images))
-        return batch | ({name: each[here] for name, each in images.items()} if here.any() else {})
+        rows = torch.isin(index, torch.tensor(with_images))
+        return batch | ({name: each[rows] for name, each in images.items()} if rows.any() else {})
 
     name = batches_name(features.name, list(indices), list(with_images), files, *features_version(features, None))
     return progress(batches.resume(name, indices, make), len(indices), "sampling", batches.world.is_main)

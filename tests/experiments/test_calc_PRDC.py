@@ -88,7 +88,7 @@ def test_few_held_out_images_are_left_out(trained_ddpm, noise, capsys, monkeypat
     assert results["held_out"] is None and results["generated_at_n_held_out"] is None and results["n_held_out"] == 3
     assert results["n_generated"] == results["n_real"] == 60 and results["generated"].keys() == {*PRDC._fields}
     out = capsys.readouterr().out
-    assert "No row of held-out images: --nearest_k 5 needs more than 3 of them" in out and "held-out real" not in out
+    assert "No row of held-out images: --nearest_k 5 needs more than 3." in out and "held-out real" not in out
 
 
 def test_changed_samples_are_measured_again(trained_ddpm, noise, tmp_path):

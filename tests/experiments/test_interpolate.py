@@ -8,6 +8,7 @@ import torch
 from experiments.harness.editing import encode_images, load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import call
+from train.data.loading import fixed_subset
 from train.trained_sampler import TrainedSampler
 
 
@@ -31,7 +32,9 @@ def test_the_path_leads_from_the_first_to_the_second_image(sampler, request, mon
     assert indices == [0] * 5 + [1] * 5  # one noise for all points of a pair
     assert all(not batch[1] and batch[2].guidance == 1 and batch[3].strength == 0.6 for batch in batches)
     model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs), amp=False, device="cpu"))
-    ends = encode_images(load_input_images((), 4, model).image, model)
+    inputs = load_input_images((), 4, model)
+    assert inputs.names == tuple(f"val_{i:06d}" for i in fixed_subset(359, 4))  # sorted, pairs would be of one class
+    ends = encode_images(inputs.image, model)
     for pair in (0, 1):
         path = x0[5 * pair : 5 * pair + 5]
         assert torch.allclose(path[[0, 4]].double(), ends[2 * pair : 2 * pair + 2].double())
