@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.checkpoint import save_checkpoint, saved_steps
+from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, one_line_errors, run_script
 from train.cli.values import peek_flag
 from train.config import SecondStageConfig, VQGANRunConfig
@@ -22,7 +23,7 @@ from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import load_first_stage
 from train.registry import load_plugin
-from train.runs import open_run, run_folder, run_lock
+from train.runs import open_run, run_lock
 from train.sampler import build_state as build_sampler_state
 from train.spaces import CodeSpace, PixelSpace
 from train.vqgan import build_state as build_vqgan_state

@@ -6,12 +6,13 @@ from functools import partial
 import torch
 
 from experiments.metrics.training_distance import sample_distance
+from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.registry import import_callable
-from train.runs import open_or_resume, resumed_provenance, run_context, run_folder
+from train.runs import open_or_resume, resumed_provenance, run_context
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
 from train.trained_sampler import TrainedSampler, class_frequencies

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from experiments.metrics.training_distance import reconstruction_distance
+from train.cli.files import run_folder
 from train.cli.parse import run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
-from train.runs import open_or_resume, perceptual_provenance, run_context, run_folder
+from train.runs import open_or_resume, perceptual_provenance, run_context
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
 from vq.perceptual import load_perceptual

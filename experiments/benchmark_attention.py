@@ -24,11 +24,12 @@ from experiments.harness.report import table
 from experiments.metrics.cost import device_name, median_seconds, peak_extra_bytes
 from models.neighborhood import Group, make_window, natten_is_compiled, neighborhood_attention_2d, resolve_backend
 from models.ranges import MILLION, NOT_NEGATIVE, SIZE, check_ranges
+from train.cli.files import run_folder
 from train.cli.parse import run_script
 from train.config import LoggingConfig
 from train.distributed import pick_device
 from train.files import atomic_write
-from train.runs import open_run, run_folder, run_lock
+from train.runs import open_run, run_lock
 
 COLORS = {"dense": "#d55e00", "tiled": "#0072b2", "natten": "#009e73", "flex": "#cc79a7"}  # colour-blind safe
 HEADING = (

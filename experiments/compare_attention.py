@@ -30,6 +30,7 @@ from experiments.metrics.distances import (
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.ranges import MILLION, check_ranges
+from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, run_script
 from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import TrainingCodes, build_dataset, training_batches
@@ -37,7 +38,7 @@ from train.datasets import Dataset, DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from train.loop import TrainState, fit
-from train.runs import open_run, run_folder, run_lock
+from train.runs import open_run, run_lock
 from train.sampler import SamplerStep, build_state, validation_losses
 from train.samplers import LearnedSampler
 from train.spaces import CodeSpace
@@ -189,7 +190,9 @@ def prepare(config: Config) -> Bench:
     comparison, data, output = config.comparison, config.data, config.output
     world = single_process_world(config.training.device)
     run = run_folder(output.logs_root, config.first.ae_load_dir or f"vqgan_{data.dataset}")
-    first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
+    first = load_first_stage(
+        run, config.first.ae_load_step, world.device, config.training.amp, logs_root=output.logs_root
+    )
     first.check_fits(data)
     images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
     features = all_features.choose_features(comparison.features, data, world.device)

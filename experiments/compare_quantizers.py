@@ -26,6 +26,7 @@ from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics
 from experiments.metrics.reconstruction import LPIPS, SHOWN_IMAGES, measure_reconstructions, summarize_reconstructions
 from models.ranges import MILLION, check_ranges
+from train.cli.files import run_folder
 from train.cli.parse import run_script
 from train.cli.plugins import flags_of, plugin_options
 from train.config import DataConfig, TrainingConfig
@@ -37,7 +38,7 @@ from train.first_stage import FirstStage
 from train.loop import TrainState, fit
 from train.optim import BadStepRecorder
 from train.registry import load_plugin, plugin_names
-from train.runs import open_run, perceptual_provenance, run_folder, run_lock
+from train.runs import open_run, perceptual_provenance, run_lock
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import load_perceptual

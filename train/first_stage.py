@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, load_weights, resolve_step, verify_checkpoint
 from train.cli.parse import from_dict
-from train.config import DataConfig
+from train.config import DataConfig, LoggingConfig
 from train.data import image_cache
 from train.data.code_cache import CHUNK_SIZE, CodeFile, CodeTable, code_cache_key, load_or_encode
 from train.data.loading import ImageSource
@@ -43,6 +43,7 @@ class FirstStage:
     weights: str  # SHA-256 of the weights file
     device: torch.device
     amp: bool
+    code_cache: Path | None = None  # where codes are kept if the run is read-only
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -111,9 +112,9 @@ class FirstStage:
             chunk=CHUNK_SIZE,
         )
         codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(views), *self.vqgan.grid)
-        folder, name = self.run / "codes", f"{data.dataset}_{split}"
+        folder, name, options = self.run / "codes", f"{data.dataset}_{split}", {"fallback": self.code_cache}
         return load_or_encode(
-            CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(views)),
+            CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(views), **options),
             lambda: ImageSource(dataset, data, margin=margin),
             lambda images: torch.stack([self.encode(view(images)) for view in views], 1),
             batch_size,
@@ -122,9 +123,18 @@ class FirstStage:
 
 
 def load_first_stage(
-    run: Path, step: int | None, device: torch.device, amp: bool, *, ema: bool | None = None
+    run: Path,
+    step: int | None,
+    device: torch.device,
+    amp: bool,
+    *,
+    ema: bool | None = None,
+    logs_root: str = LoggingConfig.logs_root,
 ) -> FirstStage:
-    """Loads the VQGAN of a run: with its EMA weights if it has them, or as `ema` asks."""
+    """Loads the VQGAN of a run: with its EMA weights if it has them, or as `ema` asks.
+
+    If the run is on a read-only disk, codes are kept in <logs_root>/.cache/codes.
+    """
     content = read_run(run)
     groups = StoredVQGANConfig.__dataclass_fields__
     missing = [name for name in groups if name not in content]
@@ -136,4 +146,5 @@ def load_first_stage(
     ema = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)
     vqgan.to(device).eval().requires_grad_(False)
-    return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp)
+    code_cache = Path(logs_root).expanduser() / ".cache" / "codes"
+    return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp, code_cache)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion.types import Bound, OnStep
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, saved_steps
+from train.cli.files import run_folder
 from train.condition_source import ConditionSource
 from train.config import ROOT, LoggingConfig, SamplingConfig
 from train.data.transforms import to_float
@@ -35,7 +36,7 @@ from train.python_values import (
     with_settings,
 )
 from train.registry import did_you_mean
-from train.runs import read_run, run_folder
+from train.runs import read_run
 from train.samplers._conditions import ConditionsConfig
 from train.spaces import CodeSpace, LatentSpace
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
@@ -373,7 +374,7 @@ def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
         raise TypeError(f"got run {run!r}, wanted the path or the name of a run's folder")
     path = Path(run).expanduser()
     below = run_folder(str(logs_root or LoggingConfig.logs_root), str(run))
-    candidates = [below, path, ROOT / path] if logs_root is not None else [path, below, ROOT / path]
+    candidates = [below, path, ROOT / path]
     for folder in candidates:
         if (folder / "config.yaml").is_file():
             return folder.resolve()

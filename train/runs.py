@@ -27,7 +27,7 @@ from train.checkpoint import (
     saved_steps,
     verify_checkpoint,
 )
-from train.cli.files import read_run_config
+from train.cli.files import read_run_config, run_folder
 from train.cli.parse import complete_config, to_dict
 from train.config import CHANGEABLE, LoggingConfig, TrainingConfig
 from train.datasets import Dataset, content_fingerprint
@@ -38,11 +38,6 @@ from train.identity import Difference, Identity, find_differences, format_differ
 from train.loop import TrainState
 from train.lr_schedule import constant_steps
 from train.posthoc_ema import drop_snapshots_after
-
-
-def run_folder(logs_root: str, name: str) -> Path:
-    """Returns the absolute folder of a run: a name below logs_root, or a path."""
-    return Path(os.path.expanduser(logs_root), name).resolve()
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.rng import Streams
+from train.cli.files import run_folder
 from train.cli.parse import from_dict
 from train.config import DataConfig, SecondStageConfig
 from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages
@@ -17,7 +18,7 @@ from train.distributed import DistContext
 from train.first_stage import FirstStage, load_first_stage
 from train.loop import Batch
 from train.registry import load_plugin
-from train.runs import read_provenance, run_folder
+from train.runs import read_provenance
 
 SCALE_IMAGES = 1024  # from which the scale of latents is measured
 
@@ -279,7 +280,8 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     if name is None:
         return PixelSpace(config.data)
     run = run_folder(config.logging.logs_root, name)
-    first_stage = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
+    training, logs_root = config.training, config.logging.logs_root
+    first_stage = load_first_stage(run, config.first.ae_load_step, world.device, training.amp, logs_root=logs_root)
     first_stage.check_fits(config.data)
     if of_codes:
         return CodeSpace(first_stage)

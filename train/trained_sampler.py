@@ -24,6 +24,7 @@ from train.checkpoint import (
     saved_steps,
     verify_checkpoint,
 )
+from train.cli.files import run_folder
 from train.cli.parse import flatten_group, from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
@@ -37,7 +38,7 @@ from train.first_stage import load_first_stage
 from train.loop import Batch
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
 from train.registry import import_callable, load_plugin
-from train.runs import read_run, run_folder
+from train.runs import read_run
 from train.samplers import Control, LearnedSampler
 from train.spaces import EditInput, PixelSpace, Space, reopen_space
 from vq.weights import refuse_nan
@@ -240,8 +241,8 @@ def load_space(
 ) -> Space:
     """Returns the space that the sampler of a run works in: pixels, or codes or latents of a VQGAN.
 
-    The VQGAN is the one that the sampler was trained on, in the first of `logs_roots` that has it, unless it is named.
-    ValueError if its weights differ from those in training.
+    The VQGAN is the one that the sampler was trained on, in the first of `logs_roots` that has it or else at the path
+    that --ae_load_dir had in training, unless it is named. ValueError if its weights differ from those in training.
     """
     content = read_run(run)
     origin = content.get("origin", {})
@@ -249,11 +250,12 @@ def load_space(
         if ae_load_dir is not None or ae_load_step is not None:
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
         return reopen_space(content, None)
-    candidates = [run_folder(root, ae_load_dir or origin["ae_load_dir"]) for root in logs_roots]
+    names = [ae_load_dir] if ae_load_dir else [origin["ae_load_dir"], content.get("first", {}).get("ae_load_dir")]
+    candidates = [run_folder(root, name) for name in names if name for root in logs_roots]
     vqgan_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
     if ae_load_step is None and ae_load_dir is None:
         ae_load_step = origin["ae_load_step"]
-    first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp)
+    first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp, logs_root=logs_roots[-1])
     if origin["ae_weights"] != first_stage.weights:
         raise ValueError(
             f"{run} was trained on other VQGAN weights than those of {first_stage.run}: "

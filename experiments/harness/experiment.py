@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ import torch
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
 from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
-from train.cli.files import get_section, read_run_config
+from train.cli.files import get_section, read_run_config, run_folder
 from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag
 from train.condition_source import condition_provenance
@@ -27,7 +26,7 @@ from train.files import sha256, write_text
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
-from train.runs import is_new, open_run, read_provenance, read_run, run_folder, run_lock
+from train.runs import is_new, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
@@ -152,7 +151,7 @@ class FolderConfig:
 
 def model_run(logs_root: str, model: ModelConfig) -> Path:
     """Returns the folder of the sampler's run."""
-    return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"{model.sampler}_{model.dataset}")
+    return run_folder(logs_root, model.load_dir or f"{model.sampler}_{model.dataset}")
 
 
 def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
@@ -193,7 +192,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         world.device,
         ema=model.ema,
         amp=output.amp,
-        logs_roots=(output.logs_root,),
+        logs_roots=(str(run.parent), output.logs_root),
         allow=model.allow,
         ema_length=model.ema_length,
         ae_load_dir=model.ae_load_dir,
@@ -212,7 +211,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
 
 def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
     """Returns the folder of the VQGAN's run."""
-    return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"vqgan_{model.dataset}")
+    return run_folder(logs_root, model.load_dir or f"vqgan_{model.dataset}")
 
 
 def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from diffusion.types import Normal
 from experiments.harness.experiment import ModelConfig, OutputConfig
 from models.ranges import MILLION, NOT_NEGATIVE, POSITIVE, check_ranges
 from train.checkpoint import load_weights, resolve_step, saved_steps
+from train.cli.files import run_folder
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
 from train.data.transforms import check_8_bits, to_float, to_uint8, training_views
@@ -31,7 +32,7 @@ from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
-from train.runs import open_or_resume, open_run, read_provenance, read_run, run_folder, run_lock
+from train.runs import open_or_resume, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed
 from train.trainer import build_train_state, train
 from vq.likelihood import Reconstruction, build_head, reconstruct

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.harness.images import read_samples
-from helpers.tiny_runs import DDPM, ROOT, call
+from helpers.tiny_runs import DDPM, ROOT, SAMPLER, call
 from train.data.transforms import to_float, to_uint8
 from train.inference import SamplerRun, load, load_vqgan
 from train.trained_sampler import TrainedSampler
@@ -350,6 +351,17 @@ def test_runs_that_were_moved_keep_their_vqgan(trained, tmp_path, codes):
     (tmp_path / "vqgan_digits").rename(tmp_path / "tokenizer")
     renamed = load(tmp_path / "absorbing_digits", device="cpu", amp=False, ae_load_dir="tokenizer")
     assert torch.equal(renamed.sample(2), moved.sample(2))
+
+
+def test_a_vqgan_elsewhere_is_found_again(trained, tmp_path):
+    """At the path that --ae_load_dir had in training; or beside a run that is named by its path."""
+    shutil.copytree(trained / "vqgan_digits", tmp_path / "disk" / "tokenizer")
+    flags = f"--logs_root {tmp_path / 'mine'} --ae_load_dir {tmp_path / 'disk' / 'tokenizer'} --train_steps 1 --no_amp"
+    call("train_sampler.py", f"{flags} {SAMPLER}")
+    run = load(tmp_path / "mine" / "absorbing_digits", device="cpu")
+    assert run.vqgan.first_stage.run == tmp_path / "disk" / "tokenizer"
+    model, output = ModelConfig(load_dir=str(trained / "absorbing_digits")), OutputConfig(logs_root=str(tmp_path))
+    assert load_model(model, output).space.first_stage.run == trained / "vqgan_digits"
 
 
 def test_averaged_or_plain_weights(trained_ddpm, trained):

@@ -89,6 +89,18 @@ def get_section(content: dict[str, Any], name: str) -> dict[str, Any]:
     return content[name] if isinstance(content.get(name), dict) else {}
 
 
+def run_folder(logs_root: str, name: str) -> Path:
+    """Returns the absolute folder of a run. A word lies below logs_root; a path is tried from the working folder, then
+    below logs_root. ValueError if both exist."""
+    root, path = Path(logs_root).expanduser().absolute(), Path(name).expanduser()
+    here, below = path.resolve(), (root / path).resolve()
+    if len(path.parts) < 2 or here == below:
+        return below
+    if here.exists() and below.exists():
+        raise ValueError(f"got {name}, which may be {here} or {below}: pass the whole path of the one you mean")
+    return here if here.exists() or not below.exists() and here.is_relative_to(root.resolve()) else below
+
+
 def resolve_data_dir(dataset: str, data_dir: str | None) -> str | None:
     """Returns --data_dir, or else the path of the data set in datasets.yaml (relative to that file), or None."""
     if data_dir is not None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from train.cli.files import check_groups, get_section, read_config, read_run_config
+from train.cli.files import check_groups, get_section, read_config, read_run_config, run_folder
 from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_foreign_flag, flags_of, make_default_config
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
@@ -221,7 +221,7 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     run = peek_flag(argv, "ae_load_dir") or values.get("ae_load_dir")
     if run is None and load_plugin("train.samplers", sampler, "sampler").SPACE != "codes":
         return {}
-    path = Path(os.path.expanduser(root)) / (run or f"vqgan_{dataset}") / "config.yaml"
+    path = run_folder(root, run or f"vqgan_{dataset}") / "config.yaml"
     if not path.is_file():
         return {}
     stored = read_run_config(path)

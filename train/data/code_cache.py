@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +124,7 @@ class CodeFile:
     codebook_size: int
     chunk: int = CHUNK_SIZE
     views: tuple[View, ...] = ()  # V views, which transform annotations; without views no annotations are stored
+    fallback: Path | None = None  # the folder to write to instead if `folder` is read-only
 
     def sibling(self, suffix: str) -> Path:
         """Returns the path of this cache with another suffix."""
@@ -291,12 +292,21 @@ def load_or_encode(
         raise ValueError(f"nothing was encoded for {file.name}: the data set is empty")
     notes = file.read_notes()
     if missing_chunks(file, notes, world) or any(world.any(file.sibling("chunks").exists())):
+        if file.fallback is not None and any(world.any(not os.access(nearest_folder(file.folder), os.W_OK))):
+            if world.is_main:
+                print(f"{file.folder} is read-only: the codes are kept in {file.fallback}", flush=True)
+            return load_or_encode(replace(file, folder=file.fallback, fallback=None), images, encode, batch_size, world)
         file.folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(file, world):
             notes = encode_missing(file, images, encode, batch_size, world)
         if world.is_main:
             print_removable("codes", file.outdated())
     return file.open_table(notes)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Returns the path itself, or its nearest parent that exists."""
+    return path if path.exists() else nearest_folder(path.parent)
 
 
 def missing_chunks(file: CodeFile, notes: dict[int, Note], world: DistContext) -> list[int]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import multiprocessing
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,20 @@ def test_codes_are_encoded_once(tmp_path):
         code_file(tmp_path), lambda: 1 / 0, encode, 1, DistContext(CPU)
     )  # opens no images
     assert table_matches(table)
+
+
+def test_codes_of_a_read_only_run_are_kept_elsewhere(tmp_path, monkeypatch, capsys):
+    run, spare = tmp_path / "run", tmp_path / "spare"
+    run.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(run))
+    file = dataclasses.replace(code_file(run / "codes"), fallback=spare)
+    assert table_matches(load_codes(run, file=file))
+    assert list(run.iterdir()) == [] and suffixes(spare) == [".codes", ".lock", ".note"]
+    assert capsys.readouterr().out == f"{run / 'codes'} is read-only: the codes are kept in {spare}\n"
+    assert table_matches(load_codes(run, lambda images: 1 / 0, file=file))
+    load_codes(run, file=code_file(run / "codes"))  # whole codes of the run itself are read
+    spare.rename(tmp_path / "gone")
+    assert table_matches(load_codes(run, lambda images: 1 / 0, file=file)) and not spare.exists()
 
 
 def test_mapped_ids_index_like_a_tensor(tmp_path):
