@@ -304,6 +304,12 @@ def one_line_errors(script: str):
             raise
         print(f"{script}: {' '.join(describe_error(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader "):  # of torch: a loading process has ended or gives no batch
+            raise
+        remedies = "--num_workers 0, more memory (in Docker: --shm-size 8g), a longer --timeout_minutes"
+        print(f"{script}: {' '.join(str(error).split())} Remedies: {remedies}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)

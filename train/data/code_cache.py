@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from train.data.annotations import Records, write_records
-from train.data.loading import Annotations, CodeGrids, ImageBatches, ImageSource, init_worker
+from train.data.loading import Annotations, CodeGrids, ImageBatches, ImageSource
 from train.data.transforms import View
+from train.data.workers import load_batches
 from train.distributed import DistContext
 from train.files import fsync, print_removable, write_text
 
@@ -416,10 +416,8 @@ def encode_chunks(
         for chunk in world.local_items(todo)
     }
     index_lists = [indices for batches in own.values() for indices in batches]
-    workers = source.config.num_workers
     images = ImageBatches(source, with_records=bool(file.views))
-    loader = DataLoader(images, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=init_worker)
-    batches = iter(loader)
+    batches = load_batches(images, index_lists, source.config.num_workers)
     done = file.count - sum(len(file.image_range(chunk)) for chunk in todo)
     with tqdm(
         desc=f"encoding {file.name}", total=file.count, initial=done, unit="img", dynamic_ncols=True, mininterval=1.0,

@@ -15,11 +15,11 @@ import numpy as np
 import PIL
 import torch
 from filelock import FileLock
-from torch.utils.data import DataLoader
 
 from train.config import ROOT
 from train.data.annotations import Records, RecordWriter, pack
 from train.data.transforms import ValueRange, to_item
+from train.data.workers import load_batches
 from train.datasets import Dataset, UnreadableImage
 from train.files import print_removable
 
@@ -182,7 +182,7 @@ def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int
     """
     unreadable, numbers, first = {}, {}, None
     # Written, not memory-mapped: a full disk raises an error, not SIGBUS.
-    loader = DataLoader(items, batch_size=None, num_workers=workers, collate_fn=no_collate)
+    loader = load_batches(items, range(len(items)), workers, collate_fn=no_collate)
     with pixels.open("wb") as file, records.open("wb") as records_file:
         writer = RecordWriter(records_file)
         for index, item in enumerate(loader):

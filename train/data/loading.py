@@ -7,10 +7,7 @@ ranks. So the data order survives any resume and any change of the number of ran
 
 import dataclasses
 import itertools
-import os
 import random
-import signal
-import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +19,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from diffusion.rng import Streams, seed_of
 from train.cli.files import resolve_data_dir
-from train.config import DataConfig
+from train.config import DataConfig, TrainingConfig
 from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
 from train.data.transforms import as_uint8, to_item, training_views, warn_if_dark
+from train.data.workers import load_batches
 from train.datasets import SPLITS, Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.loop import Batch
@@ -45,29 +42,6 @@ class CodeGrids(Protocol):
     shape: Sequence[int]
 
     def __getitem__(self, key: Any) -> Tensor: ...
-
-
-def init_worker(worker: int) -> None:
-    """The `worker_init_fn` of a DataLoader: shields a worker from signals meant for the training process.
-
-    On a signal the training process saves a checkpoint before it exits, and needs its batches until then. So a worker
-    leaves the process group, ignores Ctrl-C, and exits on SIGTERM only if its parent sent it: job schedulers send
-    SIGTERM to every process. The parent's signal handlers, which a fork inherits, would keep the worker alive.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgrp()
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=exit_on_parent_sigterm, daemon=True).start()
-    else:  # macOS does not report the sender of a signal
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def exit_on_parent_sigterm() -> None:
-    """Waits for SIGTERM from the parent process, then exits."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class EpochShuffle:
@@ -343,6 +317,7 @@ def training_batches(
     world: DistContext,
     workers: int,
     prefetch: int = 2,
+    timeout_minutes: float = TrainingConfig.timeout_minutes,
 ) -> Iterator[tuple[Batch, ...]]:
     """Yields, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` micro-batches.
 
@@ -350,16 +325,10 @@ def training_batches(
     """
     share, micro_batch_size = world.per_rank(batch_size, "batch_size"), split_batch(batch_size, accumulate, world)
     first_positions = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=PositionSampler(first_positions, micro_batch_size, accumulate),
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        prefetch_factor=prefetch if workers else None,
-        worker_init_fn=init_worker,
-    )
-    micro_batches = (to_device(batch, world.device) for batch in loader)
+    keys = PositionSampler(first_positions, micro_batch_size, accumulate)
+    options = {"pin_memory": world.device.type == "cuda", "prefetch_factor": prefetch if workers else None}
+    loaded = load_batches(source, keys, workers, timeout_minutes, **options)
+    micro_batches = (to_device(batch, world.device) for batch in loaded)
     return zip(*[micro_batches] * accumulate, strict=True)
 
 
@@ -401,10 +370,7 @@ def images_in_order(
     indices = list(range(len(source))) if indices is None else indices
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
-    workers = source.config.num_workers
-    for batch in DataLoader(
-        ImageBatches(source), batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=init_worker
-    ):
+    for batch in load_batches(ImageBatches(source), batches, source.config.num_workers):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
             yield batch | {"image": as_uint8(batch["image"])}

@@ -5,6 +5,7 @@ import http.server
 import multiprocessing
 import shutil
 import threading
+import time
 
 import pytest
 
@@ -150,6 +151,14 @@ def test_a_failed_download_is_reported_and_leaves_no_file(remote, shard_cache, u
     with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
         build(Config(data_dir=url.replace("{remote}", str(remote))), "train")
     assert on_disk(shard_cache) == 0 and not list(shard_cache.glob("index/*.npy"))
+
+
+def test_a_download_that_stalls_is_given_up(shard_cache, monkeypatch):
+    monkeypatch.setattr(stores, "STALL_SECONDS", 0.2)
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded .nothing arrived for 0.2 seconds"):
+        build(Config(data_dir="pipe:sleep 30"), "train")
+    assert time.monotonic() - start < 10 and on_disk(shard_cache) == 0
 
 
 def test_downloads_of_killed_processes_free_their_slots(tmp_path, monkeypatch):

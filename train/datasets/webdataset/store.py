@@ -7,19 +7,22 @@ import hashlib
 import math
 import os
 import re
+import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from subprocess import TimeoutExpired
-from typing import Any, BinaryIO
+from subprocess import Popen, TimeoutExpired
+from typing import Any, BinaryIO, Protocol
 
 from filelock import FileLock, Timeout
 
 POLL_SECONDS = 0.05  # between checks for a free slot
 SCHEMES = ("pipe:", *(f"{name}://" for name in ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")))
 MAX_SHARDS, MAX_BRACES = 1_000_000, 50  # of a pattern
+STALL_SECONDS = 60.0  # without a byte, until a download is given up
 
 
 def import_webdataset():
@@ -67,6 +70,14 @@ def file_stamp(status: os.stat_result) -> str:
 def short_hash(text: str) -> str:
     """Returns the first 24 hexadecimal digits of the SHA-256 of a text, for file names."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class Download(Protocol):
+    """A program that downloads, as webdataset's `gopen` returns it."""
+
+    proc: Popen
+    stream: BufferedReader
+    ignore_errors: bool
 
 
 @dataclass(frozen=True)
@@ -155,14 +166,33 @@ def remove_orphans(downloads: list[Path]) -> None:
             continue
 
 
+def read_chunk(stream: BufferedReader) -> bytes:
+    """Reads what has arrived; TimeoutError if nothing does: the programs that download retry for many minutes."""
+    if not select.select([stream], [], [], STALL_SECONDS)[0]:
+        raise TimeoutError(f"nothing arrived for {STALL_SECONDS:g} seconds")
+    return stream.read1(1 << 20)
+
+
+@contextmanager
+def stop_on_error(source: Download) -> Iterator[None]:
+    """Kills the program that downloads if the block raises an error or a signal ends it: closing would wait for it."""
+    try:
+        yield
+    except BaseException:
+        source.ignore_errors = True
+        source.proc.kill()
+        raise
+
+
 def download_to(url: str, path: Path) -> str:
     """Downloads a URL to `path`. Returns its SHA-256; FileNotFoundError if it cannot be downloaded."""
     content = hashlib.sha256()
     try:
         with import_webdataset().gopen(url, "rb") as source, path.open("wb") as file:
-            while chunk := source.read(1 << 20):
-                content.update(chunk)
-                file.write(chunk)
+            with stop_on_error(source):
+                while chunk := read_chunk(source.stream):
+                    content.update(chunk)
+                    file.write(chunk)
     except (OSError, ValueError, ImportError, TimeoutExpired) as error:
         raise FileNotFoundError(f"{url} cannot be downloaded ({error}): does it work outside this program?") from error
     return content.hexdigest()
