@@ -100,6 +100,7 @@ def collect_checkpoint(state: TrainState, world: DistContext | None = None) -> C
         "step": state.step,
         "bad_steps": state.bad_steps,
         "best": state.best,
+        "unfinished": state.unfinished,
     }
     keep = world is None or world.is_main
     files, rest = gather_to_cpu(files, keep), gather_to_cpu(rest, keep)
@@ -359,6 +360,7 @@ def restore_train_state(saved: dict[str, Any], state: TrainState, file: Path) ->
     for name, counter in state.counters.items():
         counter.load_state_dict(saved.get("counters", {}).get(name, {}))  # empty if there are none
     state.bad_steps, state.best = list(saved.get("bad_steps", [])), dict(saved.get("best", {}))
+    state.unfinished = list(saved.get("unfinished", []))
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> None:

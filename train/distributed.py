@@ -7,12 +7,11 @@ are imported where they are used: importing them takes a second, which a run of 
 import inspect
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 from typing import TypeVar
@@ -28,13 +27,48 @@ T = TypeVar("T")
 DUPLICATE_SECONDS = 2.0  # torchrun and the terminal may both deliver the same Ctrl-C
 
 
+class Interrupted(BaseException):
+    """A signal to stop ended a wait or a computation. Not an Exception, which libraries catch."""
+
+
+class StopSignals:
+    """Records the first SIGTERM or SIGINT in `received`; a Ctrl-C more than 2 s later raises KeyboardInterrupt.
+
+    While `raises` is true, the first signal also raises Interrupted.
+    """
+
+    def __init__(self):
+        self.raises = False
+        self.received: signal.Signals | None = None
+        self.received_at = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        self.previous_handlers = {kind: signal.signal(kind, self.handle) for kind in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for kind, handler in self.previous_handlers.items():
+            signal.signal(kind, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self.received_at = signal.Signals(number), time.monotonic()
+            message = f"\n{self.received.name}: finishing this step, then saving\n"
+            os.write(2, message.encode())  # print is not reentrant
+            if self.raises:
+                raise Interrupted
+        elif number == signal.SIGINT and time.monotonic() - self.received_at > DUPLICATE_SECONDS:
+            raise KeyboardInterrupt
+
+
 @dataclass(frozen=True)
 class DistContext:
-    """The process group: this process's device and rank, and the world size."""
+    """The process group: this process's device and rank, the world size, and the signals that stop training."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    stop: StopSignals = field(default_factory=StopSignals, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -78,11 +112,13 @@ class DistContext:
         """Yields (batch, whether it counts), the same number of times in every process.
 
         A process that has run out of batches repeats its last one, which does not count, because the forward pass of a
-        sharded network needs all processes. One that had no batch at all uses `fallback()`, or yields nothing.
+        sharded network needs all processes. One that had no batch at all uses `fallback()`, or yields nothing. A signal
+        to stop ends the wait for a batch.
         """
         iterator, batch = iter(batches), None
         while True:
-            new = next(iterator, None)
+            with self.interruptible():
+                new = next(iterator, None)
             if not any(self.any(new is not None)):
                 return
             batch = batch if new is None else new
@@ -90,6 +126,24 @@ class DistContext:
                 batch = fallback()
             if batch is not None:
                 yield batch, new is not None
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Lets a signal to stop end the block: Interrupted is raised at the end of the block in all processes, and
+        within the block in those that got the signal. The block must not communicate."""
+        interrupted = False
+        try:
+            try:
+                self.stop.raises = True
+                if self.stop.received is not None:
+                    raise Interrupted
+                yield
+            finally:
+                self.stop.raises = False
+        except Interrupted:
+            interrupted = True
+        if any(self.any(interrupted or self.stop.received is not None)):
+            raise Interrupted
 
     def gather_items(self, x: Tensor, n: int) -> Tensor:
         """Gathers the results x for each rank's `local_items` of n items: (n, ...), in the order of the items."""
@@ -186,13 +240,24 @@ def is_sharded(thing: nn.Module | Tensor) -> bool:
     return hasattr(thing, "unshard") or hasattr(thing, "to_local")
 
 
-def lockstep_on_step(network: nn.Module) -> Callable[..., Tensor] | None:
-    """Returns an `on_step` that changes nothing, for a sharded network; None for others.
+@contextmanager
+def interruptible_sampling(network: nn.Module, world: DistContext) -> Iterator[Callable[..., Tensor] | None]:
+    """Lets a signal to stop end a block that samples, in all processes. Yields the `on_step` to sample with.
 
     The forward pass of a sharded network needs all processes. A solver with an `on_step` calls the network at every
-    step, even if nothing is left to sample, so that the processes stay in lockstep.
+    step, even if nothing is left to sample, so that the processes stay in lockstep, and stop after the same step.
     """
-    return (lambda i, t, s, x, x0_hat: x) if is_sharded(network) else None
+    if not is_sharded(network):
+        with world.interruptible():
+            yield None
+        return
+
+    def stop_together(i: int, t: float, s: float, x: Tensor, x0_hat: Tensor) -> Tensor:
+        if any(world.any(world.stop.received is not None)):
+            raise Interrupted
+        return x
+
+    yield stop_together
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -225,27 +290,3 @@ def grad_norm(parameters: list[nn.Parameter], world: DistContext) -> Tensor:
     if any(is_sharded(p) for p in parameters):
         norm = world.sum(norm.square()).sqrt()
     return norm
-
-
-class StopSignals:
-    """Records the first SIGTERM or SIGINT in `received`; a Ctrl-C more than 2 s later raises KeyboardInterrupt."""
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self.received_at = 0.0
-
-    def __enter__(self) -> "StopSignals":
-        self.previous_handlers = {kind: signal.signal(kind, self.handle) for kind in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for kind, handler in self.previous_handlers.items():
-            signal.signal(kind, handler)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self.received_at = signal.Signals(number), time.monotonic()
-            message = f"\n{self.received.name}: finishing this step, then saving\n"
-            os.write(sys.stderr.fileno(), message.encode())  # print is not reentrant
-        elif number == signal.SIGINT and time.monotonic() - self.received_at > DUPLICATE_SECONDS:
-            raise KeyboardInterrupt

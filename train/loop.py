@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion.rng import seed_of
-from train.distributed import DistContext
+from train.distributed import DistContext, Interrupted
 from train.ema import EMA
 from train.posthoc_ema import PosthocEMA
 
@@ -104,6 +104,9 @@ class TrainState:
     step: int = 0
     bad_steps: list[int] = field(default_factory=list)  # skipped steps, but for float16 overflows
     best: dict[str, tuple[float, int]] = field(default_factory=dict)  # lowest value of each metric, and its step
+    unfinished: list[str] = field(
+        default_factory=list
+    )  # hooks of this step that a signal interrupted or kept from running
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
 
     def eval_module(self, name: str) -> nn.Module:
@@ -137,11 +140,13 @@ def fit(
     optimizers; it returns None if it left the weights unchanged because a loss or gradient was not finite, and
     `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps (0: never) and after the last step,
     with the outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase, for a hook
-    under its name.
+    under its name. A signal to stop raises Interrupted while the loop waits for data, or in a hook that allows it; the
+    hooks that a saved state lists as `unfinished` are called first, without outputs.
     """
     timer = timer or Timer()
+    run_hooks(state, {}, [hook for hook in hooks if hook[0] in state.unfinished], timer)
     while state.step < steps:
-        with timer("data"):
+        with timer("data"), world.interruptible():
             micro_batches = next(batches)
         reseed(seed, state.step, world.rank)
         with timer("step"):
@@ -151,10 +156,20 @@ def fit(
         state.step += 1
         with timer("ema"):
             update_averages(state)
-        for name, every, hook in hooks:
-            if every and (state.step % every == 0 or state.step == steps):
-                with timer(name):
-                    hook(state, outputs or {})
+        due = [hook for hook in hooks if hook[1] and (state.step % hook[1] == 0 or state.step == steps)]
+        run_hooks(state, outputs or {}, due, timer)
+
+
+def run_hooks(state: TrainState, outputs: Outputs, hooks: Sequence[tuple[str, int, Hook]], timer: Timer) -> None:
+    """Calls hooks; if a signal interrupts one, `state.unfinished` names it and those after it."""
+    state.unfinished = []
+    for i, (name, _, hook) in enumerate(hooks):
+        try:
+            with timer(name):
+                hook(state, outputs)
+        except Interrupted:
+            state.unfinished = [name for name, *_ in hooks[i:]]
+            raise
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

@@ -234,7 +234,7 @@ def load_initial_weights(
             print(f"weights of {source}, step {step}: {format_report(report)}", flush=True)
     else:
         provenance = {"load_weights": load_checkpoint(source, step, state, optimizers=training.load_optim)}
-    state.step, state.best, state.bad_steps = 0, {}, []  # not those of the other run
+    state.step, state.best, state.bad_steps, state.unfinished = 0, {}, [], []  # not those of the other run
     for counter in state.counters.values():
         counter.load_state_dict({})
     return provenance

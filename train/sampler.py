@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
+from diffusion.types import OnStep
 from train.condition_source import ConditionSource, Row
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import BatchSource, ImageSource, TrainingImages, TrainingStreams, to_device
 from train.data.transforms import to_float
 from train.datasets import Dataset
-from train.distributed import DistContext, gradient_sync, lockstep_on_step
+from train.distributed import DistContext, gradient_sync, interruptible_sampling
 from train.execution import autocast, nan_grads_if_nonfinite, to_channels_last, training_dtype, uses_channels_last
 from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
@@ -189,11 +190,12 @@ class SamplerReports:
         world = self.step.world
         own_indices = world.local_items(list(range(PREVIEW_IMAGES)))
         ((indices, counts),) = world.padded_batches([own_indices] if own_indices else [], fallback=lambda: [0])
-        images = self.draw(state, indices)
+        with interruptible_sampling(state.eval_module("network"), world) as on_step:
+            images = self.draw(state, indices, on_step)
         grid = world.gather_items(images if counts else images[:0], PREVIEW_IMAGES)
         self.logger.log_images("samples", state.step, to_float(grid.cpu()))
 
-    def draw(self, state: TrainState, indices: list[int]) -> Tensor:
+    def draw(self, state: TrainState, indices: list[int], on_step: OnStep | None) -> Tensor:
         """Samples the uint8 images (B, C, H, W) of these indices with the EMA network."""
         sampler, world = self.step.sampler, self.step.world
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
@@ -204,7 +206,7 @@ class SamplerReports:
             kwargs = {
                 "batch": batch,
                 "options": self.sampling,
-                "on_step": lockstep_on_step(network),
+                "on_step": on_step,
                 "control": self.step.control,
             }
             try:

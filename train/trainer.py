@@ -1,6 +1,7 @@
 """Training a run: builds its state, runs the loop with logging and hooks, and saves checkpoints."""
 
 import inspect
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from train.checkpoint import (
 from train.cli.files import read_run_config
 from train.config import LoggingConfig, TrainingConfig
 from train.data.loading import BatchSource, split_batch, training_batches
-from train.distributed import DistContext, StopSignals, replicate, shard
+from train.distributed import DistContext, Interrupted, StopSignals, replicate, shard
 from train.ema import EMA
 from train.execution import (
     LossScale,
@@ -162,6 +163,7 @@ def train(
         world=world,
         workers=workers,
         prefetch=prefetch,
+        timeout_minutes=training.timeout_minutes,
     )
     timer, items_per_step = Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     monitor = PerfMonitor(step, world, timer, items_per_step, training_dtype(training, world.device))
@@ -171,7 +173,7 @@ def train(
     )
     options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
-    with StopSignals() as stop:
+    with world.stop as stop:
         checkpointer = Checkpointer(run, world, stop, logger.flush, training=training, logging=logging)
         all_hooks = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *evaluation]
         all_hooks.append(("checkpoints", 1, checkpointer))  # last: it saves the state of the other hooks too
@@ -181,6 +183,8 @@ def train(
             fit(state, batches, step_fn, hooks=all_hooks, on_skipped=bad_steps, **options)
             with timer("checkpoints"):
                 checkpointer.wait()
+        except Interrupted:
+            checkpointer.stop_run(state)
         finally:
             logger.close()
             profile.close()
@@ -243,11 +247,22 @@ class Checkpointer:
         if checkpoint_due or snapshot_due:
             self.save(state, checkpoint_due, snapshot_due)
         if stop_requested:
+            self.stop_run(state)
+
+    def stop_run(self, state: TrainState) -> NoReturn:
+        """Saves what is not saved yet, and raises SystemExit(128 + signal number)."""
+        self.wait()
+        unsaved = bool(state.unfinished) or state.step not in saved_steps(self.run)
+        if any(self.world.any(self.world.is_main and state.step > 0 and unsaved)):
+            self.save(state, checkpoint=True, ema_snapshot=False)
             self.wait()
-            if self.world.is_main:
-                flag = "" if self.training.resume == "auto" else " with --resume auto"
-                print(f"stopped and saved at step {state.step}: run the same command{flag} to resume", flush=True)
-            raise SystemExit(128 + (self.stop.received or signal.SIGTERM))
+        for process in multiprocessing.active_children():
+            process.terminate()  # DataLoader would wait 5 seconds for each that is busy
+        if self.world.is_main:
+            flag = "" if self.training.resume == "auto" else " with --resume auto"
+            what = f"stopped and saved at step {state.step}" if state.step else "stopped before the first step"
+            print(f"{what}: run the same command{flag} to resume", flush=True)
+        raise SystemExit(128 + (self.stop.received or signal.SIGTERM))
 
     def save(self, state: TrainState, checkpoint: bool, ema_snapshot: bool) -> None:
         """Copies the state and starts writing it in the background."""

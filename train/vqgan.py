@@ -296,7 +296,8 @@ class VQGANReports:
     def log_images(self, state: TrainState, outputs: Outputs) -> None:
         """Logs a grid of validation images above their reconstructions."""
         indices = fixed_subset(len(self.validation), SHOWN_IMAGES)
-        for batch in images_in_order(self.validation, SHOWN_IMAGES, indices):  # few: every process computes them all
+        batches = images_in_order(self.validation, SHOWN_IMAGES, indices)
+        for batch, _ in self.step.world.padded_batches(batches):  # few: every process computes them all
             images = to_float(batch["image"]).to(self.step.world.device)
             fake = state.eval_module("autoencoder").eval()(images)[0].clamp(-1, 1)
             self.logger.log_images("reconstructions", state.step, torch.cat([images, fake]), columns=len(images))

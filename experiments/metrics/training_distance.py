@@ -19,7 +19,7 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from train.config import DataConfig, LoggingConfig, SamplingConfig, TrainingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset, DatasetConfig
-from train.distributed import DistContext, lockstep_on_step
+from train.distributed import DistContext, interruptible_sampling
 from train.first_stage import FirstStage
 from train.logging import Logger
 from train.loop import Hook, Outputs, TrainState
@@ -104,9 +104,10 @@ def sample_distance(
         def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
             with eval_mode(state.eval_module("network")) as network:
                 for indices, counts in world.padded_batches(world.local_items(batches)):
-                    options = {"network": network, "on_step": lockstep_on_step(network)}
-                    conditions = source.draw(training.seed, indices)
-                    batch = model.draw(indices, training.seed, sampling, conditions, **options)
+                    with interruptible_sampling(network, world) as on_step:
+                        options = {"network": network, "on_step": on_step}
+                        conditions = source.draw(training.seed, indices)
+                        batch = model.draw(indices, training.seed, sampling, conditions, **options)
                     yield batch["image"], counts
 
         inputs = images, real, model.data, features, logging.logs_root

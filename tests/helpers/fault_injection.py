@@ -1,6 +1,8 @@
 """Faults for training at chosen steps and ranks, for --adapt, --hooks and `ProcessPool.call`."""
 
 import os
+import signal
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -119,3 +121,46 @@ def raise_on_rank_1(state, outputs):
     """For --hooks: raises an error in rank 1 only."""
     if os.environ["RANK"] == "1" and state.step == 3:
         raise ValueError("not one image can be read any more")
+
+
+class TerminateLater:
+    """For --hooks: sends SIGTERM at call number `at` of the network after the training part of step AT, on one rank.
+    Later calls are an error."""
+
+    at, rank = 1, "0"
+
+    def __call__(self, state, outputs):
+        if state.step == AT and os.environ.get("RANK", "0") == self.rank:
+            self.calls = 0
+            state.eval_module("network").register_forward_pre_hook(self.count)
+
+    def count(self, module, inputs):
+        self.calls += 1
+        assert self.calls <= self.at, "the network was called after the signal"
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class InValidation(TerminateLater):
+    at = 2
+
+
+class InDistances(TerminateLater):
+    at = 8
+
+
+class InPictures(TerminateLater):
+    at = 15
+
+
+class InDistancesOfRank1(TerminateLater):
+    at, rank = 5, "1"
+
+
+def wait_for_data(item):
+    """For --adapt: waits for a minute for one sample of step 4, and sends SIGTERM first."""
+    if torch.initial_seed() == seed_of(0, "adapt", 3 * BATCH + 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("the signal did not end the wait")
+    return item

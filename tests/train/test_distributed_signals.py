@@ -4,12 +4,15 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from kill_training import differences, progress, run_uninterrupted, start_process, until
+import torch
+from kill_training import differences, metrics, progress, run_uninterrupted, start_process, until
 
+from helpers.process_pool import ProcessPool
 from helpers.tiny_runs import DDPM, call
 from train import distributed, trainer
 from train.checkpoint import saved_steps, verify_checkpoint
@@ -129,6 +132,66 @@ def test_the_current_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers
     assert "finishing this step, then saving" in captured.err and "stopped and saved at step 2" in captured.out
     call("train_sampler.py", flags)
     assert saved_steps(tmp_path / "run") == [2, 4]
+
+
+EVALUATED = (
+    f"{DDPM} --train_steps 4 --steps_per_log 1 --steps_per_eval 2 --steps_per_FD 2 --FD_samples 8 --FD_features pixels "
+    "--steps_per_save_output 2 --val_fraction 0.01"
+)  # after step 2: 5 calls of the network to validate, 8 to sample for the distance, 4 for the picture
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> Path:
+    logs = tmp_path_factory.mktemp("evaluated")
+    call("train_sampler.py", f"--logs_root {logs} --log_dir run {EVALUATED}")
+    return logs / "run"
+
+
+@pytest.mark.parametrize(
+    ("hook", "unfinished"),
+    [
+        ("InValidation", ["validation", "distances", "pictures", "checkpoints"]),
+        ("InDistances", ["distances", "pictures", "checkpoints"]),
+        ("InPictures", ["pictures", "checkpoints"]),
+    ],
+)
+def test_an_evaluation_ends_and_is_made_up_for(handlers, evaluated, hook, unfinished):
+    flags, run = f"--logs_root {evaluated.parent} --log_dir {hook} {EVALUATED}", evaluated.parent / hook
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"{flags} --hooks helpers.fault_injection.{hook}")
+    assert stop.value.code == 143 and saved_steps(run) == [2]
+    saved = torch.load(run / "checkpoints" / "step_00000002" / "state.pt", weights_only=True)
+    assert saved["unfinished"] == unfinished
+    call("train_sampler.py", flags)
+    counts = differences(evaluated, run, 4)
+    counts.pop("kept checkpoints")  # stopping saves additional checkpoints
+    assert not any(counts.values()), counts
+
+
+def test_a_wait_for_data_ends(tmp_path, capfd, handlers):
+    flags = f"--logs_root {tmp_path} --log_dir run {DDPM} --train_steps 4 --steps_per_eval 0 --steps_per_save_output 9"
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"{flags} --adapt helpers.fault_injection.wait_for_data")
+    assert stop.value.code == 143 and saved_steps(tmp_path / "run") == [3]
+    assert time.monotonic() - start < 30 and "stopped and saved at step 3" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_ranks_end_an_evaluation_that_one_leaves(evaluated):
+    """The signal comes to rank 1 alone, while both sample for the distance."""
+    run = evaluated.parent / "two"
+    flags = f"--logs_root {evaluated.parent} --log_dir two {EVALUATED} --no_amp --timeout_minutes 0.3"
+    two = ProcessPool(2)
+    try:
+        answers = two.ask("run", "train_sampler.py", f"{flags} --hooks helpers.fault_injection.InDistancesOfRank1")
+        assert [answer["code"] for answer in answers] == [143, 143], answers
+        assert saved_steps(run) == [2]
+        two.run("train_sampler.py", flags)
+    finally:
+        two.close()
+    assert saved_steps(run) == [2, 4]
+    assert len([row for row in metrics(run) if "FD(pixels)/8_samples" in row]) == 2
 
 
 def test_a_later_second_ctrl_c_ends_at_once(tmp_path, capfd, hooks, handlers):
