@@ -27,8 +27,8 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     training, logging = config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{config.data.dataset}")
-    adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
     with run_context(run, training) as world:
+        adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data)

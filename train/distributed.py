@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -184,18 +184,43 @@ def pick_device(name: str) -> torch.device:
 def init_distributed(device_name: str, timeout_minutes: float = 10.0) -> Iterator[DistContext]:
     """Initialises the process group from torchrun's environment variables, and destroys it at the end.
 
-    A process that waits for another for more than `timeout_minutes` raises an error; torchrun then ends the job.
+    A process that waits for another for more than `timeout_minutes` raises an error; torchrun then ends the job. An
+    error that several processes end with, or that ends the others too, is raised by one of them; the others exit with
+    code 2.
     """
-    device = pick_device(device_name)
     if "RANK" not in os.environ:
-        yield DistContext(device)
+        yield DistContext(pick_device(device_name))
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    yield DistContext(device, dist.get_rank(), dist.get_world_size())
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        device = pick_device(device_name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        yield DistContext(device, rank, size)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise_once(error, dist.PrefixStore("errors", store))
+        raise
     dist.destroy_process_group()  # not after an error: it would wait for processes that may have died
+
+
+def raise_once(error: Exception, reported: dist.Store) -> None:
+    """Raises SystemExit(2) if another process has reported this error, or the one that cut the connection to it.
+
+    ValueError for a connection that was lost without a report.
+    """
+    is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    with suppress(dist.DistError):  # the process that keeps the store may have died
+        n_errors, n_same = reported.add("count", int(not is_lost)), reported.add(str(error), 1)
+        if n_errors and is_lost or n_same > 1:
+            raise SystemExit(2) from None
+    if is_lost:
+        raise ValueError(
+            f"lost another process ({error}): look for its error, then start all again; training resumes from the "
+            "newest checkpoint"
+        ) from error
 
 
 def shard(module: nn.Module, world: DistContext) -> None:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import (
@@ -16,7 +17,7 @@ from helpers.run_asserts import (
     weights,
 )
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call, run
-from train.distributed import DistContext
+from train.distributed import DistContext, raise_once
 from train.loop import RunningSums
 
 FLAGS = "--no_amp --weight_decay 0.01 --steps_per_log 1 --ema_profiles 0.1"
@@ -234,3 +235,34 @@ def test_sharded_sampling_stays_in_lockstep(logs, two):
     pictures = [sorted((logs / name).rglob("*.png")) for name in ("in_step", "alone")]
     assert [path.name for path in pictures[0]] == [path.name for path in pictures[1]]
     assert_same_losses(logs / "in_step", logs / "alone")
+
+
+def test_a_refusal_by_the_main_process_is_printed_once(logs, two):
+    flags = f"--logs_root {logs} --log_dir codes {STAGE_2} --timeout_minutes 0.2 --seed 4"
+    answers = two.ask("run", "train_sampler.py", flags)
+    errors = [line for answer in answers for line in answer["stderr"].splitlines()]
+    assert [answer["code"] for answer in answers] == [2, 2]
+    assert len(errors) == 1 and errors[0].startswith("train_sampler.py: ") and "seed: 0 there, 4 now" in errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train_sampler.py", f"--log_dir new {STAGE_2} --img_size 24", "got img_size 24, but the VQGAN"),
+        ("experiments/check_digits.py", "", "this experiment runs in a single process"),
+    ],
+)
+def test_torchrun_prints_a_refusal_once(logs, script, flags, message):
+    errors = run(script, f"--logs_root {logs} {flags}", processes=2).stderr
+    assert errors.count(message) == 1 and errors.count("Traceback") == 1, errors  # torchrun's own
+
+
+def test_a_lost_connection_without_a_report_is_an_error():
+    lost, reported = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), dist.HashStore()
+    with pytest.raises(ValueError, match="lost another process .*Connection closed by peer.*: look for its error"):
+        raise_once(lost, reported)
+    raise_once(RuntimeError("a bug"), reported)
+    for error in (lost, RuntimeError("a bug")):
+        with pytest.raises(SystemExit):
+            raise_once(error, reported)

@@ -318,8 +318,8 @@ def one_line_errors(script: str):
 def run_script(main: Callable[[C], None], cls: type[C], section: str | None = None, **kwargs) -> None:
     """Parses the command line and calls main(config).
 
-    Under torchrun only rank 0 prints errors of the command line, which are the same for all; later errors may concern
-    one machine only, so every rank prints its own.
+    Under torchrun only rank 0 prints errors of the command line, which are the same for all; later errors, which may
+    concern one machine only, are printed by the first process that has them (`init_distributed`).
     """
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     with contextlib.ExitStack() as quiet:

@@ -176,12 +176,14 @@ def read_chunk(stream: BufferedReader) -> bytes:
 @contextmanager
 def stop_on_error(source: Download) -> Iterator[None]:
     """Kills the program that downloads if the block raises an error or a signal ends it: closing would wait for it."""
+    finished = False
     try:
         yield
-    except BaseException:
-        source.ignore_errors = True
-        source.proc.kill()
-        raise
+        finished = True
+    finally:
+        if not finished:
+            source.ignore_errors = True
+            source.proc.kill()
 
 
 def download_to(url: str, path: Path) -> str:
