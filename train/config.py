@@ -135,7 +135,7 @@ class TrainingConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: ddp replicates the network; fsdp shards it, its averages and optimizer states."""
     timeout_minutes: float = 10.0
-    """With several processes: the job fails if one of them does not respond for this many minutes."""
+    """The run fails if another of its processes, also one that loads data, does not respond for this many minutes."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     channels_last: Literal["auto", "yes", "no"] = "auto"
