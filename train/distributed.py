@@ -54,7 +54,7 @@ class StopSignals:
         if self.received is None:
             self.received, self.received_at = signal.Signals(number), time.monotonic()
             message = f"\n{self.received.name}: finishing this step, then saving\n"
-            os.write(2, message.encode())  # print is not reentrant
+            os.write(2, message.encode())  # to stderr: print is not reentrant
             if self.raises:
                 raise Interrupted
         elif number == signal.SIGINT and time.monotonic() - self.received_at > DUPLICATE_SECONDS:
@@ -211,7 +211,7 @@ def raise_once(error: Exception, reported: dist.Store) -> None:
 
     ValueError for a connection that was lost without a report.
     """
-    is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    is_lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error))
     with suppress(dist.DistError):  # the process that keeps the store may have died
         n_errors, n_same = reported.add("count", int(not is_lost)), reported.add(str(error), 1)
         if n_errors and is_lost or n_same > 1:

@@ -104,9 +104,7 @@ class TrainState:
     step: int = 0
     bad_steps: list[int] = field(default_factory=list)  # skipped steps, but for float16 overflows
     best: dict[str, tuple[float, int]] = field(default_factory=dict)  # lowest value of each metric, and its step
-    unfinished: list[str] = field(
-        default_factory=list
-    )  # hooks of this step that a signal interrupted or kept from running
+    unfinished: list[str] = field(default_factory=list)  # hooks of this step that a signal kept from running
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
 
     def eval_module(self, name: str) -> nn.Module:
