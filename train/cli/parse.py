@@ -284,14 +284,18 @@ def run_main(main: Callable[[C], None], config: C) -> None:
     main(config)
 
 
-def describe_error(error: Exception) -> str:
-    """Returns the message of an error that a user can fix."""
-    if isinstance(error, MemoryError | RuntimeError):
+def describe_error(error: Exception) -> str | None:
+    """Returns the message, on one line, of an error that a user can fix; None for other errors of torch."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         reason = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory ({reason}): pass a smaller --batch_size, a smaller network or smaller images"
+    if isinstance(error, RuntimeError):
+        remedies = "--num_workers 0, more memory (in Docker: --shm-size 8g), a longer --timeout_minutes"
+        return f"{text} Remedies: {remedies}" if text.startswith("DataLoader ") else None  # a loading process failed
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    return str(error) or type(error).__name__
+    return text
 
 
 @contextlib.contextmanager
@@ -300,15 +304,10 @@ def one_line_errors(script: str):
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+        message = describe_error(error)
+        if message is None:
             raise
-        print(f"{script}: {' '.join(describe_error(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader "):  # of torch: a loading process has ended or gives no batch
-            raise
-        remedies = "--num_workers 0, more memory (in Docker: --shm-size 8g), a longer --timeout_minutes"
-        print(f"{script}: {' '.join(str(error).split())} Remedies: {remedies}", file=sys.stderr)
+        print(f"{script}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
