@@ -3,7 +3,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo demo-ddpm app test test-all test-oldest lint
+.PHONY: help setup demo demo-ddpm app test test-all test-oldest fuzz lint
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
@@ -43,6 +43,9 @@ test: setup  ## run the test suite (under 8 minutes on 2 CPU cores)
 
 test-all: setup  ## run all tests, including slow ones
 	$(RUN) -m pytest -m ""
+
+fuzz: setup  ## throw 10,000 generated command lines, files and runs at the scripts (an hour on 2 CPU cores)
+	$(RUN) tests/fuzz
 
 test-oldest: $(OLDEST)/ready  ## run the test suite with the oldest supported torch, in a separate environment
 	$(OLDEST)/bin/python -m pytest
