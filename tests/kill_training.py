@@ -1,6 +1,7 @@
 """Kills training at random moments, half of them during a checkpoint write, and restarts it until it is finished.
 
-The result must be bitwise equal to that of an uninterrupted run: `python tests/kill_training.py --kills 50`.
+The result must be bitwise equal to that of an uninterrupted run: `python tests/kill_training.py --kills 50`. The same
+for the jobs that keep what they have computed: `--what sampling`, `--what FID` and `--what codes`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -42,6 +44,36 @@ STAGES = {  # script, flags
         "train_sampler.py",
         f"{DDPM} --dropout 0.1 --time_sampler loss_second_moment --loss_type vlb --total_steps 4 "
         "--adapt kill_training.spoil --max_bad_steps 1000",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job other than training, whose results lie in a folder below the logs."""
+
+    script: str
+    flags: str
+    folder: str
+    parts: str  # pattern of the files in it that a killed job leaves for the next start
+    count: int  # of these files, when all is computed
+
+
+JOBS = {
+    "sampling": Job(
+        "experiments/get_samples.py",
+        "--load_dir sampled --log_dir results --n_samples 100 --batch_size 2 --save_individually --save_process",
+        *("results", ".kept/*.safetensors", 50),
+    ),
+    "FID": Job(
+        "experiments/calc_FID.py",
+        "--load_dir sampled --log_dir results --n_samples 100 --batch_size 2 --features pixels",
+        *("results", ".kept/*.safetensors", 50),
+    ),
+    "codes": Job(
+        "train_sampler.py",
+        f"{SAMPLER} --ae_load_dir first --log_dir run --train_steps 1 --shift 0 --horizontal_flip --crop_margin 3",
+        *("first/codes", "*.chunks/*.note", 3),
     ),
 }
 
@@ -97,11 +129,14 @@ def run_command(stage: str, logs: Path, steps: int) -> tuple[str, str]:
 
 @contextmanager
 def start_process(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Popen]:
-    """Starts the command of a run in its own process group, and kills it at the end.
+    """Starts the command of a run with its progress in <logs>/progress; see `start_script`."""
+    with start_script(*run_command(stage, logs, steps), logs) as process:
+        yield process
 
-    Its output goes to <logs>/output and its progress to <logs>/progress.
-    """
-    script, flags = run_command(stage, logs, steps)
+
+@contextmanager
+def start_script(script: str, flags: str, logs: Path) -> Iterator[subprocess.Popen]:
+    """Starts a script in its own process group, with its output in <logs>/output, and kills it at the end."""
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     variables[PROGRESS] = str(logs / "progress")
@@ -276,23 +311,112 @@ def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
         "seconds": round(time.monotonic() - started),
         **{f"differing bytes in {name}": number for name, number in counts.items()},
     }
-    print(f"\n{stage}")
-    for name, number in rows.items():
-        print(f"  {name:<45}{number:>8}")
+    print_rows(stage, rows)
     return not any(counts.values())
+
+
+def kill_job(process: subprocess.Popen, run: Path, job: Job, rng: random.Random, span: float) -> None:
+    """Kills a job soon after it has computed some more parts, or at any moment within `span` seconds."""
+    done = count_parts(run, job)
+    target, moment = done + rng.randint(1, 1 + job.count // 4), time.monotonic() + rng.uniform(0, span)
+    after_part = rng.random() < 0.5 and target <= job.count
+    if until(process, lambda: count_parts(run, job) >= target if after_part else time.monotonic() > moment):
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+
+
+def count_parts(run: Path, job: Job) -> int:
+    return len(list(run.glob(job.parts)))
+
+
+def run_job(job: Job, logs: Path, kills: int, rng: random.Random, span: float = 0.0) -> Attempt:
+    """Runs a job with up to this number of kills, each within `span` seconds of a start, until it is finished."""
+    attempt = Attempt(logs / job.folder)
+    while True:
+        done = count_parts(attempt.run, job)
+        with start_script(job.script, f"{job.flags} --no_amp --logs_root {logs}", logs) as process:
+            if attempt.kills < kills:
+                kill_job(process, attempt.run, job, rng, span)
+            code = process.wait()
+        attempt.outputs.append((logs / "output").read_text())
+        if code > 0:
+            raise RuntimeError(f"start {len(attempt.outputs)} failed:\n{attempt.outputs[-1]}")
+        if code == 0:
+            return attempt
+        attempt.kills += 1
+        attempt.starting += count_parts(attempt.run, job) == done
+
+
+def read_result(path: Path, logs: Path) -> Any:
+    """Returns the content of a file of results, without the times in archives and the place of the logs."""
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    content = path.read_bytes().replace(os.fsencode(logs), b"LOGS")
+    return json.loads(content.partition(b"\n")[2]) if path.suffix == ".note" else content
+
+
+def read_results(job: Job, logs: Path) -> dict[str, Any]:
+    """Returns the content of all files of a finished job, hidden ones too, by name."""
+    folder = logs / job.folder
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): read_result(path, logs) for path in files}
+
+
+def compare_job(name: str, kills: int, folder: Path, seed: int) -> bool:
+    """Runs a job without kills and, as often as it takes, with kills; prints a table; returns whether all is equal."""
+    job, started, rng = JOBS[name], time.monotonic(), random.Random(seed)
+    undisturbed = folder / name / "undisturbed"
+    undisturbed.mkdir(parents=True)
+    first_stage(undisturbed)
+    if name != "codes":
+        flags = f"{SAMPLER} --ae_load_dir first --log_dir sampled --train_steps 1 --no_amp --logs_root {undisturbed}"
+        with start_script("train_sampler.py", flags, undisturbed) as process:
+            process.wait()
+    trained = shutil.copytree(undisturbed, folder / name / "trained")
+    begun = time.monotonic()
+    run_job(job, undisturbed, 0, rng)
+    span, expected = time.monotonic() - begun, read_results(job, undisturbed)
+    attempts, counts = [], {}
+    while (left := kills - sum(attempt.kills for attempt in attempts)) > 0:
+        killed = shutil.copytree(trained, folder / name / f"killed_{len(attempts)}")
+        attempts.append(run_job(job, killed, left, rng, span))
+        results = read_results(job, killed)
+        for file in expected | results:
+            place = file.partition("/")[0]
+            counts[place] = counts.get(place, 0) + differing_values(expected.get(file), results.get(file))
+    rows = {
+        "times finished": len(attempts),
+        "kills": kills,
+        "  before another part was computed": sum(attempt.starting for attempt in attempts),
+        "seconds": round(time.monotonic() - started),
+        **{f"differing bytes in {file}": number for file, number in sorted(counts.items())},
+    }
+    print_rows(name, rows)
+    return not any(counts.values())
+
+
+def print_rows(name: str, rows: dict[str, int]) -> None:
+    print(f"\n{name}")
+    for label, number in rows.items():
+        print(f"  {label:<45}{number:>8}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="number of kills per stage")
-    parser.add_argument("--stage", choices=[*STAGES, "both"], default="both", help="stage to test")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills of each")
+    names = [*STAGES, *JOBS, "training", "all"]
+    parser.add_argument("--what", choices=names, default="training", help="what to kill; training: vqgan and sampler")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the kills")
     parser.add_argument("--folder", type=Path, help="new folder for the runs, which is not deleted")
     options = parser.parse_args()
-    stages = ["vqgan", "sampler"] if options.stage == "both" else [options.stage]
+    groups = {"training": ["vqgan", "sampler"], "all": [*STAGES, *JOBS]}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
-        same = [compare(stage, options.kills, folder, options.seed) for stage in stages]
+        same = [
+            (compare_job if name in JOBS else compare)(name, options.kills, folder, options.seed)
+            for name in groups.get(options.what, [options.what])
+        ]
     sys.exit(0 if all(same) else 1)
 
 
