@@ -49,7 +49,7 @@ class SampleWriter:
     def __init__(self, folder: Path, count: int, png_files: bool = False):
         self.folder, self.count, self.png_files = folder, count, png_files
         self.raw = folder / ".samples"
-        self.written, self.images, self.others, self.first = 0, None, {}, None
+        self.written, self.others, self.first = 0, {}, None
 
     def __enter__(self) -> "SampleWriter":
         shutil.rmtree(self.raw, ignore_errors=True)
@@ -60,10 +60,11 @@ class SampleWriter:
         """Adds a batch: "image" uint8 (B, C, H, W) and optionally "codes" (B, h, w), "values" (B, C, H, W), "label"
         (B,)."""
         images = batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-        if self.images is None:
-            shape = (self.count, *images.shape[1:])
-            self.images = np.lib.format.open_memmap(self.raw / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
-        self.images[self.written : self.written + len(images)] = images
+        with (self.raw / "arr_0.npy").open("ab") as file:  # not memory-mapped: a full disk is an error, not SIGBUS
+            if not self.written:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *images.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(images.tobytes())
         for name, key in (("codes", "codes"), ("values", "values"), ("labels", "label")):
             if key in batch:
                 self.others.setdefault(name, []).append(batch[key])
@@ -82,7 +83,6 @@ class SampleWriter:
         if kind is None:
             if self.written != self.count:
                 raise ValueError(f"got {self.written} images, wanted {self.count}")
-            self.images.flush()
             for name, parts in self.others.items():
                 np.save(self.raw / f"{name}.npy", torch.cat(parts).numpy())
             unfinished = self.raw / "samples.npz"

@@ -5,15 +5,21 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from experiments.harness.images import read_samples
 from helpers.run_asserts import assert_equal_bits, checkpoint, weights
 from helpers.tiny_runs import DDPM, VQGAN, call
 from train import checkpoint as module
 from train.checkpoint import load_checkpoint, save_checkpoint, saved_steps, verify_checkpoint
+from train.config import DataConfig
+from train.data import image_cache
+from train.data.loading import ImageSource
+from train.datasets import ArrayDataset
 from train.distributed import DistContext
 from train.ema import EMA
 from train.loop import TrainState
@@ -171,3 +177,41 @@ def test_a_run_on_a_full_disk_ends_cleanly_and_resumes_later(mounted_disk, tmp_p
     filler.unlink()
     call(script, f"--logs_root {mounted_disk} --train_steps 4 {flags}")
     assert_equal_bits(weights(mounted_disk / "run", 4), weights(tmp_path / "run", 4))
+
+
+def one_line_about_space(capsys, script: str, flags: str) -> None:
+    """Runs a script, which must end in one line about a full disk."""
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    errors = [line for line in capsys.readouterr().err.splitlines() if f"{Path(script).name}: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and "No space left" in errors[0], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [0, 90_000, 140_000])
+def test_sampling_on_a_full_disk_ends_cleanly_and_goes_on_later(mounted_disk, trained_ddpm, tmp_path, capsys, free):
+    """Whichever file does not fit: the config, a batch, or the images of samples.npz."""
+    shutil.copytree(trained_ddpm / "ddpm_digits", mounted_disk / "ddpm_digits")
+    shutil.copytree(trained_ddpm / "ddpm_digits", tmp_path / "ddpm_digits")
+    flags = "--sampler ddpm --n_samples 300 --batch_size 100 --sample_steps 2 --no_amp --log_dir samples"
+    filler = fill_disk(mounted_disk, free)
+    one_line_about_space(capsys, "experiments/get_samples.py", f"--logs_root {mounted_disk} {flags}")
+    filler.unlink()
+    for logs in (mounted_disk, tmp_path):
+        call("experiments/get_samples.py", f"--logs_root {logs} {flags}")
+    one, other = (read_samples(logs / "samples" / "samples.npz") for logs in (mounted_disk, tmp_path))
+    assert_equal_bits(one, other)
+    assert not [path for path in (mounted_disk / "samples").iterdir() if path.name.startswith(".")]
+
+
+def test_caching_images_on_a_disk_that_fills_up_is_an_oserror(mounted_disk, monkeypatch):
+    images = ArrayDataset(np.arange(64 * 1024, dtype=np.uint8).reshape(64, 32, 32), np.zeros(64, np.int64), 1)
+    config = DataConfig(img_size=32, cache_images=True)
+    filler = fill_disk(mounted_disk, 32_768)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(image_cache, "check_disk_space", lambda folder, size: None)  # there was enough at that time
+        ImageSource(images, config, mounted_disk / "cache")
+    assert [path.suffix for path in (mounted_disk / "cache").iterdir()] == [".lock"]
+    filler.unlink()
+    cached, plain = ImageSource(images, config, mounted_disk / "cache"), ImageSource(images, DataConfig(img_size=32))
+    assert all(torch.equal(cached[i]["image"], plain[i]["image"]) for i in range(64))
