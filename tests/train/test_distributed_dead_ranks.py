@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from helpers.process_pool import ROOT, free_port, quiet_end, variables
-from helpers.tiny_runs import VQGAN
+from helpers.run_asserts import assert_close, weights
+from helpers.tiny_runs import VQGAN, call
+from train.checkpoint import saved_steps
 
 PATIENCE = 150  # seconds until a hanging test fails
 
@@ -82,6 +84,21 @@ def test_an_error_in_one_process_ends_all(tmp_path, pair, parallel):
     assert processes[1].returncode == 2 and processes[0].returncode != 0
     output = (tmp_path / "output_1").read_text()
     assert "train_vqgan.py (rank 1): not one image can be read any more\n" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_one_process_after_a_rank_was_killed(tmp_path, pair):
+    flags = "--hooks helpers.fault_injection.kill_rank_1 --lr 1e-4 --steps_per_eval 0"
+    flags += " --train_steps 5 --steps_per_checkpoint 1"
+    processes = pair(flags)
+    assert all(quiet_end(process, PATIENCE) for process in processes)
+    assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode != 0
+    assert saved_steps(tmp_path / "run")[-1] in (1, 2, 3)
+    for logs in (tmp_path, tmp_path / "whole"):
+        logs.mkdir(exist_ok=True)
+        script, *words = command(logs, flags)
+        call(script, " ".join(words))
+    assert_close(weights(tmp_path / "run", 5), weights(tmp_path / "whole" / "run", 5))
 
 
 def children(pid: int) -> list[int]:
