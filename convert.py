@@ -1,7 +1,6 @@
 """Convert weights of public reference code to a run. `python convert.py --from guided --weights unet.pt --help`"""
 
 import functools
-import json
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ from train.cli.values import peek_flag
 from train.config import SecondStageConfig, VQGANRunConfig
 from train.converters import FIRST_STAGE, ConvertedTensor
 from train.distributed import DistContext
-from train.files import sha256
+from train.files import parse_json, sha256
 from train.first_stage import load_first_stage
 from train.registry import load_plugin
 from train.runs import open_run, run_lock
@@ -89,7 +88,7 @@ def read_reference_flags(path: str | None) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} not found: pass the JSON of the network's flags as --config_json PATH.json")
     try:
-        flags = json.loads(Path(path).read_text())
+        flags = parse_json(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(flags, dict):

@@ -3,7 +3,6 @@
 python experiments/compare_attention.py --config configs/mnist_attention.yaml
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.harness.batches import single_process_world
-from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, write_results
+from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, load_results, write_results
 from experiments.harness.report import mean_and_deviation, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
@@ -102,11 +101,11 @@ def main(config: Config) -> None:
     )
     folder = run_folder(config.output.logs_root, name)
     origin = {"ae_weights": bench.space.first_stage.weights, "images": content_fingerprint(bench.images["train"])}
-    path, seeds = folder / "results.json", range(config.training.seed, config.training.seed + config.comparison.seeds)
+    seeds = range(config.training.seed, config.training.seed + config.comparison.seeds)
     with run_lock(folder):
         open_run(folder, config, origin | features_provenance(bench.features))
         print(f"results: {folder}", flush=True)
-        results = json.loads(path.read_text()) if path.is_file() else {}
+        results = load_results(folder) or {}
         for seed, variant in product(seeds, config.comparison.variants):
             run = f"{variant}_{seed}"
             if run not in results:
@@ -114,9 +113,8 @@ def main(config: Config) -> None:
                 write_results(folder, results)  # an interrupted comparison resumes with the next run
     steps, metric = config.training.train_steps, bench.features.module.METRIC
     print(f"\n{config.comparison.seeds} seeds, {steps} steps of {config.training.batch_size} images each")
-    print(
-        f"{summary(results, config.comparison.variants, metric)}\nlower is better; mean ± standard deviation\n\n{path}"
-    )
+    print(f"{summary(results, config.comparison.variants, metric)}\nlower is better; mean ± standard deviation")
+    print(f"\n{folder / 'results.json'}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 python experiments/compare_quantizers.py --config configs/mnist_quantizers.yaml
 """
 
-import json
 import math
 import statistics
 import time
@@ -18,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.harness.batches import single_process_world
-from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, write_results
+from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, load_results, write_results
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import features_provenance, real_statistics, save_reconstructions, statistics_cache
@@ -133,11 +132,10 @@ def main(config: Config) -> None:
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
     same |= {"images": content_fingerprint(bench.images.dataset)}
-    path = folder / "results.json"
     with run_lock(folder):
         open_run(folder, config, same | features_provenance(bench.features))
         print(f"results: {folder}", flush=True)
-        results = json.loads(path.read_text()) if path.is_file() else {}
+        results = load_results(folder) or {}
         for seed, name in product(range(config.training.seed, config.training.seed + c.seeds), autoencoders):
             if f"{name}_{seed}" not in results:
                 results[f"{name}_{seed}"] = bench.run(f"{name}_{seed}", autoencoders[name], seed)
@@ -149,7 +147,7 @@ def main(config: Config) -> None:
     print(f"higher is better: PSNR, usage, perplexity; lower is better: r{metric}, L1, bits, s/step")
     if bench.reference is None:
         print(f"r{metric} is left out: a covariance needs at least 2 validation images")
-    print(f"{summary(results, c.quantizers, metric)}\n\n{path}\n{folder / 'comparison.png'}")
+    print(f"{summary(results, c.quantizers, metric)}\n\n{folder / 'results.json'}\n{folder / 'comparison.png'}")
 
 
 @dataclass(frozen=True)

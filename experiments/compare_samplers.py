@@ -5,7 +5,6 @@ python experiments/compare_samplers.py --sampler ddpm --steps 10 20 50
 python experiments/compare_samplers.py --solvers ancestral:256 halton:12:temp=0.9 confidence:8:choice_temp=2
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from experiments.harness.experiment import (
     ModelConfig,
     OutputConfig,
     load_model,
+    load_results,
     open_batches,
     open_results_folder,
     run_defaults,
@@ -227,12 +227,10 @@ def compare(
 
 def load_or_start_results(features: Features, batches: ResumableBatches) -> dict[str, Any]:
     """Reads the results so far; starts new ones if the features have changed, which flags do not show."""
-    path = batches.folder / "results.json"
+    results = load_results(batches.folder)
     identity = {"features": features.name, "features_version": features.module.VERSION}
-    if path.is_file():
-        results = json.loads(path.read_text())
-        if identity.items() <= results.items():
-            return results
+    if results is not None and identity.items() <= results.items():
+        return results
     return {"metric": features.module.METRIC, **identity, "sets": {}, "run": batches.run}
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from train.data.loading import BatchSource
 from train.data.transforms import to_item
 from train.datasets import Ragged
 from train.datasets._decode import decode
-from train.files import sha256
+from train.files import parse_json, sha256
 from train.loop import Batch
 
 Row = Mapping[str, Any]  # the fields of one image, as in an item of a data set
@@ -125,7 +124,7 @@ def parse_rows(path: Path) -> list[Row]:
 def read_json(path: Path) -> list[Row]:
     """Reads a list of objects."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

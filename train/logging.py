@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from train.data.transforms import to_uint8
 from train.distributed import DistContext, is_sharded
-from train.files import fsync, write_text
+from train.files import fsync, parse_json, write_text
 from train.loop import Outputs, TrainState
 from train.perf import PerfMonitor
 
@@ -130,14 +130,14 @@ class Logger:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and an incomplete last line."""
+    """Drops the lines of metrics.jsonl after `step`, and from an incomplete or damaged line on."""
     if not path.is_file():
         return
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 lines.append(line)
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, LookupError):
             break
     write_text(path, "".join(f"{line}\n" for line in lines))

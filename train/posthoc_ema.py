@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.registry import current_names
 from train.ema import WeightAverage
-from train.files import fsync, write_errors_as_oserror
+from train.files import fsync, parse_json, write_errors_as_oserror
 
 MAX_STD = ((1 + math.sqrt(5)) / 2) ** -2.5  # 0.3003: the largest std, at gamma = (sqrt(5) - 3) / 2
 MAX_FIT_ERROR = 0.1  # largest accepted error of a combined profile, relative to the norm of the target
@@ -136,8 +136,8 @@ class EMASnapshot:
         self.path, self.file = path, file
         try:
             metadata = file.metadata() or {}
-            step, self.copied = int(metadata["step"]), json.loads(metadata["copied"])
-            self.checks = json.loads(metadata["crc32"])
+            step, self.copied = int(metadata["step"]), parse_json(metadata["copied"])
+            self.checks = parse_json(metadata["crc32"])
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a snapshot of EMA profiles ({error!r}): move it elsewhere") from error
         if snapshot_path(path.parent.parent, step) != path:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,7 +23,7 @@ from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.data.loading import build_dataset
 from train.datasets import content_fingerprint
 from train.distributed import DistContext
-from train.files import sha256, write_text
+from train.files import parse_json, sha256, write_text
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
@@ -309,8 +310,10 @@ def open_results_folder(
         source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
-    with run_lock(folder) if world.is_main else nullcontext():
+    with ExitStack() as stack:
         if world.is_main:
+            stack.enter_context(run_lock(folder))
+            stack.enter_context(deleted_if_refused(folder))
             given = condition_provenance(sampling.condition_file) if samples else {}
             provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
             open_run(folder, config, provenance, results_identity)
@@ -326,11 +329,32 @@ def data_provenance(model: ModelConfig | FirstStageModelConfig, loaded: TrainedM
     return {"data_fingerprint": content_fingerprint(build_dataset(loaded.data, loaded.reader, "train"))}
 
 
+@contextmanager
+def deleted_if_refused(folder: Path) -> Iterator[None]:
+    """Deletes a results folder in which an error leaves nothing but its config: other settings may take its name."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["config.yaml"]:
+            shutil.rmtree(folder)
+        raise
+
+
 def read_results(batches: ResumableBatches) -> dict[str, Any] | None:
     """Returns the results of this experiment if it finished before, else None; read by the main rank for all ranks."""
-    path, world = batches.folder / "results.json", batches.world
-    exists = world.is_main and path.is_file()
-    return broadcast_object(world, json.loads(path.read_text()) if exists else None)
+    world = batches.world
+    return broadcast_object(world, load_results(batches.folder) if world.is_main else None)
+
+
+def load_results(folder: Path) -> dict[str, Any] | None:
+    """Reads results.json, None if there is none; ValueError if it is damaged."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        return dict(parse_json(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

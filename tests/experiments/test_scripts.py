@@ -139,6 +139,21 @@ def test_other_archives_are_refused(tmp_path):
         read_samples(path)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "check_digits.py --samples missing.npz",
+        "calc_FID.py --features pixels --samples missing.npz",
+        "compare_samplers.py --n_samples 2 --steps 2 --features pixels --data_dir somewhere",
+    ],
+)
+def test_a_refused_experiment_leaves_no_folder(trained, capfd, words):
+    script, _, flags = words.partition(" ")
+    with pytest.raises(SystemExit) as stop:
+        call(f"experiments/{script}", f"--logs_root {trained} --log_dir refused {flags}")
+    assert stop.value.code == 2 and not (trained / "refused").exists(), capfd.readouterr().err
+
+
 def test_another_data_set_than_the_models_is_refused(trained, capfd):
     with pytest.raises(SystemExit) as stop:
         call("experiments/calc_FID.py", f"--logs_root {trained} --dataset mnist --load_dir absorbing_digits")

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from experiments.harness.experiment import load_results
 from helpers.run_asserts import assert_equal_bits, checkpoint, manifest_of, weights
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 from train.checkpoint import load_checkpoint, load_weights, save_checkpoint, saved_steps
+from train.condition_source import read_json
 from train.config import DataConfig
 from train.ema import EMA
+from train.logging import truncate_metrics
 from train.loop import TrainState
 from train.spaces import PixelSpace
 from train.trained_sampler import load_sampler
@@ -295,3 +298,25 @@ def test_folders_that_are_not_checkpoints_are_ignored(tmp_path):
     for name in ("step_last", "step_7", "step_00000009.bak", "step_²"):
         shutil.copytree(path, path.with_name(name))
     assert saved_steps(tmp_path) == [7]
+
+
+def test_json_nested_too_deeply_is_a_valueerror(tmp_path):
+    """Python raises RecursionError."""
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="rows.json is not JSON: it is nested too deeply"):
+        read_json(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[1]", "3", '{"loss": 1}', '{"step": "x"}', "\xff"])
+def test_a_log_is_kept_up_to_a_damaged_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'.encode("latin-1"))
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[1]", "3"])
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="results.json is damaged .*: delete it, and it is measured again"):
+        load_results(tmp_path)
