@@ -44,7 +44,7 @@ test: setup  ## run the test suite (under 8 minutes on 2 CPU cores)
 test-all: setup  ## run all tests, including slow ones
 	$(RUN) -m pytest -m ""
 
-fuzz: setup  ## throw 10,000 generated command lines, files and runs at the scripts (an hour on 2 CPU cores)
+fuzz: setup  ## throw 10,000 generated command lines, files and runs at the scripts (under an hour on 2 CPU cores)
 	$(RUN) tests/fuzz
 
 test-oldest: $(OLDEST)/ready  ## run the test suite with the oldest supported torch, in a separate environment

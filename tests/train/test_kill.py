@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import kill_training
 import pytest
 import torch
-from kill_training import ProgressHook, differences, first_stage, run_uninterrupted, run_with_kills
+from kill_training import ProgressHook, compare_job, differences, first_stage, run_uninterrupted, run_with_kills
 from safetensors.torch import save_file
 
 
@@ -42,6 +42,12 @@ def test_twenty_kills_change_no_bit(tmp_path, stage):
     assert different == {}
     assert attempt.kills >= 19 and attempt.writing >= 3
     assert "Traceback" not in attempt.outputs[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", kill_training.JOBS)
+def test_kills_of_other_jobs_change_no_bit(tmp_path, name):
+    assert compare_job(name, 3, tmp_path, seed=0)
 
 
 # the comparison itself
