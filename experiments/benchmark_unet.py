@@ -4,7 +4,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -81,8 +81,9 @@ def main(config: Config) -> None:
         channel_mults=c.channel_mults,
         res_blocks=c.res_blocks,
         attn_factors=c.attn_factors,
-        head_width=max(1, c.channels * c.channel_mults[-1] // HEADS),
+        head_width=1,  # until the widths are checked
     )
+    shape = replace(shape, head_width=max(1, shape.widths[-1] // HEADS))
     unets = networks(shape, c.img_size)
     print(f"{device_name(world.device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{c.batch_size} images of {c.img_size}x{c.img_size} per step, {c.repeats} steps of each kind, interleaved")

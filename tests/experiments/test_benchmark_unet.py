@@ -104,6 +104,7 @@ def test_speedup_is_the_ratio_of_medians():
 REFUSED = {  # flags -> words that the message must contain
     "--repeats 0": ["repeats 0", "--repeats"],
     "--batch_size 0": ["batch_size 0", "--batch_size"],
+    "--channel_mults": ["channel_mults ()", "per level"],
     "--attn_factors 3": ["attn_factors", "1, 2"],
     "--img_size 9": ["9 x 9", "multiples of 2"],
 }
