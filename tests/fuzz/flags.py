@@ -53,12 +53,10 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
 PARSED_ONLY = {"demo.py", "experiments/compare_attention.py", "experiments/compare_quantizers.py"}  # they take minutes
 SAMPLERS = {"absorbing": SAMPLER, "autoregressive": SAMPLER.replace("--sample_steps 4", ""), "ddpm": DDPM}
 LEFT_OUT = {"compile", "hooks", "adapt", "logs_root", "shard_cache"}  # minutes; the user's code; where all is written
-LONG = {  # flags of which a large value is a long run rather than a mistake
-    *(
-        "train_steps n_samples n_images sample_steps total_steps repeats full_steps kid_subsets seeds steps sizes"
-    ).split(),
-    *("num_workers prefetch results points shape outpaint batch_size accumulate calls decoder_draws").split(),
-}
+LONG = (  # flags of which a large value is a long run rather than a mistake
+    "train_steps n_samples n_images sample_steps total_steps repeats full_steps kid_subsets seeds steps sizes calls "
+    "num_workers prefetch results points shape outpaint batch_size accumulate decoder_draws"
+).split()
 NUMBERS = ["-1", "0", "1", "2", "3", "17", "0.5", "1.0", "-0.0", "1e-400", "nan", "inf", "-inf"]
 LARGE = ["1e12", "1000000000000", "1e400", "9" * 30, "65536", "1e300"]
 ODD = [
