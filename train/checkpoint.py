@@ -359,8 +359,9 @@ def restore_train_state(saved: dict[str, Any], state: TrainState, file: Path) ->
         extra.load_state_dict(saved["extras"][name])
     for name, counter in state.counters.items():
         counter.load_state_dict(saved.get("counters", {}).get(name, {}))  # empty if there are none
-    state.bad_steps, state.best = list(saved.get("bad_steps", [])), dict(saved.get("best", {}))
-    state.unfinished = list(saved.get("unfinished", []))
+    state.bad_steps = [int(step) for step in saved.get("bad_steps", [])]
+    state.best = {name: (float(value), int(step)) for name, (value, step) in saved.get("best", {}).items()}
+    state.unfinished = [str(name) for name in saved.get("unfinished", [])]
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> None:

@@ -135,6 +135,8 @@ STATES = {
     "a word for moments": lambda s: s | {"optimizers": {"network": with_state(s, lambda m: m | {0: "x"})}},
     "counters that are words": lambda s: s | {"counters": "x"},
     "bad steps that are a number": lambda s: s | {"bad_steps": 3},
+    "bad steps that are lists": lambda s: s | {"bad_steps": [[3]]},
+    "a best value without its step": lambda s: s | {"best": {"val/l1": 3}},
 }
 
 
