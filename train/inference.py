@@ -37,7 +37,6 @@ from train.python_values import (
 )
 from train.registry import did_you_mean
 from train.runs import read_run
-from train.samplers._conditions import ConditionsConfig
 from train.spaces import CodeSpace, LatentSpace
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
 
@@ -202,7 +201,6 @@ class SamplerRun:
         if missing := [name for name in self.conditions if conditions.get(name) is None and name != "label"]:
             raise ValueError(f"got no {', '.join(missing)}, which {model.run.name} is conditioned on: pass them")
         if self.n_classes and "label" not in conditions:
-            self._check_null()
             conditions["label"] = None
         rows = self._rows(conditions, len(images)) if conditions else []
         source = ConditionSource(self.conditions, self.n_classes, rows=tuple(rows))
@@ -211,12 +209,6 @@ class SamplerRun:
             data = self._data(images[indices]) | (source.draw(seed, indices.tolist()) or {})
             bounds.append(model.log_likelihood(data | {"position": indices}, seed, nfe))
         return Bound(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*bounds, strict=True)))
-
-    def _check_null(self) -> None:
-        """Raises ValueError if the null class was never seen in training."""
-        config = self.model.sampler.config
-        if isinstance(config, ConditionsConfig) and config.label_drop == 0:
-            raise ValueError(f"{self.model.run.name} was trained with label_drop 0 and has no null class: pass label")
 
     def _check_scored(self, images: Tensor) -> None:
         """Raises TypeError or ValueError unless these are images of the size and type that the model was trained on."""

@@ -286,8 +286,9 @@ def test_a_null_class_that_was_never_trained_is_refused(pixels, monkeypatch):
     config = dataclasses.replace(pixels.model.sampler.config, label_drop=0.0)
     monkeypatch.setattr(pixels.model.sampler, "config", config)
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="label_drop 0 and has no null class: pass label"):
-        pixels.log_likelihood(images, nfe=2)
+    for label in ({}, {"label": None}):
+        with pytest.raises(ValueError, match="got no label, .* label_drop 0, .*: pass a label"):
+            pixels.log_likelihood(images, nfe=2, **label)
     assert pixels.log_likelihood(images, nfe=2, label=3).total.shape == (2,)
 
 

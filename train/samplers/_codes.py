@@ -24,7 +24,7 @@ from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
-from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
+from train.samplers._conditions import check_nulls, draw_drops, fields_by_condition, raw_conditions
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
 
@@ -87,6 +87,7 @@ class CodeSampler(LearnedSampler):
         raw = raw_conditions(self.fields_of, batch) if batch else {}
         if options.guidance != 1 and not raw:
             raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
+        check_nulls(self.config, self.conditions, options.guidance, batch, self.n_classes)
         null = network.encode({}, x)
         return Condition.cat([null, network.encode(raw, x) if raw else null])
 
@@ -289,6 +290,7 @@ class DiscreteSampler(CodeSampler):
 
         It is estimated from `nfe` network calls per example; None computes all of its terms.
         """
+        check_nulls(self.config, self.conditions, 1, batch, self.n_classes)
         condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe

@@ -22,12 +22,12 @@ class ConditionsConfig(SamplerConfig):
     class_conditional: bool = True
     """Condition on the class if the data have labels."""
     label_drop: float = 0.1
-    """Probability of replacing a training label by the null class, for guidance."""
+    """Probability of replacing a training label by the null class; 0 leaves the null untrained, without guidance."""
     conditions: tuple[str, ...] = ()
     """Conditions besides the class, by their files in models/conditions; image uses the field condition_image."""
     condition_options: ConditionConfig = ConditionConfig()
     condition_drop: float = 0.1
-    """Probability of replacing a condition by its null in training, independently for each condition."""
+    """Probability of replacing a condition by its null in training, independently for each; 0: no guidance."""
 
     RANGES = {"label_drop": "[0, 1)", "condition_drop": "[0, 1)"}
 
@@ -77,9 +77,31 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
     return raw
 
 
+def drop_flag(name: str) -> str:
+    """Returns the flag with the probability of the null of a condition in training."""
+    return "label_drop" if name == "label" else "condition_drop"
+
+
 def draw_drops(
     config: ConditionsConfig, names: Collection[str], streams: Callable[[str], Streams], count: int
 ) -> dict[str, Tensor]:
     """Samples which examples get the null of each condition: (count,) bools by name, from separate streams."""
-    probs = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
-    return {name: streams(name).uniform((count,)) < probs[name] for name in names}
+    return {name: streams(name).uniform((count,)) < getattr(config, drop_flag(name)) for name in names}
+
+
+def check_nulls(
+    config: ConditionsConfig, fields: Collection[str], guidance: float, batch: Batch | None = None, n_classes: int = 0
+) -> None:
+    """Raises ValueError if guidance or a batch without a condition needs a null that training never used.
+
+    `fields` are those that the network is conditioned on; label `n_classes` is the null. Converted weights whose nulls
+    are untrained have drops of 0 in their config.
+    """
+    for name in fields:
+        if getattr(config, drop_flag(name)):
+            continue
+        reason = f"but the model was trained with {drop_flag(name)} 0, which leaves the null of {name} untrained"
+        if guidance != 1:
+            raise ValueError(f"got guidance {guidance}, {reason}: pass --guidance 1")
+        if not batch or (name == "label" and (batch["label"] == n_classes).any()):
+            raise ValueError(f"got no {name}, {reason}: pass a {name}")

@@ -15,7 +15,7 @@ from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling
-from train.samplers._conditions import draw_drops, make_encoders, raw_conditions
+from train.samplers._conditions import check_nulls, draw_drops, make_encoders, raw_conditions
 from train.samplers._transformer import TransformerConfig, make_network
 
 SPACE = "codes"
@@ -110,6 +110,7 @@ class AutoregressiveSampler(CodeSampler):
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
         """Returns the exact -log2 p of {"codes": (B, h, w)}, in one network call whatever `nfe` is."""
+        check_nulls(self.config, self.conditions, 1, batch, self.n_classes)
         x0 = batch["codes"]
         with torch.no_grad():
             t = torch.zeros(len(x0), device=x0.device)

@@ -25,7 +25,14 @@ from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
-from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_condition, make_encoders, raw_conditions
+from train.samplers._conditions import (
+    ConditionsConfig,
+    check_nulls,
+    draw_drops,
+    fields_by_condition,
+    make_encoders,
+    raw_conditions,
+)
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels, or latents if --ae_load_dir names a VQGAN
@@ -323,6 +330,7 @@ class GaussianSampler(LearnedSampler):
             raise ValueError(f"got guidance {options.guidance} for a model without conditions: pass --guidance 1")
         if options.guidance != 1 and not batch:
             raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
+        check_nulls(self.config, self.conditions, options.guidance, batch, self.n_classes)
         process, x = self.initial_state(edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
@@ -372,6 +380,7 @@ class GaussianSampler(LearnedSampler):
         """
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: use a model of pixels")
+        check_nulls(self.config, self.conditions, 1, batch, self.n_classes)
         x0 = batch["x0"]
         condition, denoise = network.encode(raw_conditions(self.fields_of, batch), x0), self.make_denoiser(network)
 

@@ -13,6 +13,7 @@ from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import TrainingStreams
 from train.registry import load_plugin, plugin_names
+from train.sampler import check_sampling
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
 
@@ -262,6 +263,21 @@ def test_guidance_needs_conditions(sampler_case):
     sampler, module = make_sampler(name, model_args, n_classes=0)
     with pytest.raises(ValueError, match="--guidance 1"):
         sampler.sample(sampler.network, Streams([0]), options=module.Sampling(guidance=2.0))
+
+
+def test_a_null_that_was_never_trained_is_refused(sampler_case):
+    sampler, module, model_args = sampler_case
+    batch = data(model_args, n=2)
+    no_label = batch | {"label": torch.full((2,), CLASSES)}
+    sampler.config = dataclasses.replace(sampler.config, label_drop=0.0)
+    for given, guidance in ((batch, 3.0), (no_label, 1.0), (None, 1.0)):
+        options = module.Sampling(guidance=guidance)
+        with pytest.raises(ValueError, match="trained with label_drop 0, which leaves the null of label untrained"):
+            sampler.sample(sampler.network, Streams([0, 1]), batch=given, options=options)
+    options = module.Sampling(sample_steps=STEPS.get(module.__name__.rpartition(".")[2], 2))
+    assert len(sampler.sample(sampler.network, Streams([0, 1]), batch=batch, options=options)) == 2
+    with pytest.raises(ValueError, match="got guidance 2.0, .*: pass --guidance 1"):  # before training
+        check_sampling(sampler, module.Sampling(guidance=2.0), [])
 
 
 def test_a_likelihood_is_a_bound_per_image(sampler_case):
