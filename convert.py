@@ -3,7 +3,7 @@
 import functools
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +151,7 @@ def make_vqgan_run(config: FirstStageConfig) -> None:
     if training.load_dir is not None:
         raise ValueError("got --load_dir, but converted weights replace those of a run: leave it out")
     layout, files = load_plugin(LAYOUTS, conversion.source, "layout"), plain_and_ema_files(conversion.weights)
+    config = replace(config, network=config.network.for_run(training.train_steps))
     state = build_vqgan_state(config.network, config.loss, config.data, training, DistContext(torch.device("cpu")))
     autoencoders = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     # Plain weights last: the discriminator that training continues with is theirs.

@@ -9,7 +9,7 @@ from train.cli.files import run_folder
 from train.cli.parse import run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
-from train.runs import open_or_resume, perceptual_provenance, run_context
+from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
 from vq.perceptual import load_perceptual
@@ -32,8 +32,10 @@ def main(config: Config) -> None:
         name, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
         weights = None if perceptual is None else weights
         loss = dataclasses.replace(config.loss, perceptual_net=name, perceptual_weights=weights)
-        config = dataclasses.replace(config, loss=loss, data=data)
-        state = build_state(config.network, config.loss, data, training, world)
+        continued = read_continued_network(run, training, logging.logs_root, config.network.quantizer)
+        network = config.network.for_run(training.train_steps, continued)
+        config = dataclasses.replace(config, network=network, loss=loss, data=data)
+        state = build_state(network, config.loss, data, training, world)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
             make_distance_hook = reconstruction_distance(

@@ -27,7 +27,7 @@ from experiments.metrics.reconstruction import LPIPS, SHOWN_IMAGES, measure_reco
 from models.ranges import MILLION, check_ranges
 from train.cli.files import run_folder
 from train.cli.parse import run_script
-from train.cli.plugins import flags_of, plugin_options
+from train.cli.plugins import plugin_options
 from train.config import DataConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, images_in_order, training_batches
 from train.datasets import DatasetConfig, content_fingerprint
@@ -46,8 +46,8 @@ from vq.perceptual import load_perceptual
 VARIANTS: dict[str, dict[str, Any]] = {
     "nearest": {},
     "ema": {},
-    "l2": {"emb_dim": 4},  # with few codes, fewer stay unused in fewer dimensions
-    "gumbel": {"gumbel_kl_weight": 5e-4},
+    "l2": {},
+    "gumbel": {},
     "fsq": {},
     "lfq": {"entropy_weight": 0.05},  # with small networks, a larger weight would outweigh the reconstruction loss
     "ibq": {"entropy_weight": 0.05},
@@ -100,23 +100,21 @@ class Config:
 
 
 def networks(network: VQGANConfig, quantizers: Sequence[str], train_steps: int) -> dict[str, VQGANConfig]:
-    """Returns the autoencoder's config with each quantizer; gumbel's temperature decays over the whole run.
+    """Returns the autoencoder's config with each quantizer, for runs of `train_steps`.
 
     ValueError: --quantizer is set, or a quantizer does not support the codebook size.
     """
     if network.quantizer != VQGANConfig.quantizer:
         got = network.quantizer
         raise ValueError(f"got --quantizer {got}, but a comparison takes a list: pass --quantizers {got}")
-    return {name: with_quantizer(network, name, gumbel_decay_steps=train_steps) for name in quantizers}
+    return {name: with_quantizer(network, name).for_run(train_steps) for name in quantizers}
 
 
-def with_quantizer(network: VQGANConfig, name: str, **options: Any) -> VQGANConfig:
-    """Returns the config with one quantizer and its own options; `options` apply to quantizers that have them."""
-    config, changes = load_plugin("vq.quantizers", name, "quantizer").Config, options | VARIANTS.get(name, {})
-    flags = flags_of(config)
-    own = replace(plugin_options(network.quantizer_config, config), **{k: v for k, v in changes.items() if k in flags})
-    shared = {k: v for k, v in changes.items() if k in flags_of(VQGANConfig)}
-    return replace(network, quantizer=name, quantizer_config=own, **shared)
+def with_quantizer(network: VQGANConfig, name: str) -> VQGANConfig:
+    """Returns the config with one quantizer and its own options."""
+    config = load_plugin("vq.quantizers", name, "quantizer").Config
+    own = replace(plugin_options(network.quantizer_config, config), **VARIANTS.get(name, {}))
+    return replace(network, quantizer=name, quantizer_config=own)
 
 
 def main(config: Config) -> None:

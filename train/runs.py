@@ -55,13 +55,30 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
 
 
+def resumed_run(run: Path, resume: str) -> Path | None:
+    """Returns the folder of the run whose checkpoint is to be resumed; None if training starts from scratch."""
+    if saved_steps(run):
+        return run
+    return None if resume in ("auto", "never") else Path(os.path.expanduser(resume)).resolve().parent.parent
+
+
 def resumed_provenance(run: Path, resume: str) -> dict[str, Any]:
     """Returns the provenance of the run whose checkpoint is to be resumed; empty if training starts from scratch."""
-    if saved_steps(run):
-        return read_provenance(run)
-    if resume in ("auto", "never"):
+    source = resumed_run(run, resume)
+    return {} if source is None else read_provenance(source)
+
+
+def read_continued_network(run: Path, training: TrainingConfig, logs_root: str, quantizer: str) -> dict[str, Any]:
+    """Returns the network settings of the VQGAN run that `run` continues: itself, or that of --resume PATH.
+
+    Of --load_dir, from which training starts anew, only emb_dim. Empty without such a run, or for another quantizer.
+    """
+    resumed = resumed_run(run, training.resume)
+    source = resumed or (run_folder(logs_root, training.load_dir) if training.load_dir else run)
+    network = read_run(source).get("network", {}) if saved_steps(source) else {}
+    if network.get("quantizer") != quantizer:
         return {}
-    return read_provenance(Path(os.path.expanduser(resume)).resolve().parent.parent)
+    return {"emb_dim": network["emb_dim"]} if resumed is None else network
 
 
 def perceptual_provenance(weights: str | None) -> dict[str, Any]:

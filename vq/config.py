@@ -1,7 +1,9 @@
 """Configuration of the first stage."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
 
 from models.ranges import COUNT, NOT_NEGATIVE, SIZE, check_ranges
 from models.registry import load_plugin
@@ -24,8 +26,9 @@ class VQGANConfig:
     """Quantizer of the encoder outputs: a file of vq/quantizers."""
     codebook_size: int = 1024
     """Number of codes."""
-    emb_dim: int = 256
-    """Width of a code vector; fsq and lfq derive it from codebook_size."""
+    emb_dim: int | None = None
+    """Width of a code vector; default: half the channels of the last level, l2 and gumbel 4; fsq and lfq derive it from
+    codebook_size."""
     quantizer_config: QuantizerConfig = QuantizerConfig()
     unit_range: bool = False
     """Feed the encoder images in [0, 1], as in Unleashing Transformers, instead of [-1, 1]."""
@@ -50,7 +53,18 @@ class VQGANConfig:
     @property
     def code_dim(self) -> int:
         """Width D of the code vectors and of the encoder output."""
-        return self.quantizer_config.code_dim(self.codebook_size, self.emb_dim)
+        emb_dim = self.emb_dim or self.quantizer_config.default_emb_dim(self.nf * self.ch_mult[-1])
+        return self.quantizer_config.code_dim(self.codebook_size, emb_dim)
+
+    def for_run(self, train_steps: int, stored: Mapping[str, Any] = MappingProxyType({})) -> "VQGANConfig":
+        """Returns the config with a value for every setting that was not given.
+
+        It is that of the run that is continued, by its `stored` settings, or else follows from the quantizer and the
+        number of training steps.
+        """
+        default = self.quantizer_config.default_emb_dim(self.nf * self.ch_mult[-1])
+        emb_dim = self.emb_dim or stored.get("emb_dim") or default
+        return replace(self, emb_dim=emb_dim, quantizer_config=self.quantizer_config.for_run(train_steps, stored))
 
     @property
     def factor(self) -> int:

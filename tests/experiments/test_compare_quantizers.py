@@ -151,10 +151,10 @@ def test_each_quantizer_has_its_own_settings(monkeypatch, tmp_path):
         assert type(network.quantizer_config) is load_plugin("vq.quantizers", name, "quantizer").Config
         assert (network.nf, network.ch_mult) == (config.network.nf, config.network.ch_mult)
     widths = {name: network.code_dim for name, network in vqgans.items()}
-    assert widths == {"nearest": 32, "ema": 32, "l2": 4, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}
+    assert widths == {"nearest": 32, "ema": 32, "l2": 4, "gumbel": 4, "fsq": 3, "lfq": 9, "ibq": 32}
     options = {name: network.quantizer_config for name, network in vqgans.items()}
     assert options["fsq"].levels(512) == (8, 8, 8)
-    assert (options["gumbel"].gumbel_decay_steps, options["gumbel"].gumbel_kl_weight) == (777, 5e-4)
+    assert (options["gumbel"].gumbel_decay_steps, options["gumbel"].gumbel_kl_weight) == (777, 1e-8)
     assert {options[name].entropy_weight for name in ("lfq", "ibq")} == {0.05}
 
 

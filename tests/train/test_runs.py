@@ -9,6 +9,8 @@ import torchvision
 import yaml
 
 from helpers.tiny_runs import GAN, SAMPLER, VQGAN, call
+from train.config import TrainingConfig
+from train.runs import read_continued_network
 
 
 def error_message(capfd, script, flags):
@@ -16,6 +18,23 @@ def error_message(capfd, script, flags):
         call(script, flags)
     assert stop.value.code == 2
     return capfd.readouterr().err
+
+
+def test_a_run_that_goes_on_keeps_settings_that_are_defaults_now(tmp_path):
+    stored = {"quantizer": "gumbel", "emb_dim": 32, "gumbel_decay_steps": 160_000}
+    for name in ("old", "no_checkpoint"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"network": stored}))
+    checkpoint = tmp_path / "old" / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+
+    def read(name, quantizer="gumbel", **training):
+        return read_continued_network(tmp_path / name, TrainingConfig(**training), str(tmp_path), quantizer)
+
+    assert read("old") == read("new", resume=str(checkpoint)) == read("old", load_dir="other") == stored
+    assert read("new", load_dir="old") == {"emb_dim": 32}  # its temperature starts again
+    assert read("new") == read("no_checkpoint") == read("old", "l2") == {}
 
 
 @pytest.mark.slow

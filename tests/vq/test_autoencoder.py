@@ -191,6 +191,12 @@ def test_the_last_layer_is_computed_in_float32_under_autocast():
         ({"quantizer": "lfq", "codebook_size": 1024}, None, 10),
         ({"quantizer": "lfq", "codebook_size": 2}, None, 1),
         ({"quantizer": "nearest", "emb_dim": 7, "codebook_size": 11}, None, 7),
+        ({"quantizer": "ibq"}, None, 256),
+        ({"quantizer": "ema", "nf": 16, "ch_mult": (1, 2, 4)}, None, 32),
+        ({"quantizer": "nearest", "nf": 1, "ch_mult": (1,)}, None, 1),
+        ({"quantizer": "l2"}, None, 4),
+        ({"quantizer": "gumbel"}, None, 4),
+        ({"quantizer": "l2", "emb_dim": 64}, None, 64),
     ],
 )
 def test_the_codes_are_as_wide_as_their_kind_makes_them(settings, levels, dim):

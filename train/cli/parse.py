@@ -32,6 +32,7 @@ IDENTIFYING_FLAGS = {"sampler", "dataset", "reader", "quantizer", "logs_root", "
 OUT_OF_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|(calculat|multiplicat)ion over"
 )
+FORMER_DEFAULTS = {"gumbel_decay_steps": 160_000}  # in config.yaml of earlier runs with any quantizer
 C = TypeVar("C")
 
 
@@ -110,7 +111,7 @@ def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source
             owner = foreign.group.config_of(name)()
             words = to_arguments({key: value}, owner, source)
             parsed = parse_arguments(type(owner), words, default=owner, source=source)
-            if getattr(parsed, key) == flag.default:
+            if getattr(parsed, key) in (flag.default, FORMER_DEFAULTS.get(key)):
                 break
         else:
             raise ValueError(f"{source}: got {key} {value!r} {foreign_flag_message(foreign, names)}")

@@ -6,8 +6,9 @@ must have the same type and default.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -20,6 +21,14 @@ class QuantizerConfig:
 
     def __post_init__(self):
         check_ranges(self)
+
+    def default_emb_dim(self, channels: int) -> int:
+        """Returns the default of emb_dim, for a network with `channels` at the last level."""
+        return max(1, channels // 2)
+
+    def for_run(self, train_steps: int, stored: Mapping[str, Any]) -> Self:
+        """Returns the options with a value for every one that was not given, as `VQGANConfig.for_run`."""
+        return self
 
     def code_dim(self, codebook_size: int, emb_dim: int) -> int:
         """Returns D, the width of code vectors and encoder outputs; ValueError if codebook_size is unsuitable."""

@@ -12,14 +12,17 @@ from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CommitmentConfig):
-    """Nearest unit vector; with a small --emb_dim (8 or 16) a large codebook stays in use."""
+    """Nearest unit vector; with a small --emb_dim the codebook stays in use."""
+
+    def default_emb_dim(self, channels: int) -> int:
+        return 4  # with 16 or more, codes of a random direction are seldom the nearest to any z, and stay unused
 
 
 class L2Quantizer(Quantizer):
     """Code with the largest cosine similarity to z; vectors and codes are normalised to unit length.
 
-    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2 of unit vectors, mean over positions and channels. With few channels (8 or
-    16) a large codebook stays in use. The straight-through gradient passes to the unit vector, and from there to z.
+    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2 of unit vectors, mean over positions and channels. With few channels a
+    large codebook stays in use. The straight-through gradient passes to the unit vector, and from there to z.
     """
 
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from diffusion.rng import Streams
 from vq.config import VQGANConfig
@@ -97,6 +98,8 @@ def test_the_temperature_falls_to_a_sixteenth(step, tau):
 
 def test_codes_are_drawn_with_their_probabilities():
     quantizer = GumbelQuantizer(K, D)
+    nn.init.normal_(quantizer.logits.weight)
+    nn.init.normal_(quantizer.logits.bias)
     z = torch.randn(1, D, 1, 1).expand(1, D, 200, 200)
     ids = quantizer(z, StepContext(0, rng=Streams([3]))).ids
     p = logits_of(quantizer, z)[0, 0, 0].softmax(-1)
@@ -154,6 +157,25 @@ def test_products_have_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         codes = quantizer(z, context(u))
     assert torch.equal(codes.vectors, plain.vectors) and torch.equal(codes.loss, plain.loss)
+
+
+@pytest.mark.parametrize("dim", [2, 16])
+def test_nearer_codes_are_likelier_at_first(dim):
+    quantizer = GumbelQuantizer(50, dim).double()
+    z = torch.randn(20, dim, 2, 2, dtype=torch.float64)
+    assert torch.equal(quantizer.assign(z), quantizer.ids_of(z))
+    squares = (z.movedim(1, -1).unsqueeze(-2) - quantizer.codebook.weight).square().sum(-1)  # (B, h, w, K)
+    assert torch.allclose(logits_of(quantizer, z).softmax(-1), (-16 / dim * squares).softmax(-1))
+
+
+def test_the_temperature_falls_over_the_run_unless_set():
+    def decay_steps(stored={}, **options):  # noqa: B006
+        config = VQGANConfig(quantizer="gumbel", quantizer_config=gumbel.Config(**options)).for_run(600, stored)
+        return make_quantizer(config).decay_steps
+
+    assert decay_steps() == 600 and decay_steps(gumbel_decay_steps=50) == 50
+    assert decay_steps({"gumbel_decay_steps": 160_000}) == 160_000  # of the run that is continued
+    assert decay_steps({"gumbel_decay_steps": 160_000}, gumbel_decay_steps=50) == 50
 
 
 def test_settings_arrive():
