@@ -13,7 +13,6 @@ from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import TrainingStreams
 from train.registry import load_plugin, plugin_names
-from train.sampler import check_sampling
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
 
@@ -276,8 +275,6 @@ def test_a_null_that_was_never_trained_is_refused(sampler_case):
             sampler.sample(sampler.network, Streams([0, 1]), batch=given, options=options)
     options = module.Sampling(sample_steps=STEPS.get(module.__name__.rpartition(".")[2], 2))
     assert len(sampler.sample(sampler.network, Streams([0, 1]), batch=batch, options=options)) == 2
-    with pytest.raises(ValueError, match="got guidance 2.0, .*: pass --guidance 1"):  # before training
-        check_sampling(sampler, module.Sampling(guidance=2.0), [])
 
 
 def test_a_likelihood_is_a_bound_per_image(sampler_case):
