@@ -251,7 +251,7 @@ def test_unused_fields_are_kept(extra_flags, user_modules, tmp_path, capfd):
 def test_an_adapt_that_omits_a_field_is_refused(function, field, user_modules, tmp_path, capfd):
     flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --train_steps 1 --adapt my_own.adapting.{function}"
     message = error_message("train_sampler.py", flags, capfd)  # the last line, after those of the progress bar
-    assert f"conditions need {field}: add them to the items of the data set" in message
+    assert f"held-out images have no {field}: add them to the items of the data set" in message
 
 
 @pytest.mark.parametrize(

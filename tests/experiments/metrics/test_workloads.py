@@ -55,7 +55,7 @@ def test_the_space_matches_that_of_training():
     assert isinstance(space_of(config, None), PixelSpace)  # needs no VQGAN
     config.first.ae_load_dir = "a_run"
     latents = space_of(config, network)
-    assert isinstance(latents, LatentSpace) and latents.model_args["shape"] == (256, 8, 8)
+    assert isinstance(latents, LatentSpace) and latents.model_args["shape"] == (4, 8, 8)
     assert workloads.with_amp(latents, True).first_stage.amp and not latents.first_stage.amp
 
 

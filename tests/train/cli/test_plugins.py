@@ -157,7 +157,7 @@ def test_a_run_with_the_keys_of_all_quantizers_loads():
     content = old_groups()
     content["network"] |= {"quantizer": "gumbel", "gumbel_kl_weight": 0.5}
     config = cli.from_dict(StoredVQGANConfig, groups_of(content), "old")
-    assert config.network.quantizer_config == gumbel.Config(gumbel_kl_weight=0.5)
+    assert config.network.quantizer_config == gumbel.Config(gumbel_kl_weight=0.5, gumbel_decay_steps=160_000)
 
 
 def test_a_run_with_options_of_another_quantizer_is_refused():
