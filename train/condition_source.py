@@ -74,8 +74,8 @@ class ConditionSource:
         missing = sorted({*names} - {*items})
         if missing:
             raise ValueError(
-                f"held-out images have no {', '.join(missing)}: add them to the items of the data set or in the function "
-                "of --adapt, or pass --condition_file"
+                f"held-out images have no {', '.join(missing)}: add them to the items of the data set or in the "
+                "function of --adapt, or pass --condition_file"
             )
         return {name: value for name, value in items.items() if name.removesuffix("_mask") in names or name in names}
 
