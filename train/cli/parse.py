@@ -201,6 +201,7 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
     values = file_values(path, content, config, names, section) if content else {}
     base = {k: v for k, v in base.items() if k in flag_names(config)}
     values = base | values if file is not None else values | base
+    values = {key: value for key, value in values.items() if key not in typed}  # plug-ins
     if "sampler" in flag_names(config):
         values["sampler"] = sampler
     source = f"{path}, or the config.yaml of the run that this one builds on" if base else str(path)

@@ -129,6 +129,20 @@ def test_whole_numbers_may_be_written_as_floats(monkeypatch):
     assert (config["train_steps"], config["disc_start_step"], config["n_channels"]) == (1500, 1000, 1)
 
 
+@pytest.mark.parametrize(
+    ("command", "section", "flag", "there", "typed"),
+    [
+        ("train_vqgan.py", "vqgan", "quantizer", "ema", "gumbel"),
+        ("train_sampler.py --sampler ddpm", "ddpm", "process", "edm", "flow"),
+    ],
+)
+def test_a_typed_plugin_overrides_that_of_a_file(command, section, flag, there, typed, tmp_path, monkeypatch):
+    path = write_file(tmp_path, yaml.safe_dump({"dataset": "digits", section: {flag: there}}))
+    script, *flags = command.split()
+    config = parse_config(script, " ".join([*flags, f"--config {path} --{flag} {typed}"]), monkeypatch)
+    assert config[flag] == typed
+
+
 def test_a_section_cannot_name_another_sampler(tmp_path, capfd, monkeypatch):
     file = write_file(tmp_path, "sampler: ddpm\nddpm:\n  sampler: absorbing\n")
     assert "'ddpm'" in error_message(capfd, "train_sampler.py", f"--config {file} --logs_root {tmp_path}")
