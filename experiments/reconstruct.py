@@ -1,6 +1,7 @@
 """Reconstructs images of any size with a trained VQGAN: originals, reconstructions and error maps."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -136,7 +137,7 @@ def find_originals(config: ReconstructionConfig, first_stage: FirstStage) -> Ori
         )
 
     if config.images is not None:
-        return images_of_path(Path(config.images).expanduser(), config.n_images, fit)
+        return images_of_path(Path(os.path.expanduser(config.images)), config.n_images, fit)
     return validation_images(first_stage, config.n_images or SHOWN, None if config.size is None else fit)
 
 

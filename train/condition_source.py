@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
     """
     if condition_file is None:
         return []
-    path = Path(condition_file).expanduser()
+    path = Path(os.path.expanduser(condition_file))
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
     rows = parse_rows(path)
@@ -200,7 +201,7 @@ def image_file(path: Path, name: str, value: Any) -> Path:
 
 def condition_provenance(condition_file: str | None) -> dict[str, str]:
     """Returns {"condition_sha256": digest} of a file of conditions and the images it names; {} without a file."""
-    path = None if condition_file is None else Path(condition_file).expanduser()
+    path = None if condition_file is None else Path(os.path.expanduser(condition_file))
     if path is None or not path.is_file():
         return {}
     rows = parse_rows(path)

@@ -200,7 +200,7 @@ def init_distributed(device_name: str, timeout_minutes: float = 10.0) -> Iterato
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         yield DistContext(device, rank, size)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         raise_once(error, dist.PrefixStore("errors", store))
         raise
     dist.destroy_process_group()  # not after an error: it would wait for processes that may have died
@@ -212,10 +212,12 @@ def raise_once(error: Exception, reported: dist.Store) -> None:
     ValueError for a connection that was lost without a report.
     """
     is_lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error))
-    with suppress(dist.DistError):  # the process that keeps the store may have died
-        n_errors, n_same = reported.add("count", int(not is_lost)), reported.add(str(error), 1)
-        if n_errors and is_lost or n_same > 1:
-            raise SystemExit(2) from None
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else by rank 0, which may be lost
+    with suppress(dist.DistError):
+        if is_kept or not is_lost:
+            n_errors, n_same = reported.add("count", int(not is_lost)), reported.add(str(error), 1)
+            if n_errors and is_lost or n_same > 1:
+                raise SystemExit(2) from None
     if is_lost:
         raise ValueError(
             f"lost another process ({error}): look for its error, then start all again; training resumes from the "

@@ -1,5 +1,6 @@
 """A trained VQGAN as the first stage of other models: maps images to codes or latents, and back."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,5 +147,5 @@ def load_first_stage(
     ema = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)
     vqgan.to(device).eval().requires_grad_(False)
-    code_cache = Path(logs_root).expanduser() / ".cache" / "codes"
+    code_cache = Path(os.path.expanduser(logs_root)) / ".cache" / "codes"
     return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp, code_cache)

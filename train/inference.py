@@ -9,6 +9,7 @@ names what is wanted; missing runs, checkpoints and data are a FileNotFoundError
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -364,7 +365,7 @@ def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
     """Returns the folder of a run: a path, or a name below `logs_root`; FileNotFoundError suggests the nearest name."""
     if not isinstance(run, str | Path):
         raise TypeError(f"got run {run!r}, wanted the path or the name of a run's folder")
-    path = Path(run).expanduser()
+    path = Path(os.path.expanduser(run))
     below = run_folder(str(logs_root or LoggingConfig.logs_root), str(run))
     candidates = [below, path, ROOT / path]
     for folder in candidates:

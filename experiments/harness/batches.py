@@ -41,9 +41,8 @@ def experiment_world(device_name: str) -> Iterator[DistContext]:
 def single_process_world(device_name: str) -> DistContext:
     """Returns the `DistContext` of an experiment that runs alone; ValueError under torchrun with several ranks."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2)  # the main process says why
-        raise ValueError("this experiment runs in a single process: start it with python instead of torchrun")
+        with init_distributed(device_name):  # which prints an error once
+            raise ValueError("this experiment runs in a single process: start it with python instead of torchrun")
     return DistContext(pick_device(device_name))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def load_input_images(
 
 def read_image(path: Path) -> Image.Image:
     """Decodes an image file as for training, to mode L, RGB or I;16; FileNotFoundError if it does not exist."""
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass image files as --image, masks as --mask")
     return decode(path)
@@ -119,7 +120,7 @@ def preprocess_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]
 def transparency_mask(path: Path) -> Image.Image | None:
     """Returns a mask that is white where an image file is not opaque; None if it has no transparency."""
     try:
-        with open_image(path.expanduser()) as image:
+        with open_image(Path(os.path.expanduser(path))) as image:
             if not image.has_transparency_data:
                 return None
             alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")

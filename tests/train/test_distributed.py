@@ -259,7 +259,8 @@ def test_torchrun_prints_a_refusal_once(logs, script, flags, message):
     assert errors.count(message) == 1 and errors.count("Traceback") == 1, errors  # torchrun's own
 
 
-def test_a_lost_connection_without_a_report_is_an_error():
+def test_a_lost_connection_without_a_report_is_an_error(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     lost, reported = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), dist.HashStore()
     with pytest.raises(ValueError, match="lost another process .*Connection closed by peer.*: look for its error"):
         raise_once(lost, reported)

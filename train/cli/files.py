@@ -92,9 +92,10 @@ def get_section(content: dict[str, Any], name: str) -> dict[str, Any]:
 def run_folder(logs_root: str, name: str) -> Path:
     """Returns the absolute folder of a run. A word lies below logs_root; a path is tried from the working folder, then
     below logs_root. ValueError if both exist."""
-    root, path = Path(logs_root).expanduser().absolute(), Path(name).expanduser()
+    root, path = Path(os.path.expanduser(logs_root)).absolute(), Path(os.path.expanduser(name))
     here, below = path.resolve(), (root / path).resolve()
-    if len(path.parts) < 2 or here == below:
+    is_word = "/" not in name.rstrip("/") and name not in (".", "..")
+    if is_word or here == below:
         return below
     if here.exists() and below.exists():
         raise ValueError(f"got {name}, which may be {here} or {below}: pass the whole path of the one you mean")

@@ -293,7 +293,7 @@ def describe_error(error: Exception) -> str | None:
         reason = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory ({reason}): pass a smaller --batch_size, a smaller network or smaller images"
     if isinstance(error, RuntimeError):
-        remedies = "--num_workers 0, more memory (in Docker: --shm-size 8g), a longer --timeout_minutes"
+        remedies = "--num_workers 0, more memory (in Docker: --shm-size 8g), in training a longer --timeout_minutes"
         return f"{text} Remedies: {remedies}" if text.startswith("DataLoader ") else None  # a loading process failed
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"

@@ -7,7 +7,14 @@ from train.cli.files import run_folder
 
 def test_a_word_lies_below_logs_root_a_path_may_lie_here(tmp_path, monkeypatch):
     logs, home = tmp_path / "logs", tmp_path / "home"
-    for folder in (logs / "x", logs / "group" / "y", tmp_path / "x", tmp_path / "other" / "z", home / "h"):
+    for folder in (
+        logs / "x",
+        logs / "group" / "y",
+        tmp_path / "x",
+        tmp_path / "here",
+        tmp_path / "other" / "z",
+        home / "h",
+    ):
         folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(home))
@@ -25,6 +32,8 @@ def test_a_word_lies_below_logs_root_a_path_may_lie_here(tmp_path, monkeypatch):
     }
     assert {name: run_folder("logs", name) for name in wanted} == wanted
     assert run_folder("~/logs", "x") == home / "logs" / "x"
+    assert run_folder("logs", "./here") == tmp_path / "here"
+    assert run_folder("logs", "~nobody_of_this_name/x") == tmp_path / "logs" / "~nobody_of_this_name" / "x"
 
 
 def test_a_path_of_two_folders_is_refused_naming_both(tmp_path, monkeypatch):
