@@ -260,10 +260,10 @@ def save_run(config, base: type, state, run: Path, origin: dict[str, Any], step:
     """Writes the run's folder with its checkpoint; ValueError if the run has later checkpoints."""
     state.step = step
     with run_lock(run):
-        open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
         later = [saved for saved in saved_steps(run) if saved > step]
         if later:
             raise ValueError(f"{run} has been trained to step {later[-1]}: convert to another --log_dir")
+        open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
         return save_checkpoint(run, state)
 
 

@@ -359,8 +359,11 @@ def restore_train_state(saved: dict[str, Any], state: TrainState, file: Path) ->
         extra.load_state_dict(saved["extras"][name])
     for name, counter in state.counters.items():
         counter.load_state_dict(saved.get("counters", {}).get(name, {}))  # empty if there are none
-    state.bad_steps = [int(step) for step in saved.get("bad_steps", [])]
-    state.best = {name: (float(value), int(step)) for name, (value, step) in saved.get("best", {}).items()}
+    try:
+        state.bad_steps = [int(step) for step in saved.get("bad_steps", [])]
+        state.best = {name: (float(value), int(step)) for name, (value, step) in saved.get("best", {}).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: its bad_steps or best are malformed ({error})") from error
     state.unfinished = [str(name) for name in saved.get("unfinished", [])]
 
 

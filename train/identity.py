@@ -1,11 +1,12 @@
-"""What identifies a training run and a folder of results: the settings in which two config.yaml must agree."""
+"""What identifies a training run and a results folder: the settings that must stay as in their config.yaml."""
 
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from models.registry import MOVED
 
-# Settings that change neither what is learned nor what is measured: where, how fast, how often.
+# Settings that change neither what is learned nor what is measured, but where, how fast and how often.
 EXECUTION = {
     "device", "num_workers", "prefetch", "in_memory", "cache_images", "shards_on_disk", "shard_cache", "log_dir",
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
@@ -14,14 +15,17 @@ EXECUTION = {
     "profile", "perceptual_weights", "condition_file",
 }  # fmt: skip
 PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step"}  # of weights, which are identified by content
-# A training run may be resumed with other values of these; its data are identified by content.
+# A training run may resume with other values of these. The data of its training split are identified by content.
 NOT_IDENTITY = EXECUTION | PLACES | {"data_dir", "val_shards", "accumulate", "steps_per_ema_snapshot", "change"}
 NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size"}
 HASH_LENGTH = 64  # hexadecimal digits of a SHA-256
+SHORT = reprlib.Repr()
+SHORT.maxlist = SHORT.maxtuple = 8
+SHORT.maxstring = SHORT.maxother = 200
 
 
 def flatten_settings(content: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
-    """Returns the settings of a config.yaml by flat key. Dotted paths of moved classes are translated."""
+    """Returns the settings in the groups of a config.yaml, with the current dotted paths of classes that moved."""
     flat = {key: value for group in content.values() for key, value in group.items() if key not in ignored}
     return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in flat.items()}
 
@@ -49,23 +53,26 @@ Identity = Callable[[dict[str, Any]], dict[str, Any]]  # content of a config.yam
 
 
 def find_differences(old: dict[str, Any], new: dict[str, Any], identity: Identity) -> Differences:
-    """Returns the settings in which two contents of config.yaml are not the same run.
+    """Returns the identifying settings that differ between two contents of a config.yaml.
 
-    A data fingerprint is compared only where both have one; where both do, the folder of the data is not compared.
+    Data are compared by their fingerprints if both contents have one, otherwise by their folder. Class frequencies are
+    not listed beside another fingerprint, from which they follow.
     """
     there, now = identity(old), identity(new)
     if "data_fingerprint" in there and "data_fingerprint" in now:
         there.pop("data_dir", None), now.pop("data_dir", None)
     else:
         there.pop("data_fingerprint", None), now.pop("data_fingerprint", None)
+    if there.get("data_fingerprint") != now.get("data_fingerprint"):
+        there.pop("class_frequencies", None), now.pop("class_frequencies", None)
     keys = sorted(there.keys() | now.keys())
     return {key: Difference(there.get(key), now.get(key)) for key in keys if there.get(key) != now.get(key)}
 
 
 def format_differences(differences: Differences) -> str:
-    """Returns the differences as one line, with hashes shortened."""
+    """Returns the differences as one line, with hashes and long values shortened."""
 
     def shorten(value: Any) -> str:
-        return repr(value[:12] if isinstance(value, str) and len(value) == HASH_LENGTH else value)
+        return SHORT.repr(value[:12] if isinstance(value, str) and len(value) == HASH_LENGTH else value)
 
     return "; ".join(f"{key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in differences.items())

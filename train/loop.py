@@ -142,7 +142,7 @@ def fit(
     hooks that a saved state lists as `unfinished` are called first, without outputs.
     """
     timer = timer or Timer()
-    run_hooks(state, {}, [hook for hook in hooks if hook[0] in state.unfinished], timer)
+    run_hooks(state, {}, [hook for hook in hooks if hook[1] and hook[0] in state.unfinished], timer)
     while state.step < steps:
         with timer("data"), world.interruptible():
             micro_batches = next(batches)

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,7 +34,7 @@ from train.datasets import Dataset, content_fingerprint
 from train.distributed import DistContext, init_distributed
 from train.execution import set_deterministic, set_tf32, training_dtype
 from train.files import sha256, write_text
-from train.identity import Difference, Identity, find_differences, format_differences, run_identity
+from train.identity import Difference, Differences, Identity, find_differences, format_differences, run_identity
 from train.loop import TrainState
 from train.lr_schedule import constant_steps
 from train.posthoc_ema import drop_snapshots_after
@@ -59,7 +59,7 @@ def resumed_run(run: Path, resume: str) -> Path | None:
     """Returns the folder of the run whose checkpoint is to be resumed; None if training starts from scratch."""
     if saved_steps(run):
         return run
-    return None if resume in ("auto", "never") else Path(os.path.expanduser(resume)).resolve().parent.parent
+    return None if resume in ("auto", "never") else resume_point_at(resume, run).run
 
 
 def resumed_provenance(run: Path, resume: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def read_continued_network(run: Path, training: TrainingConfig, logs_root: str, 
     network = read_run(source).get("network", {}) if saved_steps(source) else {}
     if network.get("quantizer") != quantizer:
         return {}
-    return {"emb_dim": network["emb_dim"]} if resumed is None else network
+    return {key: value for key, value in network.items() if key == "emb_dim" or resumed is not None}
 
 
 def perceptual_provenance(weights: str | None) -> dict[str, Any]:
@@ -97,16 +97,18 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
     """Writes the config.yaml of results or of a converted run; ValueError lists the keys that differ from those there.
 
     `provenance` describes what it starts from besides its config: SHA-256 of weights, facts about the data. A folder
-    that holds nothing else yet takes new settings.
+    that holds nothing else yet, or no config.yaml, takes new settings.
     """
     content = to_dict(config) | {"origin": provenance}
-    if not is_new(folder):
+    if not is_new(folder) and (folder / "config.yaml").is_file():
         old = complete_config(read_run(folder), config, str(folder / "config.yaml"))
         if differences := find_differences(old, content, identity):
-            text = format_differences(differences)
-            raise ValueError(f"{folder} holds another run ({text}): pass another --log_dir, or the values there")
+            text, origin = format_differences(differences), old.get("origin", {}) | provenance
+            again = same_again(differences, origin)
+            raise ValueError(f"{folder} holds another run ({text}): pass another --log_dir, or {again}")
         noted = {key: value for key, value in old.get("origin", {}).items() if key == "data_fingerprint"}
         content["origin"] = noted | provenance
+        content |= {key: old[key] for key in ("changes",) if key in old}
     write_config(folder, content)
 
 
@@ -138,16 +140,13 @@ def resumed_config(point: "ResumePoint", old: dict[str, Any], content: dict[str,
         differences.pop("train_steps", None)
     refused = {key: value for key, value in differences.items() if key not in training["change"]}
     if refused:
-        text = format_differences(refused)
-        raise ValueError(f"{point.run} holds another run ({text}): {remedy([*differences], point.path)}")
+        text, origin = format_differences(refused), old.get("origin", {}) | content["origin"]
+        raise ValueError(f"{point.run} holds another run ({text}): {remedy(differences, origin, point)}")
     if before["accumulate"] != training["accumulate"]:
         differences["accumulate"] = Difference(before["accumulate"], training["accumulate"])
     for key, (there, now) in differences.items():
         print(f"{key}: {there} until step {point.step}, {now} from there on", flush=True)
-    changes = old.get("changes", {})
-    if differences:
-        now = {key: list(difference) for key, difference in differences.items()}
-        changes = changes | {point.step: changes.get(point.step, {}) | now}
+    changes = note_changes(old.get("changes", {}), point.step, differences)
     if "data_fingerprint" not in old.get("origin", {}):
         moved = Difference(old.get("reader", {}).get("data_dir"), content["reader"]["data_dir"])
         note = "" if moved.there == moved.now else f" ({format_differences({'data_dir': moved})})"
@@ -155,11 +154,30 @@ def resumed_config(point: "ResumePoint", old: dict[str, Any], content: dict[str,
     return content | ({"changes": changes} if changes else {})
 
 
-def remedy(keys: Sequence[str], checkpoint: Path) -> str:
+def note_changes(changes: dict[int, Any], step: int, differences: Differences) -> dict[int, Any]:
+    """Returns the notes of what changed, by step, of a run that resumes at `step`: what had changed there or later
+    counts from the first value to the newest."""
+    note: dict[str, list[Any]] = {}
+    for at in sorted(at for at in changes if at >= step):
+        note |= {key: [note.get(key, [there])[0], now] for key, (there, now) in changes[at].items()}
+    note |= {key: [note.get(key, [there])[0], now] for key, (there, now) in differences.items()}
+    note = {key: [there, now] for key, (there, now) in note.items() if there != now}
+    return {at: earlier for at, earlier in changes.items() if at < step} | ({step: note} if note else {})
+
+
+def same_again(keys: Collection[str], origin: Collection[str]) -> str:
+    """Returns what to pass for the settings `keys` to be as before; those in `origin` are not flags."""
+    inputs, values = ("the same data and weights" if {*keys} & {*origin} else ""), {*keys} - {*origin}
+    return " with ".join(["the values there"] * bool(values) + [inputs] * bool(inputs))
+
+
+def remedy(keys: Collection[str], origin: Collection[str], point: "ResumePoint") -> str:
     """Returns what to type to keep the training of a run in which the settings `keys` differ."""
     here = f"here with --change {' '.join(keys)}, or " if {*keys} <= {*CHANGEABLE} else ""
-    branch = f"--resume {shlex.quote(str(checkpoint))} --log_dir NEW"
-    return f"pass the values there, or train on with these {here}in a new folder with {branch}"
+    branch = f"--resume {shlex.quote(str(point.path))} --log_dir NEW"
+    partial = f"--load_dir {shlex.quote(str(point.run))} --load_partial --log_dir NEW"
+    network = "" if {*keys} <= {*CHANGEABLE, *origin} else f" (another network: {partial})"
+    return f"pass {same_again(keys, origin)}, or keep the new ones: {here}in a new folder with {branch}{network}"
 
 
 @contextmanager
@@ -195,28 +213,31 @@ def open_or_resume(
 ) -> None:
     """Opens the run folder and restores `state` from the checkpoint to resume, or else from --load_dir, if any.
 
-    `images` is the training split. A folder without a checkpoint takes new settings.
+    `images` is the training split. A folder without a checkpoint takes new settings; one of results is refused. The
+    folder is not written before all is loaded.
     """
     training = config.training
     point = find_resume_point(run, training.resume)
     resumes = point is not None and point.run == run
+    if not resumes and (run / "config.yaml").is_file() and "training" not in read_run(run):
+        raise ValueError(f"{run} holds results: pass another --log_dir")
     if resumes:
         provenance = provenance | initial_weights_provenance(run, training, config.logging.logs_root)
     elif training.load_dir is not None:
         provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world)
-    provenance = provenance | branch_provenance(run, point, read_provenance(run))
-    world.barrier()  # all processes have read the folder before one writes to it
+    provenance = provenance | branch_provenance(run, point, training.resume)
     if world.is_main:
         content = to_dict(config) | {"origin": provenance | {"data_fingerprint": content_fingerprint(images)}}
         if resumes:
             old = complete_config(read_run(run), config, str(run / "config.yaml"))
             content = resumed_config(point, old, content)
+    resume_from(run, point, state, world)
+    if world.is_main:
         write_config(run, content)
         print(f"run folder: {run}", flush=True)
         if training.amp and training_dtype(training, world.device) == torch.float32:
             print(f"{world.device} has no native half precision: training in float32", flush=True)
     world.barrier()
-    resume_from(run, point, state, world)
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""
         print(f"resuming from step {state.step} of {training.train_steps}{done}", flush=True)
@@ -226,7 +247,7 @@ def initial_weights_provenance(run: Path, training: TrainingConfig, logs_root: s
     """Returns what a resumed run recorded of its --load_dir; if another one is given now, the SHA-256 of its weights,
     which must be the same."""
     recorded = {key: value for key, value in read_provenance(run).items() if key in ("load_weights", "load_report")}
-    there = read_run(run)["training"]
+    there = read_run(run).get("training", {})
     given = training.load_dir, training.load_step
     if training.load_dir is None or given == (there.get("load_dir"), there.get("load_step")):
         return recorded
@@ -287,11 +308,9 @@ def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
         if steps:
             raise ValueError(f"{run} holds a run of {steps[-1]} steps, got --resume never: pass another --log_dir")
         return None
-    if resume != "auto":
-        path = Path(os.path.expanduser(resume)).resolve()
-        named = resume_point_at(path, needed=path.parent.parent == run or not steps)
-        if named is not None:
-            return named
+    if resume != "auto" and (named := resume_point_at(resume, run)) is not None:
+        verify_checkpoint(named.path)
+        return named
     for step in reversed(steps):
         try:
             verify_checkpoint(checkpoint_path(run, step))
@@ -304,28 +323,34 @@ def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
     return None
 
 
-def resume_point_at(path: Path, needed: bool) -> ResumePoint | None:
-    """Returns the verified checkpoint at `path`, None if it is not `needed` any more; FileNotFoundError if it is."""
+def resume_point_at(resume: str, run: Path) -> ResumePoint | None:
+    """Returns the checkpoint at the path of --resume; None if it is another run's and `run` has some of its own by now.
+
+    FileNotFoundError if the path is not of a checkpoint, or if it is needed and not there.
+    """
+    path = Path(os.path.expanduser(resume)).resolve()
+    needed = path.parent.parent == run or not saved_steps(run)
     word = path.name.removeprefix("step_")
     if path.parent.name != "checkpoints" or not word.isdigit() or (needed and not path.is_dir()):
         raise FileNotFoundError(
             f"got --resume {path}, wanted auto, never or the folder of a checkpoint, <run>/checkpoints/step_00002000"
         )
-    if not needed:
-        return None
-    verify_checkpoint(path)
-    return ResumePoint(path.parents[1], int(word))
+    return ResumePoint(path.parents[1], int(word)) if needed else None
 
 
-def branch_provenance(run: Path, point: ResumePoint | None, provenance: dict[str, Any]) -> dict[str, Any]:
+def branch_provenance(run: Path, point: ResumePoint | None, resume: str) -> dict[str, Any]:
     """Returns the provenance of a run that branched from another run's checkpoint; otherwise empty."""
+    if resume == "never":
+        return {}
     if point is not None and point.run != run:
         return {"resumed_weights": sha256(point.path / WEIGHTS)}
-    if point is None and "resumed_weights" in provenance:
+    recorded = {key: value for key, value in read_provenance(run).items() if key == "resumed_weights"}
+    if point is None and recorded:
         raise ValueError(
-            f"{run} branched from another run's checkpoint and has none of its own yet: pass that --resume PATH again"
+            f"{run} branched from another run's checkpoint and has none of its own yet: pass that --resume PATH again, "
+            "or --resume never to start from scratch"
         )
-    return {name: provenance[name] for name in ("resumed_weights",) if name in provenance}
+    return recorded
 
 
 def resume_from(run: Path, point: ResumePoint | None, state: TrainState, world: DistContext) -> None:

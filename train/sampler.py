@@ -212,6 +212,7 @@ class SamplerReports:
             try:
                 x = sampler.sample(network, rng, **kwargs)
             except NotFiniteError as error:  # no reason to end the training
-                print(f"samples at step {state.step}: {error}", flush=True)
+                if world.is_main:
+                    print(f"samples at step {state.step}: {error}", flush=True)
                 x = error.x.nan_to_num()
         return self.step.space.decode(x)

@@ -250,11 +250,14 @@ def load_space(
         if ae_load_dir is not None or ae_load_step is not None:
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
         return reopen_space(content, None)
-    names = [ae_load_dir] if ae_load_dir else [origin["ae_load_dir"], content.get("first", {}).get("ae_load_dir")]
-    candidates = [run_folder(root, name) for name in names if name for root in logs_roots]
-    vqgan_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
+    names = [ae_load_dir] if ae_load_dir else [origin.get("ae_load_dir"), content.get("first", {}).get("ae_load_dir")]
+    places = [(root, name) for name in names if name and isinstance(name, str) for root in logs_roots]
+    if not places:
+        raise ValueError(f"{run / 'config.yaml'} does not name the VQGAN: pass --ae_load_dir RUN")
+    candidates = (run_folder(*place) for place in places)  # lazily: a later one may be ambiguous
+    vqgan_run = next((path for path in candidates if (path / "config.yaml").is_file()), None) or run_folder(*places[0])
     if ae_load_step is None and ae_load_dir is None:
-        ae_load_step = origin["ae_load_step"]
+        ae_load_step = origin.get("ae_load_step")
     first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp, logs_root=logs_roots[-1])
     if origin["ae_weights"] != first_stage.weights:
         raise ValueError(

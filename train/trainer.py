@@ -174,7 +174,9 @@ def train(
     options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
     with world.stop as stop:
-        checkpointer = Checkpointer(run, world, stop, logger.flush, training=training, logging=logging)
+        checkpointer = Checkpointer(
+            run, world, stop, logger.flush, start=state.step, training=training, logging=logging
+        )
         all_hooks = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *evaluation]
         all_hooks.append(("checkpoints", 1, checkpointer))  # last: it saves the state of the other hooks too
         try:
@@ -206,9 +208,10 @@ class Checkpointer:
     """A hook for `fit` that saves checkpoints in the background; call it after every step.
 
     It saves every `steps_per_checkpoint` steps, after `checkpoint_minutes`, at the last step, at each new best
-    validation, and when a process has received a stop signal; and it saves snapshots of the post-hoc averages at their
-    own interval. The state is copied immediately and written by a thread of the main process while training continues.
-    An error of that thread is raised after the next step, or by `wait`. `flush` is called before each copy, so that the
+    validation, and when a process has received a stop signal; and again at step `start`, where `fit` calls the hooks
+    that a signal cut short. It saves snapshots of the post-hoc averages at their own interval. The state is copied
+    immediately and written by a thread of the main process while training continues. An error of that thread is raised
+    after the next step, or by `wait`. `flush` is called before each copy, so that the
     logs on disk are never behind the checkpoint.
     """
 
@@ -219,11 +222,12 @@ class Checkpointer:
         stop: StopSignals,
         flush: Callable[[], None],
         *,
+        start: int,
         training: TrainingConfig,
         logging: LoggingConfig,
     ):
         self.run, self.world, self.stop, self.flush = run, world, stop, flush
-        self.training, self.logging = training, logging
+        self.start, self.training, self.logging = start, training, logging
         self.last_save_time = time.monotonic()
         self.executor = ThreadPoolExecutor(1, "checkpoint", initializer=lower_thread_priority)
         self.pending: Future = self.executor.submit(lambda: None)
@@ -238,9 +242,8 @@ class Checkpointer:
             self.wait()
         is_last = state.step == self.training.train_steps
         is_best = state.step in (step for _, step in state.best.values())
-        checkpoint_due = (
-            stop_requested or overdue or is_last or is_best or state.step % self.logging.steps_per_checkpoint == 0
-        )
+        is_due = state.step == self.start or state.step % self.logging.steps_per_checkpoint == 0
+        checkpoint_due = overdue or is_last or is_best or is_due
         snapshot_due = bool(state.posthoc_averages) and (
             is_last or state.step % self.training.steps_per_ema_snapshot == 0
         )
