@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,20 @@ def test_converting_other_weights_into_the_same_run_is_refused(converted, tmp_pa
     other["out.2.bias"] += 1
     command = write(tmp_path, other, FLAGS | {"timestep_respacing": "ddim4"})
     refused(f"{command} --logs_root {folder}/logs --log_dir converted", capfd, "holds another run", "load_weights")
+    assert file.read_text() == before
+
+
+def test_converting_again_rewrites_no_config_of_a_trained_run(converted, tmp_path, capfd):
+    folder, command = converted
+    run = Path(shutil.copytree(folder / "logs" / "converted", tmp_path / "converted"))
+    file = run / "config.yaml"
+    file.write_text(file.read_text() + "changes:\n  7:\n    lr: [1, 2]\n")
+    again = f"{command} --dataset digits --logs_root {tmp_path} --log_dir converted --step"
+    call("convert.py", f"{again} 7 --keep_last 5")
+    content = yaml.safe_load(file.read_text())
+    assert content["changes"] == {7: {"lr": [1, 2]}} and content["logging"]["keep_last"] == 5
+    before = file.read_text()
+    refused(f"{again} 6 --keep_last 6", capfd, "has been trained to step 7: convert to another --log_dir")
     assert file.read_text() == before
 
 

@@ -188,6 +188,14 @@ def test_a_malicious_file_runs_nothing(tmp_path, name, protocol):
     assert not trace.exists()
 
 
+def test_malformed_numbers_in_a_state_name_the_file(tmp_path):
+    for key, value in (("bad_steps", ["x"]), ("bad_steps", 3), ("best", {"val/loss": (0.5,)}), ("best", [1])):
+        path = save_checkpoint(tmp_path, state_of())
+        rewrite(path, lambda content, key=key, value=value: content | {key: value})
+        with pytest.raises(ValueError, match=f"{path}/state.pt is damaged: its bad_steps or best"):
+            load_checkpoint(tmp_path, 7, state_of())
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_damaged_state_with_a_fitting_manifest_is_refused(tmp_path):
     """torch.load raises errors of many types for files whose checksums fit."""

@@ -14,10 +14,19 @@ from helpers.tiny_runs import DDPM, VQGAN, call
 from train.checkpoint import MANIFEST, checkpoint_path, saved_steps
 from train.cli.parse import flag_names, to_dict
 from train.cli.plugins import make_default_config
-from train.config import CHANGEABLE, SecondStageConfig
+from train.config import CHANGEABLE, SecondStageConfig, TrainingConfig
 from train.datasets import ArrayDataset, content_fingerprint, folder
 from train.identity import results_identity
-from train.runs import ResumePoint, open_run, read_run, resumed_config, resumed_provenance, write_config
+from train.runs import (
+    ResumePoint,
+    initial_weights_provenance,
+    open_run,
+    read_continued_network,
+    read_run,
+    resumed_config,
+    resumed_provenance,
+    write_config,
+)
 
 OLD_DATA, NEW_DATA = "a" * 64, "b" * 64
 
@@ -58,12 +67,26 @@ def test_what_is_learned_is_of_a_run(ddpm, tmp_path, settings):
     ) as e:
         resume(tmp_path, ddpm, with_settings(ddpm, **settings))
     assert f"--resume {checkpoint_path(tmp_path, 400)} --log_dir NEW" in str(e.value) and "--change" not in str(e.value)
+    assert str(e.value).endswith(f"(another network: --load_dir {tmp_path} --load_partial --log_dir NEW)")
 
 
 def test_other_data_and_weights_make_another_run(ddpm, tmp_path):
     for name in ("data_fingerprint", "ae_weights", "load_weights"):
-        with pytest.raises(ValueError, match=f"{name}: 'aaaaaaaaaaaa' there, 'bbbbbbbbbbbb' now"):
+        with pytest.raises(ValueError, match=f"{name}: 'aaaaaaaaaaaa' there, 'bbbbbbbbbbbb' now") as e:
             resume(tmp_path, ddpm, ddpm, origin={name: NEW_DATA}, **{name: OLD_DATA})
+        assert "pass the same data and weights, or keep" in str(e.value) and "values there" not in str(e.value)
+    with pytest.raises(ValueError, match="pass the values there with the same data and weights, or keep"):
+        resume(tmp_path, ddpm, with_settings(ddpm, seed=1), origin={"load_weights": NEW_DATA})
+
+
+def test_facts_about_the_data_are_not_listed_in_full(ddpm, tmp_path):
+    old, new = {"class_frequencies": [0.5] * 1000}, {"class_frequencies": [0.25] * 1000}
+    with pytest.raises(ValueError, match="class_frequencies") as e:
+        resume(tmp_path, ddpm, ddpm, origin=new, **old)
+    assert len(str(e.value)) < 600
+    with pytest.raises(ValueError, match="data_fingerprint") as e:
+        resume(tmp_path, ddpm, ddpm, origin=new | {"data_fingerprint": NEW_DATA}, **old)
+    assert "class_frequencies" not in str(e.value)
 
 
 def test_a_changed_accumulate_is_noted_with_its_step(ddpm, tmp_path, capsys):
@@ -75,10 +98,21 @@ def test_a_changed_accumulate_is_noted_with_its_step(ddpm, tmp_path, capsys):
     assert read_run(tmp_path)["changes"] == {400: {"accumulate": [1, 4]}, 500: {"accumulate": [4, 2]}}
 
 
+def test_a_change_repeated_before_the_next_checkpoint_is_noted_once(ddpm, tmp_path):
+    """What was in force between two steps of the note is what the weights have seen."""
+    content, notes = to_dict(ddpm) | {"origin": {}}, []
+    for step, accumulate in ((400, 2), (400, 4), (500, 8), (300, 8), (300, 1)):
+        now = to_dict(with_settings(ddpm, accumulate=accumulate)) | {"origin": {}}
+        content = resumed_config(ResumePoint(tmp_path, step), content, now)
+        notes.append({at: note["accumulate"] for at, note in content.get("changes", {}).items()})
+    assert notes == [{400: [1, 2]}, {400: [1, 4]}, {400: [1, 4], 500: [4, 8]}, {300: [1, 8]}, {}]
+
+
 def test_change_takes_new_settings_in_place(ddpm, tmp_path):
     smaller = with_settings(ddpm, lr=1e-5, amp=False)
-    with pytest.raises(ValueError, match="lr: 0.0001 there, 1e-05 now.*train on with these here with --change amp lr,"):
+    with pytest.raises(ValueError, match="lr: 0.0001 there, 1e-05 now.*the new ones: here with --change amp lr,") as e:
         resume(tmp_path, ddpm, smaller)
+    assert "--load_partial" not in str(e.value)  # the same network
     with pytest.raises(ValueError, match="run .lr: 0.0001 there, 1e-05 now.: .* --change amp lr,"):
         resume(tmp_path, ddpm, with_settings(smaller, change=("amp",)))
     content = resume(tmp_path, ddpm, with_settings(smaller, change=("lr", "amp")))
@@ -128,7 +162,18 @@ def test_what_a_space_measured_comes_from_the_resumed_run(tmp_path):
     (checkpoint_path(source, 4) / MANIFEST).touch()
     assert resumed_provenance(source, "auto") == {"latent_scale": 2.0}
     assert resumed_provenance(new, str(checkpoint_path(source, 4))) == {"latent_scale": 2.0}
-    assert resumed_provenance(new, "auto") == resumed_provenance(new, "/nowhere") == {}
+    assert resumed_provenance(new, "auto") == resumed_provenance(new, "never") == {}
+    with pytest.raises(FileNotFoundError, match="got --resume /nowhere, wanted"):
+        resumed_provenance(new, "/nowhere")
+
+
+def test_a_config_without_a_group_of_settings_is_read(tmp_path):
+    write_config(tmp_path, {"origin": {"load_weights": OLD_DATA}})
+    assert initial_weights_provenance(tmp_path, TrainingConfig(), "logs") == {"load_weights": OLD_DATA}
+    checkpoint_path(tmp_path / "other", 4).mkdir(parents=True)
+    (checkpoint_path(tmp_path / "other", 4) / MANIFEST).touch()
+    write_config(tmp_path / "other", {"network": {"quantizer": "l2"}})
+    assert read_continued_network(tmp_path, TrainingConfig(load_dir="other"), str(tmp_path), "l2") == {}
 
 
 # results folders
@@ -165,6 +210,17 @@ def test_moved_data_of_results_are_known_by_content(samples, tmp_path):
 def test_a_results_folder_without_results_takes_settings(samples, tmp_path):
     open_run(tmp_path, samples, {}, results_identity)
     open_run(tmp_path, with_settings(samples, guidance=2.0), {}, results_identity)
+    (tmp_path / "config.yaml").rename(tmp_path / "notes.txt")  # a folder of other files
+    open_run(tmp_path, samples, {}, results_identity)
+
+
+def test_training_into_a_results_folder_is_refused(samples, tmp_path, capfd):
+    open_run(tmp_path / "results", samples, {}, results_identity)
+    before = (tmp_path / "results" / "config.yaml").read_text()
+    with pytest.raises(SystemExit):
+        call("train_sampler.py", f"--logs_root {tmp_path} --log_dir results --train_steps 1 {DDPM}")
+    assert "holds results: pass another --log_dir" in capfd.readouterr().err
+    assert (tmp_path / "results" / "config.yaml").read_text() == before
 
 
 # the content of data

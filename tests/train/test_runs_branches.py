@@ -1,5 +1,6 @@
 """Where a run resumes: at its newest intact checkpoint, at a named one, at that of another run, or nowhere."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -162,6 +163,18 @@ def test_a_branch_without_checkpoints_never_starts_from_scratch(run_copy, user_m
     source = f"--resume {checkpoint_path(run_copy, 4)}"
     error_message(run_copy.parent, "branch", 8, capfd, f"{source} --hooks user_hooks.stop")
     assert "--resume" in error_message(run_copy.parent, "branch", 8, capfd, "--resume auto")
+    branch = start(run_copy.parent, "branch", 2, "--resume never")
+    assert "resumed_weights" not in yaml.safe_load((branch / "config.yaml").read_text())["origin"]
+
+
+def test_another_network_starts_from_the_weights_that_fit(run_copy, capfd):
+    """As the message says; a checkpoint that does not fit leaves no folder behind."""
+    logs, wider = run_copy.parent, "--channels 16"
+    message = error_message(logs, "run", 8, capfd, wider)
+    (partial,) = re.findall(r"--load_dir .* --load_partial", message)
+    assert "does not fit" in error_message(logs, "NEW", 8, capfd, f"{wider} --resume {checkpoint_path(run_copy, 8)}")
+    assert not (logs / "NEW").exists()
+    assert saved_steps(start(logs, "NEW", 2, f"{wider} {partial}")) == [2]
 
 
 # --resume never, locks and damage

@@ -1,11 +1,38 @@
-"""Conditions that a trained sampler takes from items of its data set."""
+"""Where a trained sampler finds its VQGAN, and the conditions that it takes from items of its data set."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
+import yaml
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from train import trained_sampler
+from train.trained_sampler import load_space
+
+
+def test_a_vqgan_that_is_found_needs_no_other_places(tmp_path, monkeypatch):
+    """The second name could mean two folders, which matters only if the first one is not there."""
+    for folder in ("logs/run", "logs/vqgan", "logs/moved/vqgan", "moved/vqgan"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "logs" / "vqgan" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        trained_sampler, "load_first_stage", lambda run, *_, **__: SimpleNamespace(weights="w", run=run)
+    )
+    monkeypatch.setattr(trained_sampler, "reopen_space", lambda content, first_stage: first_stage.run)
+
+    def find(name, other):
+        content = {"origin": {"ae_weights": "w", "ae_load_dir": name}, "first": {"ae_load_dir": other}}
+        (tmp_path / "logs" / "run" / "config.yaml").write_text(yaml.safe_dump(content))
+        return load_space(tmp_path / "logs" / "run", [str(tmp_path / "logs")], torch.device("cpu"), amp=False)
+
+    assert find("vqgan", "moved/vqgan") == find(3, "vqgan") == tmp_path / "logs" / "vqgan"
+    with pytest.raises(ValueError, match="which may be"):
+        find("gone", "moved/vqgan")
+    with pytest.raises(ValueError, match="does not name the VQGAN: pass --ae_load_dir RUN"):
+        find(["vqgan"], None)
 
 
 def test_adapt_does_not_modify_the_item(trained_ddpm, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from train import checkpoint, trainer
 from train.checkpoint import WEIGHTS, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps, verify_checkpoint
 from train.config import LoggingConfig, TrainingConfig
 from train.distributed import DistContext, StopSignals
-from train.loop import TrainState
+from train.loop import TrainState, fit
 from train.posthoc_ema import PosthocEMA, snapshot_steps
 from train.trainer import Checkpointer, prune_checkpoints
 
@@ -26,13 +26,12 @@ def state_at(step: int) -> TrainState:
     return TrainState({"network": network}, {"network": optimizer}, step=step)
 
 
-def checkpointer_of(folder: Path, every: int = 1, **logging) -> Checkpointer:
+def checkpointer_of(folder: Path, every: int = 1, start: int = 0, **logging) -> Checkpointer:
     (folder / "config.yaml").write_text("")
     logging = LoggingConfig(steps_per_checkpoint=every, checkpoint_minutes=0, **logging)
     training = TrainingConfig(train_steps=100, steps_per_ema_snapshot=5)
-    return Checkpointer(
-        folder, DistContext(torch.device("cpu")), StopSignals(), lambda: None, training=training, logging=logging
-    )
+    settings = {"start": start, "training": training, "logging": logging}
+    return Checkpointer(folder, DistContext(torch.device("cpu")), StopSignals(), lambda: None, **settings)
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -208,6 +207,27 @@ def test_a_kill_at_any_point_of_a_write_keeps_a_checkpoint(tmp_path, monkeypatch
             prune_checkpoints(folder, 1, 0)
             assert saved_steps(folder) == [3] and [p.name for p in unfinished(folder) if "step" in p.name] == []
     assert 15 < moment < 99
+
+
+# what a signal kept from running
+
+
+INTERVALS = {"logging": 1, "validation": 2, "pictures": 0}
+
+
+def test_hooks_that_a_signal_cut_short_run_once(tmp_path):
+    """They run when the run resumes, unless their interval is 0 by then, and the checkpoint no longer names them."""
+    state, called = state_at(3), []
+    state.unfinished = ["validation", "pictures", "checkpoints"]
+    save_checkpoint(tmp_path, state)
+    checkpointer = checkpointer_of(tmp_path, every=100, start=3)
+    hooks = [(name, every, lambda *_, name=name: called.append(name)) for name, every in INTERVALS.items()]
+    hooks.append(("checkpoints", 1, checkpointer))
+    for _ in range(2):
+        load_checkpoint(tmp_path, 3, state)
+        fit(state, iter(()), lambda *_: {}, steps=3, world=checkpointer.world, hooks=hooks)
+        checkpointer.wait()
+    assert called == ["validation"]
 
 
 # which checkpoints are kept
