@@ -100,7 +100,7 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
     that holds nothing else yet, or no config.yaml, takes new settings.
     """
     content = to_dict(config) | {"origin": provenance}
-    if not is_new(folder) and (folder / "config.yaml").is_file():
+    if not is_new(folder):
         old = complete_config(read_run(folder), config, str(folder / "config.yaml"))
         if differences := find_differences(old, content, identity):
             text, origin = format_differences(differences), old.get("origin", {}) | provenance
@@ -113,8 +113,9 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
 
 
 def is_new(folder: Path) -> bool:
-    """Returns whether a folder holds nothing but perhaps a config.yaml: no results that it would describe."""
-    return not folder.exists() or {path.name for path in folder.iterdir()} <= {"config.yaml"}
+    """Returns whether a folder holds no results that a config.yaml describes: it has no config.yaml, or only that."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return "config.yaml" not in names or len(names) == 1
 
 
 def write_config(folder: Path, content: dict[str, Any]) -> None:
@@ -155,12 +156,13 @@ def resumed_config(point: "ResumePoint", old: dict[str, Any], content: dict[str,
 
 
 def note_changes(changes: dict[int, Any], step: int, differences: Differences) -> dict[int, Any]:
-    """Returns the notes of what changed, by step, of a run that resumes at `step`: what had changed there or later
-    counts from the first value to the newest."""
+    """Returns the notes of what changed, by step, of a run that resumes at `step`.
+
+    The steps after it are taken again: a setting that had changed there or later changes now, from its first value.
+    """
     note: dict[str, list[Any]] = {}
-    for at in sorted(at for at in changes if at >= step):
-        note |= {key: [note.get(key, [there])[0], now] for key, (there, now) in changes[at].items()}
-    note |= {key: [note.get(key, [there])[0], now] for key, (there, now) in differences.items()}
+    for each in [*(changes[at] for at in sorted(changes) if at >= step), differences]:
+        note |= {key: [note.get(key, [there])[0], now] for key, (there, now) in each.items()}
     note = {key: [there, now] for key, (there, now) in note.items() if there != now}
     return {at: earlier for at, earlier in changes.items() if at < step} | ({step: note} if note else {})
 
