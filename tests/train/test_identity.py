@@ -98,7 +98,7 @@ def test_a_changed_accumulate_is_noted_with_its_step(ddpm, tmp_path, capsys):
     assert read_run(tmp_path)["changes"] == {400: {"accumulate": [1, 4]}, 500: {"accumulate": [4, 2]}}
 
 
-def test_a_change_repeated_before_the_next_checkpoint_is_noted_once(ddpm, tmp_path):
+def test_changes_are_noted_from_the_first_value_to_the_newest(ddpm, tmp_path):
     """What was in force between two steps of the note is what the weights have seen."""
     content, notes = to_dict(ddpm) | {"origin": {}}, []
     for step, accumulate in ((400, 2), (400, 4), (500, 8), (300, 8), (300, 1)):
