@@ -228,6 +228,7 @@ def open_or_resume(
     elif training.load_dir is not None:
         provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world)
     provenance = provenance | branch_provenance(run, point, training.resume)
+    world.barrier()  # all processes have read the folder before one writes to it
     if world.is_main:
         content = to_dict(config) | {"origin": provenance | {"data_fingerprint": content_fingerprint(images)}}
         if resumes:
