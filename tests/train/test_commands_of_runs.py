@@ -9,6 +9,7 @@ import yaml
 from helpers.tiny_runs import call
 from train.cli.parse import first_stage_data
 from train.datasets.webdataset import Config
+from train.datasets.webdataset.shards import list_shards
 from train.datasets.webdataset.store import ShardStore, expand_pattern, is_shell_command
 from train.trained_sampler import check_allowed
 
@@ -65,9 +66,21 @@ def test_a_second_stage_takes_nothing_but_data_from_the_first(trained, tmp_path)
     assert kept["img_size"] == 16 and not {*foreign, "data_dir"} & {*kept}
 
 
-def test_schemes_that_are_not_known_are_refused(tmp_path):
-    from train.datasets.webdataset.shards import list_shards
+def test_what_is_no_command_as_written_is_none_when_listed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "pipe:touch b")
+    shards = ["file:pipe:touch b", "file:pipe:touch%20b", "file:pipe%3Atouch%20b", "file:{p..p}ipe:touch b"]
+    shards += ["FILE:pipe:touch b", "file:file:pipe:b", "PIPE:touch b", " pipe:touch b", "~", "file:~", "./pipe:*"]
+    for name in shards:
+        assert not is_shell_command(name), name
+        with pytest.raises(FileNotFoundError, match="is not a file or folder"):
+            list_shards(name, "data_dir")
+    (tmp_path / "pipe:touch b").write_bytes(b"")
+    for name in ("file:pipe:touch%20b", "file:pipe:*", "./pipe:*", "~"):
+        assert list_shards(name, "data_dir") == [str(tmp_path / "pipe:touch b")], name
 
+
+def test_schemes_that_are_not_known_are_refused():
     for name in ("PIPE://touch b", "nothing://here/0.tar"):
         with pytest.raises(ValueError, match=f"--data_dir names {name}, wanted files, or URLs that begin with pipe:"):
             list_shards(name, "data_dir")

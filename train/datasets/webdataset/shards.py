@@ -32,12 +32,12 @@ def list_shards(pattern: str, flag: str) -> list[str]:
     """Lists the shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for missing ones."""
     names = []
     for name in expand_pattern(pattern):
-        if name.startswith("file:"):
-            name = urllib.request.url2pathname(urlparse(name).path)
-        if is_remote(name):
+        if is_remote(name):  # as written: what a file: URL decodes to below is a path
             names.append(name)
             continue
-        if "://" in name:
+        if name.startswith("file:"):
+            name = urllib.request.url2pathname(urlparse(name).path)
+        elif "://" in name:
             raise ValueError(f"--{flag} names {name}, wanted files, or URLs that begin with {', '.join(SCHEMES)}")
         path = Path(os.path.expanduser(name))
         files = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
