@@ -24,6 +24,7 @@ DAMAGED = (
     EOFError,
     OverflowError,
     RuntimeError,
+    AssertionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

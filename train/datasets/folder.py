@@ -91,7 +91,7 @@ def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
     if "train" not in splits:
         return root, None, ()
     others = [path for path in folders if path.name.lower() not in splits]
-    if siblings := [path.name for path in others if any(map(is_image, walk_files(path)))]:
+    if siblings := [path.name for path in others if any(map(is_image, walk_files(path, skip_unreadable=True)))]:
         return root, None, (f"{splits['train'].name} is not read as a split: beside it is {siblings[0]}",)
     train, val = splits["train"], next((splits[name] for name in VAL_FOLDERS if name in splits), None)
     left_out = [f"folder {path.name}" for path in folders if path not in (train, val)]
@@ -149,10 +149,13 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def walk_files(root: Path, only_folders: Sequence[str] = ()) -> Iterator[str]:
-    """Yields the paths of files relative to `root`, with forward slashes, except hidden files and folders."""
+def walk_files(root: Path, only_folders: Sequence[str] = (), skip_unreadable: bool = False) -> Iterator[str]:
+    """Yields the paths of files relative to `root`, with forward slashes, except hidden files and folders.
+
+    OSError for an unreadable folder, unless these are skipped.
+    """
     visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=None if skip_unreadable else _raise):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if os.path.realpath(folder) in visited:
             subfolders.clear()  # a link back into the tree

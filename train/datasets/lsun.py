@@ -74,9 +74,8 @@ class LMDBImages:
 # The format of LMDB on 64-bit machines: two metas, then pages, whose nodes are found through a list of offsets.
 META = struct.Struct("<16xII16xI84xQQQ")  # magic, version, page size; root of the tree, last page, transaction
 PAGE = struct.Struct("<10xHH2x")  # flags, end of the list of nodes
-NODE = struct.Struct(
-    "<IHH"
-)  # size of the value, or page of the child with the flags as its highest bits; size of the key
+# Size of the value, or page of the child with the flags as its highest bits; size of the key.
+NODE = struct.Struct("<IHH")
 MAGIC, NO_PAGE, BRANCH, LEAF, IN_PAGES = (0xBEEFC0DE, 1), 2**64 - 1, 1, 2, 1
 
 
@@ -104,7 +103,7 @@ def iter_records(path: Path) -> Iterator[Record]:
         metas = [META.unpack(read_at(file, offset, META.size)) for offset in (0, page_size)]
         *_, root, last_page, _ = max(metas, key=lambda meta: meta[-1])  # the latest transaction
         if any(meta[:3] != (*MAGIC, page_size) for meta in metas):
-            raise ValueError("it is no LMDB")
+            raise ValueError("it is not an LMDB")
         if size < (last_page + 1) * page_size:
             raise ValueError(f"it has {size} of {(last_page + 1) * page_size} bytes")
         unread, seen = [] if root == NO_PAGE else [root], set()

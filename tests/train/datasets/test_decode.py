@@ -183,6 +183,12 @@ def test_a_png_with_odd_metadata_is_read():
             assert np.array_equal(np.asarray(decode(io.BytesIO(damaged))), np.asarray(image)), chunk
 
 
+def test_a_palette_png_without_its_palette_is_unreadable():
+    content = encode(Image.fromarray(GREY).convert("P")).getvalue()
+    with pytest.raises(UnreadableImage, match="a.png: "):
+        decode(io.BytesIO(content.replace(b"PLTE", b"pLTE")), name="a.png")
+
+
 def test_a_decompression_bomb_is_unreadable(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UnreadableImage, match="bomb.png: "):

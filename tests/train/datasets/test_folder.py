@@ -1,5 +1,7 @@
 """Trees of image files: listing, splits, classes, broken images."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,20 @@ def test_a_class_called_train_is_no_split(tmp_path, tiny):
         (tmp_path / name).rename(tmp_path / "train" / name)
     assert len(splits(tmp_path)[0]) + len(splits(tmp_path)[1]) == 20
     assert splits(tmp_path)[0].root == tmp_path / "train"
+
+
+def test_an_unreadable_folder_beside_the_splits_is_ignored(tmp_path, tiny, monkeypatch):
+    tiny.save_images(tmp_path, "train/0.png", "val/0.png")
+    (tmp_path / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert splits(tmp_path)[1].root == tmp_path / "val"
 
 
 def test_what_is_left_out_is_named(tmp_path, tiny):

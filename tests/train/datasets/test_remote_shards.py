@@ -1,8 +1,11 @@
 """Shards at URLs: downloaded on demand, a bounded number cached, and refused if they changed since indexing."""
 
+import fcntl
 import functools
 import http.server
 import multiprocessing
+import os
+import resource
 import shutil
 import threading
 import time
@@ -14,7 +17,7 @@ from train.data.loading import ImageSource, TrainingImages, images_in_order
 from train.datasets import SPLITS
 from train.datasets.webdataset import Config, build, tar
 from train.datasets.webdataset import store as stores
-from train.datasets.webdataset.store import ShardStore, short_hash
+from train.datasets.webdataset.store import ShardStore, read_chunk, short_hash
 
 pytest.importorskip("webdataset", reason="needs the optional package webdataset")
 
@@ -154,11 +157,31 @@ def test_a_failed_download_is_reported_and_leaves_no_file(remote, shard_cache, u
 
 
 def test_a_download_that_stalls_is_given_up(shard_cache, monkeypatch):
-    monkeypatch.setattr(stores, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(stores, "PIPE_STALL_SECONDS", 0.2)
     start = time.monotonic()
     with pytest.raises(FileNotFoundError, match="cannot be downloaded .nothing arrived for 0.2 seconds"):
         build(Config(data_dir="pipe:sleep 30"), "train")
     assert time.monotonic() - start < 10 and on_disk(shard_cache) == 0
+
+
+def test_a_command_may_be_silent_for_longer_than_a_server(remote, monkeypatch):
+    monkeypatch.setattr(stores, "STALL_SECONDS", 0.01)
+    assert len(build(Config(data_dir=f"pipe:sleep 0.1; cat {remote}/0.tar"), "train")) == 2
+
+
+def test_a_descriptor_above_1023_is_read():
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reading, writing = os.pipe()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(2048, limit[0]), limit[1]))
+        with os.fdopen(fcntl.fcntl(reading, fcntl.F_DUPFD, 1024), "rb") as stream:
+            os.write(writing, b"abc")
+            assert read_chunk(stream, 1) == b"abc"
+            os.close(writing)
+            assert read_chunk(stream, 1) == b""
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        os.close(reading)
 
 
 def test_downloads_of_killed_processes_free_their_slots(tmp_path, monkeypatch):

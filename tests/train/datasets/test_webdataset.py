@@ -253,15 +253,19 @@ MALFORMED = {  # case -> members of a shard, flags, and words of the message
     "empty": ([], {}, "has no sample, wanted members such as 0000.jpg"),
     "hidden": ([".png", "._a.png", "README"], {}, "has no sample"),
     "no image": ([PNG, "a.cls", "b.cls", "b.txt"], {}, "sample b has no images .its members: cls, txt.*--skip_incomp"),
-    "two images": ([PNG, "a.jpg"], {}, "sample a has 2 images"),
+    "two images": ([PNG, "a.jpg"], {}, r"sample a has 2 images (?!.*--skip_incomplete)"),
     "twice": ([PNG, "b.png", PNG], {}, "sample a has two members .png: .*--dots_in_names"),
     "dots": (["a.1.png", "a.2.png"], {}, "sample a has no images .its members: 1.png, 2.png.*--dots_in_names"),
     "all incomplete": (
         ["a.txt", "b.txt"],
         {"skip_incomplete": True},
-        "no sample but 2 incomplete ones, such as: ",
+        r"has no complete sample .2 incomplete, such as: .* --dots_in_names if sample names contain dots.: write it",
     ),
-    "no label": ([PNG, "a.json"], {"label_from": "cls"}, "sample a has no .cls .*--label_from none"),
+    "no label": (
+        [PNG, "a.json"],
+        {"label_from": "cls"},
+        "sample a has no regular .cls .*--label_from none, or pass --skip",
+    ),
     "odd label": ([PNG, "a.cls"], {"label_from": "cls"}, "sample a: its .cls is b'cat', wanted a class"),
     "odd json": ([PNG, "a.json"], {"label_from": "json"}, "its .json field 'label' is b'cat'"),
 }
@@ -289,8 +293,9 @@ def test_incomplete_samples_are_skipped_and_counted_on_request(tmp_path, tiny, s
         train, val = (build(config, split) for split in SPLITS)
         assert sorted(numbers(train) + numbers(val)) == [0, 1, 2, 3] == sorted([*train.labels, *val.labels])
         skipped, other_files = train.notes
-        assert "left out 3 incomplete samples, such as: " in skipped and "sample 4 has no .cls" in skipped
-        assert other_files == f"left out of {tmp_path}: 1 files or folders not named .tar, such as two.tgz"
+        assert "incomplete samples left out: 3, such as: " in skipped and "sample 4 has no regular .cls" in skipped
+        assert "--skip_incomplete" not in skipped
+        assert other_files == f"left out of {tmp_path}: files and folders not named .tar: 1, such as two.tgz"
         assert val.notes == train.notes
     assert len(scanned) == 1
 
@@ -322,6 +327,27 @@ def test_an_image_that_is_a_link_is_refused(tmp_path, tiny):
         link.type, link.linkname = tarfile.LNKTYPE, "a.png"
         shard.addfile(link)
     with pytest.raises(ValueError, match="sample b is stored as a link"):
+        build(Config(data_dir=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("target", ["a.cls", "b.cls", "gone.cls"])
+def test_a_label_that_is_a_link_is_incomplete(tmp_path, tiny, target):
+    path = tiny.save_shard(tmp_path / "one.tar", {"a.png": tiny.png(), "a.cls": b"1", "b.png": tiny.png()})
+    with tarfile.open(path, "a") as shard:
+        link = tarfile.TarInfo("b.cls")
+        link.type, link.linkname = tarfile.SYMTYPE, target
+        shard.addfile(link)
+    with pytest.raises(ValueError, match="sample b has no regular .cls"):
+        build(Config(data_dir=str(tmp_path), label_from="cls"), "train")
+
+
+def test_an_impossible_size_of_a_member_is_damage(tmp_path, tiny):
+    path = tiny.save_shard(tmp_path / "one.tar", {"a.png": tiny.png(), "b.png": tiny.png()})
+    header = bytearray(path.read_bytes()[:512])
+    header[124:136], header[148:156] = b"\x80" + b"\x7f" * 11, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + path.read_bytes()[512:])
+    with pytest.raises(ValueError, match="one.tar is not a complete, uncompressed tar"):
         build(Config(data_dir=str(tmp_path)), "train")
 
 

@@ -101,8 +101,9 @@ class TarImages:
 
     def __init__(self, shards: Sequence[Shard], row_indices: np.ndarray, split: str, config: Config, store: ShardStore):
         self.store, self.split, self.config = store, split, config
-        skipped = [reason for shard in shards for reason in shard.skipped]
-        self.notes = (f"left out {len(skipped):,} incomplete samples, such as: {skipped[0]}",) if skipped else ()
+        n_skipped = sum(shard.n_skipped for shard in shards)
+        first_skipped = next((shard.first_skipped for shard in shards if shard.n_skipped), "")
+        self.notes = (f"incomplete samples left out: {n_skipped:,}, such as: {first_skipped}",) if n_skipped else ()
         self.json_fields = (*config.json_fields, *config.id_fields, *config.box_fields)
         ends = np.cumsum([len(shard.rows) for shard in shards])
         shard_of, sizes = np.unique(np.searchsorted(ends, row_indices, side="right"), return_counts=True)
@@ -274,7 +275,7 @@ def note_other_files(folder: Path) -> tuple[str, ...]:
     names = sorted(path.name for path in folder.glob("[!.]*") if path.suffix != ".tar")
     if not names:
         return ()
-    return (f"left out of {folder}: {len(names)} files or folders not named .tar, such as {names[0]}",)
+    return (f"left out of {folder}: files and folders not named .tar: {len(names)}, such as {names[0]}",)
 
 
 def select_rows(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:

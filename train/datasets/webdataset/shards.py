@@ -24,8 +24,9 @@ class Shard(NamedTuple):
 
     name: str  # path or URL
     stamp: str  # of a local file: size and modification time; of a download: SHA-256
-    rows: np.ndarray  # see tar.scan
-    skipped: tuple[str, ...] = ()
+    rows: np.ndarray  # this and the rest as in tar.ShardContent
+    n_skipped: int = 0
+    first_skipped: str = ""
 
 
 def list_shards(pattern: str, flag: str) -> list[str]:
@@ -90,8 +91,8 @@ def read_index(name: str, path: Path, spec: tar.SampleSpec) -> Shard | None:
     """Loads an index; None if it is missing or incomplete."""
     try:
         with path.open("rb") as file:
-            stamp, rows, *skipped = (np.load(file, allow_pickle=False) for _ in range(2 + spec.skip_incomplete))
-            return Shard(name, str(stamp), rows, *(tuple(each.tolist()) for each in skipped))
+            stamp, rows, *skipped = (np.load(file, allow_pickle=False) for _ in range(4 if spec.skip_incomplete else 2))
+            return Shard(name, str(stamp), rows, *(each.item() for each in skipped))
     except UNREADABLE_ARRAYS:
         return None
 
@@ -107,10 +108,8 @@ def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) 
         shard = Shard(name, stamp, *tar.scan(file, name, spec))
     partial = path.with_suffix(".part")  # renamed when complete
     with partial.open("wb") as file:
-        np.save(file, np.array(stamp))
-        np.save(file, shard.rows)
-        if spec.skip_incomplete:
-            np.save(file, np.array(shard.skipped, dtype=np.str_))
+        for value in shard[1 : 5 if spec.skip_incomplete else 3]:
+            np.save(file, np.array(value))
     partial.replace(path)
     return shard
 

@@ -23,6 +23,7 @@ POLL_SECONDS = 0.05  # between checks for a free slot
 SCHEMES = ("pipe:", *(f"{name}://" for name in ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")))
 MAX_SHARDS, MAX_BRACES = 1_000_000, 50  # of a pattern
 STALL_SECONDS = 60.0  # without a byte, until a download is given up
+PIPE_STALL_SECONDS = 3600.0  # the same of a command, which may decrypt or unpack before it writes
 
 
 def import_webdataset():
@@ -166,10 +167,12 @@ def remove_orphans(downloads: list[Path]) -> None:
             continue
 
 
-def read_chunk(stream: BufferedReader) -> bytes:
+def read_chunk(stream: BufferedReader, seconds: float) -> bytes:
     """Reads what has arrived; TimeoutError if nothing does: the programs that download retry for many minutes."""
-    if not select.select([stream], [], [], STALL_SECONDS)[0]:
-        raise TimeoutError(f"nothing arrived for {STALL_SECONDS:g} seconds")
+    poll = select.poll()  # select.select takes no descriptor above 1023
+    poll.register(stream, select.POLLIN)
+    if not poll.poll(1000 * seconds):
+        raise TimeoutError(f"nothing arrived for {seconds:g} seconds")
     return stream.read1(1 << 20)
 
 
@@ -189,10 +192,11 @@ def stop_on_error(source: Download) -> Iterator[None]:
 def download_to(url: str, path: Path) -> str:
     """Downloads a URL to `path`. Returns its SHA-256; FileNotFoundError if it cannot be downloaded."""
     content = hashlib.sha256()
+    seconds = PIPE_STALL_SECONDS if url.startswith("pipe:") else STALL_SECONDS
     try:
         with import_webdataset().gopen(url, "rb") as source, path.open("wb") as file:
             with stop_on_error(source):
-                while chunk := read_chunk(source.stream):
+                while chunk := read_chunk(source.stream, seconds):
                     content.update(chunk)
                     file.write(chunk)
     except (OSError, ValueError, ImportError, TimeoutExpired) as error:

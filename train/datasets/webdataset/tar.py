@@ -56,7 +56,8 @@ class ShardContent(NamedTuple):
     """The samples of a shard."""
 
     rows: np.ndarray  # structured array, one row per sample
-    skipped: tuple[str, ...] = ()  # why each incomplete sample is left out, with `skip_incomplete`
+    n_skipped: int = 0  # incomplete samples left out, with `skip_incomplete`
+    first_skipped: str = ""  # why the first of them is incomplete
 
 
 def scan(file: BinaryIO, name: str, spec: SampleSpec) -> ShardContent:
@@ -65,22 +66,33 @@ def scan(file: BinaryIO, name: str, spec: SampleSpec) -> ShardContent:
     ValueError unless it is a complete, uncompressed tar with at least one sample, and each sample has exactly one image
     and all wanted members. With `skip_incomplete`, samples without one of them are left out instead.
     """
-    rows, skipped = [], []
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, members in group_members(tar, name, spec).items():
-                try:
-                    rows.append(build_row(tar, f"{name} sample {key}", key, members, spec))
-                except IncompleteSample as error:
-                    if not spec.skip_incomplete:
-                        raise
-                    skipped.append(str(error))
-    except tarfile.TarError as error:
-        raise ValueError(f"{name} is not a complete, uncompressed tar ({error}): download or write it again") from error
+    rows: list[Row] = []
+    n_skipped, first_skipped = 0, ""
+    with open_complete_tar(file, name) as tar:
+        for key, members in group_members(tar, name, spec).items():
+            try:
+                rows.append(build_row(tar, f"{name} sample {key}", key, members, spec))
+            except IncompleteSample as error:
+                if not spec.skip_incomplete:
+                    raise ValueError(f"{error}, or pass --skip_incomplete") from error
+                n_skipped, first_skipped = n_skipped + 1, first_skipped or str(error)
     if not rows:
-        but = f" but {len(skipped)} incomplete ones, such as: {skipped[0]}" if skipped else ""
-        raise ValueError(f"{name} has no sample{but}, wanted members such as 0000.{spec.image_ext[0]}: or leave it out")
-    return ShardContent(rows_to_array(rows, spec), tuple(skipped))
+        problem = f"has no sample, wanted members such as 0000.{spec.image_ext[0]}"
+        if n_skipped:
+            problem = f"has no complete sample ({n_skipped} incomplete, such as: {first_skipped})"
+        raise ValueError(f"{name} {problem}: write it again, or leave it out")
+    return ShardContent(rows_to_array(rows, spec), n_skipped, first_skipped)
+
+
+def open_complete_tar(file: BinaryIO, name: str) -> tarfile.TarFile:
+    """Opens a tar and reads the headers of its members; ValueError unless it is complete and uncompressed."""
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")
+        tar.getmembers()
+        require_end_block(tar)
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: a seek that is out of range
+        raise ValueError(f"{name} is not a complete, uncompressed tar ({error}): download or write it again") from error
+    return tar
 
 
 def group_members(tar: tarfile.TarFile, name: str, spec: SampleSpec) -> dict[str, dict[str, tarfile.TarInfo]]:
@@ -94,7 +106,6 @@ def group_members(tar: tarfile.TarFile, name: str, spec: SampleSpec) -> dict[str
                     f"{name} sample {key} has two members .{extension}: write the shard again, or pass --dots_in_names "
                     "if sample names contain dots"
                 )
-    require_end_block(tar)
     return samples
 
 
@@ -130,8 +141,8 @@ def build_row(tar: tarfile.TarFile, where: str, key: str, members: dict[str, tar
     if len(images) != 1:
         raise (ValueError if images else IncompleteSample)(
             f"{where} has {len(images) or 'no'} images (its members: {names}), wanted one of "
-            f"{', '.join(spec.image_ext)}: pass the image's extension as --image_ext, --dots_in_names if sample names "
-            "contain dots, or --skip_incomplete"
+            f"{', '.join(spec.image_ext)}: pass the image's extension as --image_ext, or --dots_in_names if sample "
+            "names contain dots"
         )
     image = members[images[0]]
     if not is_regular(image):
@@ -142,9 +153,7 @@ def build_row(tar: tarfile.TarFile, where: str, key: str, members: dict[str, tar
     for ending in spec.extra:
         if ending not in members or not is_regular(members[ending]):
             flag = "--json_fields" if ending == "json" else "--mask_ext"
-            raise IncompleteSample(
-                f"{where} has no regular .{ending} (its members: {names}): leave {flag} out, or pass --skip_incomplete"
-            )
+            raise IncompleteSample(f"{where} has no regular .{ending} (its members: {names}): leave {flag} out")
     spans = [(members[ending].offset_data, members[ending].size) for ending in spec.extra]
     return row._replace(extra=tuple(number for span in spans for number in span))
 
@@ -158,10 +167,10 @@ def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarI
     """Returns the class id of a sample, 0 without labels; ValueError if it is missing or malformed."""
     if spec.label_from == "none":
         return 0
-    if spec.label_from not in members:
+    if spec.label_from not in members or not is_regular(members[spec.label_from]):
         names = ", ".join(members)
         raise IncompleteSample(
-            f"{where} has no .{spec.label_from} (its members: {names}): use --label_from none, or --skip_incomplete"
+            f"{where} has no regular .{spec.label_from} (its members: {names}): use --label_from none"
         )
     content = tar.extractfile(members[spec.label_from]).read()
     try:
