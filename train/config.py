@@ -168,7 +168,7 @@ class TrainingConfig:
         **{"warmup_iters": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "grad_clip": NOT_NEGATIVE, "betas": "[0, 1)"},
         **{"decay_steps": NOT_NEGATIVE, "lr_end": "[0, 1]", "max_bad_steps": NOT_NEGATIVE, "ema_beta": "[0, 1)"},
         **{"ema_profiles": "(0, 0.3003]", "steps_per_ema_snapshot": "[1, inf)", "seed": NOT_NEGATIVE},
-        **{"timeout_minutes": "(0, 1000000]", "load_step": NOT_NEGATIVE},
+        **{"timeout_minutes": "(0, 30000]", "load_step": NOT_NEGATIVE},
     }
 
     def __post_init__(self):

@@ -1,10 +1,12 @@
 """Loading processes: they end with the training process, and no error of theirs leaves it waiting."""
 
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,6 +30,7 @@ def init_worker(worker: int) -> None:
     leaves the process group, ignores Ctrl-C, and exits on SIGTERM only if its parent sent it: job schedulers send
     SIGTERM to every process. The parent's signal handlers, which a fork inherits, would keep the worker alive.
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(exit_on_unsent)  # in this process only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):
@@ -35,6 +38,12 @@ def init_worker(worker: int) -> None:
         threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     else:  # macOS does not report the sender of a signal
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def exit_on_unsent(error: Exception, batch: Any) -> NoReturn:
+    """Ends a worker whose batch cannot be sent: the training process would wait for it until its timeout."""
+    print(f"a loading process cannot send a batch: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def exit_with_parent(parent: int) -> None:
@@ -57,7 +66,8 @@ class WorkerSource:
         try:
             batch = self.source[key]
         except (ValueError, OSError) as error:
-            return error
+            # Others may not survive being sent: pickle calls their class with the message as its only argument.
+            return error if type(error).__module__ == "builtins" else ValueError(str(error))
         try:  # torch would do this in a thread, whose errors leave the training process waiting
             for value in batch.values() if isinstance(batch, dict) else ():
                 if isinstance(value, Tensor):

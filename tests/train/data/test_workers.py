@@ -1,15 +1,18 @@
 """Loading processes: their errors reach the training process, and they end with it."""
 
+import io
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 import torch
 
 from train.cli.parse import one_line_errors
+from train.config import TrainingConfig
 from train.data.workers import load_batches
 
 
@@ -33,6 +36,31 @@ def test_an_error_of_a_loading_process_keeps_type_and_text(error):
     with pytest.raises(type(error)) as raised:
         list(load_batches(Source(lambda: fail(error)), range(3), workers=1))
     assert str(raised.value) == str(error)
+
+
+class ErrorOfTwo(ValueError):
+    def __init__(self, got, wanted):
+        super().__init__(f"got {got}, wanted {wanted}")
+
+
+@pytest.mark.parametrize("error", [ErrorOfTwo(3, 4), HTTPError("https://here", 404, "gone", {}, io.BytesIO())])
+def test_an_error_that_cannot_be_sent_keeps_its_text(error):
+    with pytest.raises(ValueError) as raised:
+        list(load_batches(Source(lambda: fail(error)), range(3), workers=1))
+    assert str(raised.value) == str(error)
+
+
+def test_a_batch_that_cannot_be_sent_ends_training(capfd):
+    """multiprocessing only prints the error, and the training process waits."""
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(load_batches([{"image": lambda: None}], range(1), workers=1, timeout_minutes=0.5))
+    assert "a loading process cannot send a batch" in capfd.readouterr().err
+
+
+def test_timeouts_are_within_what_is_waited_for():
+    assert list(load_batches(Source(), range(1), 1, TrainingConfig(timeout_minutes=30_000).timeout_minutes))
+    with pytest.raises(ValueError, match="timeout_minutes"):
+        TrainingConfig(timeout_minutes=36_000)
 
 
 def test_too_little_shared_memory_is_an_error(monkeypatch):
