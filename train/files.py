@@ -54,7 +54,7 @@ def read_arrays(path: Path, names: Sequence[str], wanted: str) -> dict[str, np.n
         raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not found'}: {wanted}")
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz file")
+            raise ValueError("it is not an .npz file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in names if name in archive.files}
         if words := [name for name, array in arrays.items() if np.asarray(array).dtype.kind not in "biuf"]:

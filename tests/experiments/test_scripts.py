@@ -132,7 +132,7 @@ def test_other_archives_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="get_samples.py"):
         read_samples(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no .npz file"):
+    with pytest.raises(ValueError, match="it is not an .npz file"):
         read_samples(path)
     np.savez(path, arr_0=np.zeros((3, 4, 4, 1), np.uint8))
     with pytest.raises(ValueError, match="wanted arr_0, uint8"):

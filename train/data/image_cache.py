@@ -137,7 +137,8 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         complete = path.stat().st_size == metadata["count"] * int(np.prod(metadata["shape"])) * dtype.itemsize
         complete &= "records" not in metadata or path.with_suffix(RECORDS_SUFFIX).stat().st_size == metadata["records"]
         if metadata.get("version") == VERSION:
-            CachedImages(path, metadata)  # fails if a field is missing or of another type
+            numbers = CachedImages(path, metadata).numbers  # fails if a field is missing or of another type
+            complete &= all(isinstance(each, list) and len(each) == metadata["count"] for each in numbers.values())
     except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
     return metadata if complete else None

@@ -33,7 +33,7 @@ from train.distributed import DistContext
 from train.loop import Batch
 from train.registry import load_plugin
 
-MOST_UNUSED_CLASSES = 10_000  # numbers of classes without images
+MOST_UNUSED_CLASSES = 10_000_000  # numbers of classes without images: more would take tens of GB of the model
 
 
 class CodeGrids(Protocol):

@@ -20,10 +20,11 @@ from train.datasets import FloatImage, UnreadableImage
 from train.datasets._decode import to_8_bits, to_16_bits
 
 PIL_MODES = {1: "L", 3: "RGB"}
-
 DARK = 1 << 14  # 16-bit images without a higher value are nearly black when scaled to 8 bits
-Crop = tuple[int, int, int, int]  # top, left, height, width
 LONGEST = 16  # times the length that is shown: longer images are trimmed before they are resized
+
+Crop = tuple[int, int, int, int]  # top, left, height, width
+ValueRange = tuple[float, float]  # lowest and highest value of the data
 
 
 def cover_size(height: int, width: int, size: tuple[int, int]) -> list[int]:
@@ -44,9 +45,6 @@ def trim(inpt: Any, size: tuple[int, int]) -> Any:
     top = max(0, (height - LONGEST * -(-size[0] * width // size[1])) // 2)
     left = max(0, (width - LONGEST * -(-size[1] * height // size[0])) // 2)
     return F.crop(inpt, top, left, height - 2 * top, width - 2 * left) if top or left else inpt
-
-
-ValueRange = tuple[float, float]  # lowest and highest value of the data
 
 
 def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: ValueRange | None = None) -> dict:

@@ -76,6 +76,7 @@ def test_a_cache_with_a_damaged_note_is_rebuilt(dataset, tmp_path):
     note = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path.with_suffix(".json")
     intact = json.loads(note.read_text())
     changes = [intact | {key: value} for key, value in (("numbers", 3), ("unreadable", None), ("count", "x"))]
+    changes += [intact | {"numbers": {"label": value}} for value in (3, [0, 1], {"0": 1}, "012345")]
     for damaged in ["[]", "null", "{}", "[" * 99_999, *map(json.dumps, changes)]:
         note.write_text(damaged)
         assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))

@@ -270,6 +270,8 @@ def test_a_start_says_how_many_images_and_classes_there_are(capsys):
     assert describe_splits(train, val) == (
         "6 training images, 6 for validation, 3 classes, largest number 9, with 1 to 4 training images"
     )
+    old = dataclasses.replace(train, n_classes=1_000_000)  # as a run may have been trained before there was a limit
+    assert "3 classes, largest number 999999, " in describe_splits(old, val)
     with pytest.raises(ValueError, match="got 3 classes, largest number 2147483647: .* number the classes 0 to 2, or"):
         describe_splits(dataclasses.replace(train, n_classes=2**31), val)
     build_splits(DataConfig(), DatasetConfig(), DistContext(torch.device("cpu")))
