@@ -161,7 +161,7 @@ def watch_tab(play: Playground, inputs: list, make_request: Callable) -> None:
         with gr.Column():
             gr.Markdown("predicted final image x0")
             prediction = gr.Image(**style)
-    steps = gr.State([])  # not enlarged: a session's state stays in memory
+    steps = gr.State([])  # kept small: a session's state stays in memory
 
     def watch(*values: Any) -> Iterator[tuple]:
         history = []
