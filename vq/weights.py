@@ -13,16 +13,15 @@ UNREADABLE = (  # what torch.load raises for damaged files
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OverflowError),
     *(LookupError, AttributeError, AssertionError, TypeError, ValueError),
 )
+EARLIER = "take weights from before the training diverged (--load_step N, --resume PATH)"
 
 
-def refuse_nan(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+def refuse_nan(tensors: Mapping[str, Tensor], source: Path | str, remedy: str = EARLIER) -> None:
     """Raises ValueError if weights of any shape hold a NaN; `source` is where they are from."""
     broken = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any())
     if broken:
-        raise ValueError(
-            f"{source} holds NaN in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: "
-            "take weights from before the training diverged (--load_step N, --resume PATH)"
-        )
+        where = f"{len(broken)} of {len(tensors)} tensors, such as {broken[0]}"
+        raise ValueError(f"{source} holds NaN in {where}: {remedy}")
 
 
 def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
@@ -45,5 +44,5 @@ def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a bare state dict of named tensors: {wanted}")
-    refuse_nan(state, path)
+    refuse_nan(state, path, wanted)
     return state

@@ -19,6 +19,7 @@ from torch import nn
 
 from vq.config import VQGANLossConfig
 from vq.perceptual import BACKBONES, MIN_SIDE, LogitDistance, Perceptual, load_perceptual
+from vq.weights import read_tensors
 
 
 class Distance(nn.Module):
@@ -296,3 +297,9 @@ def test_photographs_are_as_far_apart_as_lpips_finds_them(real, name, value):
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
         images.append(pixels.movedim(-1, 0)[None] / 127.5 - 1)
     assert real(*images).item() == pytest.approx(value, abs=2e-5)
+
+
+def test_broken_external_weights_have_the_remedy_of_their_flag(tmp_path):
+    torch.save({"a": torch.tensor([0.0, torch.nan])}, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match="net.pth holds NaN in 1 of 1 tensors, such as a: pass --perceptual_weights"):
+        read_tensors(tmp_path / "net.pth", "pass --perceptual_weights FILE")
