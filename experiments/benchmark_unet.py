@@ -51,15 +51,8 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
-    RANGES = {
-        "channels": SIZE,
-        "channel_mults": "[1, 1000]",
-        "res_blocks": "[1, 1000]",
-        "attn_factors": SIZE,
-        "img_size": SIZE,
-        "batch_size": MILLION,
-        "repeats": MILLION,
-    }
+    RANGES = {name: UNetConfig.RANGES[name] for name in ("channels", "channel_mults", "res_blocks", "attn_factors")}
+    RANGES |= {"img_size": SIZE, "batch_size": MILLION, "repeats": MILLION}
 
     def __post_init__(self):
         check_ranges(self)

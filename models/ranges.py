@@ -4,6 +4,8 @@ A range excludes what is not finite. Sizes have upper limits far above any in us
 refused by its name rather than by the allocator.
 """
 
+import math
+
 FINITE = "(-inf, inf)"
 POSITIVE = "(0, inf)"
 NOT_NEGATIVE = "[0, inf)"
@@ -33,10 +35,15 @@ def is_inside(number: float, interval: str) -> bool:
 
 
 def describe(interval: str, number: float) -> str:
-    """Returns in words what an interval wants of a number outside it: of an integer, the end that it passes."""
+    """Returns in words what an interval wants of a number outside it.
+
+    Of an integer, or without an upper end, that is the end which the number passes; else the interval.
+    """
     low, high = interval[1:-1].split(", ")
-    if isinstance(number, int) or high == "inf" and low != "-inf":
+    if high == "inf" and not math.isfinite(number):
+        return "a finite number"
+    if isinstance(number, int) or high == "inf":
         if number >= float(high):
             return f"at most {high}" if interval[-1] == "]" else f"a number below {high}"
         return f"at least {low}" if interval[0] == "[" else f"a number above {low}"
-    return "a finite number" if high == "inf" else f"a number in {interval}"
+    return f"a number in {interval}"

@@ -15,6 +15,7 @@ from train.registry import load_plugin, plugin_names
 PACKAGES = ("train.datasets", "train.samplers", "vq.quantizers", "models.conditions")
 COMMANDS = [path for path in sorted(Path(experiments.__path__[0]).glob("*.py")) if "__main__" in path.read_text()]
 MODULES = ["train.config", "vq.config", "demo", "convert", *(f"experiments.{path.stem}" for path in COMMANDS)]
+CHECKED_TOGETHER = {"guidance_interval": "[0, 1]"}  # by check_interval: the order of its numbers counts too
 MODULES += [f"{package}.{name}" for package in PACKAGES for name in plugin_names(package)]
 
 
@@ -54,7 +55,7 @@ def test_every_number_has_a_range_and_holds_it():
     for cls in config_classes():
         ranges = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).get("RANGES", {}).items()}
         for name, kind in numeric_fields(cls):
-            interval, where = ranges.get(name), f"{cls.__module__}.{cls.__qualname__}.{name}"
+            interval, where = (ranges | CHECKED_TOGETHER).get(name), f"{cls.__module__}.{cls.__qualname__}.{name}"
             assert interval is not None, f"{where} has no range"
             seen.add(name)
             for value in (-1, 0, 10**12, *([math.nan, math.inf] if kind is float else [])):
@@ -87,4 +88,5 @@ def test_a_range_is_described_by_what_was_passed():
     assert describe("[1, 65536]", 0) == "at least 1" and describe("[1, 65536]", 10**12) == "at most 65536"
     assert describe("(0, inf)", 0.0) == "a number above 0" and describe("[0, inf)", -1.0) == "at least 0"
     assert describe("[0, 1)", 1.5) == "a number in [0, 1)" and describe("[0, 1)", 1) == "a number below 1"
-    assert describe("(-inf, inf)", math.nan) == "a finite number"
+    for interval, number in (("(-inf, inf)", math.nan), ("[0, inf)", math.inf), ("(0, inf)", math.nan)):
+        assert describe(interval, number) == "a finite number"

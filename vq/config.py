@@ -34,9 +34,9 @@ class VQGANConfig:
     """Feed the encoder images in [0, 1], as in Unleashing Transformers, instead of [-1, 1]."""
 
     RANGES = {
-        **{"nf": SIZE, "ch_mult": "[1, 1024]", "res_blocks": "[1, 1000]", "attn_resolutions": SIZE},
-        **{"codebook_size": COUNT, "emb_dim": SIZE},
-    }
+        "nf": SIZE, "ch_mult": "[1, 1024]", "res_blocks": "[1, 1000]", "attn_resolutions": SIZE,
+        "codebook_size": COUNT, "emb_dim": SIZE,
+    }  # fmt: skip
 
     def __post_init__(self):
         check_ranges(self)
@@ -130,10 +130,10 @@ class VQGANLossConfig:
     """DiffAugment (colour, translation) on the discriminator's inputs; recommended for small data sets."""
 
     RANGES = {
-        **{"recon_weight": NOT_NEGATIVE, "perceptual_weight": NOT_NEGATIVE, "disc_weight": NOT_NEGATIVE},
-        **{"disc_weight_max": NOT_NEGATIVE, "lecam_weight": NOT_NEGATIVE, "disc_start_step": NOT_NEGATIVE},
-        **{"disc_warmup_steps": NOT_NEGATIVE, "disc_ramp_steps": NOT_NEGATIVE, "ndf": SIZE, "disc_layers": "[1, 100]"},
-    }
+        "recon_weight": NOT_NEGATIVE, "perceptual_weight": NOT_NEGATIVE, "disc_weight": NOT_NEGATIVE,
+        "disc_weight_max": NOT_NEGATIVE, "lecam_weight": NOT_NEGATIVE, "disc_start_step": NOT_NEGATIVE,
+        "disc_warmup_steps": NOT_NEGATIVE, "disc_ramp_steps": NOT_NEGATIVE, "ndf": SIZE, "disc_layers": "[1, 100]",
+    }  # fmt: skip
 
     def __post_init__(self):
         check_ranges(self)

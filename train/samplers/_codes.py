@@ -189,8 +189,6 @@ class DiscreteSampling(CodeSampling):
     guidance_interval: tuple[float, float] | None = None
     """Apply guidance only for t in this interval (0 is data, 1 no data)."""
 
-    RANGES = {"guidance_interval": "[0, 1]"}
-
     def __post_init__(self):
         super().__post_init__()
         check_interval(self.guidance_interval)

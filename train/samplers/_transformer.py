@@ -48,10 +48,10 @@ class TransformerConfig(ConditionsConfig):
     """Dropout on the outputs of each block."""
 
     RANGES = {
-        **{"bert_n_emb": SIZE, "bert_n_head": SIZE, "bert_n_layers": "[1, 10000]", "mlp_ratio": "(0, 1000]"},
-        **{"kernel_sizes": SIZE, "dilations": SIZE, "attn_pdrop": "[0, 1)", "embd_pdrop": "[0, 1)"},
-        **{"resid_pdrop": "[0, 1)"},
-    }
+        "bert_n_emb": SIZE, "bert_n_head": SIZE, "bert_n_layers": "[1, 10000]", "mlp_ratio": "(0, 1000]",
+        "kernel_sizes": SIZE, "dilations": SIZE, "attn_pdrop": "[0, 1)", "embd_pdrop": "[0, 1)",
+        "resid_pdrop": "[0, 1)",
+    }  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

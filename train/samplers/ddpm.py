@@ -125,13 +125,10 @@ class Config(ConditionsConfig):
     adapt: str = ""
     """Dotted path of a function from a data set item to the fields of a batch."""
 
-    RANGES = {
-        **{"total_steps": "[2, 1000000]", "first_beta": "(0, 1)", "last_beta": "(0, 1)", "min_snr_gamma": POSITIVE},
-        **{"time_scale": POSITIVE, "sigma_data": POSITIVE, "time_mean": FINITE, "time_deviation": POSITIVE},
-        **{"time_shift": POSITIVE},
-        **{name: UNetConfig.RANGES[name] for name in ("channels", "channel_mults", "res_blocks", "attn_factors")},
-        **{name: UNetConfig.RANGES[name] for name in ("heads", "head_width", "dropout", "kernel_sizes", "dilations")},
-    }
+    RANGES = {name: interval for name, interval in UNetConfig.RANGES.items() if not name.endswith("_channels")} | {
+        "total_steps": "[2, 1000000]", "first_beta": "(0, 1)", "last_beta": "(0, 1)", "min_snr_gamma": POSITIVE,
+        "sigma_data": POSITIVE, "time_mean": FINITE, "time_deviation": POSITIVE, "time_shift": POSITIVE,
+    }  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,7 +166,7 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     dynamic_threshold: float | None = None
     """Dynamic thresholding instead of clipping, at this quantile of |x0|, such as 0.995."""
 
-    RANGES = {"guidance_interval": "[0, 80]", "guidance_rescale": "[0, 1]", "dynamic_threshold": "(0, 1]"}
+    RANGES = {"guidance_rescale": "[0, 1]", "dynamic_threshold": "(0, 1]"}
 
     def __post_init__(self):
         super().__post_init__()
