@@ -76,13 +76,17 @@ def guided(
         frac = None if schedule == "constant" else GUIDANCE_SCHEDULES[schedule](t)
         result = lerp_chain(preds, [scale if frac is None else 1 + (scale - 1) * frac for scale in scales])
         if rescale:
-            wanted, std = (pred.x0.flatten(1).std(1) for pred in (preds[-1], result))  # (B,)
-            flat = std <= 1e-5 * result.x0.flatten(1).abs().amax(1)  # up to rounding: stays as it is
-            factor = 1 + rescale * (wanted / std - 1).masked_fill(flat, 0)
-            result = process.with_x0(result, result.x0 * factor.view(-1, *[1] * (x.ndim - 1)), x, t)
+            result = process.with_x0(result, rescale_deviation(result.x0, preds[-1].x0, rescale), x, t)
         return result if inside is None else lerp_chain([preds[-1], result], [inside.float()])
 
     return guided_denoise
+
+
+def rescale_deviation(x0: Tensor, reference: Tensor, fraction: float) -> Tensor:
+    """Moves each example's standard deviation, of x0 (B, ...), to that of `reference` by a fraction in [0, 1]."""
+    wanted, std = (each.flatten(1).std(1) for each in (reference, x0))  # (B,)
+    flat = std <= 1e-5 * x0.flatten(1).abs().amax(1)  # up to rounding: stays as it is
+    return x0 * expand_weight(1 + fraction * (wanted / std - 1).masked_fill(flat, 0), x0)
 
 
 def check_interval(interval: tuple[float, float] | None, start: float = 1.0) -> None:
