@@ -90,9 +90,9 @@ class Impulses:
 
 
 def sampled_variance(solve: Callable, process: ContinuousProcess, data: Mixture, steps: int, **options) -> float:
-    """The variance of a solver's samples from N(0, 1), by Impulses. With data of mean 0 it is linear."""
+    """The variance of a solver's samples from the prior, by Impulses. With data of mean 0 it is linear."""
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
-    x[0] = 1
+    x[0] = process.sigma(torch.tensor(process.start))
     return (
         solve_in_steps(solve, data.denoiser(process), process, x, steps=steps, rng=Impulses(), **options)
         .square()
