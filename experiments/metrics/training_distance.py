@@ -23,6 +23,7 @@ from train.distributed import DistContext, interruptible_sampling
 from train.first_stage import FirstStage
 from train.logging import Logger
 from train.loop import Hook, Outputs, TrainState
+from train.samplers import NotFiniteError
 from train.trained_sampler import TrainedSampler
 
 MIN_IMAGES = 2  # for a covariance
@@ -107,8 +108,13 @@ def sample_distance(
                     with interruptible_sampling(network, world) as on_step:
                         options = {"network": network, "on_step": on_step}
                         conditions = source.draw(training.seed, indices)
-                        batch = model.draw(indices, training.seed, sampling, conditions, **options)
-                    yield batch["image"], counts
+                        try:
+                            image = model.draw(indices, training.seed, sampling, conditions, **options)["image"]
+                        except NotFiniteError as error:  # no reason to end the training
+                            if world.is_main:
+                                print(f"distance at step {state.step}: {error}", flush=True)
+                            image = model.space.decode(error.x.nan_to_num()).cpu()
+                    yield image, counts
 
         inputs = images, real, model.data, features, logging.logs_root
         return FrechetDistanceHook(logger, f"{count}_samples", *inputs, world, size)

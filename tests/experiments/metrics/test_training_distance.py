@@ -1,14 +1,20 @@
 """The Fréchet distance during training equals that of calc_FID and does not affect the weights."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from experiments.metrics.training_distance import eval_mode
+from experiments.metrics.training_distance import eval_mode, sample_distance
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
+from train.config import DataConfig, LoggingConfig, SamplingConfig, TrainingConfig
+from train.datasets import ArrayDataset
+from train.distributed import DistContext
+from train.samplers import NotFiniteError
 
 FD = "--FD_features pixels --steps_per_FD 2 --FD_samples 7"
 WEIGHTS = "checkpoints/step_00000004/model.safetensors"
@@ -99,3 +105,29 @@ def test_eval_mode_restores_each_modules_mode():
     with eval_mode(network):
         assert not any(module.training for module in network.modules())
     assert [module.training for module in network.modules()] == [True, True, False, True, True]
+
+
+def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path, capsys):
+    """Nor lose the checkpoint that is due at the same step; previews go on too."""
+
+    def draw(indices, *args, **kwargs):
+        raise NotFiniteError(
+            "solver ddim gave values that are not finite", torch.full((len(indices), 1, 8, 8), torch.nan)
+        )
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    model = SimpleNamespace(
+        world=DistContext(torch.device("cpu")),
+        data=DataConfig(dataset="digits", img_size=8),
+        condition_source=lambda sampling: SimpleNamespace(draw=lambda seed, indices: None),
+        draw=draw,
+        space=SimpleNamespace(decode=lambda x: x.nan_to_num(9).add(128).to(torch.uint8)),
+    )
+    logged = []
+    logger = SimpleNamespace(log_scalars=lambda step, values: logged.append(values), log_best=lambda *args: None)
+    logging = LoggingConfig(logs_root=str(tmp_path), FD_samples=4, FD_features="pixels")
+    real = ArrayDataset(images, np.zeros(6, dtype=np.int64), 1)
+    hook = sample_distance(model, real, TrainingConfig(batch_size=2), SamplingConfig(), logging)(logger)
+    hook(SimpleNamespace(step=3, eval_module=lambda name: nn.Identity()), {})
+    assert capsys.readouterr().out.count("distance at step 3: solver ddim gave") == 2
+    assert logged[0]["FD(pixels)/4_samples"] > 0
