@@ -219,8 +219,8 @@ def load_or_train_head(
         return None
     first_stage, world = trained.space.first_stage, trained.world
     run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first_stage.run.name}_{first_stage.step}")
+    check_allowed(first_stage.run, first_stage.reader, model.allow)
     reader = first_stage.reader if model.data_dir is None else replace(first_stage.reader, data_dir=model.data_dir)
-    check_allowed(first_stage.run, reader, model.allow)
     wanted, done = (
         head_run_config(decoder, output, first_stage.data, reader, run.name),
         max(saved_steps(run), default=0),

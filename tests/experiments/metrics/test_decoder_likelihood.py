@@ -1,6 +1,7 @@
 """The likelihood of images given their codes: it is normalised, the head learns deviations, its training resumes."""
 
 import dataclasses
+import importlib
 import math
 from types import SimpleNamespace
 
@@ -10,13 +11,16 @@ from torch import nn
 
 from diffusion.gaussian import discretized_log_likelihood
 from diffusion.types import Normal
+from experiments.harness.experiment import ModelConfig, OutputConfig
 from experiments.metrics.decoder_likelihood import (
+    DecoderConfig,
     HeadRunConfig,
     HeadStep,
     TrainedHead,
     bits_per_dim,
     build_state,
     load_head,
+    load_or_train_head,
     reconstruct_codes,
     train_head,
 )
@@ -236,6 +240,15 @@ def test_gradient_accumulation_matches_the_whole_batch(first, uninterrupted, tmp
     accumulated = trained_head(first, tmp_path / "parts", 5, accumulate=2)
     rows = zip(lines(uninterrupted.run), lines(accumulated.run), strict=True)
     assert all(row == pytest.approx(twin, rel=1e-4, abs=1e-6) for row, twin in rows)
+
+
+def test_the_stored_reader_is_what_must_be_allowed(first):
+    """Not the folder that was typed: that of the stored command must not hide it, and a typed command is meant."""
+    shards = importlib.import_module("train.datasets.webdataset").Config
+    stored = dataclasses.replace(first, reader=shards(data_dir="pipe:cat stored.tar"))
+    trained = SimpleNamespace(space=SimpleNamespace(tokens=16, first_stage=stored), world=None)
+    with pytest.raises(ValueError, match="--allow 'pipe:cat stored.tar'"):
+        load_or_train_head(DecoderConfig(), ModelConfig(data_dir="/moved"), OutputConfig(), trained)
 
 
 def test_a_head_with_other_weights_or_settings_is_refused(first, uninterrupted, trained):
