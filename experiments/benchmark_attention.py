@@ -19,8 +19,8 @@ import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.experiment import write_results
 from experiments.harness.report import table
+from experiments.harness.results import write_results
 from experiments.metrics.cost import device_name, median_seconds, peak_extra_bytes
 from models.neighborhood import Group, make_window, natten_is_compiled, neighborhood_attention_2d, resolve_backend
 from models.ranges import MILLION, NOT_NEGATIVE, SIZE, check_ranges

@@ -27,7 +27,7 @@ class PRDCConfig:
     """Precision, recall, density, coverage."""
 
     n_samples: int = 10_000
-    """Number of generated and of real images; at most as many as the split has, of either a fixed random subset."""
+    """Number of generated and of real images: at most as many as the split has; of more, a fixed random subset."""
     nearest_k: int = 5
     """Radius of each feature's ball: the distance to its k-th nearest neighbour; papers use 3 or 5."""
     samples: str | None = None
@@ -103,7 +103,7 @@ def check_count(count: int, k: int) -> None:
 
 def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float] | None]:
     """Measures the "generated" features, a fixed random subset of them (as many as held-out ones) and the "held_out"
-    ones against the "real" ones; the latter two are None for at most k held-out ones. A progress bar counts rows of
+    ones against the "real" ones; without more than k held-out ones the last two are None. A progress bar counts rows of
     distances."""
     here = torch.device("cpu") if device.type == "mps" else device
     sets = {name: each.to(here) for name, each in sets.items()}

@@ -79,7 +79,7 @@ def prepare(config: Config, model: FirstStage, world: DistContext) -> Experiment
     """Opens the images and the LPIPS network; results with another network are outdated."""
     settings = config.reconstruction
     dataset = build_dataset(model.data, model.reader, settings.split)
-    origin = {"images": content_fingerprint(dataset)} | perceptual_provenance(settings.perceptual_weights)
+    origin = {"data_fingerprint": content_fingerprint(dataset)} | perceptual_provenance(settings.perceptual_weights)
     net, perceptual = choose_lpips(settings.lpips_net, settings.perceptual_weights, model.run)
     if any(world.any(perceptual is None)):  # all ranks measure the same, even if only one lacks the weights
         net, perceptual = "none", None

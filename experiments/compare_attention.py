@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from experiments.harness.batches import single_process_world
-from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, load_results, write_results
+from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
 from experiments.harness.report import mean_and_deviation, table
+from experiments.harness.results import load_results, write_results
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
     add_features,
@@ -36,6 +37,7 @@ from train.data.loading import TrainingCodes, build_dataset, training_batches
 from train.datasets import Dataset, DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.first_stage import load_first_stage
+from train.identity import comparison_identity
 from train.loop import TrainState, fit
 from train.runs import open_run, run_lock
 from train.sampler import SamplerStep, build_state, validation_losses
@@ -100,10 +102,11 @@ def main(config: Config) -> None:
         config.output.log_dir or f"compare_attention_{bench.space.first_stage.run.name}_{bench.space.first_stage.step}"
     )
     folder = run_folder(config.output.logs_root, name)
-    origin = {"ae_weights": bench.space.first_stage.weights, "images": content_fingerprint(bench.images["train"])}
+    origin = {"ae_weights": bench.space.first_stage.weights} | features_provenance(bench.features)
+    origin |= {"data_fingerprint": content_fingerprint(bench.images["train"])}
     seeds = range(config.training.seed, config.training.seed + config.comparison.seeds)
     with run_lock(folder):
-        open_run(folder, config, origin | features_provenance(bench.features))
+        open_run(folder, config, origin, comparison_identity)
         print(f"results: {folder}", flush=True)
         results = load_results(folder) or {}
         for seed, variant in product(seeds, config.comparison.variants):

@@ -17,8 +17,9 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.harness.batches import single_process_world
-from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, load_results, write_results
+from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
 from experiments.harness.report import progress, table
+from experiments.harness.results import load_results, write_results
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import features_provenance, real_statistics, save_reconstructions, statistics_cache
 from experiments.metrics.features import Features
@@ -34,6 +35,7 @@ from train.datasets import DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.files import atomic_write
 from train.first_stage import FirstStage
+from train.identity import comparison_identity
 from train.loop import TrainState, fit
 from train.optim import BadStepRecorder
 from train.registry import load_plugin, plugin_names
@@ -129,9 +131,9 @@ def main(config: Config) -> None:
     bench = prepare(config, folder)
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
-    same |= {"images": content_fingerprint(bench.images.dataset)}
+    same |= {"data_fingerprint": content_fingerprint(bench.images.dataset)}
     with run_lock(folder):
-        open_run(folder, config, same | features_provenance(bench.features))
+        open_run(folder, config, same | features_provenance(bench.features), comparison_identity)
         print(f"results: {folder}", flush=True)
         results = load_results(folder) or {}
         for seed, name in product(range(config.training.seed, config.training.seed + c.seeds), autoencoders):
@@ -282,13 +284,13 @@ def plot(path: Path, results: Results, quantizers: Sequence[str], metric: str, t
     places = range(len(quantizers))
     for panel, (name, key, factor, form) in zip(panels, metrics, strict=True):
         for place, quantizer in zip(places, quantizers, strict=True):
-            values = [factor * (run[key] or 0) for run in runs_of(results, quantizer)]
-            mean = statistics.mean(values)
+            values = [factor * run[key] for run in runs_of(results, quantizer) if run[key] is not None]
+            mean = statistics.mean(values) if values else math.nan  # no bar
             panel.barh(place, mean, height=0.62, color="#8fbcdb")
             if len(values) > 1:
                 panel.plot(values, [place] * len(values), "o", color="#0072b2", markersize=3)
             beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            panel.annotate(form.format(mean), (max(values), place), **beside)
+            panel.annotate(form.format(mean) if values else "-", (max(values, default=0), place), **beside)
         panel.set_title(name, fontsize=9, loc="left")
         panel.margins(x=0.25)
         panel.set_xlim(left=0)

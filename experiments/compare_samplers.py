@@ -23,14 +23,13 @@ from experiments.harness.experiment import (
     ModelConfig,
     OutputConfig,
     load_model,
-    load_results,
     open_batches,
     open_results_folder,
     run_defaults,
-    write_results,
 )
 from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import mean_and_deviation, progress, table
+from experiments.harness.results import load_results, write_results
 from experiments.metrics import features as all_features
 from experiments.metrics.cost import count_nfe
 from experiments.metrics.distances import compute_statistics, real_statistics, statistics_cache, with_grid
@@ -114,7 +113,7 @@ def main(config: Config) -> None:
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         plan = plan_runs(config.comparison, config.sampling, trained)  # before the folder is created
-        with open_results_folder("compare_samplers", config, trained, world, ExperimentSetup(())) as folder:
+        with open_results_folder("compare_samplers", config, trained, world, ExperimentSetup((), timed=True)) as folder:
             batches = open_batches(config, trained, world, folder, files=())
             compare(config.comparison, trained, plan, statistics_cache(config.output.logs_root), batches)
 

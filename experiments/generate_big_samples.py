@@ -51,7 +51,8 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Passes on the canvas, so that one the model does not support is refused before the folder is created."""
     canvas = config.canvas
-    return ExperimentSetup((canvas, config.sampling), shape=canvas.shape, window_stride=canvas.window_stride)
+    window = {"shape": canvas.shape, "window_stride": canvas.window_stride}
+    return ExperimentSetup((canvas, config.sampling), **window, timed=True)
 
 
 def measure(

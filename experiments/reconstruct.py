@@ -92,7 +92,7 @@ def prepare(config: Config, model: FirstStage, world: DistContext) -> Experiment
     tiles, originals = make_tiles(settings, model), find_originals(settings, model)
     suffix = "" if settings.images is None else f"_{Path(settings.images).resolve().stem}"
     return ExperimentSetup(
-        (settings, tiles, originals), {"image_files": originals.fingerprint}, f"reconstructions{suffix}"
+        (settings, tiles, originals), {"data_fingerprint": originals.fingerprint}, f"reconstructions{suffix}"
     )
 
 
@@ -158,7 +158,7 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
             print(f"left out of {path}: {others}", flush=True)
     else:
         raise FileNotFoundError(f"{path} not found: pass an image or a folder of images as --images")
-    return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names, times=False))
+    return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))
 
 
 def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:

@@ -76,3 +76,11 @@ def format_differences(differences: Differences) -> str:
         return SHORT.repr(value[:12] if isinstance(value, str) and len(value) == HASH_LENGTH else value)
 
     return "; ".join(f"{key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in differences.items())
+
+
+def comparison_identity(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that identify a comparison of trainings: those of the training, and of its sampling.
+
+    `images`, the earlier name of the data fingerprint, told modification times too.
+    """
+    return flatten_settings(content, NOT_IDENTITY | {"images"})

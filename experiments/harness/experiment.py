@@ -1,7 +1,6 @@
 """The common main of all experiments: loads the trained model, opens the results folder, measures once, reports."""
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
+from experiments.harness.results import load_results, write_results
 from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
 from train.cli.files import get_section, read_run_config, run_folder
@@ -23,7 +23,7 @@ from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.data.loading import build_dataset
 from train.datasets import content_fingerprint
 from train.distributed import DistContext
-from train.files import parse_json, sha256, write_text
+from train.files import sha256
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
@@ -31,6 +31,7 @@ from train.runs import is_new, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
+EARLIER_FINGERPRINTS = ("images", "image_files")  # of the data, in folders of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class FirstStageModelConfig:
     load_step: int | None = None
     """Step of its checkpoint; if omitted, the newest."""
     allow: tuple[str, ...] = ()
-    """Shell commands that fetch the run's data and may be executed; without it, none is."""
+    """Shell commands of the run that may be executed to fetch its data; without it, none is."""
 
     RANGES = {"load_step": NOT_NEGATIVE}
 
@@ -243,7 +244,7 @@ def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: to
     if trained_on != model.dataset:
         raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
     step = resolve_step(run, model.load_step, "--load_step")
-    first_stage = load_first_stage(run, step, device, amp)
+    first_stage = load_first_stage(run, step, device, amp, logs_root=output_root)
     check_allowed(run, first_stage.reader, model.allow)
     if model.data_dir is not None:
         first_stage = dataclasses.replace(
@@ -271,6 +272,13 @@ class ExperimentSetup:
     shape: tuple[int, int] | None = None  # height and width of the canvas, if not the model's own
     window_stride: int | None = None
     is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results are still valid
+    timed: bool = False  # the results tell seconds or calls, which depend on the batch size
+
+    def identity(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Returns the settings that identify the results folder with this config.yaml."""
+        origin = {key: value for key, value in content.get("origin", {}).items() if key not in EARLIER_FINGERPRINTS}
+        settings = results_identity(content | {"origin": origin})
+        return settings | {"batch_size": content["output"]["batch_size"]} if self.timed else settings
 
 
 def config_groups(config: ExperimentConfig) -> dict[str, object]:
@@ -316,7 +324,7 @@ def open_results_folder(
             stack.enter_context(deleted_if_refused(folder))
             given = condition_provenance(sampling.condition_file) if samples else {}
             provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
-            open_run(folder, config, provenance, results_identity)
+            open_run(folder, config, provenance, setup.identity)
         world.barrier()
         print(f"results: {folder}", flush=True)
         yield folder
@@ -344,22 +352,6 @@ def read_results(batches: ResumableBatches) -> dict[str, Any] | None:
     """Returns the results of this experiment if it finished before, else None; read by the main rank for all ranks."""
     world = batches.world
     return broadcast_object(world, load_results(batches.folder) if world.is_main else None)
-
-
-def load_results(folder: Path) -> dict[str, Any] | None:
-    """Reads results.json, None if there is none; ValueError if it is damaged."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return None
-    try:
-        return dict(parse_json(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
-
-
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json atomically."""
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def hash_files(paths: dict[str, str | None]) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """compare_quantizers.py: tiny runs, interrupted and resumed; the table and the plot."""
 
 import json
+import math
 
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.compare_quantizers import VARIANTS, format_mean_std, networks, plot, summary
@@ -88,7 +90,7 @@ def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, 
     with pytest.raises(ZeroDivisionError):
         call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir old --quantizers nearest")
     origin = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())["origin"]
-    assert origin["features_name"] == "pixels" and len(origin["images"]) == 64
+    assert origin["features_name"] == "pixels" and len(origin["data_fingerprint"]) == 64
     monkeypatch.setattr("experiments.metrics.features.pixels.VERSION", origin["features_version"] + 1)
     (tmp_path / "old" / "results.json").write_text("{}")
     with pytest.raises(SystemExit):
@@ -220,3 +222,13 @@ def test_the_plot_is_drawn_of_one_and_of_all(quantizers, tmp_path):
     plot(tmp_path / "comparison.png", results, quantizers, "FID", "title")
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
+
+
+def test_a_metric_left_out_has_no_bar(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: (figures.append(self), save(self, *a, **kw)))
+    results = {"l2_0": make_result(rfd=None), "ema_0": make_result(rfd=None), "ema_1": make_result(rfd=4.0)}
+    plot(tmp_path / "comparison.png", results, ["l2", "ema"], "FID", "title")
+    panel = figures[0].axes[0]
+    assert [text.get_text() for text in panel.texts] == ["-", "4"]
+    assert math.isnan(panel.patches[0].get_width()) and panel.patches[1].get_width() == 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 
@@ -11,7 +12,16 @@ import torch
 from PIL import Image
 
 from experiments.harness.experiment import FirstStageModelConfig, load_chosen_vqgan, vqgan_run_defaults
-from experiments.reconstruct import THUMBNAIL, colour_table, error_map, panels, picture_names, preprocess, thumbnail
+from experiments.reconstruct import (
+    THUMBNAIL,
+    colour_table,
+    error_map,
+    images_of_path,
+    panels,
+    picture_names,
+    preprocess,
+    thumbnail,
+)
 from helpers.tiny_runs import call
 from train.data.loading import fixed_subset
 from train.datasets import FloatImage
@@ -159,7 +169,23 @@ def test_another_experiment_in_the_folder_is_refused(trained, folder, run_folder
     shutil.copytree(folder, copy)
     reconstruct(trained, f"--images {copy} --log_dir mine")
     noise(8, 8).save(copy / "new.png")
-    assert "image_files" in refusal_message(trained, f"--images {copy} --log_dir mine", capfd)
+    assert "data_fingerprint" in refusal_message(trained, f"--images {copy} --log_dir mine", capfd)
+
+
+def test_a_replaced_image_of_equal_size_is_another(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(b"one")
+    before = images_of_path(image, None, None).fingerprint
+    assert images_of_path(tmp_path, None, None).fingerprint == before
+    image.write_bytes(b"two")
+    os.utime(image, (1, 1))
+    assert images_of_path(image, None, None).fingerprint != before
+
+
+def test_codes_of_a_read_only_run_are_kept_in_logs_root(trained, tmp_path):
+    model = FirstStageModelConfig(load_dir=str(trained / "vqgan_digits"))
+    vqgan = load_chosen_vqgan(model, str(tmp_path), CPU, amp=False)
+    assert vqgan.code_cache == tmp_path / ".cache" / "codes"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from train.cli.parse import flag_names, to_dict
 from train.cli.plugins import make_default_config
 from train.config import CHANGEABLE, SecondStageConfig, TrainingConfig
 from train.datasets import ArrayDataset, content_fingerprint, folder
-from train.identity import results_identity
+from train.identity import comparison_identity, results_identity
 from train.runs import (
     ResumePoint,
     initial_weights_provenance,
@@ -221,6 +221,19 @@ def test_training_into_a_results_folder_is_refused(samples, tmp_path, capfd):
         call("train_sampler.py", f"--logs_root {tmp_path} --log_dir results --train_steps 1 {DDPM}")
     assert "holds results: pass another --log_dir" in capfd.readouterr().err
     assert (tmp_path / "results" / "config.yaml").read_text() == before
+
+
+def test_a_comparison_is_known_by_its_training_and_sampling(ddpm, tmp_path):
+    """Folders of earlier versions have a fingerprint with modification times instead of the one of the content."""
+    write_config(tmp_path, to_dict(ddpm) | {"origin": {"images": OLD_DATA}})
+    (tmp_path / "results.json").touch()
+    moved = with_settings(ddpm, device="cpu", num_workers=3)
+    open_run(tmp_path, moved, {"data_fingerprint": NEW_DATA}, comparison_identity)
+    for settings in ({"sample_steps": 7}, {"guidance": 2.0}, {"lr": 1.0}):
+        with pytest.raises(ValueError, match=f"{[*settings][0]}: .* there"):
+            open_run(tmp_path, with_settings(ddpm, **settings), {}, comparison_identity)
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        open_run(tmp_path, ddpm, {"data_fingerprint": OLD_DATA}, comparison_identity)
 
 
 # the content of data

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import pickle
 import re
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from experiments import get_samples
 from experiments.harness.batches import BATCHES_FOLDER, ResumableBatches
@@ -26,6 +28,7 @@ from experiments.harness.experiment import (
     open_results_folder,
     run_experiment,
 )
+from experiments.harness.results import load_results
 from helpers.tiny_runs import ROOT, call
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -245,6 +248,46 @@ def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
     with pytest.raises(SystemExit):
         toy("--count 6")
     assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.requested) == 3
+
+
+def test_timed_results_are_of_one_batch_size(toy, capfd):
+    def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
+        return ExperimentSetup((config.toy,), timed=True)
+
+    toy()
+    toy("--batch_size 3")
+    assert len(toy.requested) == 3
+    with pytest.raises(SystemExit):
+        toy("--batch_size 2", prepare=prepare)
+    assert "batch_size: 3 there, 2 now" in capfd.readouterr().err
+
+
+def test_a_folder_with_an_earlier_fingerprint_is_accepted(toy, capfd):
+    def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
+        return ExperimentSetup((config.toy,), {"data_fingerprint": fingerprint})
+
+    results, path = toy(), toy.logs / "toy_absorbing_digits_3" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["origin"] = {key: value for key, value in content["origin"].items() if key != "data_fingerprint"}
+    path.write_text(yaml.safe_dump(content | {"origin": content["origin"] | {"images": "a" * 64}}))
+    fingerprint = "b" * 64
+    assert toy(prepare=prepare) == results and len(toy.requested) == 3
+    fingerprint = "c" * 64
+    with pytest.raises(SystemExit):
+        toy(prepare=prepare)
+    assert "data_fingerprint: 'bbbbbbbbbbbb' there, 'cccccccccccc' now" in capfd.readouterr().err
+
+
+def test_kept_results_that_lack_a_key_are_damaged(toy, capfd):
+    toy()
+    (toy.logs / "toy_absorbing_digits_3" / "results.json").write_text('{"run": {}}')
+    with pytest.raises(SystemExit) as stop:
+        toy()
+    assert stop.value.code == 2 and "results.json is damaged (it has no numbers): delete it" in capfd.readouterr().err
+    (toy.logs / "results.json").write_text('{"images": [{"psnr": 1.0}]}')
+    record = pickle.loads(pickle.dumps(load_results(toy.logs)))["images"][0]  # sent to other processes
+    with pytest.raises(ValueError, match="damaged .it has no l1"):
+        record["l1"]
 
 
 def test_prepare_names_the_folder_and_may_outdate_results(toy):
