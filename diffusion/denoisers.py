@@ -41,7 +41,7 @@ def guided(
 ) -> Denoiser:
     """Returns a denoiser guided along a chain of conditions, weakest first:
 
-    d(c_0) + sum over i of scales[i] (d(c_{i + 1}) - d(c_i)), for d(c) logits or a Prediction.
+    d(c_0) + sum over i of scales[i] (d(c_{i + 1}) - d(c_i)), for d(c) logits (B, ..., K) or a Prediction.
 
     ([null, c], [w]) is classifier-free guidance (Ho & Salimans 2022); ([null, image, both], [w_image, w_text]) guides
     image and text separately (Brooks et al. 2023). A condition is a tensor with one row per example, an object of that
