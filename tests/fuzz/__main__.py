@@ -73,6 +73,8 @@ def main() -> int:
     parser.add_argument("--only", help="GROUP:NUMBER of the one case to run, with its output")
     options = parser.parse_args()
     name, _, number = (options.only or "").partition(":")
+    if options.only is not None and not (name in COUNTS and number.isdecimal()):
+        parser.error(f"got --only {options.only}, wanted GROUP:NUMBER, such as {[*COUNTS][0]}:17")
     indices = {name: [int(number)]} if number else {group: range(getattr(options, group)) for group in COUNTS}
     torch.set_num_threads(1)
     for module in SLOW.split():

@@ -173,8 +173,11 @@ class Worker:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for index in indices:
-            child.send(json.dumps(run_case(name, group, index, seed, work, limit)))
+        try:
+            for index in indices:
+                child.send(json.dumps(run_case(name, group, index, seed, work, limit)))
+        except BaseException:  # must not reach the code that has forked this process
+            traceback.print_exc()
         os._exit(0)
 
     def end(self) -> int:
@@ -197,28 +200,32 @@ def run_cases(
     size = group.per_fork
     chunks = deque(list(indices[first : first + size]) for first in range(0, len(indices), size))
     workers: list[Worker] = []
-    while chunks or workers:
-        while chunks and len(workers) < jobs:
-            workers.append(Worker.fork(name, group, chunks.popleft(), seed, work, limit))
-        ready = wait([worker.results for worker in workers], timeout=0.5)
-        for worker in list(workers):
-            late = time.monotonic() - worker.since > limit
-            if worker.results not in ready and not late:
-                continue
-            try:
-                if worker.results not in ready:
-                    raise EOFError
-                result = Result(*json.loads(worker.results.recv()))
-                worker.waiting.popleft()
-                worker.since = time.monotonic()
-                yield result
-            except EOFError:
-                number = worker.end()
-                workers.remove(worker)
-                if worker.waiting:
-                    index, detail = worker.waiting.popleft(), f"{output_tail(work, worker.pid)}\nsignal {number}"
-                    shutil.rmtree(work / f"{name}_{index}", ignore_errors=True)
-                    yield Result(name, index, "hang" if late else "signal", detail)
-                if worker.waiting:
-                    chunks.appendleft(list(worker.waiting))
-                (work / f"output_{worker.pid}").unlink(missing_ok=True)
+    try:
+        while chunks or workers:
+            while chunks and len(workers) < jobs:
+                workers.append(Worker.fork(name, group, chunks.popleft(), seed, work, limit))
+            ready = wait([worker.results for worker in workers], timeout=0.5)
+            for worker in list(workers):
+                late = time.monotonic() - worker.since > limit
+                if worker.results not in ready and not late:
+                    continue
+                try:
+                    if worker.results not in ready:
+                        raise EOFError
+                    result = Result(*json.loads(worker.results.recv()))
+                    worker.waiting.popleft()
+                    worker.since = time.monotonic()
+                    yield result
+                except EOFError:
+                    number = worker.end()
+                    workers.remove(worker)
+                    if worker.waiting:
+                        index, detail = worker.waiting.popleft(), f"{output_tail(work, worker.pid)}\nsignal {number}"
+                        shutil.rmtree(work / f"{name}_{index}", ignore_errors=True)
+                        yield Result(name, index, "hang" if late else "signal", detail)
+                    if worker.waiting:
+                        chunks.appendleft(list(worker.waiting))
+                    (work / f"output_{worker.pid}").unlink(missing_ok=True)
+    finally:
+        for worker in workers:
+            worker.end()

@@ -31,6 +31,7 @@ ODD_TENSORS = [
 SAMPLED = ("get_samples", "calc_FID", "calc_approximate_ELBO")
 HOSTILE = [
     "pipe:touch canary", "{p..p}ipe:touch canary", "{pipe:touch canary,x}.tar", "file:{pipe:touch canary}", "${HOME}/x",
+    "file:pipe:touch canary", "p%69pe:touch canary", "file:p%69pe:touch canary", "%70ipe%3Atouch%20canary",
     "p{i..i}pe:touch canary #.tar", "../../..", "/", "/dev/zero", "os.system", "subprocess.run", "a" * 5000, "\0",
 ]  # fmt: skip
 
