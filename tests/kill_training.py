@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,14 @@ def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
     return True
 
 
+def kill(process: subprocess.Popen) -> bool:
+    """Kills a process; False if it ended before, by itself."""
+    if process.poll() is not None:
+        return False
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
 def kill_at(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
     """Kills the process at a moment of the given kind; False if it ended before."""
     before = unfinished(logs / "run")
@@ -210,8 +219,7 @@ def kill_at(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: 
         if kind == "write":
             until(process, lambda: progress(logs) > 0 and bool(unfinished(logs / "run") - before))
         time.sleep(rng.uniform(0, 0.03 if kind == "write" else 0.3))
-    process.kill()
-    return process.wait() < 0
+    return kill(process)
 
 
 def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
@@ -315,14 +323,15 @@ def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
     return not any(counts.values())
 
 
-def kill_job(process: subprocess.Popen, run: Path, job: Job, rng: random.Random, span: float) -> None:
-    """Kills a job soon after it has computed some more parts, or at any moment within `span` seconds."""
+def kill_job(process: subprocess.Popen, run: Path, job: Job, rng: random.Random, span: float) -> bool:
+    """Kills a job soon after it has computed some more parts, or at any moment within `span` seconds; False if it ended
+    before."""
     done = count_parts(run, job)
     target, moment = done + rng.randint(1, 1 + job.count // 4), time.monotonic() + rng.uniform(0, span)
     after_part = rng.random() < 0.5 and target <= job.count
     if until(process, lambda: count_parts(run, job) >= target if after_part else time.monotonic() > moment):
         time.sleep(rng.uniform(0, 0.05))
-        process.kill()
+    return kill(process)
 
 
 def count_parts(run: Path, job: Job) -> int:
@@ -330,18 +339,20 @@ def count_parts(run: Path, job: Job) -> int:
 
 
 def run_job(job: Job, logs: Path, kills: int, rng: random.Random, span: float = 0.0) -> Attempt:
-    """Runs a job with up to this number of kills, each within `span` seconds of a start, until it is finished."""
+    """Runs a job with up to this number of kills, each within `span` seconds of a start, until it is finished.
+
+    RuntimeError if it ends with an error that no kill caused.
+    """
     attempt = Attempt(logs / job.folder)
     while True:
         done = count_parts(attempt.run, job)
         with start_script(job.script, f"{job.flags} --no_amp --logs_root {logs}", logs) as process:
-            if attempt.kills < kills:
-                kill_job(process, attempt.run, job, rng, span)
+            killed = attempt.kills < kills and kill_job(process, attempt.run, job, rng, span)
             code = process.wait()
         attempt.outputs.append((logs / "output").read_text())
-        if code > 0:
+        if code != 0 and not killed:
             raise RuntimeError(f"start {len(attempt.outputs)} failed:\n{attempt.outputs[-1]}")
-        if code == 0:
+        if not killed:
             return attempt
         attempt.kills += 1
         attempt.starting += count_parts(attempt.run, job) == done
@@ -372,11 +383,13 @@ def compare_job(name: str, kills: int, folder: Path, seed: int) -> bool:
     if name != "codes":
         flags = f"{SAMPLER} --ae_load_dir first --log_dir sampled --train_steps 1 --no_amp --logs_root {undisturbed}"
         with start_script("train_sampler.py", flags, undisturbed) as process:
-            process.wait()
+            if process.wait() != 0:
+                raise RuntimeError(f"training the sampler failed:\n{(undisturbed / 'output').read_text()}")
     trained = shutil.copytree(undisturbed, folder / name / "trained")
     begun = time.monotonic()
     run_job(job, undisturbed, 0, rng)
     span, expected = time.monotonic() - begun, read_results(job, undisturbed)
+    assert expected, f"{name} wrote nothing into {undisturbed / job.folder}"
     attempts, counts = [], {}
     while (left := kills - sum(attempt.kills for attempt in attempts)) > 0:
         killed = shutil.copytree(trained, folder / name / f"killed_{len(attempts)}")

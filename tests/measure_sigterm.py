@@ -30,6 +30,11 @@ SHARED = (
 )
 DDPM = f"{SHARED} --sampler ddpm --img_size 16 --batch_size 16 {UNET}"
 SELDOM = "--steps_per_eval 0 --steps_per_save_output 100000"
+LAUNCH = (  # runs a script with a folder of its own for decoded images
+    "import pathlib, runpy, sys; sys.argv.pop(0); from train.data import image_cache; "
+    "image_cache.CACHE_DIR = pathlib.Path(sys.argv.pop(0)); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+CODES = {128 + signal.SIGTERM, -signal.SIGTERM}  # the second: before the run handles signals
 LIMIT = 10.0  # seconds until exit, besides one step
 LEFTOVER_SECONDS = 3.0  # for loading processes to end after the training process
 
@@ -81,10 +86,10 @@ def terminate_at(flags: str, logs: Path, moment: float, has_begun: Callable[[Pat
     """Starts a run, sends SIGTERM `moment` seconds after the stage has begun, and waits for the exit."""
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(ROOT / "train_sampler.py"), *flags.split(), "--logs_root", str(logs)]
+    command = [sys.executable, "-c", LAUNCH, str(logs / "decoded"), str(ROOT / "train_sampler.py"), *flags.split()]
     with (logs / "output").open("w") as output:
         process = subprocess.Popen(
-            [*command, "--log_dir", "run"],
+            [*command, "--logs_root", str(logs), "--log_dir", "run"],
             cwd=ROOT,
             env=variables | {PROGRESS: str(logs / "progress")},
             stdout=output,
@@ -124,7 +129,8 @@ def processes_of_session(session: int) -> list[int]:
 
 
 def measure(name: str, times: int, folder: Path, rng: random.Random) -> bool:
-    """Measures a stage, prints a line, and returns whether all runs exited in time with their last step."""
+    """Measures a stage, prints a line, and returns whether all runs exited in time with their last step and one of
+    CODES."""
     stage, exits = STAGES[name], []
     for i in range(times):
         logs = folder / name / str(i)
@@ -137,7 +143,7 @@ def measure(name: str, times: int, folder: Path, rng: random.Random) -> bool:
     unsaved = sum(each.last_step != each.saved_step for each in exits)
     leftovers = sum(each.leftovers for each in exits)
     print(f"{name:<12}{times:>6}{saving:>12.2f}{longest:>12.2f}{unsaved:>10}{leftovers:>12}  {codes}", flush=True)
-    return longest <= LIMIT and not unsaved and not leftovers
+    return longest <= LIMIT and not unsaved and not leftovers and {*codes} <= CODES
 
 
 def main() -> None:

@@ -5,9 +5,19 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import kill_training
+import measure_sigterm
 import pytest
 import torch
-from kill_training import ProgressHook, compare_job, differences, first_stage, run_uninterrupted, run_with_kills
+from kill_training import (
+    Job,
+    ProgressHook,
+    compare_job,
+    differences,
+    first_stage,
+    run_job,
+    run_uninterrupted,
+    run_with_kills,
+)
 from safetensors.torch import save_file
 
 
@@ -77,6 +87,34 @@ def fake_run(folder, weight=1.0, total=1.0, loss=1.0, speed=1.0):
 def test_every_bit_but_speed_is_compared(tmp_path, change, file):
     counts = differences(fake_run(tmp_path / "one"), fake_run(tmp_path / "other", **change), 3)
     assert {name for name, count in counts.items() if count} == ({file} if file else set())
+
+
+def test_a_crash_that_no_kill_caused_is_an_error(tmp_path, monkeypatch):
+    script = tmp_path / "crash.py"
+    script.write_text("import os\nos.kill(os.getpid(), 9)")
+    monkeypatch.setitem(kill_training.STAGES, "crash", (str(script), ""))
+    with pytest.raises(RuntimeError, match="start 1 failed"):
+        run_with_kills("crash", tmp_path, 10, 1, random.Random(0))
+    with pytest.raises(RuntimeError, match="start 1 failed"):
+        run_job(Job(str(script), "", "results", "*.part", 1), tmp_path, 1, random.Random(0), span=60.0)
+
+
+def test_a_job_without_training_or_results_is_an_error(tmp_path, monkeypatch):
+    script = tmp_path / "train_sampler.py"
+    monkeypatch.setattr(kill_training, "ROOT", tmp_path)
+    monkeypatch.setattr(kill_training, "first_stage", lambda logs: None)
+    script.write_text("raise SystemExit(2)")
+    with pytest.raises(RuntimeError, match="training the sampler failed"):
+        compare_job("sampling", 0, tmp_path, seed=0)
+    script.write_text("")
+    with pytest.raises(AssertionError, match="wrote nothing"):
+        compare_job("codes", 0, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(("code", "right"), [(143, True), (-15, True), (0, False), (1, False), (-9, False)])
+def test_the_exit_code_after_sigterm_is_judged(tmp_path, monkeypatch, code, right):
+    monkeypatch.setattr(measure_sigterm, "terminate_at", lambda *args: measure_sigterm.Exit(1.0, 1.0, code, 3, 3, 0))
+    assert measure_sigterm.measure("step", 1, tmp_path, random.Random(0)) == right
 
 
 def test_a_missing_file_or_line_counts_in_full(tmp_path):
