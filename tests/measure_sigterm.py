@@ -55,8 +55,12 @@ def is_encoding(logs: Path) -> bool:
     return any((logs / "first" / "codes").glob("*.chunks"))
 
 
+def is_decoding(logs: Path) -> bool:
+    return (logs / "decoded").exists()
+
+
 STAGES = {
-    "loading": Stage(f"{DDPM} {SELDOM} --cache_images", 4.0, lambda logs: True),
+    "loading": Stage(f"{DDPM} {SELDOM} --cache_images", 4.0, is_decoding),
     "step": Stage(f"{DDPM} {SELDOM}", 1.0, has_step),
     "pictures": Stage(f"{DDPM} --steps_per_eval 0 --steps_per_save_output 1 --sample_steps 1000", 8.0, has_step),
     "validation": Stage(f"{DDPM} --steps_per_eval 1 --steps_per_save_output 100000 --val_fraction 0.9", 4.0, has_step),
