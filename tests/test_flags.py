@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from helpers.parametrize import slow_after
 from helpers.tiny_runs import ROOT, call, parse_config, run
 from train.config import DataConfig, TrainingConfig
 from train.samplers import ddpm
@@ -195,7 +196,7 @@ REFUSED = {  # script and flags -> words that the message must contain
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", slow_after(24, REFUSED))
 def test_errors_exit_with_code_2_and_a_short_message(case, trained, capfd, tmp_path):
     script, flags, expected = REFUSED[case]
     with pytest.raises(SystemExit) as stop:

@@ -51,7 +51,7 @@ def grid_of(path, monkeypatch, tmp_path):
     return VQGANConfig(ch_mult=tuple(config["ch_mult"])).grid(config["img_size"])
 
 
-@pytest.mark.parametrize("path", OF_CODES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", slow_after(7, OF_CODES), ids=lambda p: p.stem)
 def test_the_attention_of_every_preset_fits_its_grid(path, monkeypatch, tmp_path):
     grid, content = grid_of(path, monkeypatch, tmp_path), yaml.safe_load(path.read_text())
     script = "train_sampler.py" if "absorbing" in content else "experiments/compare_attention.py"

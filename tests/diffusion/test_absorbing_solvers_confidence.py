@@ -11,6 +11,7 @@ from diffusion.absorbing_solvers import confidence, unmask_most_confident
 from diffusion.discrete_solvers import even_times
 from diffusion.logits_warper import LogitsWarper
 from diffusion.rng import Streams
+from helpers.parametrize import slow_after
 from helpers.solving import solve_in_steps
 
 
@@ -38,7 +39,7 @@ def one_per_step_distribution(joint, denoise, choice_temperature):
     return p
 
 
-@pytest.mark.parametrize("choice_temperature", [0.0, 0.5, 4.5])
+@pytest.mark.parametrize("choice_temperature", slow_after(2, [4.5, 0.0, 0.5]))
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choice_temperature, denoiser):
     denoise, n = getattr(joint, denoiser), 8000

@@ -8,6 +8,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import halton, halton_order, radical_inverse
+from helpers.parametrize import slow_after
 from helpers.solving import solve_in_steps
 
 SIZES = [(1, 1), (1, 2), (3, 1), (2, 3), (5, 4), (8, 8), (9, 27), (1, 64), (64, 1), (12, 12), (16, 16), (32, 16)]
@@ -163,7 +164,7 @@ def test_shifts_are_uniform(streams, p_value):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
+@pytest.mark.parametrize("denoiser", slow_after(1, ["mistaken", "denoise"]))
 def test_it_draws_the_product_over_turns_on_average_over_shifts(joint, schedule, streams, p_value, steps, denoiser):
     distribution, n = joint.with_schedule(schedule), 4000
     denoise, order = getattr(joint, denoiser), halton_order(1, joint.count)

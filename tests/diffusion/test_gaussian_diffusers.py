@@ -16,6 +16,7 @@ from diffusion.gaussian_solvers import step_times
 from diffusion.process import append_dims
 from diffusion.rng import Streams
 from diffusion.types import Prediction
+from helpers.parametrize import slow_after
 from helpers.solving import solve_in_steps
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here: pip install diffusers")
@@ -173,7 +174,7 @@ def test_min_snr_weights_are_theirs(prediction):
 
 @each_case
 @each_spacing
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("variance", slow_after(1, ["learned_range", "fixed_small", "fixed_large"]))
 def test_ddpm(schedule, prediction, spacing, variance, monkeypatch):
     """Theirs adds noise to the finished image where its last k is not 0 ("trailing"): here that noise is 0."""
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction, variance)
@@ -191,7 +192,7 @@ def test_ddpm(schedule, prediction, spacing, variance, monkeypatch):
 
 @each_case
 @each_spacing
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", slow_after(1, [0.5, 0.0, 1.0]))
 def test_ddim(schedule, prediction, spacing, eta):
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     scheduler, steps = scheduler_of("DDIMScheduler", process, schedule, spacing, clip_sample=False)

@@ -91,7 +91,7 @@ def x0():
 # Known densities
 
 
-@every_process
+@pytest.mark.parametrize("process", slow_after(3, PROCESSES.values()))
 @pytest.mark.parametrize("correlated", slow_after(1, [True, False]))
 def test_the_likelihood_of_a_gaussian_is_met_at_second_order(process, correlated, streams):
     data = Correlated(correlated)

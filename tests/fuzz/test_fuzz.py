@@ -93,7 +93,7 @@ def test_members_after_links_and_changed_headers_are_read(tmp_path):
 
 
 def test_a_part_of_the_cases_does_no_harm():
-    flags = "--flags 8 --images 200 --containers 40 --runs 5 --jobs 1 --limit 120"
+    flags = "--flags 5 --images 120 --containers 30 --runs 3 --jobs 1 --limit 120"
     command = [sys.executable, str(ROOT / "tests" / "fuzz"), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

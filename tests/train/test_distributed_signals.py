@@ -151,7 +151,7 @@ def evaluated(tmp_path_factory) -> Path:
     ("hook", "unfinished"),
     [
         ("InValidation", ["validation", "distances", "pictures", "checkpoints"]),
-        ("InDistances", ["distances", "pictures", "checkpoints"]),
+        pytest.param("InDistances", ["distances", "pictures", "checkpoints"], marks=pytest.mark.slow),
         ("InPictures", ["pictures", "checkpoints"]),
     ],
 )

@@ -51,7 +51,7 @@ def with_names(codes, monkeypatch) -> SamplerRun:
     [
         ("own_settings", "", {}),
         ("of_class", "--label 7 --guidance 3", {"label": 7, "guidance": 3}),
-        ("other_solver", "--solver halton --temp 0.5", {"solver": "halton", "temp": 0.5}),
+        pytest.param("other", "--solver halton --temp 0.5", {"solver": "halton", "temp": 0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_images_are_those_of_get_samples(codes, trained, name, flags, keywords):
