@@ -111,3 +111,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Returns the path itself, or its nearest parent that exists."""
+    return path if path.exists() else nearest_folder(path.parent)

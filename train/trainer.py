@@ -171,7 +171,6 @@ def train(
     evaluation = evaluation_hooks(
         logging, make_reports(logger), make_distance_hook(logger) if make_distance_hook else None
     )
-    options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
     with world.stop as stop:
         checkpointer = Checkpointer(
@@ -179,10 +178,12 @@ def train(
         )
         all_hooks = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *evaluation]
         all_hooks.append(("checkpoints", 1, checkpointer))  # last: it saves the state of the other hooks too
+        bad_steps, options = (
+            BadStepRecorder(run, world, training.max_bad_steps),
+            {"seed": training.seed, "timer": timer},
+        )
         try:
-            bad_steps = BadStepRecorder(run, world, training.max_bad_steps)
-            step_fn = monitor  # wraps `step`
-            fit(state, batches, step_fn, hooks=all_hooks, on_skipped=bad_steps, **options)
+            fit(state, batches, monitor, hooks=all_hooks, on_skipped=bad_steps, steps=steps, world=world, **options)
             with timer("checkpoints"):
                 checkpointer.wait()
         except Interrupted:
@@ -211,8 +212,8 @@ class Checkpointer:
     validation, and when a process has received a stop signal; and again at step `start`, where `fit` calls the hooks
     that a signal cut short. It saves snapshots of the post-hoc averages at their own interval. The state is copied
     immediately and written by a thread of the main process while training continues. An error of that thread is raised
-    after the next step, or by `wait`. `flush` is called before each copy, so that the
-    logs on disk are never behind the checkpoint.
+    after the next step, or by `wait`. `flush` is called before each copy, so that the logs on disk are never behind the
+    checkpoint.
     """
 
     def __init__(

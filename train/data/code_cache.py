@@ -32,7 +32,7 @@ from train.data.loading import Annotations, CodeGrids, ImageBatches, ImageSource
 from train.data.transforms import View
 from train.data.workers import load_batches
 from train.distributed import DistContext
-from train.files import fsync, print_removable, write_text
+from train.files import fsync, nearest_folder, print_removable, write_text
 
 VERSION = 3  # raise it when the same images and weights give different codes: it is part of the cache key
 KEY_LENGTH = 16  # hexadecimal digits of the key in file names
@@ -302,11 +302,6 @@ def load_or_encode(
         if world.is_main:
             print_removable("codes", file.outdated())
     return file.open_table(notes)
-
-
-def nearest_folder(path: Path) -> Path:
-    """Returns the path itself, or its nearest parent that exists."""
-    return path if path.exists() else nearest_folder(path.parent)
 
 
 def missing_chunks(file: CodeFile, notes: dict[int, Note], world: DistContext) -> list[int]:
