@@ -1,4 +1,4 @@
-"""Atomic file writes, content hashes, and .npz files."""
+"""Atomic file writes, content hashes, .npz files, and the nearest folder that exists."""
 
 import hashlib
 import json

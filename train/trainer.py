@@ -171,6 +171,7 @@ def train(
     evaluation = evaluation_hooks(
         logging, make_reports(logger), make_distance_hook(logger) if make_distance_hook else None
     )
+    options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
     with world.stop as stop:
         checkpointer = Checkpointer(
@@ -178,12 +179,9 @@ def train(
         )
         all_hooks = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *evaluation]
         all_hooks.append(("checkpoints", 1, checkpointer))  # last: it saves the state of the other hooks too
-        bad_steps, options = (
-            BadStepRecorder(run, world, training.max_bad_steps),
-            {"seed": training.seed, "timer": timer},
-        )
         try:
-            fit(state, batches, monitor, hooks=all_hooks, on_skipped=bad_steps, steps=steps, world=world, **options)
+            bad_steps = BadStepRecorder(run, world, training.max_bad_steps)
+            fit(state, batches, monitor, hooks=all_hooks, on_skipped=bad_steps, **options)
             with timer("checkpoints"):
                 checkpointer.wait()
         except Interrupted:
