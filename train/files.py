@@ -116,3 +116,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def nearest_folder(path: Path) -> Path:
     """Returns the path itself, or its nearest parent that exists."""
     return path if path.exists() else nearest_folder(path.parent)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """Returns the path and those of its parents that do not exist, deepest first."""
+    return [] if path.exists() else [path, *missing_folders(path.parent)]

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,11 +33,14 @@ from train.config import CHANGEABLE, LoggingConfig, TrainingConfig
 from train.datasets import Dataset, content_fingerprint
 from train.distributed import DistContext, init_distributed
 from train.execution import set_deterministic, set_tf32, training_dtype
-from train.files import sha256, write_text
+from train.files import missing_folders, sha256, write_text
 from train.identity import Difference, Differences, Identity, find_differences, format_differences, run_identity
 from train.loop import TrainState
 from train.lr_schedule import constant_steps
 from train.posthoc_ema import drop_snapshots_after
+
+LOCK = ".lock"
+"""File in a run folder that is locked as long as a process writes to the folder."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
 
 def is_new(folder: Path) -> bool:
     """Returns whether a folder holds no results that a config.yaml describes: it has no config.yaml, or only that."""
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()} - {LOCK} if folder.exists() else set()
     return "config.yaml" not in names or len(names) == 1
 
 
@@ -196,10 +199,13 @@ def run_context(run: Path, training: TrainingConfig) -> Iterator[DistContext]:
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Locks a run folder; ValueError if another process is writing to it."""
-    path = run.parent / ".cache" / "locks" / f"{run.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)  # the operating system releases it when the process dies
+    """Locks a run folder by a file in it; ValueError if another process is writing to it.
+
+    The file is deleted at the end, and so are folders created here in which nothing was written.
+    """
+    created = missing_folders(run)
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / LOCK, timeout=0)  # the operating system releases it when the process dies
     try:
         lock.acquire()
     except Timeout as error:
@@ -207,7 +213,11 @@ def run_lock(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        (run / LOCK).unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # those that are not empty stay
+            for folder in created:
+                folder.rmdir()
 
 
 def open_or_resume(

@@ -27,7 +27,7 @@ from train.files import sha256
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
-from train.runs import is_new, open_run, read_provenance, read_run, run_lock
+from train.runs import LOCK, is_new, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
@@ -343,7 +343,7 @@ def deleted_if_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError):
-        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["config.yaml"]:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} == {"config.yaml", LOCK}:
             shutil.rmtree(folder)
         raise
 

@@ -66,7 +66,7 @@ ODD = [
     *("[a, --lr, 3]", "[null]", "[.nan]", "[-]", "{}", "{a: 1}", "&a 1", "*a", "&a [*a]", "&a {<<: *a}", "<<"),
     *("!!set {a}", "!!binary aGk=", "!mine 3", "!!null 1", "!!omap [a: 1]", "!!bool x", "!!timestamp x", "!!int ''"),
     *("!!python/object/apply:os.system ['touch canary']", "!!float x", "!!map 1", "!!seq a", "$(touch canary)"),
-    *("digits", "ddpm", "absorbing", "folder", "~nobody", "../..", "é", '"\\ud800"', '"a\\nb"', '"\\0"', "x" * 300),
+    *("digits", "ddpm", "absorbing", "folder", "~stranger", "../..", "é", '"\\ud800"', '"a\\nb"', '"\\0"', "x" * 300),
     *("--help", "-h", "--seed", "-", "--", "@", "%", "`", "|", "=", "a=b", "/dev/null", ".", "x/", "a/../b"),
 ]
 SECTIONS = ["vqgan", "demo", *plugin_names("train.samplers"), *plugin_names("experiments"), "1", "null", "<<", "? [a]"]
@@ -189,7 +189,7 @@ class Flags:
         if kind < 0.03:
             (box / "datasets.yaml").write_text(draw_file(rng, flags, rng.choice(["folder", "digits"])))
             stack.enter_context(mock.patch.object(config_files, "ROOT", box))
-            return ["--dataset=folder"]
+            return ["--dataset=folder", *(["--img_size=16"] if script == "experiments/benchmark.py" else [])]
         if kind < 0.33:
             stem = {"train_vqgan.py": "vqgan", "train_sampler.py": sampler, "convert.py": sampler}
             text = draw_json(rng) if kind < 0.06 else draw_file(rng, flags, stem.get(script, Path(script).stem))

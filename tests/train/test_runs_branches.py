@@ -13,7 +13,7 @@ from helpers.tiny_runs import DDPM, call, run
 from train.checkpoint import POSTHOC_WEIGHTS, WEIGHTS, checkpoint_path, saved_steps
 from train.files import sha256
 from train.posthoc_ema import snapshot_steps
-from train.runs import run_lock
+from train.runs import LOCK, run_lock
 
 RUN = (
     f"{DDPM} --dropout 0.1 --steps_per_eval 0 --steps_per_checkpoint 2 --keep_last 0 --steps_per_log 1 "
@@ -195,6 +195,19 @@ def test_two_processes_cannot_train_in_one_folder(run_copy):
     assert "Traceback" not in second.stderr and saved_steps(run_copy) == [2, 4, 6, 8]
     with run_lock(run_copy):  # the lock is free again
         pass
+
+
+def test_the_lock_leaves_nothing_behind_where_nothing_was_written(tmp_path):
+    with run_lock(tmp_path / "new" / "run"):
+        assert [*tmp_path.rglob("*")] == [tmp_path / "new", tmp_path / "new" / "run", tmp_path / "new" / "run" / LOCK]
+    assert [*tmp_path.iterdir()] == []
+    with run_lock(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "config.yaml").touch()
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["config.yaml"]
+    (tmp_path / "mine").mkdir()
+    with run_lock(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(uninterrupted, run_copy):
