@@ -1,10 +1,10 @@
 """Ranges of the numbers of a config, which its class declares in mathematical notation: `RANGES = {"eta": "[0, 1]"}`.
 
-A range excludes what is not finite. Sizes have upper limits far above any in use, so that a slip of the keyboard is
-refused by its name rather than by the allocator.
+A range excludes what is not finite in float32. Sizes have upper limits far above any in use, so that a slip of the
+keyboard is refused by its name rather than by the allocator.
 """
 
-import math
+import torch
 
 FINITE = "(-inf, inf)"
 POSITIVE = "(0, inf)"
@@ -28,10 +28,17 @@ def check_ranges(config: object) -> None:
 
 
 def is_inside(number: float, interval: str) -> bool:
-    """Whether a number is inside an interval such as "[0, 1)"; NaN never is."""
+    """Whether a number is inside an interval such as "[0, 1)" and finite in float32."""
     low, high = map(float, interval[1:-1].split(", "))
+    if not is_finite(number):
+        return False
     above = low <= number if interval[0] == "[" else low < number
     return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def is_finite(number: float) -> bool:
+    """Whether a number is finite in float32."""
+    return abs(number) <= torch.finfo(torch.float32).max  # False for NaN
 
 
 def describe(interval: str, number: float) -> str:
@@ -40,8 +47,8 @@ def describe(interval: str, number: float) -> str:
     Of an integer, or without an upper end, that is the end which the number passes; else the interval.
     """
     low, high = interval[1:-1].split(", ")
-    if high == "inf" and not math.isfinite(number):
-        return "a finite number"
+    if high == "inf" and not is_finite(number):
+        return "a number that is finite in float32"
     if isinstance(number, int) or high == "inf":
         if number >= float(high):
             return f"at most {high}" if interval[-1] == "]" else f"a number below {high}"
