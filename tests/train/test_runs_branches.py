@@ -197,7 +197,7 @@ def test_two_processes_cannot_train_in_one_folder(run_copy):
         pass
 
 
-def test_the_lock_leaves_nothing_behind_where_nothing_was_written(tmp_path):
+def test_the_lock_leaves_nothing_where_nothing_was_written(tmp_path):
     with run_lock(tmp_path / "new" / "run"):
         assert [*tmp_path.rglob("*")] == [tmp_path / "new", tmp_path / "new" / "run", tmp_path / "new" / "run" / LOCK]
     assert [*tmp_path.iterdir()] == []
