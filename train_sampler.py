@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from experiments.metrics.training_distance import sample_distance
+from train.class_names import check_class_order
 from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
@@ -32,17 +33,20 @@ def main(config: Config) -> None:
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data)
-        space = open_space(config, resumed_provenance(run, training.resume), images["train"], world)
-        frequencies = class_frequencies(images["train"])
+        resumed = resumed_provenance(run, training.resume)
+        space = open_space(config, resumed, images["train"], world)
+        frequencies, recorded = class_frequencies(images["train"]), tuple(resumed.get("class_names", ()))
+        names = images["train"].class_names or recorded
+        check_class_order(names, recorded, run)
         sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp)
+        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names)
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
         check_sampling(model, state, config.sampling, rows, images["val"])
-        provenance = space.provenance | {"class_frequencies": frequencies}
+        provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         open_or_resume(run, config, state, world, provenance, images["train"])
         seeds = {"train": training.seed, "val": 0}  # all runs validate on the same images
         sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}

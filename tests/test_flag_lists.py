@@ -22,7 +22,7 @@ def test_the_flags_of_data_and_stage_one_are_frozen():
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
     }
-    assert cli.flag_names(DatasetConfig) == {"data_dir", "val_fraction", "split_seed", "max_pixels"}
+    assert cli.flag_names(DatasetConfig) == {"data_dir", "val_fraction", "split_seed", "max_pixels", "class_names"}
     assert cli.flag_names(VQGANConfig) == {
         *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim", "unit_range"),
     }

@@ -16,7 +16,9 @@ EXECUTION = {
 }  # fmt: skip
 PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step"}  # of weights, which are identified by content
 # A training run may resume with other values of these. The data of its training split are identified by content.
-NOT_IDENTITY = EXECUTION | PLACES | {"data_dir", "val_shards", "accumulate", "steps_per_ema_snapshot", "change"}
+NOT_IDENTITY = EXECUTION | PLACES | {
+    "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change",
+}  # fmt: skip
 NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size"}
 HASH_LENGTH = 64  # hexadecimal digits of a SHA-256
 SHORT = reprlib.Repr()

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +40,6 @@ from train.registry import did_you_mean
 from train.runs import read_run
 from train.spaces import CodeSpace, LatentSpace
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
-
-
-@runtime_checkable
-class NamesClasses(Protocol):
-    """A data set that knows the names of its classes, in the order of their numbers."""
-
-    classes: Sequence[str]
 
 
 class SamplerRun:
@@ -95,18 +88,14 @@ class SamplerRun:
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, by number; empty if neither the run nor its data set has them.
-
-        Read from the run's origin if it has class_names, else from its data set.
-        """
-        names = read_run(self.model.run).get("origin", {}).get("class_names", ())
-        if not names and self.n_classes:
-            try:
-                dataset = self.model.dataset("val")
-            except (OSError, ValueError):
-                return ()
-            names = dataset.classes if isinstance(dataset, NamesClasses) else ()
-        return tuple(names) if len(names) == self.n_classes else ()
+        """The names of the classes, by number, of the run or, for earlier runs, of its data set; empty without any."""
+        if self.model.class_names or not self.n_classes:
+            return self.model.class_names
+        try:
+            names = self.model.dataset("val").class_names
+        except (OSError, ValueError):
+            return ()
+        return names if len(names) == self.n_classes else ()
 
     def sample(
         self,

@@ -1,7 +1,6 @@
 """Arguments from Python: checked as flags are, with errors that name what is wanted."""
 
 import math
-import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.solvers import solvers_for
+from train.class_names import class_index
 from train.config import SamplingConfig
 from train.distributed import pick_device
 from train.registry import did_you_mean
@@ -154,25 +154,6 @@ def per_image(name: str, value: Any, n: int) -> list[Any]:
     if len(value) != n:
         raise ValueError(f"got {len(value)} values of {name} for {n} images, wanted one for all of them, or {n}")
     return list(value)
-
-
-def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
-    """Returns the index of a class given by index or name; None is the null class. Raises ValueError or TypeError."""
-    if label is None:
-        return None
-    if isinstance(label, str):
-        if not class_names:
-            raise ValueError(f"got label {label!r}, but the classes have no names here: pass 0 to {n_classes - 1}")
-        if label not in class_names:
-            hint = did_you_mean(label, class_names)
-            raise ValueError(f"got label {label!r}{hint}, wanted one of {', '.join(class_names)}")
-        return class_names.index(label)
-    if isinstance(label, bool | float) or not hasattr(type(label), "__index__"):
-        raise TypeError(f"got label {label!r}, wanted a class number, a class name, None, or a list of them")
-    number = operator.index(label)
-    if not 0 <= number < n_classes:
-        raise ValueError(f"got label {number}, wanted a class from 0 to {n_classes - 1}, or None for the null class")
-    return number
 
 
 def check_images(images: Tensor, channels: int | None, name: str = "images") -> None:

@@ -68,6 +68,7 @@ class TrainedSampler:
     weights: str  # SHA-256 of the weights' file, or of the EMA snapshots that they were reconstructed from
     world: DistContext  # the ranks that share an experiment
     amp: bool  # bfloat16 autocast where the device computes it natively
+    class_names: tuple[str, ...] = ()  # by class number, as recorded in training; empty: the classes have no names
 
     @property
     def device(self) -> torch.device:
@@ -287,7 +288,8 @@ def load_sampler(
     step = resolve_step(run, step, "--load_step") if ema_length is None else resolve_snapshot_step(run, step)
     config = read_stored_config(run)
     check_allowed(run, config.reader, allow, config.sampler)
-    frequencies = content.get("origin", {}).get("class_frequencies")
+    origin = content.get("origin", {})
+    frequencies = origin.get("class_frequencies")
     if frequencies is None:
         raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
     module = load_plugin("train.samplers", config.sampler.sampler, "sampler")
@@ -299,8 +301,9 @@ def load_sampler(
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length)
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-    world = DistContext(device)
-    return TrainedSampler(run, step, sampler, space, config.data, config.reader, frequencies, weights, world, amp)
+    names = tuple(origin.get("class_names", ())) if sampler.n_classes else ()
+    world, data, reader = DistContext(device), config.data, config.reader
+    return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, names)
 
 
 def read_stored_config(run: Path) -> StoredSamplerConfig:

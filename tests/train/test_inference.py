@@ -38,9 +38,9 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def with_names(codes, monkeypatch) -> SamplerRun:
-    """The sampler of codes, with a data set that names its classes."""
-    monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: SimpleNamespace(classes=NAMES))
-    return SamplerRun(codes.model, codes.settings)
+    """A sampler of codes that recorded no names, as before they existed, with a data set that names its classes."""
+    monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: SimpleNamespace(class_names=NAMES))
+    return SamplerRun(dataclasses.replace(codes.model, class_names=()), codes.settings)
 
 
 # Sampling

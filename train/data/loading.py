@@ -109,9 +109,18 @@ class PositionSampler:
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """Builds one split of the data set that the config names."""
+    """Builds one split of the data set that the config names; ValueError unless --class_names are one per class."""
     module = load_plugin("train.datasets", data.reader or data.dataset, "data set")
-    return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
+    folder = resolve_data_dir(data.dataset, reader.data_dir)
+    dataset = module.build(dataclasses.replace(reader, data_dir=folder), split)
+    names = reader.class_names or getattr(dataset, "class_names", ())
+    if names and len(names) != dataset.n_classes:
+        raise ValueError(
+            f"got {len(names)} names for the {dataset.n_classes} classes of {data.dataset}: pass one for each, in the "
+            "order of their numbers, as --class_names"
+        )
+    object.__setattr__(dataset, "class_names", tuple(names))  # it may be frozen, or older than this attribute
+    return dataset
 
 
 def build_splits(data: DataConfig, reader: DatasetConfig, world: DistContext) -> dict[str, Dataset]:

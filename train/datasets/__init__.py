@@ -18,6 +18,7 @@ from torch import Tensor
 from models.ranges import NOT_NEGATIVE, check_ranges
 
 SPLITS = ("train", "val")
+DIGIT_NAMES = tuple("0123456789")  # of the classes of handwritten digits
 MAX_PIXELS = 89_478_485  # of an image: from here on Pillow warns of files made to exhaust the memory
 PILLOW_MAX_PIXELS = 2 * MAX_PIXELS  # from here on Pillow refuses
 
@@ -58,6 +59,8 @@ class DatasetConfig:
     """Seed of the random choice of held-out images."""
     max_pixels: int = MAX_PIXELS
     """Image files of more pixels are skipped as unreadable; decoding takes up to 20 bytes per pixel."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers; by default those that the data set has, if any."""
 
     RANGES = {"val_fraction": "(0, 1)", "split_seed": NOT_NEGATIVE, "max_pixels": f"[1, {PILLOW_MAX_PIXELS}]"}
 
@@ -89,6 +92,7 @@ class Dataset(Protocol):
 
     n_classes: int
     labels: np.ndarray | None  # (len(self),) int64 in [0, n_classes)
+    class_names: tuple[str, ...]  # by class number; empty: the classes have no names
 
     def __len__(self) -> int: ...
 
@@ -106,6 +110,7 @@ class ArrayDataset:
     images: np.ndarray
     labels: np.ndarray
     n_classes: int
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -10,6 +10,7 @@ import numpy as np
 from train.datasets import ArrayDataset, DatasetConfig, check_split, data_root
 
 DOWNLOAD = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "val": ("test_batch",)}
 
 
@@ -27,7 +28,7 @@ def build(config: Config, split: str) -> ArrayDataset:
     root = data_root(config, "cifar10")
     batches = [read_batch(find_batch(root, name)) for name in BATCHES[split]]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    return ArrayDataset(images, labels, n_classes=10)
+    return ArrayDataset(images, labels, 10, CLASS_NAMES)
 
 
 def find_batch(root: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.datasets import SPLITS, ArrayDataset, DatasetConfig, check_split, train_val_split
+from train.datasets import DIGIT_NAMES, SPLITS, ArrayDataset, DatasetConfig, check_split, train_val_split
 
 FEATURES = "digits"  # what `--features auto` means for this data set
 
@@ -27,4 +27,4 @@ def build(config: Config, split: str) -> ArrayDataset:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
     indices = train_val_split(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
-    return ArrayDataset(images[indices], digits.target[indices].astype(np.int64), n_classes=10)
+    return ArrayDataset(images[indices], digits.target[indices].astype(np.int64), 10, DIGIT_NAMES)

@@ -6,6 +6,10 @@ from train.datasets import ArrayDataset, DatasetConfig, check_split, data_root
 from train.datasets.mnist import read_split
 
 DOWNLOAD = "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fashion"
+CLASS_NAMES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,5 +23,5 @@ def build(config: Config, split: str) -> ArrayDataset:
     FileNotFoundError for missing files; ValueError for damaged ones or another split.
     """
     check_split(split)
-    root = data_root(config, "fashion_mnist")
-    return read_split(root, split, folders=("", "raw", "FashionMNIST/raw"), download=DOWNLOAD)
+    root, folders = data_root(config, "fashion_mnist"), ("", "raw", "FashionMNIST/raw")
+    return read_split(root, split, folders=folders, download=DOWNLOAD, class_names=CLASS_NAMES)

@@ -50,7 +50,7 @@ class ImageFolder:
         self, root: Path, names: Sequence[str], classes: Sequence[str], split: str, max_pixels: int = MAX_PIXELS
     ):
         self.root, self.names, self.classes, self.split, self.max_pixels = root, names, classes, split, max_pixels
-        self.n_classes = len(classes)
+        self.n_classes, self.class_names = len(classes), tuple(classes)
         ids = {name: i for i, name in enumerate(classes)}
         self.labels = np.array([ids[class_of(name)] for name in names], np.int64) if classes else None
 
@@ -106,13 +106,13 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None, no
     root = val if split == "val" and val is not None else train
     names, others = list_images(root, config.only_folders)
     unused = [each for each in config.only_folders if not any(f"/{each}/" in f"/{name}" for name in names)]
-    classes = class_names(config, root, names)
+    classes = class_folders(config, root, names)
     if val is None:
         indices = train_val_split(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
         names = [names[i] for i in indices]
     elif config.label_from == "folder":
         other = train if split == "val" else val
-        other_classes = class_names(config, other, list_images(other, config.only_folders).names)
+        other_classes = class_folders(config, other, list_images(other, config.only_folders).names)
         require_same_classes({root: classes, other: other_classes})
     dataset = ImageFolder(root, names, classes, split, config.max_pixels)
     how = f"a fraction {config.val_fraction:g} is held out" if val is None else f"{val} is for validation"
@@ -172,8 +172,9 @@ def class_of(name: str) -> str:
     return name.partition("/")[0]
 
 
-def class_names(config: Config, root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the sorted class names, () with label_from none; ValueError for an image directly in `root`."""
+def class_folders(config: Config, root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the sorted names of the class folders, () with label_from none; ValueError for an image directly in
+    `root`."""
     if config.label_from == "none":
         return ()
     stray = next((name for name in names if "/" not in name), None)

@@ -41,6 +41,7 @@ class LMDBImages:
 
     n_classes = 0
     labels = None
+    class_names = ()
 
     # Not torchvision.datasets.LSUN, which unpickles a cached list of keys from the working directory.
     def __init__(self, path: Path, split: str, max_pixels: int):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.datasets import ArrayDataset, DatasetConfig, check_split, data_root
+from train.datasets import DIGIT_NAMES, ArrayDataset, DatasetConfig, check_split, data_root
 
 UNSIGNED_BYTE = 0x08  # the IDX type code
 PREFIXES = {"train": "train", "val": "t10k"}
@@ -26,10 +26,13 @@ def build(config: Config, split: str) -> ArrayDataset:
     FileNotFoundError for missing files; ValueError for damaged ones or another split.
     """
     check_split(split)
-    return read_split(data_root(config, "mnist"), split, folders=("", "raw", "MNIST/raw"), download=DOWNLOAD)
+    root, folders = data_root(config, "mnist"), ("", "raw", "MNIST/raw")
+    return read_split(root, split, folders=folders, download=DOWNLOAD, class_names=DIGIT_NAMES)
 
 
-def read_split(root: Path, split: str, *, folders: tuple[str, ...], download: str) -> ArrayDataset:
+def read_split(
+    root: Path, split: str, *, folders: tuple[str, ...], download: str, class_names: tuple[str, ...]
+) -> ArrayDataset:
     """Reads a split in MNIST's layout from the first of `folders` below `root` that contains it."""
     images_path = find_idx(root, f"{PREFIXES[split]}-images-idx3-ubyte", folders, download)
     labels_path = find_idx(root, f"{PREFIXES[split]}-labels-idx1-ubyte", folders, download)
@@ -43,7 +46,7 @@ def read_split(root: Path, split: str, *, folders: tuple[str, ...], download: st
         raise ValueError(f"{images_path} has no pixels, shape {images.shape}: download it again from {download}")
     if labels.max() > 9:
         raise ValueError(f"{labels_path} has the label {labels.max()}, wanted 0 to 9: download it from {download}")
-    return ArrayDataset(images, labels.astype(np.int64), n_classes=10)
+    return ArrayDataset(images, labels.astype(np.int64), 10, class_names)
 
 
 def find_idx(root: Path, name: str, folders: tuple[str, ...], download: str) -> Path:

@@ -83,8 +83,9 @@ def test_items_are_eight_bit_images_with_labels_in_range(module_and_config, spli
         assert dataset.labels.dtype == np.int64
         assert dataset.labels.shape == (len(dataset),)
         assert 0 <= dataset.labels.min() and dataset.labels.max() < dataset.n_classes
+        assert dataset.class_names == () or len(dataset.class_names) == dataset.n_classes
     else:
-        assert dataset.labels is None
+        assert dataset.labels is None and dataset.class_names == ()
 
 
 def test_a_dataset_survives_pickling_and_rebuilding(module_and_config):

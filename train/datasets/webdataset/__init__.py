@@ -35,6 +35,7 @@ from train.datasets.webdataset.store import ShardStore, import_webdataset, is_re
 from train.datasets.webdataset.tar import SampleSpec
 
 VAL_NAME = re.compile(r"(val|valid|validation|test)(?![a-z])")  # the beginning of a shard's name
+NAMES_FILES = ("classes.txt", "classnames.txt")  # beside local shards: class names, a line each, by number
 CACHE_DIR = ROOT / "logs" / ".cache" / "webdataset"
 
 
@@ -44,6 +45,7 @@ class Config(DatasetConfig):
     URLs with such a pattern: https:, gs:, hf:, or pipe:COMMAND, which runs the command and reads its output.
 
     Without val_shards, val_fraction is held out: whole shards if that is at least one shard, single images otherwise.
+    A file classes.txt or classnames.txt beside local shards names the classes, a line each.
     """
 
     val_shards: str | None = None
@@ -111,10 +113,11 @@ class TarImages:
         self.shards = [(shards[i].name, shards[i].stamp) for i in shard_of]
         self.blocks = Blocks(tuple(sizes.tolist()), config.mix_shards)
         self.ends = np.cumsum(sizes)
-        self.n_classes, self.labels = 0, None
+        self.n_classes, self.labels, self.class_names = 0, None, ()
         if config.label_from != "none":
             self.n_classes = 1 + max(int(shard.rows["label"].max()) for shard in shards)
             self.labels = self.rows["label"].astype(np.int64)
+            self.class_names = config.class_names or read_class_names(shards[0].name, self.n_classes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -272,10 +275,26 @@ def build(config: Config, split: str) -> TarImages:
 
 def note_other_files(folder: Path) -> tuple[str, ...]:
     """Returns a note on what a folder holds besides shards."""
-    names = sorted(path.name for path in folder.glob("[!.]*") if path.suffix != ".tar")
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.suffix != ".tar" and path.name not in NAMES_FILES)
     if not names:
         return ()
     return (f"left out of {folder}: files and folders not named .tar: {len(names)}, such as {names[0]}",)
+
+
+def read_class_names(shard: str, n_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes in the file beside a local shard, () without one; ValueError if it is too
+    short. Lines beyond the largest number in use are ignored."""
+    files = [] if is_remote(shard) else [Path(shard).with_name(name) for name in NAMES_FILES]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        return ()
+    names = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if len(names) < n_classes:
+        raise ValueError(
+            f"{path} has {len(names)} lines, wanted the names of classes 0 to {n_classes - 1}: add the others, a line "
+            "each, or pass --class_names"
+        )
+    return tuple(names[:n_classes])
 
 
 def select_rows(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:

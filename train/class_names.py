@@ -1,0 +1,62 @@
+"""Names of classes, by class number, and the class that a user means by a name or a number."""
+
+import operator
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.registry import did_you_mean
+
+ClassLabel = str | int  # the name of a class, or its number
+MOST_LISTED = 20  # names in an error message
+
+
+def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
+    """Returns the number of a class given by name or number; None is the null class.
+
+    A string is a name if a class has it, otherwise a number. Raises ValueError or TypeError for others.
+    """
+    if label is None:
+        return None
+    if isinstance(label, str):
+        if label in class_names:
+            return index_of_name(label, class_names)
+        if not re.fullmatch(r"-?\d+", label):
+            hint, shown = did_you_mean(label, class_names), ", ".join(class_names[:MOST_LISTED])
+            more = f", ... ({n_classes} names)" if n_classes > MOST_LISTED else ""
+            names = f"one of {shown}{more} or " if class_names else ""
+            reason = "" if class_names else ", but the classes have no names here"
+            raise ValueError(f"got label {label!r}{hint}{reason}, wanted {names}a number from 0 to {n_classes - 1}")
+        label = int(label)
+    if isinstance(label, bool | float) or not hasattr(type(label), "__index__"):
+        raise TypeError(f"got label {label!r}, wanted a class number, a class name, None, or a list of them")
+    number = operator.index(label)
+    if not 0 <= number < n_classes:
+        raise ValueError(f"got label {number}, wanted a class from 0 to {n_classes - 1}, or None for the null class")
+    return number
+
+
+def index_of_name(name: str, class_names: Sequence[str]) -> int:
+    """Returns the number of the class of this name; ValueError if there are several."""
+    numbers = [number for number, each in enumerate(class_names) if each == name]
+    if len(numbers) > 1:
+        raise ValueError(f"got label {name!r}, the name of the classes {', '.join(map(str, numbers))}: pass a number")
+    return numbers[0]
+
+
+def class_caption(label: int, n_classes: int, class_names: Sequence[str]) -> str:
+    """Returns the name of a class, or its number without names; "no class" for the null class, `n_classes`."""
+    if label == n_classes:
+        return "no class"
+    return class_names[label] if class_names else str(label)
+
+
+def check_class_order(class_names: Sequence[str], recorded: Sequence[str], run: Path) -> None:
+    """Raises ValueError if a run recorded the same names in another order, which would exchange its classes."""
+    if list(class_names) != list(recorded) and sorted(class_names) == sorted(recorded):
+        wanted, got = (", ".join(names[:MOST_LISTED]) for names in (recorded, class_names))
+        raise ValueError(
+            f"{run} was trained with the classes {wanted}, got them in another order, {got}: pass --class_names in the "
+            "order there, or another --log_dir for other classes"
+        )
