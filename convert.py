@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.checkpoint import save_checkpoint, saved_steps
+from train.class_names import check_class_names
 from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, one_line_errors, run_script
 from train.cli.values import peek_flag
@@ -212,6 +213,7 @@ def make_pixel_sampler_run(config: Config) -> None:
         raise ValueError("the weights are a ddpm sampler of pixels: leave --sampler, --ae_load_dir and --load_dir out")
     layout, weights = load_plugin(LAYOUTS, conversion.source, "layout"), read_weights(conversion.weights)
     n_classes = layout.pixel_sampler_settings(weights, read_reference_flags(conversion.config_json))["n_classes"]
+    check_class_names(config.reader.class_names, n_classes)
     world = DistContext(torch.device("cpu"))
     built, state = build_sampler_state(sampler, config.training, PixelSpace(config.data), n_classes, world)
     converted = layout.convert_pixel_sampler(weights, built.network.config, conversion.new_attention_order)
@@ -220,7 +222,8 @@ def make_pixel_sampler_run(config: Config) -> None:
         load_converted(network, converted, conversion.weights)
     run = run_folder(logging.logs_root, logging.log_dir or f"{sampler.sampler}_{config.data.dataset}")
     frequencies = [1 / n_classes for _ in range(n_classes)]  # those of the training data are unknown
-    origin = {"class_frequencies": frequencies, "load_weights": hash_files((conversion.weights,))}
+    classes = {"class_frequencies": frequencies, "class_names": list(config.reader.class_names)}
+    origin = classes | {"load_weights": hash_files((conversion.weights,))}
     path = save_run(config, SecondStageConfig, state, run, origin, conversion.step or 0)
     process = f"{sampler.schedule} schedule of {sampler.total_steps} steps, predicts {sampler.prediction}"
     print(f"{path}\n{process}, variance {sampler.variance}, {n_classes or 'no'} classes", flush=True)

@@ -9,7 +9,6 @@ from experiments.metrics.training_distance import sample_distance
 from train.class_names import check_class_order
 from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, run_script
-from train.condition_source import read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.registry import import_callable
@@ -44,17 +43,17 @@ def main(config: Config) -> None:
         model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names)
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
-        rows = read_rows(config.sampling.condition_file, data)
+        rows = model.read_rows(config.sampling.condition_file)
         check_sampling(model, state, config.sampling, rows, images["val"])
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         open_or_resume(run, config, state, world, provenance, images["train"])
-        seeds = {"train": training.seed, "val": 0}  # all runs validate on the same images
-        sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}
+        source = space.source(images["train"], "train", data, training.seed, world, adapt)
+        validation = space.source(images["val"], "val", data, 0, world, adapt)  # seed 0: the same images in all runs
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
-        make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
+        make_reports = partial(SamplerReports, step, validation, config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
         options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
-        train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
+        train(run, training, logging, state, world, source, step, make_reports, **options)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,11 @@ from experiments.metrics.nearest_neighbours import (
     training_view,
 )
 from models.ranges import COUNT, SIZE, check_ranges
+from train.class_names import class_captions
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
+from train.datasets import Dataset
 from train.trained_sampler import TrainedSampler
 
 CLOSE_QUANTILE = 0.05  # of the held-out images' distances; samples nearer than that are suspicious
@@ -96,6 +98,7 @@ class Queries(NamedTuple):
     codes: Tensor | None  # (n, h, w), from samplers of codes
     n_samples: int
     features: Tensor  # (n + m, D)
+    classes: list[str]  # n + m captions, empty where the class is not known
 
 
 def measure(
@@ -108,7 +111,7 @@ def measure(
     image_distance = image_pairs.choose_distance(settings.rerank, net, weights, world, size)
     training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
     held_out = ImageSource(model.dataset("val"), data)
-    images, codes, n_samples, vectors = make_queries(settings, sampling, model, features, held_out, batches)
+    images, codes, n_samples, vectors, classes = make_queries(settings, sampling, model, features, held_out, batches)
     inputs = [training.dataset.fingerprint(), batches.files, *features_version(features, settings.inception_weights)]
     name = batches_name("candidates", *inputs)
     near = find_candidates(vectors, training, features, settings.candidates, batches, name)
@@ -119,7 +122,7 @@ def measure(
     if not world.is_main:
         return None
     ranking = RankedNeighbours(**fields)
-    rows = sections(ranking, images, n_samples, training, settings.rows)
+    rows = sections(ranking, images, classes, n_samples, training, settings.rows)
     save_neighbour_picture(batches.folder / "neighbours.png", rows, title(image_distance))
     return summarize_distances(ranking, n_samples) | {
         "equal_codes": same_codes,
@@ -148,13 +151,22 @@ def make_queries(
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
     sampled = sampled_features(images_of, range(count), range(count), features, batches, batches.files)
-    samples = concatenate(sampled, count, ("features", "image", "codes"))
+    samples = concatenate(sampled, count, ("features", "image", "codes", "label"))
     same = min(count, len(held_out))
     real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out images")
-    real = concatenate(real, same, ("features", "image"))
+    real = concatenate(real, same, ("features", "image", "index"))
     samples, real = broadcast_object(world, (samples, real))
     images = torch.cat([match_data_channels(samples["image"], model.data), real["image"]])
-    return Queries(images, samples.get("codes"), count, torch.cat([samples["features"], real["features"]]))
+    classes = model.captions(samples.get("label")) or [""] * count
+    classes += data_captions(held_out.dataset, real["index"])
+    return Queries(images, samples.get("codes"), count, torch.cat([samples["features"], real["features"]]), classes)
+
+
+def data_captions(dataset: Dataset, indices: Tensor) -> list[str]:
+    """Returns the names of the classes of images of a data set, empty strings without classes."""
+    if dataset.labels is None:
+        return [""] * len(indices)
+    return class_captions(torch.from_numpy(dataset.labels)[indices], dataset.n_classes, dataset.class_names)
 
 
 def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
@@ -208,7 +220,7 @@ def title(image_distance: ImageDistance) -> str:
 
 
 def sections(
-    ranking: RankedNeighbours, images: Tensor, n_samples: int, source: ImageSource, rows: int
+    ranking: RankedNeighbours, images: Tensor, classes: list[str], n_samples: int, source: ImageSource, rows: int
 ) -> dict[str, list[PictureRow]]:
     """Returns the rows of the picture by section: nearest samples, other samples and held-out images, the latter two
     evenly spaced by distance."""
@@ -219,7 +231,8 @@ def sections(
     def row(i: int) -> PictureRow:
         near = [training_view(source, views, *each) for each in zip(ranking.images[i], ranking.views[i], strict=True)]
         caption = f"sample {i}" if i < n_samples else "held-out"
-        return PictureRow(images[i], caption, torch.stack(near), ranking.distances[i].tolist())
+        named = [classes[i], *data_captions(source.dataset, ranking.images[i])]
+        return PictureRow(images[i], caption, torch.stack(near), ranking.distances[i].tolist(), named)
 
     indices_by_heading = {
         "samples nearest to a training image": order[:rows],

@@ -95,7 +95,8 @@ def measure(path: Path, model: TrainedSampler, batches: ResumableBatches) -> dic
     """Computes all figures and saves digits.png."""
     samples = read_samples(path)
     results = compute_figures(samples, model)
-    save_grid(batches.folder / "digits.png", comparison_images(samples, model), columns=20)
+    images, captions = comparison_images(samples, model)
+    save_grid(batches.folder / "digits.png", images, columns=20, captions=captions)
     print(f"\n{len(samples['image'])} generated digits", flush=True)
     return results
 
@@ -181,11 +182,17 @@ def training_copies(samples: dict[str, Tensor], generated: Tensor, trained: Trai
     return copied_fraction(generated.flatten(1), views.flatten(1))
 
 
-def comparison_images(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
-    """Returns random held-out digits followed by as many generated ones: uint8 (2 * rows * columns, 3, S, S)."""
-    real, _ = split_images(trained, "val")
-    real, generated = (each[fixed_subset(len(each), columns * rows)] for each in (real, samples["image"]))
-    return torch.cat([real.expand(-1, 3, -1, -1), generated])
+def comparison_images(
+    samples: dict[str, Tensor], trained: TrainedSampler, count: int = 100
+) -> tuple[Tensor, list[str]]:
+    """Returns random held-out digits followed by as many generated ones, uint8 (2 * count, 3, S, S), and for samplers
+    with classes the captions: the classes of the real ones and those requested of the generated ones."""
+    images, captions = [], []
+    for image, labels in (split_images(trained, "val"), (samples["image"], samples.get("labels"))):
+        subset = fixed_subset(len(image), count)
+        images.append(image[subset].expand(-1, 3, -1, -1))
+        captions += trained.captions(None if labels is None else labels[subset])
+    return torch.cat(images), captions
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
-    check_labels,
     conditions_for,
     draw,
     encode_images,
@@ -27,6 +26,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.report import table
 from experiments.metrics.classifier import Proportion, class_agreement, classifier_for, predict_classes
 from models.ranges import NOT_NEGATIVE, check_ranges
+from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -38,8 +38,8 @@ MAX_CLASSES = 10  # target classes without --label
 class EditingConfig:
     """Editing."""
 
-    label: tuple[int, ...] = ()
-    """Classes to redraw each image as; if omitted, all (at most the first ten)."""
+    label: tuple[ClassLabel, ...] = ()
+    """Classes to redraw each image as, by name or number; if omitted, all (at most the first ten)."""
     strength: float = 0.7
     """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
 
@@ -71,12 +71,10 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 
 
 def target_labels(editing: EditingConfig, model: TrainedSampler) -> list[int]:
-    """Returns the target classes. ValueError: the model has none, or not these."""
+    """Returns the target classes. ValueError: the model has none."""
     if not model.sampler.n_classes:
         raise ValueError(f"{model.run} was trained without classes: use inpaint.py, or pass another --load_dir")
-    labels = list(editing.label) or list(range(min(model.sampler.n_classes, MAX_CLASSES)))
-    check_labels(labels, model.sampler.n_classes)
-    return labels
+    return list(editing.label) or list(range(min(model.sampler.n_classes, MAX_CLASSES)))
 
 
 def measure(
@@ -102,9 +100,10 @@ def measure(
         return None
     edited = edited.view(len(inputs), len(labels), *edited.shape[1:])
     save_result_images(batches.folder, inputs.names, edited, [f"as_{label}" for label in labels], batches.run)
-    save_comparison_grid(batches.folder / "edited.png", inputs.image, edited)
+    names = model.captions(torch.tensor(labels))
+    save_comparison_grid(batches.folder / "edited.png", inputs.image, edited, headings=["original", *names])
     classifier = classifier_for(model.data)
-    results = {"n_images": len(inputs), "strength": strength, "labels": [], "of_label": []}
+    results = {"n_images": len(inputs), "strength": strength, "labels": [], "names": names, "of_label": []}
     for k, label in enumerate(labels):
         row = {"distance": mean_abs_difference(inputs.image, edited[:, k])}
         if classifier is not None:
@@ -121,9 +120,10 @@ def report(results: dict[str, Any], folder: Path) -> str:
     classified = "asked" in results["of_label"][0]
     headings = ("classified as target", "classified as before") if classified else ()
     rows = [("target class", "mean abs. change (% of range)", *headings)]
-    for label, row in zip(results["labels"], results["of_label"], strict=True):
-        proportions = [str(Proportion(**row[name])) for name in ("asked", "stays")] if classified else []
-        rows.append((str(label), f"{100 * row['distance']:.1f}", *proportions))
+    names = results.get("names", results["labels"])  # results of earlier versions have numbers only
+    for name, row in zip(names, results["of_label"], strict=True):
+        proportions = [str(Proportion(**row[key])) for key in ("asked", "stays")] if classified else []
+        rows.append((str(name), f"{100 * row['distance']:.1f}", *proportions))
     summary = f"{results['n_images']} images, strength {results['strength']:g}" + "; ± standard error" * classified
     return f"\n{summary}\n{table(rows)}\n\n{folder / 'edited.png'}\n{folder / 'images'}"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import _root
+import torch
 
 from diffusion.types import OnStep
 from experiments.harness.batches import ResumableBatches
@@ -13,6 +14,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
 from experiments.harness.report import progress
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.loop import Batch
@@ -25,8 +27,8 @@ class SamplesConfig:
 
     n_samples: int = 100
     """Number of images."""
-    label: int | None = None
-    """Class of all images; if omitted, classes at their frequencies in the training data."""
+    label: ClassLabel | None = None
+    """Class of all images, by name or number; if omitted, classes at their frequencies in the training data."""
     save_individually: bool = False
     """Also save each image as images/<number>.png."""
     save_process: bool = False
@@ -49,7 +51,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Returns the function that draws the images. ValueError: the model does not have this class."""
+    """Returns the function that draws the images."""
     draw = images_of_class(model, config.samples.label, config.output.seed, config.sampling)
     return ExperimentSetup((config.samples, draw))
 
@@ -68,7 +70,9 @@ def measure(
             writer.add(batch)
     if settings.save_process:
         save_denoising_strips(folder / "process.png", model, list(range(min(count, STRIP_IMAGES))), draw)
-    save_grid(folder / "samples.png", writer.first)
+    labels = writer.others.get("labels")
+    captions = model.captions(None if labels is None else torch.cat(labels)[: len(writer.first)])
+    save_grid(folder / "samples.png", writer.first, captions=captions)
     return {"n_samples": count, "seed": batches.seed, "label": settings.label}
 
 
@@ -82,12 +86,8 @@ def images_of_class(
 ) -> Callable[..., Batch]:
     """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
-    Conditions other than the class do not depend on it. All ranks must call it. ValueError: no such class.
+    Conditions other than the class do not depend on it. All ranks must call it.
     """
-    classes = trained.sampler.n_classes
-    if label is not None and not 0 <= label < classes:
-        wanted = f"a class from 0 to {classes - 1}: pass --label N" if classes else "a model of classes: leave it out"
-        raise ValueError(f"got --label {label} for {trained.run}, wanted {wanted}")
     source = trained.condition_source(options)
     source = source if label is None else source.with_values(label=label)
 

@@ -27,6 +27,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.report import table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
 from models.ranges import NOT_NEGATIVE, SIZE, check_ranges
+from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -49,8 +50,9 @@ class InpaintingConfig:
     """Instead of --outpaint: height and width of the canvas, in the same units, with the image at its centre."""
     window_stride: int | None = None
     """Stride between the windows of a larger canvas, in codes or latents; if omitted, as in generate_big_samples.py."""
-    label: int | None = None
-    """Class to draw; if omitted, the label in the image's row of conditions. Without any condition, guidance is off."""
+    label: ClassLabel | None = None
+    """Class to draw, by name or number; if omitted, the label in the image's row of conditions. Without any condition,
+    guidance is off."""
     results: int = 4
     """Results per image."""
     paste: bool = True

@@ -26,6 +26,7 @@ from experiments.harness.editing import (
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
 from models.ranges import NOT_NEGATIVE, check_ranges
+from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -53,8 +54,9 @@ class PathConfig:
     """Number of images on each path, both ends included."""
     strength: float = 0.5
     """How much of each mixture to redraw, in [0, 1]: the fraction of codes to mask, or the noise level to start at."""
-    label: int | None = None
-    """Class to draw; if omitted, the label in the image's row of conditions. Without any condition, guidance is off."""
+    label: ClassLabel | None = None
+    """Class to draw, by name or number; if omitted, the label in the image's row of conditions. Without any condition,
+    guidance is off."""
 
     RANGES = {"points": "[2, 65536]", "strength": "[0, 1]", "label": NOT_NEGATIVE}
 

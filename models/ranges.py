@@ -17,13 +17,13 @@ COUNT = "[1, 1000000000]"  # of images, codes or steps
 def check_ranges(config: object) -> None:
     """Raises ValueError for a number of a config outside the RANGES of its class and base classes.
 
-    In a tuple every number must be inside; None is inside every range. Called by `__post_init__`.
+    In a tuple every number must be inside; None and words are inside every range. Called by `__post_init__`.
     """
     for base in type(config).__mro__:
         for name, interval in vars(base).get("RANGES", {}).items():
             value = getattr(config, name)
             for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not is_inside(number, interval):
+                if not (number is None or isinstance(number, str) or is_inside(number, interval)):
                     raise ValueError(f"got {name} {value}, wanted {describe(interval, number)}: pass --{name} N")
 
 

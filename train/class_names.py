@@ -3,13 +3,17 @@
 import operator
 import re
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from train.registry import did_you_mean
 
 ClassLabel = str | int  # the name of a class, or its number
 MOST_LISTED = 20  # names in an error message
+C = TypeVar("C")  # a config: a dataclass of groups
 
 
 def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
@@ -19,6 +23,8 @@ def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int |
     """
     if label is None:
         return None
+    if not n_classes:
+        raise ValueError(f"got label {label!r} for a sampler without classes: leave the label out")
     if isinstance(label, str):
         if label in class_names:
             return index_of_name(label, class_names)
@@ -33,7 +39,7 @@ def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int |
         raise TypeError(f"got label {label!r}, wanted a class number, a class name, None, or a list of them")
     number = operator.index(label)
     if not 0 <= number < n_classes:
-        raise ValueError(f"got label {number}, wanted a class from 0 to {n_classes - 1}, or None for the null class")
+        raise ValueError(f"got label {number}, wanted a class from 0 to {n_classes - 1}")
     return number
 
 
@@ -45,11 +51,36 @@ def index_of_name(name: str, class_names: Sequence[str]) -> int:
     return numbers[0]
 
 
-def class_caption(label: int, n_classes: int, class_names: Sequence[str]) -> str:
-    """Returns the name of a class, or its number without names; "no class" for the null class, `n_classes`."""
-    if label == n_classes:
-        return "no class"
-    return class_names[label] if class_names else str(label)
+def class_captions(labels: Tensor | None, n_classes: int, class_names: Sequence[str]) -> list[str]:
+    """Returns the names of classes, labels (B,), or their numbers if they have none; [] without labels or classes.
+
+    The null class, `n_classes`, is "no class".
+    """
+    if labels is None or not n_classes:
+        return []
+    captions = {**dict(enumerate(class_names)), n_classes: "no class"}
+    return [captions.get(label, str(label)) for label in labels.tolist()]
+
+
+def with_class_numbers(config: C, n_classes: int, class_names: Sequence[str]) -> C:
+    """Returns the config of an experiment with the classes of --label as numbers, which identify its results."""
+    groups = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name, group in groups.items():
+        label = vars(group).get("label")
+        if label is not None:
+            several = isinstance(label, tuple)
+            numbers = [class_index(each, n_classes, class_names) for each in (label if several else [label])]
+            groups[name] = replace(group, label=tuple(numbers) if several else numbers[0])
+    return replace(config, **groups)
+
+
+def check_class_names(class_names: Sequence[str], n_classes: int) -> None:
+    """Raises ValueError unless there is a name for each class, or no name at all."""
+    if class_names and not n_classes:
+        raise ValueError("got --class_names for data without classes: leave them out, or see --label_from")
+    if class_names and len(class_names) != n_classes:
+        wanted = f"one for each of the {n_classes} classes, in the order of their numbers"
+        raise ValueError(f"got {len(class_names)} names of classes, wanted {wanted}: pass them as --class_names")
 
 
 def check_class_order(class_names: Sequence[str], recorded: Sequence[str], run: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
+from train.class_names import class_index
 from train.config import DataConfig
 from train.data.collate import collate
 from train.data.loading import BatchSource
@@ -93,12 +94,15 @@ def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> No
             raise ValueError(f"got label {label!r}, wanted a class from 0 to {n_classes - 1}, or null for none")
 
 
-def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
+def read_rows(
+    condition_file: str | None, data: DataConfig, n_classes: int = 0, class_names: Sequence[str] = ()
+) -> list[Row]:
     """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
     A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
     of lists of numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite
-    numbers, else strings. Raises FileNotFoundError or ValueError if the file cannot be used.
+    numbers, else strings. Of a sampler with classes, a label that is a string is a class name, or else a number. Raises
+    FileNotFoundError or ValueError if the file cannot be used.
     """
     if condition_file is None:
         return []
@@ -108,7 +112,17 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
     rows = parse_rows(path)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     read = {name: read_column(path, name, values, data) for name, values in columns.items()}
+    if n_classes and "label" in read:
+        read["label"] = [number_of(path, each, n_classes, class_names) for each in read["label"]]
     return [{name: values[number] for name, values in read.items()} for number in range(len(rows))]
+
+
+def number_of(path: Path, label: Any, n_classes: int, class_names: Sequence[str]) -> Any:
+    """Returns the number of a class whose name a row of a file gives; other values are returned as they are."""
+    try:
+        return class_index(label, n_classes, class_names) if isinstance(label, str) else label
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_rows(path: Path) -> list[Row]:

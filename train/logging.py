@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,20 +17,38 @@ from train.files import fsync, parse_json, write_text
 from train.loop import Outputs, TrainState
 from train.perf import PerfMonitor
 
+CAPTION_HEIGHT = 15  # pixels
 
-def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
+
+def grid_image(
+    images: Tensor, columns: int | None = None, enlarge_to: int = 64, captions: Sequence[str] = ()
+) -> Image.Image:
     """Returns a grid of uint8 images (B, C, H, W) in reading order, two pixels apart; enlarges small ones by an
-    integer."""
+    integer. Captions stand above the first images; rows without any take no room for them."""
     B, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(B))
     scale = max(1, enlarge_to // max(H, W))
     images = images.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
     H, W, rows = H * scale + 2, W * scale + 2, math.ceil(B / columns)
-    canvas = torch.full((3, rows * H + 2, columns * W + 2), 255, dtype=torch.uint8)
+    tops = [row * H + 2 + CAPTION_HEIGHT * min(row + 1, math.ceil(len(captions) / columns)) for row in range(rows + 1)]
+    canvas = torch.full((3, tops[-1], columns * W + 2), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * H + 2, i % columns * W + 2
+        top, left = tops[i // columns], i % columns * W + 2
         canvas[:, top : top + H - 2, left : left + W - 2] = image
-    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
+    for i, caption in enumerate(captions):
+        draw_caption(picture, caption, (i % columns * W + 2, tops[i // columns] - CAPTION_HEIGHT), W - 2)
+    return picture
+
+
+def draw_caption(picture: Image.Image, text: str, place: tuple[int, int], width: int) -> None:
+    """Writes text at (left, top), shortened to a width in pixels."""
+    font = ImageFont.load_default(size=11)
+    shown = text
+    while shown and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = f"{text.rstrip()}…"
+    ImageDraw.Draw(picture).text(place, shown, "black", font)
 
 
 class Logger:
@@ -96,11 +115,13 @@ class Logger:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def log_images(self, name: str, step: int, images: Tensor, columns: int | None = None) -> None:
+    def log_images(
+        self, name: str, step: int, images: Tensor, columns: int | None = None, captions: Sequence[str] = ()
+    ) -> None:
         """Writes images (B, C, H, W) in [-1, 1] as a grid to images/ and to TensorBoard (main process only)."""
         if not self.world.is_main:
             return
-        picture = grid_image(to_uint8(images), columns)
+        picture = grid_image(to_uint8(images), columns, captions=captions)
         path = self.folder / "images" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import OnStep
+from train.class_names import class_captions
 from train.condition_source import ConditionSource, Row
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import BatchSource, ImageSource, TrainingImages, TrainingStreams, to_device
@@ -159,14 +160,20 @@ def check_sampling(
 class SamplerReports:
     """Validation, losses by noise level and sample images, as hooks for `fit`. All ranks must call them.
 
-    `rows` are conditions of the sample images (see `preview_source`).
+    `rows` are conditions of the sample images (see `preview_source`), `class_names` the captions of their classes.
     """
 
     def __init__(
-        self, step: SamplerStep, validation: BatchSource, sampling: SamplingConfig, rows: Sequence[Row], logger: Logger
+        self,
+        step: SamplerStep,
+        validation: BatchSource,
+        sampling: SamplingConfig,
+        rows: Sequence[Row],
+        class_names: Sequence[str],
+        logger: Logger,
     ):
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
-        self.source = preview_source(step.sampler, rows, validation)
+        self.source, self.class_names = preview_source(step.sampler, rows, validation), class_names
         self.on_log = [self.log_loss_by_level]
 
     @torch.no_grad()
@@ -193,7 +200,10 @@ class SamplerReports:
         with interruptible_sampling(state.eval_module("network"), world) as on_step:
             images = self.draw(state, indices, on_step)
         grid = world.gather_items(images if counts else images[:0], PREVIEW_IMAGES)
-        self.logger.log_images("samples", state.step, to_float(grid.cpu()))
+        conditions = self.source.draw(self.step.training.seed, list(range(PREVIEW_IMAGES))) if world.is_main else None
+        labels = None if conditions is None else conditions.get("label")
+        captions = class_captions(labels, self.step.sampler.n_classes, self.class_names)
+        self.logger.log_images("samples", state.step, to_float(grid.cpu()), captions=captions)
 
     def draw(self, state: TrainState, indices: list[int], on_step: OnStep | None) -> Tensor:
         """Samples the uint8 images (B, C, H, W) of these indices with the EMA network."""

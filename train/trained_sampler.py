@@ -24,6 +24,7 @@ from train.checkpoint import (
     saved_steps,
     verify_checkpoint,
 )
+from train.class_names import class_captions
 from train.cli.files import run_folder
 from train.cli.parse import flatten_group, from_dict
 from train.condition_source import ConditionSource, Row, read_rows
@@ -103,6 +104,14 @@ class TrainedSampler:
             raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
         return {name: item[name] for name in names}
 
+    def read_rows(self, condition_file: str | None) -> list[Row]:
+        """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
+        return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names)
+
+    def captions(self, labels: Tensor | None) -> list[str]:
+        """Returns the names of classes, labels (B,), or their numbers if they have none; [] without labels."""
+        return class_captions(labels, self.sampler.n_classes, self.class_names)
+
     def condition_source(self, options: SamplingConfig, skip: Collection[str] = ()) -> ConditionSource:
         """Returns the source of the conditions of generated images.
 
@@ -110,11 +119,10 @@ class TrainedSampler:
         that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for a --condition_file
         that cannot be used.
         """
-        sampler, rows = self.sampler, read_rows(options.condition_file, self.data)
+        sampler, rows = self.sampler, self.read_rows(options.condition_file)
         missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}
         held_out = self.batches("val") if missing else None
-        source = ConditionSource(sampler.conditions, sampler.n_classes, self.class_frequencies, held_out)
-        return source.with_rows(rows)
+        return ConditionSource(sampler.conditions, sampler.n_classes, self.class_frequencies, held_out).with_rows(rows)
 
     def sample_batches(
         self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **keywords: Any

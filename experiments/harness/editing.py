@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.images import save_grid, save_with_settings
 from experiments.harness.report import progress
 from models.ranges import COUNT, check_ranges
-from train.condition_source import ConditionSource, Row, read_rows
+from train.condition_source import ConditionSource, Row
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import as_uint8, cover_size, range_for_image, to_item, trim
@@ -76,7 +76,7 @@ def load_input_images(
     No pixel is masked yet. The conditions are the rows of `condition_file`, assigned cyclically, or else those of the
     held-out items themselves. FileNotFoundError, ValueError: a file cannot be used.
     """
-    rows = tuple(read_rows(condition_file, trained.data))
+    rows = tuple(trained.read_rows(condition_file))
     if files:
         images = torch.stack([preprocess(read_image(Path(name)), trained) for name in files])
         names = tuple(Path(name).name for name in files)
@@ -191,26 +191,18 @@ def conditions_for(
     """Returns the conditions of results that start from the input images of these numbers, and matching options.
 
     A result's label is the requested one, else that of its image's row of conditions, else null. Without any condition,
-    guidance is turned off. ValueError: no such class, or a condition is missing.
+    guidance is turned off. ValueError: a condition is missing.
     """
     fields, rows = trained.sampler.conditions, inputs.rows
     source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)
     conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
     if labels is not None:
-        check_labels(labels, trained.sampler.n_classes)
         conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
     elif not any(conditions) and {*fields} <= {"label"}:
         return None, dataclasses.replace(options, guidance=1.0)
     elif "label" in fields:
         conditions = [{"label": None, **row} for row in conditions]
     return source.with_rows(conditions).draw(0, range(len(conditions))), options
-
-
-def check_labels(labels: list[int], n_classes: int) -> None:
-    """Raises ValueError for a class that does not exist."""
-    if wrong := [label for label in labels if not 0 <= label < n_classes]:
-        remedy = f"wanted 0 to {n_classes - 1}" if n_classes else "but the sampler has no classes: leave it out"
-        raise ValueError(f"got --label {wrong[0]}, {remedy}")
 
 
 def draw(
@@ -264,12 +256,12 @@ def save_result_images(
             save_with_settings(path, image, settings | {"of": name, "column": column})
 
 
-def save_comparison_grid(path: Path, *parts: Tensor) -> None:
+def save_comparison_grid(path: Path, *parts: Tensor, headings: Sequence[str] = ()) -> None:
     """Saves a grid with one row for each of the first images: parts (N, C, H, W) or (N, columns, C, H, W), side by
-    side."""
+    side, below the headings of the columns."""
     wide = [part if part.ndim == 5 else part.unsqueeze(1) for part in parts]
     rows = torch.cat([part[:ROWS] for part in wide], 1)
-    save_grid(path, rows.flatten(0, 1), columns=rows.shape[1])
+    save_grid(path, rows.flatten(0, 1), columns=rows.shape[1], captions=headings)
 
 
 def mean_abs_difference(a: Tensor, b: Tensor) -> float:

@@ -15,6 +15,7 @@ from experiments.harness.batches import ResumableBatches, broadcast_object, expe
 from experiments.harness.results import load_results, write_results
 from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
+from train.class_names import with_class_numbers
 from train.cli.files import get_section, read_run_config, run_folder
 from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag
@@ -384,6 +385,8 @@ def run_experiment(
         single_process = nullcontext(single_process_world(output.device)) if one_process else None
         with single_process or experiment_world(output.device) as world:
             model = load_trained_model(config.model, output, world)
+            if isinstance(model, TrainedSampler):
+                config = with_class_numbers(config, model.sampler.n_classes, model.class_names)
             setup = ExperimentSetup(measure_settings(config)) if prepare is None else prepare(config, model, world)
             with open_results_folder(name, config, model, world, setup) as folder:
                 batches = open_batches(config, model, world, folder, files)

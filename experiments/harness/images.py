@@ -3,7 +3,7 @@
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,10 +23,10 @@ GRID_IMAGES = 64  # images in a grid
 STRIP_IMAGES, STRIP_STEPS = 6, 10  # images shown as denoising strips, and steps in each strip
 
 
-def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
-    """Saves uint8 images (B, C, H, W) as a PNG grid."""
+def save_grid(path: Path, images: Tensor, columns: int | None = None, captions: Sequence[str] = ()) -> None:
+    """Saves uint8 images (B, C, H, W) as a PNG grid, with captions above the first ones."""
     with atomic_write(path) as scratch:
-        grid_image(images, columns).save(scratch, format="PNG")
+        grid_image(images, columns, captions=captions).save(scratch, format="PNG")
 
 
 def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> None:

@@ -48,18 +48,20 @@ def sampled_images(
     """Returns the number of images to measure, and a function from indices to them: from the file `samples`, else
     `n_samples` new ones.
 
-    The function returns "image" uint8 (B, C, H, W) and, for models of codes, "codes" (B, h, w).
+    The function returns "image" uint8 (B, C, H, W), for models of codes "codes" (B, h, w), and of images with classes
+    "label" (B,).
     """
     if samples is not None:
         content = read_samples(Path(samples))
-        names = ("image", "codes") if trained.space.tokens else ("image",)  # a model of pixels has no use for codes
-        saved = {name: content[name] for name in names if name in content}
+        keys = {"image": "image", "labels": "label"}
+        keys |= {"codes": "codes"} if trained.space.tokens else {}  # a model of pixels has no use for codes
+        saved = {name: content[key] for key, name in keys.items() if key in content}
         return len(saved["image"]), lambda indices: {name: tensor[indices] for name, tensor in saved.items()}
     source = trained.condition_source(options)
 
     def generate(indices: list[int]) -> dict[str, Tensor]:
         batch = trained.draw(indices, seed, options, source.draw(seed, indices))
-        return {name: batch[name] for name in ("image", "codes") if name in batch}
+        return {name: batch[name] for name in ("image", "codes", "label") if name in batch}
 
     return n_samples, generate
 

@@ -1,6 +1,6 @@
 """Nearest training images: a search by features over the whole split, reranking of the best candidates, a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from experiments.metrics.neighbours import nearest
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import View, as_uint8, training_views
 from train.files import atomic_write
+from train.logging import draw_caption
 
 CHUNK = 1000  # training images searched, and results saved, at a time
 SMALLEST, LARGEST = 64, 128  # limits of the longer side of a displayed image, pixels
@@ -152,6 +153,12 @@ class PictureRow(NamedTuple):
     caption: str  # below the image
     neighbours: Tensor  # uint8 (k, C, H, W)
     distances: list[float]  # k, below the neighbours
+    classes: Sequence[str] = ()  # of the image and its k neighbours, below the captions; empty: without such a line
+
+    @property
+    def text_height(self) -> int:
+        """Height of the lines below the images, in pixels."""
+        return 2 * TEXT if any(self.classes) else TEXT
 
 
 def save_neighbour_picture(path: Path, sections: dict[str, list[PictureRow]], title: str) -> None:
@@ -160,7 +167,7 @@ def save_neighbour_picture(path: Path, sections: dict[str, list[PictureRow]], ti
     width, height = display_size(rows[0].image)
     columns = max(len(row.neighbours) for row in rows)
     across = 2 * MARGIN + width + MARGIN + columns * (width + GAP)
-    down = 2 * MARGIN + TEXT + len(sections) * (2 * TEXT + GAP) + len(rows) * (height + TEXT + GAP)
+    down = 2 * MARGIN + TEXT + len(sections) * (2 * TEXT + GAP) + sum(height + row.text_height + GAP for row in rows)
     font = ImageFont.load_default(size=11)
     text_width = max(round(font.getlength(text)) for text in (title, *sections)) + 2 * MARGIN
     canvas = Image.new("RGB", (max(across, text_width), down), (255, 255, 255))
@@ -172,7 +179,7 @@ def save_neighbour_picture(path: Path, sections: dict[str, list[PictureRow]], ti
         top += 2 * TEXT + GAP
         for row in section:
             draw_row(canvas, draw, font, row, top)
-            top += height + TEXT + GAP
+            top += height + row.text_height + GAP
     with atomic_write(path) as scratch:
         canvas.save(scratch, format="PNG")
 
@@ -191,6 +198,9 @@ def draw_row(
         if distance == 0:
             draw.rectangle((left - 2, top - 2, left + width + 1, top + height + 1), outline=RED, width=2)
         draw.text((left, top + height + 1), f"{distance:.3g}", colour, font)
+    for i, name in enumerate(row.classes):
+        left = MARGIN if i == 0 else 2 * MARGIN + width + (i - 1) * (width + GAP)
+        draw_caption(canvas, name, (left, top + height + 1 + TEXT), width)
 
 
 def display_size(image: Tensor) -> tuple[int, int]:

@@ -151,6 +151,15 @@ def test_the_picture_has_an_image_and_its_neighbours_in_a_row(tmp_path):
     assert not (pixels == (210, 0, 0)).all(-1).any()
 
 
+def test_classes_stand_below_images_where_they_are_known(tmp_path):
+    near, heights = torch.zeros(2, 1, 64, 64).byte(), []
+    for classes in ([], ["", "", ""], ["hat", "bag", "hat"]):
+        row = PictureRow(near[0], "sample 0", near, [0.5] * 2, classes)
+        save_neighbour_picture(tmp_path / "p.png", {"one": [row, row]}, "title")
+        heights.append(Image.open(tmp_path / "p.png").height)
+    assert heights[0] == heights[1] == heights[2] - 2 * 15
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(trained):
     for name, processes in (("one", 1), ("two", 2)):

@@ -114,7 +114,7 @@ def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
     [
         ("--strength 0", "wanted a number in (0, 1]"),
         ("--strength 1.5", "--strength"),
-        ("--label 12", "--label 12, wanted 0 to 9"),
+        ("--label 12", "label 12, wanted a class from 0 to 9"),
         ("--n_images 0", "--n_images"),
     ],
 )

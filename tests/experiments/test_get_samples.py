@@ -87,7 +87,8 @@ def test_another_class_is_another_experiment(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    ("label", "message"), [(-1, "got label -1, wanted at least 0"), (10, "a class from 0 to 9: pass --label N")]
+    ("label", "message"),
+    [(-1, "got label -1, wanted a class from 0 to 9"), ("hat", "got label 'hat', wanted one of 0, 1, 2")],
 )
 def test_an_unknown_class_is_refused(trained, label, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -102,7 +103,7 @@ def test_a_model_without_classes_has_none(trained, capsys):
     call("train_sampler.py", f"--logs_root {trained} {flags}")
     with pytest.raises(SystemExit) as stop:
         samples(trained, "--n_samples 2 --label 0 --load_dir classless --log_dir samples_none")
-    assert stop.value.code == 2 and "wanted a model of classes: leave it out" in capsys.readouterr().err
+    assert stop.value.code == 2 and "a sampler without classes: leave the label out" in capsys.readouterr().err
     samples(trained, "--n_samples 2 --load_dir classless --log_dir samples_classless")
     assert "labels" not in read_samples(trained / "samples_classless" / "samples.npz")
 

@@ -160,7 +160,7 @@ def test_class_agreement_has_the_error_of_independent_images():
         ("--image nowhere.png --hide top", ["nowhere.png not found"]),
         ("--mask {mask}", ["--mask without --image"]),
         ("--image {one} --mask {mask} {mask}", ["got 2 masks for 1 images"]),
-        ("--image {one} --mask {one} --hide top --label 10", ["--label 10", "0 to 9"]),
+        ("--image {one} --mask {one} --hide top --label 10", ["label 10", "0 to 9"]),
         ("--results 0", ["results 0", "--results"]),
         ("--outpaint 1 1 1 1 --shape 8 8", ["pass one of them"]),
         ("--shape 3 8", ["shape (3, 8)", "--shape"]),

@@ -116,6 +116,17 @@ def test_json_and_csv_give_the_same_rows(tmp_path, picture):
     assert torch.allclose(batch["condition_image"], expected.expand(2, 3, 8, 8), atol=1e-6)
 
 
+def test_classes_are_given_by_name_or_number(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"label": "hat"}, {"label": 0}, {"label": "2"}, {"label": null}]')
+    (tmp_path / "rows.csv").write_text("label\nhat\n0\n2\n")
+    json_rows, csv_rows = (
+        read_rows(str(tmp_path / f"rows.{kind}"), DATA, 3, ("bag", "hat", "2 shoes")) for kind in ("json", "csv")
+    )
+    assert [row["label"] for row in json_rows] == [1, 0, 2, None] and csv_rows == json_rows[:3]
+    with pytest.raises(ValueError, match="rows.csv: got label 'hat', did you mean 'hats'"):
+        read_rows(str(tmp_path / "rows.csv"), DATA, 3, ("bag", "hats", "shoe"))
+
+
 def test_lists_of_numbers_become_tensors(tmp_path):
     (tmp_path / "rows.json").write_text('[{"place": [0.5, 1, 2], "tags": ["a", "b"]}]')
     (row,) = read_rows(str(tmp_path / "rows.json"), DATA)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,21 @@ def test_a_grid_is_in_reading_order_and_enlarges_small_images():
     assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
     assert [grid.getpixel((34 + 66 * (i % 3), 34 + 66 * (i // 3)))[0] for i in range(6)] == [0, 10, 20, 30, 40, 50]
     assert grid.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_captions_stand_above_their_images():
+    images = torch.full((4, 1, 64, 64), 200, dtype=torch.uint8)
+    plain = grid_image(images, columns=2)
+    first_row, all_rows = (
+        grid_image(images, columns=2, captions=["hat", "a long name of a class"] * n) for n in (1, 2)
+    )
+    assert [picture.size[1] - plain.size[1] for picture in (first_row, all_rows)] == [15, 30]
+    for row, captions in enumerate((first_row, all_rows)):
+        below = captions.crop((0, captions.height - 66, captions.width, captions.height))
+        assert below.tobytes() == plain.crop((0, plain.height - 66, plain.width, plain.height)).tobytes()
+        dark = torch.from_numpy(np.array(captions.convert("L"))) < 100
+        assert dark.any(1).nonzero().max() < 2 + 15 + 66 * row + 15 * row  # text only above images,
+        assert not dark[:, 66:68].any() and not dark[:, 132:].any() and dark[:, 68:132].any()  # within their width
 
 
 def test_images_and_histograms_reach_tensorboard(logger, tmp_path):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
+from train.class_names import check_class_names
 from train.cli.files import resolve_data_dir
 from train.config import DataConfig, TrainingConfig
 from train.data.annotations import pack
@@ -114,11 +115,7 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
     folder = resolve_data_dir(data.dataset, reader.data_dir)
     dataset = module.build(dataclasses.replace(reader, data_dir=folder), split)
     names = reader.class_names or getattr(dataset, "class_names", ())
-    if names and len(names) != dataset.n_classes:
-        raise ValueError(
-            f"got {len(names)} names for the {dataset.n_classes} classes of {data.dataset}: pass one for each, in the "
-            "order of their numbers, as --class_names"
-        )
+    check_class_names(names, dataset.n_classes)
     object.__setattr__(dataset, "class_names", tuple(names))  # it may be frozen, or older than this attribute
     return dataset
 

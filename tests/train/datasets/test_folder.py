@@ -53,7 +53,7 @@ def test_a_class_called_train_is_no_split(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "car", "train", "tvmonitor") for i in range(5)))
     (tmp_path / "notes").mkdir()  # without images: says nothing about its siblings
     train, val = splits(tmp_path, label_from="folder")
-    assert train.classes == val.classes == ("bus", "car", "train", "tvmonitor") and len(train) + len(val) == 20
+    assert train.class_names == val.class_names == ("bus", "car", "train", "tvmonitor") and len(train) + len(val) == 20
     assert "train is not read as a split: beside it is bus" in train.notes
     for name in ("bus", "car", "tvmonitor"):
         (tmp_path / name).rename(tmp_path / "train" / name)
@@ -111,7 +111,7 @@ def test_both_splits_have_the_same_class_ids(tmp_path, tiny):
     tiny.save_images(tmp_path, "train/cat/0.png", "train/ant/x/1.png", "train/bee/2.png", "valid/bee/3.png")
     tiny.save_images(tmp_path, "valid/cat/0.png", "valid/ant/0.png")
     train, val = splits(tmp_path, label_from="folder")
-    assert train.classes == val.classes == ("ant", "bee", "cat")
+    assert train.class_names == val.class_names == ("ant", "bee", "cat")
     assert train.labels.tolist() == val.labels.tolist() == [0, 1, 2]
     assert train.labels.dtype == np.int64
 
@@ -119,7 +119,7 @@ def test_both_splits_have_the_same_class_ids(tmp_path, tiny):
 def test_a_held_out_split_has_all_classes_of_the_tree(tmp_path, tiny):
     tiny.save_images(tmp_path, "a/0.png", "b/0.png", "c/0.png")
     train, val = splits(tmp_path, label_from="folder")
-    assert train.classes == val.classes == ("a", "b", "c")
+    assert train.class_names == val.class_names == ("a", "b", "c")
     assert sorted([*train.labels, *val.labels]) == [0, 1, 2]
 
 

@@ -1,5 +1,6 @@
 """WebDataset: samples of tar shards, their split and order, annotations, and malformed shards."""
 
+import dataclasses
 import io
 import json
 import os
@@ -51,6 +52,22 @@ def test_folders_globs_and_brace_patterns_are_equivalent(shards, name, label_fro
         assert [dataset[i]["label"] for i in range(len(dataset))] == dataset.labels.tolist()
         assert sum(dataset.blocks.sizes) == len(dataset) and dataset.blocks.window == 2
     assert train.blocks.sizes == tuple(np.bincount(train.labels // 4).tolist())
+
+
+def test_a_file_beside_the_shards_names_the_classes(shards):
+    config = Config(data_dir=str(shards), label_from="cls")
+    assert build(config, "train").class_names == ()
+    names = [f"class {i}" for i in range(26)]
+    (shards / "classes.txt").write_text("\n".join(names) + "\n")
+    for split in SPLITS:
+        dataset = build(config, split)
+        assert dataset.class_names == tuple(names[:24]) and not dataset.notes
+    assert build(Config(data_dir=str(shards)), "train").class_names == ()  # without labels
+    (shards / "classes.txt").write_text("hat\nbag\n")
+    with pytest.raises(ValueError, match="classes.txt has 2 lines, wanted the names of classes 0 to 23"):
+        build(config, "train")
+    own = dataclasses.replace(config, class_names=tuple(names[:24]))
+    assert build(own, "train").class_names == own.class_names
 
 
 def test_validation_shards_are_left_out_of_training(shards):
