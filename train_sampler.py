@@ -11,6 +11,7 @@ from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, run_script
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
+from train.data.shuffle import check_balance
 from train.registry import import_callable
 from train.runs import open_or_resume, resumed_provenance, run_context
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
@@ -37,6 +38,7 @@ def main(config: Config) -> None:
         frequencies, recorded = class_frequencies(images["train"]), tuple(resumed.get("class_names", ()))
         names = images["train"].class_names or recorded
         check_class_order(names, recorded, run)
+        check_balance(training.balance_classes, images["train"].labels)
         sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
@@ -47,7 +49,7 @@ def main(config: Config) -> None:
         check_sampling(model, state, config.sampling, rows, images["val"])
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         open_or_resume(run, config, state, world, provenance, images["train"])
-        source = space.source(images["train"], "train", data, training.seed, world, adapt)
+        source = space.source(images["train"], "train", data, training.seed, world, adapt, training.balance_classes)
         validation = space.source(images["val"], "val", data, 0, world, adapt)  # seed 0: the same images in all runs
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, validation, config.sampling, rows, names)

@@ -41,10 +41,10 @@ def main(config: Config) -> None:
             make_distance_hook = reconstruction_distance(
                 run, images.dataset, validation, config.reader, training, logging, world
             )
+        source = TrainingImages(images, training.seed, balance=training.balance_classes)
         open_or_resume(run, config, state, world, perceptual_provenance(weights), splits["train"])
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         make_reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
-        source = TrainingImages(images, training.seed)
         options = {
             "hooks": hooks,
             "make_distance_hook": make_distance_hook,

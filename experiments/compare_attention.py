@@ -137,9 +137,9 @@ class Bench:
     reference: Statistics
     world: DistContext
 
-    def codes(self, split: str, seed: int) -> TrainingCodes:
+    def codes(self, split: str, seed: int, balance: float = 0.0) -> TrainingCodes:
         """Returns the source of a split's codes."""
-        return self.space.source(self.images[split], split, self.data, seed, self.world)
+        return self.space.source(self.images[split], split, self.data, seed, self.world, balance=balance)
 
     def run(self, variant: str, changes: dict[str, Any], seed: int, grid: Path) -> dict[str, float]:
         """Trains the sampler with `changes` and one seed, and measures it; saves 64 samples as the picture `grid`."""
@@ -170,7 +170,7 @@ class Bench:
 
     def train(self, name: str, sampler: LearnedSampler, state: TrainState, training: TrainingConfig) -> None:
         """Trains to the last step."""
-        codes, steps = self.codes("train", training.seed), training.train_steps
+        codes, steps = self.codes("train", training.seed, training.balance_classes), training.train_steps
         batches = training_batches(
             codes,
             start=0,

@@ -192,7 +192,7 @@ class Bench:
         """Trains to the last step; returns the seconds of each step."""
         data, steps = self.images.config, training.train_steps
         batches = training_batches(
-            TrainingImages(self.images, training.seed),
+            TrainingImages(self.images, training.seed, balance=training.balance_classes),
             start=0,
             steps=steps,
             batch_size=training.batch_size,

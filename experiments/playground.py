@@ -57,15 +57,15 @@ class Control(NamedTuple):
 
 
 def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
-    """Returns a control for each setting with a supported type, except the condition file; guidance only for
+    """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
     conditional models."""
     kinds, helps, controls = typing.get_type_hints(type(options)), field_docs(type(options)), []
     for field in fields(options):
         name, value, (kind, optional) = field.name, getattr(options, field.name), split_optional(kinds[field.name])
         own = {"name": name, "label": label_of(name), "help": helps.get(name, "")}
         own |= {"value": value, "optional": optional}
-        if name == "condition_file" or (name.startswith("guidance") and not conditional):
-            continue  # the condition file is read once, when the page opens
+        if name in ("condition_file", "class_sampling") or (name.startswith("guidance") and not conditional):
+            continue  # the source of conditions is opened once, with the page
         if name == "solver":
             controls.append(Control(**own, kind="choice", choices=tuple(solvers)))
         elif typing.get_origin(kind) is Literal:

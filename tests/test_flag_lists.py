@@ -73,7 +73,8 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
     }
     assert cli.flag_names(absorbing.Sampling) == {
-        *("solver", "sample_steps", "guidance", "condition_file", "guidance_schedule", "guidance_interval", "reveal"),
+        *("solver", "sample_steps", "guidance", "condition_file", "class_sampling", "guidance_schedule"),
+        *("guidance_interval", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
     assert cli.flag_names(ddpm.Sampling) == {
@@ -82,6 +83,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             "sample_steps",
             "guidance",
             "condition_file",
+            "class_sampling",
             "spacing",
             "eta",
             "guidance_interval",
@@ -93,7 +95,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     assert cli.flag_names(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
         *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
-        *("load_partial", "train_only"),
+        *("load_partial", "train_only", "balance_classes"),
         *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
         *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
         *("activation_checkpointing", "deterministic", "hooks", "resume", "change"),

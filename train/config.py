@@ -160,6 +160,9 @@ class TrainingConfig:
     """Also load the optimizer states of --load_dir."""
     load_partial: bool = False
     """Load only the weights of --load_dir that fit, and report the others, instead of requiring all to match."""
+    balance_classes: float = 0.0
+    """Train on images of rare classes more often: 0: as often as in the data; 1: all classes equally often; 0.5: as
+    often as the square root of their number of images."""
     train_only: tuple[str, ...] = ()
     """Train only these parts of the network (for example encoders up_blocks.0); all of it by default."""
 
@@ -168,7 +171,7 @@ class TrainingConfig:
         **{"warmup_iters": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "grad_clip": NOT_NEGATIVE, "betas": "[0, 1)"},
         **{"decay_steps": NOT_NEGATIVE, "lr_end": "[0, 1]", "max_bad_steps": NOT_NEGATIVE, "ema_beta": "[0, 1)"},
         **{"ema_profiles": "(0, 0.3003]", "steps_per_ema_snapshot": "[1, inf)", "seed": NOT_NEGATIVE},
-        **{"timeout_minutes": "(0, 30000]", "load_step": NOT_NEGATIVE},
+        **{"timeout_minutes": "(0, 30000]", "load_step": NOT_NEGATIVE, "balance_classes": "[0, 1]"},
     }
 
     def __post_init__(self):
@@ -271,6 +274,8 @@ class SamplingConfig:
     """Classifier-free guidance scale; 1: no guidance."""
     condition_file: str | None = None
     """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
+    class_sampling: Literal["data", "uniform"] = "data"
+    """Classes of images for which none is given: as frequent as in the training data, or all equally frequent."""
 
     RANGES = {"sample_steps": MILLION, "guidance": FINITE}
 

@@ -49,9 +49,16 @@ class Space(Protocol):
     def provenance(self) -> dict[str, Any]: ...
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None
+        self,
+        images: Dataset,
+        split: str,
+        data: DataConfig,
+        seed: int,
+        world: DistContext,
+        adapt: Adapt | None,
+        balance: float = 0.0,
     ) -> BatchSource:
-        """Returns the training batches of a split."""
+        """Returns the training batches of a split, with rare classes more often if `balance` is not 0."""
         ...
 
     def workers(self, data: DataConfig) -> int:
@@ -124,11 +131,18 @@ class ContinuousSpace:
     tokens = 0
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None
+        self,
+        images: Dataset,
+        split: str,
+        data: DataConfig,
+        seed: int,
+        world: DistContext,
+        adapt: Adapt | None,
+        balance: float = 0.0,
     ) -> TrainingImages:
         if split == "val":
             data = data.without_augmentation
-        return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
+        return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt, balance)
 
     def workers(self, data: DataConfig) -> int:
         return data.num_workers
@@ -232,13 +246,20 @@ class CodeSpace:
         return self.first_stage.provenance
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None = None
+        self,
+        images: Dataset,
+        split: str,
+        data: DataConfig,
+        seed: int,
+        world: DistContext,
+        adapt: Adapt | None = None,
+        balance: float = 0.0,
     ) -> TrainingCodes:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
         table = self.first_stage.encode_dataset(images, split, data, batch_size, world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
-        return TrainingCodes(table.ids, labels, seed, table.annotations)
+        return TrainingCodes(table.ids, labels, seed, table.annotations, balance)
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no loading

@@ -117,12 +117,18 @@ class TrainedSampler:
 
         Held-out images are read only for conditions that are neither in the --condition_file nor in `skip`, the fields
         that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for a --condition_file
-        that cannot be used.
+        that cannot be used, and for uniform classes where none are drawn.
         """
         sampler, rows = self.sampler, self.read_rows(options.condition_file)
         missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}
         held_out = self.batches("val") if missing else None
-        return ConditionSource(sampler.conditions, sampler.n_classes, self.class_frequencies, held_out).with_rows(rows)
+        frequencies = self.class_frequencies
+        if options.class_sampling == "uniform":
+            if frequencies is None or held_out is not None:
+                reason = "the sampler has none" if frequencies is None else "they come with other held-out conditions"
+                raise ValueError(f"got class_sampling uniform for the classes, but {reason}: leave it out")
+            frequencies = (frequencies > 0).double()
+        return ConditionSource(sampler.conditions, sampler.n_classes, frequencies, held_out).with_rows(rows)
 
     def sample_batches(
         self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **keywords: Any

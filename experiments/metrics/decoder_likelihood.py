@@ -189,7 +189,8 @@ def train_head(run: Path, first_stage: FirstStage, config: HeadRunConfig, world:
         state = build_state(first_stage, training, world)
         open_or_resume(run, config, state, world, first_stage.provenance, images.dataset)
         step = HeadStep(first_stage, training, world)
-        source, make_reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
+        source = TrainingImages(images, training.seed, balance=training.balance_classes)
+        make_reports = partial(HeadReports, step, validation)
         loading = {"workers": data.num_workers, "prefetch": data.prefetch}
         train(run, training, config.logging, state, world, source, step, make_reports, hooks=[], **loading)
 

@@ -15,7 +15,8 @@ from helpers.parametrize import slow_after
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import assert_same_losses, lines
 from helpers.tiny_runs import DDPM, ROOT, UNET, call
-from train.data.loading import EpochShuffle, ImageSource
+from train.data.loading import ImageSource
+from train.data.shuffle import EpochShuffle
 
 SCRIPT = "experiments/calc_approximate_ELBO.py"
 HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"

@@ -126,6 +126,18 @@ def test_classes_by_name(with_names):
         with_names.sample(2, label="sevn")
 
 
+def test_classes_are_drawn_as_in_the_data_or_uniformly(codes, pixels):
+    frequencies = torch.tensor([0.9, 0.1, *[0.0] * 8], dtype=torch.float64)
+    model = dataclasses.replace(codes.model, class_frequencies=frequencies)
+    for name, fraction in (("data", 0.9), ("uniform", 0.5)):
+        source = model.condition_source(dataclasses.replace(codes.settings, class_sampling=name))
+        labels = source.draw(0, range(1000))["label"]
+        assert labels.max() == 1 and (labels == 0).float().mean().item() == pytest.approx(fraction, abs=0.05)
+    uniform = dataclasses.replace(codes.settings, class_sampling="uniform")
+    with pytest.raises(ValueError, match="class_sampling uniform for the classes, but the sampler has none: leave it"):
+        dataclasses.replace(codes.model, class_frequencies=None).condition_source(uniform)
+
+
 def test_names_that_the_run_stored_come_first(trained, tmp_path):
     for name in ("vqgan_digits", "absorbing_digits"):
         shutil.copytree(trained / name, tmp_path / name)

@@ -6,10 +6,8 @@ ranks. So the data order survives any resume and any change of the number of ran
 """
 
 import dataclasses
-import itertools
 import random
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +25,10 @@ from train.config import DataConfig, TrainingConfig
 from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
+from train.data.shuffle import training_order
 from train.data.transforms import as_uint8, to_item, training_views, warn_if_dark
 from train.data.workers import load_batches
-from train.datasets import SPLITS, Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
+from train.datasets import SPLITS, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.loop import Batch
 from train.registry import load_plugin
@@ -43,56 +42,6 @@ class CodeGrids(Protocol):
     shape: Sequence[int]
 
     def __getitem__(self, key: Any) -> Tensor: ...
-
-
-class EpochShuffle:
-    """Maps positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
-
-    With `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles the samples of a
-    window together. A reader needs at most `window` blocks at a time, and the shuffle stores one index per block and
-    per sample of a window.
-    """
-
-    def __init__(self, n: int, seed: int, blocks: Blocks | None = None):
-        sizes = (n,) if blocks is None else blocks.sizes
-        if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
-            raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, no block empty")
-        self.n, self.seed, self.blocks = n, seed, blocks
-        self.first_indices = [0, *itertools.accumulate(sizes)]  # of each block, and the end
-        self.epoch, self.permutation = -1, None  # the current epoch and, with blocks, its order of blocks and window
-        self.block_order: list[int] = []
-        self.block_starts: list[int] = []  # first offset of each block in this order, and the end
-        self.window = -1
-
-    def __getitem__(self, position: int) -> int:
-        epoch, offset = divmod(position, self.n)
-        if self.blocks is not None:
-            return self.index_in_blocks(epoch, offset)
-        if epoch != self.epoch:
-            self.epoch, self.permutation = epoch, self.draw_permutation(self.n, epoch)
-        return int(self.permutation[offset])
-
-    def draw_permutation(self, n: int, *key: int | str) -> torch.Tensor:
-        """Returns a random permutation (n,), seeded by the seed and `key`."""
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *key)))
-
-    def index_in_blocks(self, epoch: int, offset: int) -> int:
-        """Returns the index of the sample at `offset` of an epoch that shuffles blocks, then samples within windows."""
-        if epoch != self.epoch:
-            self.epoch, self.window = epoch, -1
-            self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
-            self.block_starts = [0, *itertools.accumulate(self.blocks.sizes[block] for block in self.block_order)]
-        i = bisect_right(self.block_starts, offset) - 1  # the epoch's i-th block holds the offset
-        window = i // self.blocks.window
-        first = window * self.blocks.window
-        last = min(first + self.blocks.window, len(self.block_order))
-        start = self.block_starts[first]
-        if window != self.window:
-            self.window = window
-            self.permutation = self.draw_permutation(self.block_starts[last] - start, epoch, "window", window)
-        shuffled_offset = start + int(self.permutation[offset - start])  # offset before the window is shuffled
-        i = bisect_right(self.block_starts, shuffled_offset) - 1
-        return self.first_indices[self.block_order[i]] + shuffled_offset - self.block_starts[i]
 
 
 @dataclass(frozen=True)
@@ -216,11 +165,12 @@ class TrainingImages:
     """Shuffled images, each in a random view; a broken file is reported once and replaced by the next image.
 
     `adapt` maps an item, whose image is uint8 (C, H, W) or floats in [-1, 1], to another that `collate` accepts. It may
-    use the global random generators of Python, numpy and torch: they are seeded for each position.
+    use the global random generators of Python, numpy and torch: they are seeded for each position. `balance` draws rare
+    classes more often, as in `BalancedShuffle`.
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
-    def __init__(self, source: ImageSource, seed: int, adapt: Adapt | None = None):
+    def __init__(self, source: ImageSource, seed: int, adapt: Adapt | None = None, balance: float = 0.0):
         wanted = source.config.crop_margin
         if source.margin != wanted:
             raise ValueError(
@@ -228,7 +178,8 @@ class TrainingImages:
                 f"wanted ImageSource(..., margin={wanted}) to train on"
             )
         self.source, self.seed, self.adapt = source, seed, adapt
-        self.order = EpochShuffle(len(source), seed, getattr(source.dataset, "blocks", None))
+        blocks, labels = getattr(source.dataset, "blocks", None), source.dataset.labels if balance else None
+        self.order = training_order(len(source), seed, blocks, labels=labels, balance=balance)
         self.views = training_views(source.config)
         self.skipped: set[int] = set()
 
@@ -402,12 +353,20 @@ class Annotations(Protocol):
 class TrainingCodes:
     """Shuffled code grids of all views: ids (V, n, h, w), a tensor or a memory-mapped file; labels (n,) or None.
 
-    Batches have the annotations of each grid in its view, if there are any.
+    Batches have the annotations of each grid in its view, if there are any. `balance` draws rare classes more often.
     """
 
-    def __init__(self, ids: CodeGrids, labels: Tensor | None, seed: int, annotations: Annotations | None = None):
+    def __init__(
+        self,
+        ids: CodeGrids,
+        labels: Tensor | None,
+        seed: int,
+        annotations: Annotations | None = None,
+        balance: float = 0.0,
+    ):
         self.ids, self.labels, self.annotations = ids, labels, annotations
-        self.order = EpochShuffle(ids.shape[0] * ids.shape[1], seed)
+        repeated = None if labels is None else labels.repeat(ids.shape[0])  # of all views
+        self.order = training_order(ids.shape[0] * ids.shape[1], seed, labels=repeated, balance=balance)
 
     def __len__(self) -> int:
         return self.order.n

@@ -12,7 +12,6 @@ import torch
 from helpers.toy_encoding import BrokenDataset
 from train.config import DataConfig
 from train.data.loading import (
-    EpochShuffle,
     ImageSource,
     TrainingCodes,
     TrainingImages,
@@ -23,6 +22,7 @@ from train.data.loading import (
     sample_streams,
     training_batches,
 )
+from train.data.shuffle import EpochShuffle
 from train.datasets import ArrayDataset, Blocks, DatasetConfig
 from train.distributed import DistContext
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.rng import seed_of
-from train.data.loading import EpochShuffle, PositionSampler
+from train.data.loading import PositionSampler
+from train.data.shuffle import EpochShuffle
 from train.datasets import Blocks
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
