@@ -156,7 +156,8 @@ def test_classes_stand_below_images_where_they_are_known(tmp_path):
     for classes in ([], ["", "", ""], ["hat", "bag", "hat"]):
         row = PictureRow(near[0], "sample 0", near, [0.5] * 2, classes)
         save_neighbour_picture(tmp_path / "p.png", {"one": [row, row]}, "title")
-        heights.append(Image.open(tmp_path / "p.png").height)
+        with Image.open(tmp_path / "p.png") as picture:
+            heights.append(picture.height)
     assert heights[0] == heights[1] == heights[2] - 2 * 15
 
 
