@@ -96,7 +96,8 @@ def converted(tmp_path_factory):
 def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm):
     run = converted[0] / "logs" / "converted"
     ours, other = (yaml.safe_load((path / "config.yaml").read_text()) for path in (run, trained_ddpm / "ddpm_digits"))
-    assert ours.pop("origin").keys() == {"class_frequencies", "load_weights"}  # like a run started with --load_dir
+    origin = ours.pop("origin")  # like that of a run started with --load_dir
+    assert origin.keys() == {"class_frequencies", "class_names", "load_weights"}
     assert {group: list(keys) for group, keys in ours.items()} == {g: list(k) for g, k in other.items() if g in ours}
     assert list(ours) == [group for group in other if group != "origin"]
     step = max((trained_ddpm / "ddpm_digits" / "checkpoints").glob("step_*"))

@@ -79,7 +79,7 @@ def check_class_names(class_names: Sequence[str], n_classes: int) -> None:
     if class_names and not n_classes:
         raise ValueError("got --class_names for data without classes: leave them out, or see --label_from")
     if class_names and len(class_names) != n_classes:
-        wanted = f"one for each of the {n_classes} classes, in the order of their numbers"
+        wanted = f"{n_classes}, for the numbers 0 to {n_classes - 1}"
         raise ValueError(f"got {len(class_names)} names of classes, wanted {wanted}: pass them as --class_names")
 
 

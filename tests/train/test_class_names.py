@@ -71,7 +71,7 @@ def test_typed_names_replace_those_of_the_data(monkeypatch):
     data = DataConfig()
     assert build_dataset(data, DatasetConfig(), "train").class_names == ("a", "b", "c")
     assert build_dataset(data, DatasetConfig(class_names=NAMES), "train").class_names == NAMES
-    with pytest.raises(ValueError, match="got 2 names of classes, wanted one for each of the 3 classes"):
+    with pytest.raises(ValueError, match="got 2 names of classes, wanted 3, for the numbers 0 to 2"):
         build_dataset(data, DatasetConfig(class_names=NAMES[:2]), "train")
     datasets.append(SimpleNamespace(n_classes=3))  # of a user's file, older than names of classes
     assert build_dataset(data, DatasetConfig(), "train").class_names == ()

@@ -365,8 +365,8 @@ class TrainingCodes:
         balance: float = 0.0,
     ):
         self.ids, self.labels, self.annotations = ids, labels, annotations
-        repeated = None if labels is None else labels.repeat(ids.shape[0])  # of all views
-        self.order = training_order(ids.shape[0] * ids.shape[1], seed, labels=repeated, balance=balance)
+        of_views = None if labels is None or not balance else labels.repeat(ids.shape[0])
+        self.order = training_order(ids.shape[0] * ids.shape[1], seed, labels=of_views, balance=balance)
 
     def __len__(self) -> int:
         return self.order.n
