@@ -28,7 +28,7 @@ class SamplesConfig:
     n_samples: int = 100
     """Number of images."""
     label: ClassLabel | None = None
-    """Class of all images, by name or number; if omitted, classes at their frequencies in the training data."""
+    """Class of all images, by name or number; if omitted, classes are drawn: see --class_sampling."""
     save_individually: bool = False
     """Also save each image as images/<number>.png."""
     save_process: bool = False

@@ -73,9 +73,9 @@ class EpochShuffle:
 class BalancedShuffle:
     """Like `EpochShuffle`, but with rare classes more often: a class of m samples in proportion to m ** (1 - balance).
 
-    With balance 1 all classes are equally frequent, with 0.5 as the square roots of their sizes (Mahajan et al. 2018,
-    section 2.2). Each epoch of n positions is a systematic sample: within each window of blocks, every class and every
-    sample occurs as often as in proportion, rounded down or up. Stores a few numbers per sample.
+    With balance 1 all classes are equally frequent, with 0.5 as the square roots of their sizes (Mahajan et al. 2018).
+    Each epoch of n positions is a systematic sample: within each window of blocks, every class and every sample occurs
+    as often as in proportion, rounded down or up. Stores a few numbers per sample.
     """
 
     def __init__(self, labels: Tensor, seed: int, balance: float, blocks: Blocks | None = None):
