@@ -49,13 +49,16 @@ def main(config: Config) -> None:
         check_sampling(model, state, config.sampling, rows, images["val"])
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         open_or_resume(run, config, state, world, provenance, images["train"])
-        source = space.source(images["train"], "train", data, training.seed, world, adapt, training.balance_classes)
-        validation = space.source(images["val"], "val", data, 0, world, adapt)  # seed 0: the same images in all runs
+        draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images
+        sources = {
+            split: space.source(images[split], split, data, seed, world, adapt, balance)
+            for split, (seed, balance) in draws.items()
+        }
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
-        make_reports = partial(SamplerReports, step, validation, config.sampling, rows, names)
+        make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
         options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
-        train(run, training, logging, state, world, source, step, make_reports, **options)
+        train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
 
 
 if __name__ == "__main__":
