@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.edm import EDM
 from diffusion.process import ContinuousProcess, append_dims, expand
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, SolverOptions
@@ -27,13 +28,20 @@ MIN_HALF_LOGSNR = -5.1  # smallest log(alpha / sigma), as DPM-Solver++ clips cos
 LONG_STEP = 2.1  # steps this many times as long as the one before, in h, bound the extrapolation of x_0
 
 
-def step_times(process: ContinuousProcess, steps: int, spacing: str = "uniform") -> list[float]:
-    """Returns steps + 1 decreasing times, the last of which is 0, with the spacing named by a key of SPACINGS."""
+def step_times(
+    process: ContinuousProcess, steps: int, spacing: str = "uniform", rho: float | None = None
+) -> list[float]:
+    """Returns steps + 1 decreasing times, the last of which is 0, with the spacing named by a key of SPACINGS.
+
+    `rho` is that of karras; None: 7.
+    """
     if steps < 1:
         raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
     if spacing not in SPACINGS:
         raise ValueError(f"step spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
-    return [*SPACINGS[spacing](process, steps), 0.0]
+    if rho is not None and spacing != "karras":
+        raise ValueError(f"got rho {rho} for spacing {spacing}: pass --spacing karras, or leave --rho out")
+    return [*SPACINGS[spacing](process, steps, **({} if rho is None else {"rho": rho})), 0.0]
 
 
 def uniform(process: ContinuousProcess, steps: int) -> list[float]:
@@ -87,9 +95,11 @@ def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProc
     return replace(process, start=min(start, process.start))
 
 
-def remaining_steps(process: ContinuousProcess, shortened: ContinuousProcess, steps: int, spacing: str) -> int:
+def remaining_steps(
+    process: ContinuousProcess, shortened: ContinuousProcess, steps: int, spacing: str, rho: float | None = None
+) -> int:
     """Counts the steps of `process` that begin at or below the start of `shortened` (`from_strength`); at least 1."""
-    times = step_times(process, steps, spacing)[:-1]
+    times = step_times(process, steps, spacing, rho)[:-1]
     return max(1, sum(t <= shortened.start * (1 + 1e-6) for t in times))
 
 
@@ -223,6 +233,44 @@ def ddim_inversion(
     return trajectory
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChurnOptions(SolverOptions):
+    """Options of the stochastic sampler of Karras et al. 2022 (algorithm 2), of the process edm."""
+
+    s_churn: float | None = None
+    """heun, process edm: amount of noise added while denoising, divided over the steps; default: 0, none."""
+    s_tmin: float | None = None
+    """with s_churn: smallest sigma at which noise is added; default: 0."""
+    s_tmax: float | None = None
+    """with s_churn: largest sigma at which noise is added; default: no limit."""
+    s_noise: float | None = None
+    """with s_churn: factor on the added noise, slightly above 1 against loss of detail; default: 1."""
+
+    RANGES = {"s_churn": "[0, inf)", "s_tmin": "[0, inf)", "s_tmax": "[0, inf)", "s_noise": "[0, inf)"}
+
+
+def churned_sigma(sigma: float, steps: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
+    """Returns sigma-hat, the noise level that a step first returns to (Karras et al. 2022, algorithm 2)."""
+    gamma = min(s_churn / steps, 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+    return sigma + gamma * sigma
+
+
+def add_noise(x: Tensor, sigma: float, sigma_hat: float, s_noise: float, rng: Streams) -> Tensor:
+    """Raises the noise of x (B, C, H, W) of edm from sigma to sigma_hat, if s_noise is 1."""
+    std = s_noise * (sigma_hat**2 - sigma**2) ** 0.5
+    return x + std * rng.normal(x.shape).to(x.dtype)
+
+
+def check_churn(process: ContinuousProcess, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
+    """Raises ValueError for churn of a process other than EDM, and for settings that would have no effect."""
+    if s_churn and not isinstance(process, EDM):
+        raise ValueError(f"got s_churn {s_churn} for {type(process).__name__}, wanted EDM: leave --s_churn out")
+    if not s_churn and (s_tmin, s_tmax, s_noise) != (0, math.inf, 1):
+        raise ValueError("got s_tmin, s_tmax or s_noise without s_churn: pass --s_churn N, or leave them out")
+    if s_tmin > s_tmax:
+        raise ValueError(f"got s_tmin {s_tmin} above s_tmax {s_tmax}: pass --s_tmin LOW --s_tmax HIGH")
+
+
 @torch.no_grad()
 def heun(
     denoise: ContinuousDenoiser,
@@ -232,14 +280,22 @@ def heun(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Heun's method, second order: two network calls per step, and one for the last step.
 
     Where sigma_t <= alpha_t, averages eps and integrates over sigma / alpha, as Karras et al. 2022 do everywhere; where
     sigma_t > alpha_t, averages x_0 and integrates over alpha / sigma, since sigma / alpha diverges at alpha = 0.
+    With s_churn, steps of edm first add noise (their algorithm 2).
     """
+    check_churn(process, s_churn, s_tmin, s_tmax, s_noise)
     for i, (t, s) in enumerate(pairwise(times)):
-        pred_t, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
+        t_hat = churned_sigma(t, len(times) - 1, s_churn, s_tmin, s_tmax)
+        x = add_noise(x, t, t_hat, s_noise, rng) if t_hat > t else x
+        pred_t, c = denoise(x, expand(t_hat, x)), step_coefficients(process, t_hat, s)
         x_s = x0_step(x, pred_t.x0, c)
         if s > 0:
             pred_s = denoise(x_s, expand(s, x))
@@ -373,7 +429,7 @@ def few_steps(process: ContinuousProcess, positions: int) -> int:
 SOLVERS = (
     Solver(ddpm, ContinuousProcess, steps=all_process_steps),
     Solver(ddim, ContinuousProcess, EtaOptions, steps=few_steps),
-    Solver(heun, ContinuousProcess, steps=few_steps),
+    Solver(heun, ContinuousProcess, ChurnOptions, steps=few_steps),
     Solver(dpmpp_2m, ContinuousProcess, steps=few_steps),
     Solver(dpmpp_2m_sde, ContinuousProcess, EtaOptions, steps=few_steps),
     Solver(unipc, ContinuousProcess, steps=few_steps),

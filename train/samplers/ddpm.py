@@ -157,6 +157,12 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     """Sampling steps; default: 20, or for ddpm the steps of the process."""
     spacing: Literal["auto", "uniform", "leading", "linspace", "quadratic", "logsnr", "karras"] = "auto"
     """Spacing of the steps; auto: karras for edm, else uniform."""
+    rho: float | None = None
+    """spacing karras: above 1 takes smaller steps near the data; default: 7."""
+    sigma_min: float | None = None
+    """edm: smallest noise level, at which the last step starts; default: 0.002."""
+    sigma_max: float | None = None
+    """edm: noise level that sampling starts from; default: 80."""
     guidance_interval: tuple[float, float] | None = None
     """Apply guidance only for t in this interval of the process: in [0, 1], for edm sigma in [0, 80]; 0 is data."""
     guidance_rescale: float = 0.0
@@ -166,11 +172,14 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     dynamic_threshold: float | None = None
     """Dynamic thresholding instead of clipping, at this quantile of |x0|, such as 0.995."""
 
-    RANGES = {"guidance_rescale": "[0, 1]", "dynamic_threshold": "(0, 1]"}
+    RANGES = {
+        "rho": "[1, 1000]", "sigma_min": POSITIVE, "sigma_max": POSITIVE, "guidance_rescale": "[0, 1]",
+        "dynamic_threshold": "(0, 1]",
+    }  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
-        check_interval(self.guidance_interval, EDM.start)  # the longest; with its process in `guided`
+        check_interval(self.guidance_interval, self.sigma_max or EDM.start)  # the longest; with its process in `guided`
 
 
 def make_process(config: Config, pixels: bool) -> ContinuousProcess:
@@ -328,14 +337,15 @@ class GaussianSampler(LearnedSampler):
         if options.guidance != 1 and not batch:
             raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
         check_nulls(self.config, self.conditions, options.guidance, batch, self.n_classes)
-        process, x = self.initial_state(edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
+        whole, shape = self.sampling_process(options), (len(rng), self.shape[0], *(shape or self.shape[1:]))
+        process, x = self.initial_state(whole, edit, shape, rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
         null = network.encode({}, x)
         conditions = [null, network.encode(raw_conditions(self.fields_of, batch), x) if batch else null]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         denoise = self.make_denoiser(network, control)
-        denoise = guided(denoise, conditions, [options.guidance], **guidance, process=self.process)
+        denoise = guided(denoise, conditions, [options.guidance], **guidance, process=whole)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         if edit is not None:
@@ -347,27 +357,43 @@ class GaussianSampler(LearnedSampler):
         x = solver.solve(denoise, process, x, times, rng=rng, on_step=on_step, **solver_kwargs)
         return check_finite(x, x.isfinite().all(), options)
 
+    def sampling_process(self, options: Sampling) -> ContinuousProcess:
+        """Returns the process between the noise levels --sigma_max and --sigma_min."""
+        ends = {"start": options.sigma_max, "end": options.sigma_min}
+        ends = {name: sigma for name, sigma in ends.items() if sigma is not None}
+        if not ends:
+            return self.process
+        if not isinstance(self.process, EDM):
+            got = f"sigma_min or sigma_max for process {self.config.process}"
+            raise ValueError(f"got {got}, whose noise levels follow from its schedule: leave them out")
+        process = replace(self.process, **ends)
+        if process.end >= process.start:
+            got = f"sigma_min {process.end} and sigma_max {process.start}"
+            raise ValueError(f"got {got}, wanted the lower first: pass --sigma_min LOW --sigma_max HIGH")
+        return process
+
     def initial_state(
-        self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams
+        self, process: ContinuousProcess, edit: EditInput | None, shape: tuple[int, ...], rng: Streams
     ) -> tuple[ContinuousProcess, Tensor]:
-        """Returns the process to sample, from the strength of `edit` on, and x (B, C, H, W) at its start."""
+        """Returns `process` from the strength of `edit` on, and x (B, C, H, W) at its start."""
         if edit is None:
-            return self.process, self.process.prior(shape, rng)
-        process, noise = from_strength(self.process, edit.strength), rng.normal(shape)
+            return process, process.prior(shape, rng)
+        process, noise = from_strength(process, edit.strength), rng.normal(shape)
         x0 = edit.x0 if edit.strength < 1 else edit.x0.masked_fill(~edit.keep.unsqueeze(1), 0)
         return process, process.corrupt(x0, torch.tensor(process.start), noise)
 
     def solver_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
-        """Returns the times of the steps from the start of `process`, the sampler's or one from `from_strength`."""
+        """Returns the times of the steps from the start of `process`, from `sampling_process` or `from_strength`."""
         solver, spacing = select_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
             spacing = self.process.default_spacing
         steps = options.sample_steps
         if steps is None:
             steps = solver.steps(self.process, math.prod(self.shape[1:]))
-        if process is not self.process:
-            steps = remaining_steps(self.process, process, steps, spacing)
-        return step_times(process, steps, spacing)
+        whole = self.sampling_process(options)
+        if process.start < whole.start:
+            steps = remaining_steps(whole, process, steps, spacing, options.rho)
+        return step_times(process, steps, spacing, options.rho)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
         """Returns -log2 p(x0 | conditions) of 8-bit images, in bits per dimension.

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.edm import EDM
 from diffusion.gaussian_solvers import step_times
 from diffusion.rng import Streams
 from helpers.gaussian_recorder import SHAPE, Call, Recorder, images, perturb, sample_recorded, sampler
 from train.samplers import NotFiniteError, ddpm
+from train.spaces import EditInput
 
 
 def by_label(call: Call) -> Tensor:
@@ -161,6 +163,54 @@ def test_edm_starts_from_noise_of_its_own_scale():
     recorder = Recorder()
     sample_recorded(sampler(process="edm"), recorder, labels=(0,) * 64, seeds=range(64), sample_steps=1)
     assert recorder.calls[0].x.std() == pytest.approx(1, rel=0.05)  # 80 over sqrt(80^2 + 0.5^2)
+
+
+def test_the_noise_levels_of_edm_are_settings_of_sampling():
+    model, recorder, levels = sampler(process="edm"), Recorder(), {"sigma_min": 0.01, "sigma_max": 50.0, "rho": 5.0}
+    sample_recorded(model, recorder, labels=(0,) * 64, seeds=range(64), sample_steps=7, **levels)
+    expected = step_times(EDM(start=50.0, end=0.01), 7, "karras", 5.0)
+    sigmas = [(4 * call.t[0]).exp().item() for call in recorder.calls]
+    assert sigmas == pytest.approx(expected[:-1], rel=1e-4)
+    assert (sigmas[0], sigmas[-1]) == pytest.approx((50, 0.01), rel=1e-4)
+    assert recorder.calls[0].x.std() == pytest.approx(1, rel=0.05)  # 50 over sqrt(50^2 + 0.5^2)
+    same = ddpm.Sampling(sigma_min=EDM.end, sigma_max=EDM.start, rho=7.0)
+    assert model.solver_times(model.process, same) == model.solver_times(model.process, ddpm.Sampling())
+    sample_recorded(model, Recorder(), sample_steps=2, guidance=2.0, guidance_interval=(0.0, 90.0), sigma_max=100.0)
+
+
+def test_editing_takes_the_steps_below_its_own_noise_level():
+    model, recorder = sampler(process="edm"), Recorder()
+    x0, keep = torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE[1:], dtype=torch.bool)
+    options = ddpm.Sampling(sample_steps=7, sigma_max=50.0, rho=5.0)
+    model.sample(recorder, Streams([0]), options=options, edit=EditInput(x0, keep, 0.5))  # sigma = alpha = 1
+    times = step_times(EDM(start=50.0), 7, "karras", 5.0)
+    assert len(recorder.calls) == sum(0 < t <= 1 for t in times) and recorder.calls[0].t.item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "message"),
+    [
+        ("gaussian", {"sigma_max": 50.0}, "sigma_max for process gaussian.*leave them out"),
+        ("flow", {"sigma_min": 0.1}, "sigma_max for process flow.*leave them out"),
+        ("edm", {"sigma_min": 90.0}, "got sigma_min 90.0 and sigma_max 80.0, wanted the lower first"),
+        ("edm", {"rho": 5.0, "spacing": "logsnr"}, "got rho 5.0 for spacing logsnr.*--rho"),
+        ("edm", {"rho": 0.5}, r"got rho 0.5, wanted a number in \[1, 1000\]"),
+        ("edm", {"s_churn": 40.0, "solver": "unipc"}, "got s_churn 40.0 for solver unipc.*--s_churn"),
+        ("flow", {"s_churn": 40.0, "solver": "heun"}, "got s_churn 40.0 for RectifiedFlow.*--s_churn"),
+    ],
+)
+def test_settings_of_edm_are_refused_elsewhere(process, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_recorded(sampler(process=process), Recorder(), **options)
+
+
+def test_churn_changes_samples_of_heun():
+    model, network = perturb(sampler(process="edm"))
+    plain, churned, again = (
+        sample_recorded(model, network, solver="heun", sample_steps=4, s_churn=s_churn)
+        for s_churn in (None, 10.0, 10.0)
+    )
+    assert torch.equal(churned, again) and (plain - churned).abs().max() > 0.01
 
 
 # likelihood
