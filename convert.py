@@ -50,6 +50,7 @@ class ConversionConfig:
     step: int | None = None
     """Training step of the checkpoint; None: the step in the name of a .th file, else 0."""
 
+    EVERYDAY = ("source", "weights", "config_json", "step")
     RANGES = {"step": NOT_NEGATIVE}
 
     def __post_init__(self):
@@ -66,12 +67,24 @@ class ConversionConfig:
 class Config(SecondStageConfig):
     """Convert weights trained by other code to a run like those of train_sampler.py."""
 
+    EXAMPLES = (
+        "python convert.py --from guided --weights unet.pt --config_json unet.json",
+        "python convert.py --from unleashing --weights vqgan_ema_2200000.th --dataset churches --img_size 256",
+    )
+    NOT_EVERYDAY = ("sampler", "reader", "training", "sampling", "num_workers")
+
     conversion: ConversionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageConfig(VQGANRunConfig):
     """Convert a VQGAN trained by other code to a run like those of train_vqgan.py."""
+
+    EXAMPLES = (
+        "python convert.py --from unleashing --weights vqgan_2200000.th --dataset churches --img_size 256",
+        "python convert.py --from unleashing --weights absorbing_2000000.th --dataset churches",
+    )
+    NOT_EVERYDAY = ("network", "loss", "reader", "training", "num_workers")
 
     conversion: ConversionConfig
 

@@ -48,6 +48,7 @@ class PageConfig:
     port: int = 7860
     """Port of the page, http://127.0.0.1:PORT."""
 
+    EVERYDAY = ("port",)
     RANGES = {"port": "[1, 65535]"}
 
     def __post_init__(self):
@@ -57,6 +58,12 @@ class PageConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Opens a page in the browser to sample from a trained model, watch the denoising steps, and inpaint images."""
+
+    EXAMPLES = (
+        "python demo.py --sampler {sampler} --dataset mnist",
+        "python demo.py --load_dir {sampler}_mnist --port 8000",
+    )
+    NOT_EVERYDAY = ("output",)
 
     page: PageConfig
     model: ModelConfig

@@ -24,6 +24,12 @@ from train.trainer import make_hooks, train
 class Config(SecondStageConfig):
     """Trains an image sampler. The run is saved in <logs_root>/<log_dir>, by default logs/<sampler>_<dataset>."""
 
+    EXAMPLES = (
+        "python train_sampler.py --sampler {sampler} --dataset mnist",
+        "python train_sampler.py --sampler {sampler} --dataset folder --data_dir ~/photos --img_size 64",
+    )
+    NOT_EVERYDAY = ("sampling",)
+
 
 def main(config: Config) -> None:
     training, logging = config.training, config.logging

@@ -19,6 +19,11 @@ from vq.perceptual import load_perceptual
 class Config(VQGANRunConfig):
     """Trains a VQGAN. The run is saved in <logs_root>/<log_dir>, by default logs/vqgan_<dataset>."""
 
+    EXAMPLES = (
+        "python train_vqgan.py --dataset mnist",
+        "python train_vqgan.py --dataset folder --data_dir ~/photos --img_size 64 --train_steps 20000",
+    )
+
 
 def main(config: Config) -> None:
     training, logging = config.training, config.logging

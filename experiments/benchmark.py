@@ -61,6 +61,7 @@ class BenchmarkConfig:
     full_steps: int = 256
     """Baseline for sampling codes: this many ancestral steps in float32 that evaluate every grid; 0: no baseline."""
 
+    EVERYDAY = ("stage", "measure", "repeats")
     RANGES = {"repeats": MILLION, "full_steps": "[0, 1000000]"}
 
     def __post_init__(self):
@@ -73,12 +74,24 @@ class BenchmarkConfig:
 class SamplerBenchmark(SecondStageConfig):
     """Times a sampler's training step, sampling and data loading. Flags that do not affect speed are ignored."""
 
+    EXAMPLES = (
+        "python experiments/benchmark.py --sampler {sampler} --dataset mnist",
+        "python experiments/benchmark.py --sampler {sampler} --dataset mnist --measure sampling",
+    )
+    NOT_EVERYDAY = ("first", "reader", "logging", "train_steps", "lr", "guidance", "temp")
+
     benchmark: BenchmarkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANBenchmark:
     """Times a VQGAN's training step, encoding, decoding and loading. Flags that do not affect speed are ignored."""
+
+    EXAMPLES = (
+        "python experiments/benchmark.py --stage vqgan --dataset mnist",
+        "python experiments/benchmark.py --stage vqgan --dataset mnist --measure step",
+    )
+    NOT_EVERYDAY = ("reader", "logging", "train_steps", "lr")
 
     benchmark: BenchmarkConfig
     data: DataConfig

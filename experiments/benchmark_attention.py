@@ -69,6 +69,7 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
+    EVERYDAY = ("sizes", "kernel_size", "dilations", "heads", "head_width", "batch_size", "precision", "device")
     RANGES = {
         "sizes": SIZE,
         "kernel_size": SIZE,
@@ -96,10 +97,17 @@ class ResultsConfig:
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
 
+    EVERYDAY = ("log_dir",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Benchmarks neighbourhood attention; writes results.json and times.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/benchmark_attention.py --sizes 16 32",
+        "python experiments/benchmark_attention.py --kernel_size 5 --dilations 1 2",
+    )
 
     benchmark: BenchmarkConfig
     results: ResultsConfig

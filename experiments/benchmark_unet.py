@@ -51,6 +51,16 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
+    EVERYDAY = (
+        "channels",
+        "channel_mults",
+        "res_blocks",
+        "attn_factors",
+        "img_size",
+        "batch_size",
+        "repeats",
+        "device",
+    )
     RANGES = {name: UNetConfig.RANGES[name] for name in ("channels", "channel_mults", "res_blocks", "attn_factors")}
     RANGES |= {"img_size": SIZE, "batch_size": MILLION, "repeats": MILLION}
 
@@ -61,6 +71,11 @@ class BenchmarkConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Times a UNet's training step: noising, forward, hybrid loss with learned variances, backward, clipping, AdamW."""
+
+    EXAMPLES = (
+        "python experiments/benchmark_unet.py --channels 64",
+        "python experiments/benchmark_unet.py --img_size 64 --batch_size 16 --device cuda",
+    )
 
     benchmark: BenchmarkConfig
 

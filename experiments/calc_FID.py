@@ -54,6 +54,7 @@ class DistanceConfig:
     kid_subset_size: int = 1000
     """KID: images per subset, at most as many as there are."""
 
+    EVERYDAY = ("n_samples", "samples", "features")
     RANGES = {"n_samples": "[2, 1000000000]", "kid_subsets": COUNT, "kid_subset_size": "[2, 1000000000]"}
 
     def __post_init__(self):
@@ -63,6 +64,11 @@ class DistanceConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Measures FID and KID; writes results.json, samples.png and reconstructions.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/calc_FID.py --sampler {sampler} --dataset mnist --n_samples 50000",
+        "python experiments/calc_FID.py --load_dir {sampler}_mnist --samples samples.npz",
+    )
 
     distance: DistanceConfig
     model: ModelConfig

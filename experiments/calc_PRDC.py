@@ -39,6 +39,7 @@ class PRDCConfig:
     split: Literal["train", "val"] = "train"
     """Split of real images used as the reference."""
 
+    EVERYDAY = ("n_samples", "samples", "features")
     RANGES = {"n_samples": "[2, 1000000000]", "nearest_k": COUNT}
 
     def __post_init__(self):
@@ -48,6 +49,11 @@ class PRDCConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Measures precision, recall, density, coverage; writes results.json and samples.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/calc_PRDC.py --sampler {sampler} --dataset mnist",
+        "python experiments/calc_PRDC.py --load_dir {sampler}_mnist --samples samples.npz",
+    )
 
     prdc: PRDCConfig
     model: ModelConfig

@@ -57,6 +57,7 @@ class ReconstructionConfig:
     batch_size: int = 50
     """Images reconstructed at once in each process; does not change the results."""
 
+    EVERYDAY = ("split", "n_images", "features", "batch_size")
     RANGES = {"n_images": "[2, 1000000000]", "batch_size": MILLION}
 
     def __post_init__(self):
@@ -69,6 +70,11 @@ class ReconstructionConfig:
 class Config:
     """Measures a VQGAN's reconstructions; writes results.json, reconstructions.png and codes.png to
     <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/calc_VQGAN_FID.py --dataset mnist",
+        "python experiments/calc_VQGAN_FID.py --load_dir vqgan_mnist --n_images 1000",
+    )
 
     reconstruction: ReconstructionConfig
     model: FirstStageModelConfig

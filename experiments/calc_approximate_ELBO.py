@@ -48,6 +48,7 @@ class LikelihoodConfig:
     and image estimates its sum: unbiased, and covered by the standard error. edm and flow: steps of the ODE (None: 50),
     with two forward and two backward passes each. Exact likelihoods (autoregressive) always take one evaluation."""
 
+    EVERYDAY = ("n_images", "split", "calls")
     RANGES = {"n_images": COUNT, "calls": MILLION}
 
     def __post_init__(self):
@@ -62,6 +63,11 @@ class Config:
     exact. With codes z of an image x, the bound on images is -log2 p(x) <= -log2 p(x | z) - log2 p(z). Writes
     results.json, and the terms of the bound as terms.png, to <logs_root>/<log_dir>.
     """
+
+    EXAMPLES = (
+        "python experiments/calc_approximate_ELBO.py --sampler {sampler} --dataset mnist",
+        "python experiments/calc_approximate_ELBO.py --load_dir {sampler}_mnist --n_images 500",
+    )
 
     likelihood: LikelihoodConfig
     decoder: DecoderConfig

@@ -69,6 +69,7 @@ class NeighboursConfig:
     rows: int = 4
     """Rows of the picture per section: samples nearest to a training image, other samples, held-out images."""
 
+    EVERYDAY = ("n_samples", "samples", "neighbours", "features")
     RANGES = {"n_samples": COUNT, "neighbours": COUNT, "candidates": COUNT, "rows": SIZE}
 
     def __post_init__(self):
@@ -84,6 +85,11 @@ class NeighboursConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Finds the nearest training images; writes results.json and neighbours.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/calc_nearest_neighbours.py --sampler {sampler} --dataset mnist",
+        "python experiments/calc_nearest_neighbours.py --load_dir {sampler}_mnist --samples samples.npz",
+    )
 
     neighbours: NeighboursConfig
     model: ModelConfig

@@ -75,10 +75,17 @@ class CheckConfig:
     samples: str | None = None
     """The samples.npz to check; if omitted, the one that get_samples.py wrote for the same model."""
 
+    EVERYDAY = ("samples",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Checks generated digits; writes results.json and digits.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/check_digits.py --sampler {sampler}",
+        "python experiments/check_digits.py --load_dir {sampler}_digits --samples samples.npz",
+    )
 
     check: CheckConfig
     model: ModelConfig

@@ -71,6 +71,7 @@ class ComparisonConfig:
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
 
+    EVERYDAY = ("variants", "seeds", "n_samples")
     RANGES = {"seeds": "[1, 10000]", "n_samples": "[2, 1000000000]", "generated_at_once": MILLION}
 
     def __post_init__(self):
@@ -83,6 +84,12 @@ class ComparisonConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Trains and measures every variant with every seed; writes results.json and samples to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/compare_attention.py --dataset mnist",
+        "python experiments/compare_attention.py --config configs/mnist_attention.yaml --variants full hydra",
+    )
+    NOT_EVERYDAY = ("sampler", "sampling")
 
     comparison: ComparisonConfig
     sampler: SamplerConfig

@@ -78,6 +78,7 @@ class ComparisonConfig:
     rebuilt_at_once: int = 100
     """Validation images reconstructed at once; does not change the results."""
 
+    EVERYDAY = ("quantizers", "seeds")
     RANGES = {"seeds": "[1, 10000]", "rebuilt_at_once": MILLION}
 
     def __post_init__(self):
@@ -91,6 +92,12 @@ class ComparisonConfig:
 class Config:
     """Trains a VQGAN with every quantizer and seed and measures it on the validation split; writes results.json,
     comparison.png and reconstructions of each run to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/compare_quantizers.py --dataset mnist --quantizers ema fsq",
+        "python experiments/compare_quantizers.py --config configs/mnist_quantizers.yaml",
+    )
+    NOT_EVERYDAY = ("network", "loss")
 
     comparison: ComparisonConfig
     network: VQGANConfig

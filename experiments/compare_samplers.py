@@ -67,6 +67,7 @@ class ComparisonConfig:
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
 
+    EVERYDAY = ("solvers", "steps", "seeds", "n_samples")
     RANGES = {"steps": MILLION, "seeds": "[1, 10000]", "n_samples": "[2, 1000000000]"}
 
     def __post_init__(self):
@@ -82,6 +83,12 @@ class ComparisonConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Measures every solver; writes results.json, compare_samplers.png and sample grids to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/compare_samplers.py --sampler {sampler} --dataset mnist",
+        "python experiments/compare_samplers.py --load_dir {sampler}_mnist --steps 8 16 --seeds 3",
+    )
+    NOT_EVERYDAY = ("solver", "sample_steps")
 
     comparison: ComparisonConfig
     model: ModelConfig

@@ -43,6 +43,7 @@ class EditingConfig:
     strength: float = 0.7
     """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
 
+    EVERYDAY = ("label", "strength")
     RANGES = {"label": NOT_NEGATIVE, "strength": "(0, 1]"}
 
     def __post_init__(self):
@@ -53,6 +54,11 @@ class EditingConfig:
 class Config:
     """Redraws images as other classes; writes edited.png (original | one column per class), images/ and results.json to
     <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the target class."""
+
+    EXAMPLES = (
+        "python experiments/edit.py --sampler {sampler} --dataset mnist --label 3 8",
+        "python experiments/edit.py --load_dir {sampler}_mnist --image seven.png --strength 0.5",
+    )
 
     given: InputImagesConfig
     editing: EditingConfig

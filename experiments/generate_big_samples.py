@@ -32,6 +32,7 @@ class CanvasConfig:
     n_samples: int = 4
     """Number of images."""
 
+    EVERYDAY = ("shape", "n_samples")
     RANGES = {"shape": SIZE, "window_stride": SIZE, "n_samples": COUNT}
 
     def __post_init__(self):
@@ -41,6 +42,11 @@ class CanvasConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Samples larger canvases; writes each as <logs_root>/<log_dir>/big_<number>.png, with its settings as metadata."""
+
+    EXAMPLES = (
+        "python experiments/generate_big_samples.py --sampler {sampler} --dataset mnist --shape 32 16",
+        "python experiments/generate_big_samples.py --load_dir {sampler}_mnist --n_samples 1",
+    )
 
     canvas: CanvasConfig
     model: ModelConfig

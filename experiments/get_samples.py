@@ -34,6 +34,7 @@ class SamplesConfig:
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
+    EVERYDAY = ("n_samples", "label", "save_individually", "save_process")
     RANGES = {"n_samples": COUNT, "label": NOT_NEGATIVE}
 
     def __post_init__(self):
@@ -43,6 +44,11 @@ class SamplesConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Samples images; writes samples.npz (arr_0: uint8 N x H x W x 3) and samples.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/get_samples.py --sampler {sampler} --dataset mnist --n_samples 64 --label 7",
+        "python experiments/get_samples.py --load_dir {sampler}_mnist --save_process",
+    )
 
     samples: SamplesConfig
     model: ModelConfig

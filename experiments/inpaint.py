@@ -58,6 +58,7 @@ class InpaintingConfig:
     paste: bool = True
     """Copy the visible pixels from the input; --no_paste: leave them as rendered by the model."""
 
+    EVERYDAY = ("mask", "hide", "outpaint")
     RANGES = {
         "outpaint": "[0, 65536]",
         "shape": SIZE,
@@ -77,6 +78,11 @@ class Config:
     """Inpaints images; writes inpainted.png (original | masked | results), images/ and results.json to
     <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the same class as for the
     original."""
+
+    EXAMPLES = (
+        "python experiments/inpaint.py --sampler {sampler} --dataset mnist --hide left",
+        "python experiments/inpaint.py --load_dir {sampler}_mnist --image seven.png --mask mask.png",
+    )
 
     given: InputImagesConfig
     inpainting: InpaintingConfig

@@ -58,6 +58,7 @@ class PathConfig:
     """Class to draw, by name or number; if omitted, the label in the image's row of conditions. Without any condition,
     guidance is off."""
 
+    EVERYDAY = ("points", "strength")
     RANGES = {"points": "[2, 65536]", "strength": "[0, 1]", "label": NOT_NEGATIVE}
 
     def __post_init__(self):
@@ -68,6 +69,11 @@ class PathConfig:
 class Config:
     """Interpolates between pairs of images; writes interpolated.png (first | path | second), images/ and results.json
     to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/interpolate.py --sampler {sampler} --dataset mnist",
+        "python experiments/interpolate.py --load_dir {sampler}_mnist --image one.png seven.png --points 9",
+    )
 
     given: PairsConfig
     path: PathConfig

@@ -3,8 +3,6 @@
 It maps settings to images and knows nothing of the browser; demo.py builds the page.
 """
 
-import ast
-import inspect
 import queue
 import re
 import string
@@ -21,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.solvers import solvers_for
+from train.cli.help import field_docs
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
@@ -84,19 +83,6 @@ def split_optional(kind: Any) -> tuple[Any, bool]:
         return kind, False
     rest = [each for each in typing.get_args(kind) if each is not types.NoneType]
     return rest[0], len(rest) < len(typing.get_args(kind))
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Returns the docstrings of a dataclass's fields, including inherited ones, by field: its flags' help texts."""
-    docs = {}
-    for each in reversed(cls.__mro__):
-        if not hasattr(each, "__dataclass_fields__"):
-            continue
-        body = ast.parse(inspect.getsource(each)).body[0].body
-        for line, below in zip(body, body[1:], strict=False):
-            if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
-                docs[line.target.id] = ast.literal_eval(below.value)
-    return docs
 
 
 def parse_value(control: Control, value: Any) -> Any:

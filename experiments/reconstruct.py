@@ -65,6 +65,7 @@ class ReconstructionConfig:
     compare_whole: bool = False
     """Also reconstruct each image without tiles and report the difference; memory grows with the image."""
 
+    EVERYDAY = ("images", "n_images", "size", "tile")
     RANGES = {
         "n_images": COUNT,
         "size": SIZE,
@@ -80,6 +81,11 @@ class ReconstructionConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Reconstructs images; writes overview.png, images/<name>.png and results.json to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/reconstruct.py --dataset mnist",
+        "python experiments/reconstruct.py --load_dir vqgan_mnist --images ~/photos --size 64",
+    )
 
     reconstruction: ReconstructionConfig
     model: FirstStageModelConfig

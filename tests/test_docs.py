@@ -310,7 +310,7 @@ def own_flags(script: str) -> set[str]:
 @cache
 def every_flag() -> frozenset[str]:
     """The flags of all scripts, those of every plug-in included."""
-    names = {"help", "config", "from"} | own_flags("tests/kill_training.py")
+    names = {"help", "help_all", "config", "from"} | own_flags("tests/kill_training.py")
     for group in PLUGIN_GROUPS.values():
         names = names.union(*(cli.flag_names(group.config_of(name)) for name in plugin_names(group.package)))
     with pytest.MonkeyPatch.context() as patch:

@@ -47,6 +47,7 @@ class DataConfig:
     prefetch: int = 2
     """Micro-batches that each worker loads in advance."""
 
+    EVERYDAY = ("dataset", "img_size", "num_workers")
     RANGES = {
         **{"img_size": SIZE, "img_width": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
         **{"crop_margin": "[0, 65536]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
@@ -166,6 +167,7 @@ class TrainingConfig:
     train_only: tuple[str, ...] = ()
     """Train only these parts of the network (for example encoders up_blocks.0); all of it by default."""
 
+    EVERYDAY = ("train_steps", "batch_size", "lr", "device")
     RANGES = {
         **{"train_steps": "[1, inf)", "batch_size": MILLION, "accumulate": MILLION, "lr": POSITIVE},
         **{"warmup_iters": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "grad_clip": NOT_NEGATIVE, "betas": "[0, 1)"},
@@ -225,6 +227,7 @@ class LoggingConfig:
     profile: bool = False
     """Profile five steps, from the 10th after the start or resume, with PyTorch's profiler; written to profile/."""
 
+    EVERYDAY = ("log_dir",)
     RANGES = {
         **{"steps_per_log": "[1, inf)", "steps_per_checkpoint": "[1, inf)", "checkpoint_minutes": NOT_NEGATIVE},
         **{"keep_last": NOT_NEGATIVE, "keep_every": NOT_NEGATIVE, "steps_per_save_output": "[1, inf)"},
@@ -243,6 +246,8 @@ class SamplerConfig:
     """Learned sampler to train: a file in train/samplers."""
     adapt: ClassVar[str] = ""  # dotted path of a function that maps items to batch fields; a Config may make it a flag
 
+    EVERYDAY = ("sampler",)
+
     def __post_init__(self):
         check_ranges(self)
 
@@ -256,6 +261,7 @@ class FirstStageConfig:
     ae_load_step: int | None = None
     """Step of the VQGAN; the newest by default."""
 
+    EVERYDAY = ("ae_load_dir",)
     RANGES = {"ae_load_step": NOT_NEGATIVE}
 
     def __post_init__(self):
@@ -277,6 +283,7 @@ class SamplingConfig:
     class_sampling: Literal["data", "uniform"] = "data"
     """Classes of images for which none is given: as frequent as in the training data, or all equally frequent."""
 
+    EVERYDAY = ("solver", "sample_steps", "guidance")
     RANGES = {"sample_steps": MILLION, "guidance": FINITE}
 
     def __post_init__(self):

@@ -33,6 +33,7 @@ class VQGANConfig:
     unit_range: bool = False
     """Feed the encoder images in [0, 1], as in Unleashing Transformers, instead of [-1, 1]."""
 
+    EVERYDAY = ("quantizer", "codebook_size")
     RANGES = {
         "nf": SIZE, "ch_mult": "[1, 1024]", "res_blocks": "[1, 1000]", "attn_resolutions": SIZE,
         "codebook_size": COUNT, "emb_dim": SIZE,
@@ -129,6 +130,7 @@ class VQGANLossConfig:
     diff_aug: bool = False
     """DiffAugment (colour, translation) on the discriminator's inputs; recommended for small data sets."""
 
+    EVERYDAY = ("perceptual_net", "disc_start_step")
     RANGES = {
         "recon_weight": NOT_NEGATIVE, "perceptual_weight": NOT_NEGATIVE, "disc_weight": NOT_NEGATIVE,
         "disc_weight_max": NOT_NEGATIVE, "lecam_weight": NOT_NEGATIVE, "disc_start_step": NOT_NEGATIVE,

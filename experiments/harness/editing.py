@@ -40,6 +40,7 @@ class InputImagesConfig:
     n_images: int = 64
     """Number of held-out images, a fixed random subset."""
 
+    EVERYDAY = ("image",)
     RANGES = {"n_images": COUNT}
 
     def __post_init__(self):

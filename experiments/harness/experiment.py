@@ -60,6 +60,7 @@ class ModelConfig:
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
+    EVERYDAY = ("sampler", "dataset", "load_dir")
     RANGES = {"load_step": NOT_NEGATIVE, "ae_load_step": NOT_NEGATIVE, "ema_length": "(0, 0.3003]"}
 
     def __post_init__(self):
@@ -85,6 +86,7 @@ class OutputConfig:
     amp: bool = True
     """bfloat16 autocast on devices with native support."""
 
+    EVERYDAY = ("log_dir", "batch_size", "seed")
     RANGES = {"batch_size": MILLION, "seed": NOT_NEGATIVE}
 
     def __post_init__(self):
@@ -106,6 +108,7 @@ class FirstStageModelConfig:
     allow: tuple[str, ...] = ()
     """Shell commands of the run that may be executed to fetch its data; without it, none is."""
 
+    EVERYDAY = ("dataset", "load_dir", "load_step")
     RANGES = {"load_step": NOT_NEGATIVE}
 
     def __post_init__(self):
@@ -124,6 +127,8 @@ class FirstStageOutputConfig:
     """auto: cuda if available, else mps, else cpu."""
     amp: bool = True
     """bfloat16 autocast on devices with native support."""
+
+    EVERYDAY = ("log_dir", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,8 @@ class FolderConfig:
     """Results folder, below --logs_root; if omitted, named after the experiment and its data set or VQGAN."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
+
+    EVERYDAY = ("log_dir",)
 
 
 def model_run(logs_root: str, model: ModelConfig) -> Path:

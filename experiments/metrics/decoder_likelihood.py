@@ -59,6 +59,7 @@ class DecoderConfig:
     steps_per_eval: int = 5_000
     """Training steps between validations of the head; 0: none."""
 
+    EVERYDAY = ("decoder",)
     RANGES = {
         "train_steps": "[1, inf)",
         "train_batch_size": MILLION,

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import tyro
 
 from train.cli.files import check_groups, get_section, read_config, read_run_config, run_folder
+from train.cli.help import answer_help, asks_for_help, reject_foreign_words
 from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_foreign_flag, flags_of, make_default_config
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
@@ -122,7 +123,7 @@ def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
     """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, to save time."""
     flags = flag_names(config)
     typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
-    for key in [] if {"--help", "-h"} & {*argv} else typed:
+    for key in [] if asks_for_help(argv) else typed:
         flag = key if key in flags else key.removeprefix("no_")
         foreign = None if flag in flags else find_foreign_flag(config, flag)
         if foreign is not None:
@@ -198,6 +199,7 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
     typed = {flag: words for flag in NAMING_FLAGS if (words := peek_flag_values(argv, flag)) is not None}
     config, names = make_default_config(cls, given | {"dataset": dataset, "sampler": sampler} | typed)
     reject_foreign(argv, config, names)
+    reject_foreign_words(argv, flag_names(config))
     values = file_values(path, content, config, names, section) if content else {}
     base = {k: v for k, v in base.items() if k in flag_names(config)}
     values = base | values if file is not None else values | base
@@ -206,7 +208,8 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
         values["sampler"] = sampler
     source = f"{path}, or the config.yaml of the run that this one builds on" if base else str(path)
     default = parse_arguments(cls, to_arguments(values, config, source), default=config, source=source)
-    return parse_arguments(cls, argv, default=default, prog=Path(sys.argv[0]).name)
+    prog = Path(sys.argv[0]).name
+    return parse_arguments(cls, answer_help(argv, default, prog), default=default, prog=prog)
 
 
 def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def peek_flag_values(argv: list[str], flag: str) -> list[str] | None:
     values, follows = None, False
     for word in argv:
         name, _, given = word.partition("=")
-        if word.startswith("--"):
+        if word.startswith("--") or word == "-h":
             follows = name.replace("-", "_") == f"__{flag}"
             if follows:
                 values = [given] if "=" in word else []

@@ -62,6 +62,7 @@ class DatasetConfig:
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers; by default those that the data set has, if any."""
 
+    EVERYDAY = ("data_dir",)
     RANGES = {"val_fraction": "(0, 1)", "split_seed": NOT_NEGATIVE, "max_pixels": f"[1, {PILLOW_MAX_PIXELS}]"}
 
     def __post_init__(self):

@@ -40,6 +40,8 @@ class Config(DatasetConfig):
     only_folders: tuple[str, ...] = ()
     """Use only images in folders with one of these names, at any depth; empty: all images."""
 
+    EVERYDAY = ("label_from",)
+
 
 class ImageFolder:
     """A `Dataset` of image files, decoded on access."""

@@ -35,6 +35,8 @@ class Config(DatasetConfig):
     category: str = "church_outdoor"
     """Scene category: church_outdoor, bedroom, tower, ..."""
 
+    EVERYDAY = ("category",)
+
 
 class LMDBImages:
     """A `Dataset` of the encoded images in an LMDB, without labels."""

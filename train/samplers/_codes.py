@@ -46,6 +46,7 @@ class CodeSampling(SamplingConfig):
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How guidance grows from the first step to the last."""
 
+    EVERYDAY = ("temp",)
     RANGES = {"temp": NOT_NEGATIVE, "last_temp": NOT_NEGATIVE, "top_k": COUNT, "top_p": "(0, 1]"}
 
     def __post_init__(self):

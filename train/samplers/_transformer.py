@@ -47,6 +47,7 @@ class TransformerConfig(ConditionsConfig):
     resid_pdrop: float = 0.0
     """Dropout on the outputs of each block."""
 
+    EVERYDAY = ("bert_n_emb", "bert_n_layers")
     RANGES = {
         "bert_n_emb": SIZE, "bert_n_head": SIZE, "bert_n_layers": "[1, 10000]", "mlp_ratio": "(0, 1000]",
         "kernel_sizes": SIZE, "dilations": SIZE, "attn_pdrop": "[0, 1)", "embd_pdrop": "[0, 1)",

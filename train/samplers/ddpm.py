@@ -125,6 +125,7 @@ class Config(ConditionsConfig):
     adapt: str = ""
     """Dotted path of a function from a data set item to the fields of a batch."""
 
+    EVERYDAY = ("process", "channels")
     RANGES = {name: interval for name, interval in UNetConfig.RANGES.items() if not name.endswith("_channels")} | {
         "total_steps": "[2, 1000000]", "first_beta": "(0, 1)", "last_beta": "(0, 1)", "min_snr_gamma": POSITIVE,
         "sigma_data": POSITIVE, "time_mean": FINITE, "time_deviation": POSITIVE, "time_shift": POSITIVE,

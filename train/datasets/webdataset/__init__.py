@@ -77,6 +77,7 @@ class Config(DatasetConfig):
     shard_cache: str | None = None
     """Folder for downloaded shards and the index of all shards; None: logs/.cache/webdataset."""
 
+    EVERYDAY = ("label_from",)
     RANGES = {"mix_shards": MILLION, "shards_on_disk": "[2, 10000000]"}
 
     def __post_init__(self):
