@@ -48,7 +48,7 @@ class LikelihoodConfig:
     and image estimates its sum: unbiased, and covered by the standard error. edm and flow: steps of the ODE (None: 50),
     with two forward and two backward passes each. Exact likelihoods (autoregressive) always take one evaluation."""
 
-    EVERYDAY = ("n_images", "split", "calls")
+    EVERYDAY = ("n_images", "split")
     RANGES = {"n_images": COUNT, "calls": MILLION}
 
     def __post_init__(self):

@@ -171,7 +171,7 @@ def format_help(config: Any, prog: str) -> str:
         prog=prog,
         usage="%(prog)s [--flag VALUE ...]",
         description=textwrap.fill(" ".join(type(config).__doc__.split()), 78),
-        epilog="\n".join(["examples:", *examples, "", LAST_LINE]),
+        epilog="\n".join([*(["examples:", *examples, ""] if examples else []), LAST_LINE]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -193,7 +193,7 @@ def add_flag(group: argparse._ArgumentGroup, flag: Everyday) -> None:
     """Adds a flag to a group of argparse, which lays out the help."""
     name, kind = flag.name, flag.kind
     if typing.get_origin(kind) is typing.Annotated:  # the flag has another name than its field
-        name = kind.__metadata__[0].name
+        name, kind = kind.__metadata__[0].name, kind.__origin__
     text = " ".join(flag.help.split())
     if flag.value not in (None, (), ""):
         text += f" (default: {format_value(flag.value)})"

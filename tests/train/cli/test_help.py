@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from helpers.tiny_runs import ROOT, call, parse_config
 from train.cli.help import HINTS, LAST_LINE, format_help
@@ -67,12 +68,14 @@ class Group:
     fast: bool = True
     """Whether
     it is fast."""
+    source: Annotated[str, tyro.conf.arg(name="from")] = "here"
+    """Where from."""
     rare: float = 0.5
     """Rare here."""
     other: int = 1
     """Never everyday."""
 
-    EVERYDAY = ("shape", "names", "kind", "fast", "rare")
+    EVERYDAY = ("shape", "names", "kind", "fast", "source", "rare")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,7 @@ everyday flags:
   --names [STR ...]  Names, 100 % yours.
   --kind {a,b}       Kind; default: a.
   --fast, --no_fast  Whether it is fast. (default: on)
+  --from STR         Where from. (default: here)
   --size INT         Size. (default: 3)
   --config FILE      """
 

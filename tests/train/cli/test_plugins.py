@@ -123,7 +123,7 @@ def test_a_flag_of_an_unused_plugin_is_refused(script, flags, message, tmp_path,
 def test_help_shows_the_flags_of_the_chosen_quantizer(tmp_path, capfd):
     for name, flag in (("fsq", "--fsq_levels"), ("gumbel", "--gumbel_decay_steps")):
         with pytest.raises(SystemExit):
-            call("train_vqgan.py", f"--quantizer {name} --help")
+            call("train_vqgan.py", f"--quantizer {name} --help_all")
         help_text = capfd.readouterr().out
         assert [
             option for option in ("--fsq_levels", "--gumbel_decay_steps", "--legacy_beta") if option in help_text
