@@ -7,7 +7,9 @@ from typing import Any, Literal, NamedTuple
 import _root
 
 from experiments.harness.batches import ResumableBatches, rank_indices
-from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.comparison import SetsConfig, common_size, content_hashes, open_sets_beside_run, run_comparison
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig
+from experiments.harness.image_sets import AnySet, resized_to, split_of_run
 from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
@@ -15,11 +17,11 @@ from experiments.metrics.distances import (
     add_features,
     compute_statistics,
     generated_statistics,
-    real_reference,
     reconstruct_batches,
     sampled_features,
     sampled_images,
     save_reconstructions,
+    set_reference,
     statistics_cache,
     with_grid,
 )
@@ -40,7 +42,9 @@ class DistanceConfig:
     n_samples: int = 10_000
     """Number of generated images; published FIDs usually use 50,000."""
     samples: str | None = None
-    """Measure the images of this samples.npz instead of new ones."""
+    """Measure these images instead of new ones: a folder, an .npz file, a data set (digits:val), a run."""
+    reference: str | None = None
+    """Measure against these images instead of the run's data: as --samples; with both, no run is needed."""
     features: str = "auto"
     """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
     inception_weights: str | None = None
@@ -59,6 +63,17 @@ class DistanceConfig:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.reference is not None and self.ref_stats is not None:
+            raise ValueError("got --reference and --ref_stats, which replaces it: pass one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """Measures FID and KID of two sets of images; writes results.json and samples.png to <logs_root>/<log_dir>."""
+
+    measurement: DistanceConfig
+    sets: SetsConfig
+    output: OutputConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +92,28 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Adds the cache folder of real images' statistics, which depends on --logs_root."""
-    return ExperimentSetup((config.distance, config.sampling, statistics_cache(config.output.logs_root)))
+    """Adds the sets of images of --samples and --reference, and the cache folder of real images' statistics, which
+    depends on --logs_root."""
+    sets = open_sets_beside_run(config.distance, config.output, world, config.model.allow)
+    settings = config.distance, config.sampling, statistics_cache(config.output.logs_root), sets
+    return ExperimentSetup(settings, is_current=lambda results: results.get("sets", {}) == content_hashes(sets))
 
 
 def measure(
-    distance: DistanceConfig, sampling: SamplingConfig, cache: Path, model: TrainedSampler, batches: ResumableBatches
+    distance: DistanceConfig,
+    sampling: SamplingConfig,
+    cache: Path,
+    sets: dict[str, AnySet],
+    model: TrainedSampler,
+    batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Measures all distances and saves the pictures. All ranks must call it; only the main rank gets the results."""
     data, size, first_stage, world = model.data, batches.batch_size, model.space.first_stage, model.world
     features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
-    count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed)
-    reference = load_reference(distance, model, features, cache, size)
+    given = sets.get("samples")
+    count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed, given)
+    real = (sets.get("reference") or split_of_run(model, distance.split)).at(data.size)
+    reference = load_reference(distance, real, features, cache, batches)
     held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)
     n_held_out = min(count, len(held_out))
 
@@ -98,7 +123,7 @@ def measure(
     yardsticks = measure_yardsticks(model, features, held_out, n_held_out, size)
     distances = {name: to_reference(each.statistics) for name, each in yardsticks.items()}  # before anything is sampled
     n_compared = yardsticks["real_vs_real"].statistics.count
-    files = {name: content for name, content in batches.files.items() if name != "ref_stats"}
+    files = {name: content for name, content in batches.files.items() if name != "ref_stats"} | content_hashes(sets)
     sampled = sampled_features(images_of, range(count), fixed_subset(count, GRID_IMAGES), features, batches, files)
     subset = FeatureSubset(with_grid(sampled, batches.folder / "samples.png"), fixed_subset(count, MAX_FEATURES))
     all_samples, as_many = generated_statistics(subset, fixed_subset(count, n_compared))
@@ -111,13 +136,44 @@ def measure(
         "metric": features.module.METRIC,
         "value": to_reference(all_samples),
         **{"reconstructions": None, **distances},
-        "n_samples": count,
+        "n_samples": all_samples.count,
         "features": features.name,
         "n_compared": n_compared,
         "value_at_n_compared": to_reference(as_many),
-        "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
+        "reference": distance.ref_stats or real.name,
         "n_reference": reference.statistics.count,
         "kernel": kernel_distances(distance, features, subsets, reference),
+        "run": batches.run,
+        **({"sets": content_hashes(sets)} | resized_to(data.size) if sets else {}),
+    }
+
+
+def measure_pair(
+    distance: DistanceConfig, samples: AnySet, reference: AnySet | None, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """Measures the distance of two sets of images; without a `reference`, to --ref_stats. All ranks must call it; only
+    the main rank gets the results."""
+    size, count = common_size(samples, reference), len(samples)
+    data = samples.data if reference is None else reference.data
+    features = all_features.choose_features(distance.features, data, batches.world.device, distance.inception_weights)
+    real, cache = reference and reference.at(size), statistics_cache(batches.run["output"]["logs_root"])
+    against = load_reference(distance, real, features, cache, batches)
+    grid, images_of = fixed_subset(count, GRID_IMAGES), samples.at(size).load
+    sampled = sampled_features(images_of, range(count), grid, features, batches, batches.files, "samples")
+    subset = FeatureSubset(with_grid(sampled, batches.folder / "samples.png"), fixed_subset(count, MAX_FEATURES))
+    statistics = compute_statistics(subset)  # fills the subset
+    if not batches.world.is_main:
+        return None
+    return {
+        "metric": features.module.METRIC,
+        "value": frechet_distance(statistics, against.statistics),
+        "samples": samples.name,
+        "n_samples": statistics.count,
+        "features": features.name,
+        "reference": distance.ref_stats or reference.name,
+        "n_reference": against.statistics.count,
+        **resized_to(size),
+        "kernel": kernel_distances(distance, features, {"generated": subset}, against),
         "run": batches.run,
     }
 
@@ -151,13 +207,12 @@ def measure_yardsticks(
 
 
 def load_reference(
-    distance: DistanceConfig, model: TrainedSampler, features: Features, cache: Path, batch_size: int
+    distance: DistanceConfig, real: AnySet | None, features: Features, cache: Path, batches: ResumableBatches
 ) -> Reference:
-    """Returns the reference of --ref_stats, else that of a split of the data set."""
+    """Returns the statistics of --ref_stats, else those of the images `real`."""
     if distance.ref_stats is not None:
         return Reference.load(distance.ref_stats)
-    real, weights = model.dataset(distance.split), distance.inception_weights
-    return real_reference(real, model.data, features, weights, cache, batch_size, model.world)
+    return set_reference(real, features, distance.inception_weights, cache, batches)
 
 
 def kernel_distances(
@@ -176,24 +231,31 @@ def kernel_distances(
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Formats the table: the distances of generated images, of reconstructions and of held-out real images."""
-    same, kernel = str(results["n_compared"]), results.get("kernel")
+    """Formats the table: the distances of the samples and, beside those of a run, of reconstructions and of held-out
+    real images."""
+    metric, kernel = results["metric"], results.get("kernel")
 
-    def row(label: str, count: str, value: str, kind: str = "") -> tuple[str, ...]:
-        return (label, count, f"{results[value]:.4g}", *([format_kernel_distance(kernel.get(kind))] if kernel else []))
+    def row(label: str, count: int, value: str, kind: str = "") -> tuple[str, ...]:
+        distances = [format_kernel_distance(kernel.get(kind))] if kernel else []
+        return (label, str(count), f"{results[value]:.4g}", *distances)
 
-    rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
-    rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
-    if results["real_vs_real"] is not None:
-        if results["n_compared"] != results["n_samples"]:
+    rows = [("images", "count", metric, *([kernel["metric"]] if kernel else []))]
+    rows.append(row(results.get("samples", "generated"), results["n_samples"], "value", "generated"))
+    if results.get("real_vs_real") is not None:
+        same = results["n_compared"]
+        if same != results["n_samples"]:
             rows.append(row("generated, as many as held-out images", same, "value_at_n_compared"))
         if results["reconstructions"] is not None:
             rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
         rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
     to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
-    lines = [f"\n{results['metric']} {to}; lower is better\n{table(rows)}"]
-    if results["real_vs_real"] is None:
-        lines.append(f"no distance of held-out images: a covariance needs at least 2 of them, got {same}")
+    lines = [f"\n{metric} {to}; lower is better\n{table(rows)}"]
+    lines.append(f"compare {metric} between equal counts only: fewer images have a larger one")
+    if "size" in results:
+        lines.append(f"images resized to {' x '.join(map(str, results['size']))} ({results['resized']})")
+    if results.get("real_vs_real", 0) is None:
+        few = results["n_compared"]
+        lines.append(f"no distance of held-out images: a covariance needs at least 2 of them, got {few}")
     if kernel:
         sizes = sorted({kernel[kind]["size"] for kind in kernel.keys() - {"metric"}})
         of = f"{kernel['generated']['subsets']} subsets of {' or '.join(map(str, sizes))} images"
@@ -210,4 +272,5 @@ def format_kernel_distance(distance: dict[str, Any] | None) -> str:
 
 if __name__ == "__main__":
     files = ("samples", "ref_stats", "inception_weights")
-    run_experiment("FID", Config, measure, report, prepare=prepare, files=files)
+    pair = {"pair_class": PairConfig, "measure_pair": measure_pair}
+    run_comparison("FID", Config, measure, report, **pair, prepare=prepare, files=files)

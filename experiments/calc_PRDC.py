@@ -10,15 +10,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
+from experiments.harness.comparison import SetsConfig, common_size, content_hashes, open_sets_beside_run, run_comparison
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig
+from experiments.harness.image_sets import AnySet, resized_to, split_of_run
 from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import concatenate, real_features, sampled_features, sampled_images, with_grid
+from experiments.metrics.distances import (
+    concatenate,
+    real_features,
+    sampled_features,
+    sampled_images,
+    set_features,
+    with_grid,
+)
 from experiments.metrics.prdc import PRDC, knn_radii, prdc
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 
@@ -27,11 +37,13 @@ class PRDCConfig:
     """Precision, recall, density, coverage."""
 
     n_samples: int = 10_000
-    """Number of generated and of real images: at most as many as the split has; of more, a fixed random subset."""
+    """Number of generated and of real images: at most as many as there are; of more, a fixed random subset."""
     nearest_k: int = 5
     """Radius of each feature's ball: the distance to its k-th nearest neighbour; papers use 3 or 5."""
     samples: str | None = None
-    """Measure the images of this samples.npz instead of new ones."""
+    """Measure these images instead of new ones: a folder, an .npz file, a data set (digits:val), a run."""
+    reference: str | None = None
+    """Measure against these images instead of the run's data: as --samples; with both, no run is needed."""
     features: str = "auto"
     """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
     inception_weights: str | None = None
@@ -44,6 +56,16 @@ class PRDCConfig:
 
     def __post_init__(self):
         check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """Measures precision, recall, density, coverage of one set of images against another; writes results.json and
+    samples.png to <logs_root>/<log_dir>."""
+
+    measurement: PRDCConfig
+    sets: SetsConfig
+    output: OutputConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,40 +83,82 @@ class Config:
     output: OutputConfig
 
 
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
+    """Adds the sets of images of --samples and --reference."""
+    sets = open_sets_beside_run(config.prdc, config.output, world, config.model.allow)
+    settings = config.prdc, config.sampling, sets
+    return ExperimentSetup(settings, is_current=lambda results: results.get("sets", {}) == content_hashes(sets))
+
+
 def measure(
-    settings: PRDCConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
+    settings: PRDCConfig,
+    sampling: SamplingConfig,
+    sets: dict[str, AnySet],
+    model: TrainedSampler,
+    batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Measures all numbers and saves samples.png. All ranks must call it; only the main rank gets the results."""
-    size, data, world = batches.batch_size, model.data, model.world
+    size, data, world, k = batches.batch_size, model.data, model.world, settings.nearest_k
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
-    source = ImageSource(model.dataset(settings.split), data)
+    reference = (sets.get("reference") or split_of_run(model, settings.split)).at(data.size)
     held_out = ImageSource(model.dataset("val" if settings.split == "train" else "train"), data)
-    available, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
-    count = min(available, len(source))  # equal numbers of generated and real images: the metrics depend on their ratio
+    given = sets.get("samples")
+    available, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed, given)
+    count = min(available, len(reference))  # equal numbers of both: the metrics depend on their ratio
     same = min(count, len(held_out))
-    check_count(count, settings.nearest_k)
+    check_count(count, k)
     if count < available:
-        print(f"using {count} images of each kind: the {settings.split} split has no more", flush=True)
+        print(f"using {count} images of each kind: all of {reference.name}", flush=True)
 
-    real = concatenate(
-        real_features(source, fixed_subset(len(source), count), features, size, world, "real images"), count
-    )
+    real = set_features(reference, count, features, batches)
     subset = fixed_subset(len(held_out), same)
     others = concatenate(real_features(held_out, subset, features, size, world, "held-out images"), same)
-    chosen = fixed_subset(available, count)
-    samples = sampled_features(images_of, sorted(chosen), chosen[:GRID_IMAGES], features, batches, batches.files)
+    chosen, files = fixed_subset(available, count), batches.files | content_hashes(sets)
+    samples = sampled_features(images_of, sorted(chosen), chosen[:GRID_IMAGES], features, batches, files)
     generated = concatenate(with_grid(samples, batches.folder / "samples.png"), count)
     if not world.is_main:
         return None
-    sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
+    kinds = {"generated": generated["features"], "held_out": others["features"], "real": real}
     return {
-        **measure_against_real(sets, settings.nearest_k, model.device),
-        "k": settings.nearest_k,
+        **measure_against_real(kinds, k, model.device),
+        "k": k,
         "features": features.name,
-        "n_real": len(sets["real"]),
-        "n_generated": len(sets["generated"]),
-        "n_held_out": len(sets["held_out"]),
-        "reference": f"{data.dataset}, {settings.split} split",
+        "n_real": len(real),
+        "n_generated": len(kinds["generated"]),
+        "n_held_out": len(kinds["held_out"]),
+        "reference": reference.name,
+        "run": batches.run,
+        **({"sets": content_hashes(sets)} | resized_to(data.size) if sets else {}),
+    }
+
+
+def measure_pair(
+    settings: PRDCConfig, samples: AnySet, reference: AnySet, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """Measures one set of images against another, equally many of each. All ranks must call it; only the main rank gets
+    the results."""
+    size, world, k = common_size(samples, reference), batches.world, settings.nearest_k
+    weights = settings.inception_weights
+    features = all_features.choose_features(settings.features, reference.data, world.device, weights)
+    count = min(settings.n_samples, len(samples), len(reference))
+    check_count(count, k)
+    real = set_features(reference.at(size), count, features, batches)
+    chosen, images_of = fixed_subset(len(samples), count), samples.at(size).load
+    subset, grid = sorted(chosen), chosen[:GRID_IMAGES]
+    found = sampled_features(images_of, subset, grid, features, batches, batches.files, "samples")
+    fake = concatenate(with_grid(found, batches.folder / "samples.png"), count)
+    if not world.is_main:
+        return None
+    kinds = {"generated": fake["features"], "held_out": fake["features"][:0], "real": real}
+    return {
+        "generated": measure_against_real(kinds, k, world.device)["generated"],
+        "k": k,
+        "features": features.name,
+        "samples": samples.name,
+        "n_real": len(real),
+        "n_generated": len(kinds["generated"]),
+        "reference": reference.name,
+        **resized_to(size),
         "run": batches.run,
     }
 
@@ -134,24 +198,30 @@ def report(results: dict[str, Any], folder: Path) -> str:
     def row(label: str, count: int, kind: str) -> tuple[str, ...]:
         return (label, str(count), *(f"{results[kind][name]:.3f}" for name in names))
 
-    rows = [("images", "count", *names), row("generated", results["n_generated"], "generated")]
-    floor = "Held-out real images show what a perfect model reaches; compare equal numbers of images."
-    if results["held_out"] is None:
-        floor = f"No row of held-out images: --nearest_k {results['k']} needs more than {results['n_held_out']}."
-    else:
+    rows = [("images", "count", *names)]
+    rows.append(row(results.get("samples", "generated"), results["n_generated"], "generated"))
+    notes = ["Compare equal numbers of images only."]
+    if results.get("held_out") is not None:
+        notes.insert(0, "Held-out real images show what a perfect model reaches.")
         if results["n_held_out"] != results["n_generated"]:
             rows.append(row("generated, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))
         rows.append(row("held-out real images", results["n_held_out"], "held_out"))
+    elif "held_out" in results:
+        few = f"--nearest_k {results['k']} needs more than {results['n_held_out']}"
+        notes.append(f"No row of held-out images: {few}.")
+    if "size" in results:
+        notes.append(f"Images resized to {' x '.join(map(str, results['size']))} ({results['resized']}).")
     against = f"{results['n_real']} real images of {results['reference']}"
     return f"""
 against {against}; k = {results["k"]}, features: {results["features"]}; higher is better
 {table(rows)}
 precision, density: fidelity (do generated images look real?); recall, coverage: diversity (are real images covered?)
-{floor}
+{" ".join(notes)}
 
 {folder / "results.json"}
 {folder / "samples.png"}"""
 
 
 if __name__ == "__main__":
-    run_experiment("PRDC", Config, measure, report, files=("samples", "inception_weights"))
+    pair, files = {"pair_class": PairConfig, "measure_pair": measure_pair}, ("samples", "inception_weights")
+    run_comparison("PRDC", Config, measure, report, **pair, prepare=prepare, files=files)

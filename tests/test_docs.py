@@ -153,7 +153,7 @@ class Runner:
             sampler = "ddpm" if "ddpm" in flags else "absorbing"
             call("experiments/get_samples.py", self.samples(sampler))
             small += f" --samples {logs / f'samples_{sampler}' / 'samples.npz'}"
-        if "autoregressive" in flags:  # takes one step per code
+        if "autoregressive" in flags or "--reference" in flags:  # one step per code; no sampling
             small = small.replace("--sample_steps 2", "")
         call(script, f"{flags} {small} --logs_root {logs} --no_amp")
 

@@ -397,18 +397,28 @@ def run_experiment(
             setup = ExperimentSetup(measure_settings(config)) if prepare is None else prepare(config, model, world)
             with open_results_folder(name, config, model, world, setup) as folder:
                 batches = open_batches(config, model, world, folder, files)
-                results = read_results(batches)
-                if any(world.any(not are_current(results, setup, batches.files))):
-                    results = measure(*setup.settings, model, batches)
-                    if world.is_main:
-                        write_results(folder, results)
-                if world.is_main:
-                    batches.clear()
-                    print(report(results, folder))
+                measure_once(lambda: measure(*setup.settings, model, batches), report, batches, setup)
 
     kinds = {each.name: each.type for each in dataclasses.fields(config_class)}
     under = vqgan_run_defaults if kinds["model"] is FirstStageModelConfig else run_defaults
     run_script(main, config_class, Path(sys.argv[0]).stem, base_values=under)
+
+
+def measure_once(
+    measure: Callable[[], dict[str, Any] | None],
+    report: Callable[[dict[str, Any], Path], str],
+    batches: ResumableBatches,
+    setup: ExperimentSetup,
+) -> None:
+    """Measures, unless there are results that are valid, and prints the report. All ranks must call it."""
+    results, world = read_results(batches), batches.world
+    if any(world.any(not are_current(results, setup, batches.files))):
+        results = measure()
+        if world.is_main:
+            write_results(batches.folder, results)
+    if world.is_main:
+        batches.clear()
+        print(report(results, batches.folder))
 
 
 def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: dict[str, str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches, gather_in_order, rank_indices
+from experiments.harness.image_sets import AnySet, ImageSet
 from experiments.harness.images import GRID_IMAGES, read_samples, save_grid
 from experiments.harness.report import progress
 from experiments.metrics.features import Features
@@ -43,14 +44,21 @@ def batches_name(kind: str, *inputs: object) -> str:
 
 
 def sampled_images(
-    samples: str | None, n_samples: int, trained: TrainedSampler, options: SamplingConfig, seed: int
+    samples: str | None,
+    n_samples: int,
+    trained: TrainedSampler,
+    options: SamplingConfig,
+    seed: int,
+    given: AnySet | None = None,
 ) -> tuple[int, ImagesAt]:
-    """Returns the number of images to measure, and a function from indices to them: from the file `samples`, else
-    `n_samples` new ones.
+    """Returns the number of images to measure, and a function from indices to them: those of the set `given`, else
+    of the file `samples`, else `n_samples` new ones.
 
     The function returns "image" uint8 (B, C, H, W), for models of codes "codes" (B, h, w), and of images with classes
     "label" (B,).
     """
+    if given is not None:
+        return len(given), given.at(trained.data.size).load
     if samples is not None:
         content = read_samples(Path(samples))
         keys = {"image": "image", "labels": "label"}
@@ -73,22 +81,24 @@ def sampled_features(
     features: Features,
     batches: ResumableBatches,
     files: dict[str, str],
+    label: str = "sampling",
 ) -> Batches:
     """Yields resumable batches of "features" (B, D) and "index" (B,) of the images with these indices, on the main rank
-    only.
+    only; without those that `images_of` leaves out of an "index" of its own.
 
     All ranks must iterate. Batches also have what `images_of` returns, for images whose indices are in `with_images`.
-    `files` identifies inputs that the run's config does not.
+    `files` identifies inputs that the run's config does not. `label` is that of the progress bar.
     """
 
     def make(own: list[int]) -> dict[str, Tensor]:
-        images, index = images_of(own), torch.tensor(own)
+        images = images_of(own)
+        index = images.pop("index", torch.tensor(own))
         batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1)), "index": index}
         rows = torch.isin(index, torch.tensor(with_images))
         return batch | ({name: each[rows] for name, each in images.items()} if rows.any() else {})
 
     name = batches_name(features.name, list(indices), list(with_images), files, *features_version(features, None))
-    return progress(batches.resume(name, indices, make), len(indices), "sampling", batches.world.is_main)
+    return progress(batches.resume(name, indices, make), len(indices), label, batches.world.is_main)
 
 
 def add_features(features: Features, batches: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
@@ -193,6 +203,36 @@ def real_statistics(
 ) -> Statistics:
     """Returns the statistics of `real_reference`. All ranks must call it."""
     return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics
+
+
+def set_reference(
+    images: AnySet, features: Features, weights: str | None, cache: Path, batches: ResumableBatches
+) -> Reference:
+    """Returns the statistics of a set of images and features of a fixed random subset: cached as in `real_reference`,
+    or those of newly generated images. All ranks must call it; only the main rank gets features."""
+    if isinstance(images, ImageSet):
+        size, world = batches.batch_size, batches.world
+        return real_reference(images.dataset, images.data, features, weights, cache, size, world)
+    count, files = len(images), {"reference": images.content_hash}
+    generated = sampled_features(images.load, range(count), (), features, batches, files, "reference")
+    subset = FeatureSubset(generated, fixed_subset(count, MAX_FEATURES))
+    statistics = compute_statistics(subset)  # fills the subset
+    return Reference(statistics, subset.features)
+
+
+def set_features(images: AnySet, count: int, features: Features, batches: ResumableBatches) -> Tensor:
+    """Returns the features (n, D) of those of a fixed random subset of `count` images of a set that can be read.
+
+    All ranks must call it; only the main rank gets features.
+    """
+    indices = fixed_subset(len(images), count)
+    if isinstance(images, ImageSet):
+        source, size = ImageSource(images.dataset, images.data), batches.batch_size
+        found = real_features(source, indices, features, size, batches.world, "real images")
+    else:
+        files = {"reference": images.content_hash}
+        found = sampled_features(images.load, indices, (), features, batches, files, "reference")
+    return concatenate(found, count).get("features", torch.zeros(0, 0))
 
 
 def reconstruct_batches(first_stage: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:

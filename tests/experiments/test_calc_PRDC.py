@@ -63,7 +63,7 @@ def test_no_more_images_than_the_split_has(trained_ddpm, noise, capsys):
     call(SCRIPT, f"{flags} --split val --log_dir val")
     results = read_results(trained_ddpm, "val")
     assert results["n_real"] == results["n_generated"] == results["n_held_out"] == 359
-    assert "using 359 images of each kind: the val split has no more" in capsys.readouterr().out
+    assert "using 359 images of each kind: all of digits, val split" in capsys.readouterr().out
     assert results["generated"] == results["generated_at_n_held_out"]
 
 

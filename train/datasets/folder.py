@@ -142,7 +142,7 @@ def list_images(root: Path, only_folders: Sequence[str] = ()) -> ImageTree:
     others = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in files if not is_image(name))
     if not names:
         below = f" below a folder named {' or '.join(only_folders)}" if only_folders else ""
-        raise ValueError(f"{root} has no image{below}, wanted {' '.join(SUFFIXES)} files: check --data_dir")
+        raise ValueError(f"{root} has no image{below}, wanted {' '.join(SUFFIXES)} files: check the path")
     return ImageTree(names, ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(MOST_SUFFIXES)))
 
 

@@ -37,13 +37,16 @@ from train.first_stage import FirstStage
 from train.runs import run_lock
 from train.trained_sampler import TrainedSampler
 
-EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\n    run_experiment(" in p.read_text())
+MAINS = ("run_experiment", "run_comparison")
+COMMANDS = {path.stem: path.read_text() for path in (ROOT / "experiments").glob("*.py")}
+EXPERIMENTS = sorted(name for name, text in COMMANDS.items() if any(f"\n    {main}(" in text for main in MAINS))
 
 
 def call_in(name: str) -> ast.Call:
-    """The call of run_experiment in a script."""
-    calls = (node for node in ast.walk(ast.parse((ROOT / "experiments" / f"{name}.py").read_text())))
-    (call,) = (c for c in calls if isinstance(c, ast.Call) and ast.unparse(c.func) == "run_experiment")
+    """The call of run_experiment, or of run_comparison, in a script."""
+    (call,) = (
+        c for c in ast.walk(ast.parse(COMMANDS[name])) if isinstance(c, ast.Call) and ast.unparse(c.func) in MAINS
+    )
     return call
 
 

@@ -1,0 +1,269 @@
+"""Sets of images to measure: a folder, an .npz file, a split of a data set, or what a trained run generates.
+
+Two sets are compared at one size, to which images are brought as in training: each is resized to cover it (bicubic,
+antialiased) and cropped at the centre. Grey images become three equal channels.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.harness.images import read_samples
+from train.cli.files import read_config
+from train.cli.parse import flatten_group, parse
+from train.condition_source import ConditionSource
+from train.config import ROOT, DataConfig, SamplingConfig
+from train.data.loading import ImageSource, build_dataset, images_in_order
+from train.data.transforms import cover_size, resize_and_crop
+from train.datasets import ArrayDataset, Dataset, DatasetConfig, UnreadableImage, require_readable
+from train.datasets._decode import DAMAGED, open_image
+from train.datasets.folder import ImageFolder, list_images
+from train.distributed import DistContext
+from train.registry import plugin_names
+from train.runs import read_run
+from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
+
+Size = tuple[int, int]  # height and width in pixels
+MIXED_SIZE = (299, 299)  # of two sets that both have images of several sizes: what Inception takes
+WANTED = "wanted a folder of images, an .npz file, a trained run, or a data set such as digits or digits:val"
+
+
+class Place(NamedTuple):
+    """What a word on the command line names."""
+
+    kind: str  # "file", "folder", "run" or "data set"
+    path: Path  # of a data set: its name
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a folder, of an .npz file, or of a split of a data set."""
+
+    name: str
+    dataset: Dataset
+    data: DataConfig  # their channels, range and size
+    size: Size | None  # None: they have several
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def content_hash(self) -> str:
+        """Changes with the images; of a folder, names, sizes and modification times of the files count."""
+        return self.dataset.fingerprint()
+
+    def at(self, size: Size) -> Self:
+        """Returns the same images, resized and cropped to `size`."""
+        return replace(self, data=replace(self.data, img_size=size[0], img_width=size[1]), size=size)
+
+    def load(self, indices: list[int]) -> dict[str, Tensor]:
+        """Returns "image" uint8 (B, C, H, W) and "index" (B,) of those that can be read; a warning names the others."""
+        source = ImageSource(self.dataset, replace(self.data, num_workers=0))
+        none = {"image": torch.zeros(0, *self.data.shape, dtype=torch.uint8), "index": torch.zeros(0, dtype=torch.long)}
+        return [*images_in_order(source, len(indices), indices), none][0]
+
+
+@dataclass(frozen=True)
+class GeneratedSet:
+    """The first `count` images of a seed that a trained run generates with the sampling settings of its training."""
+
+    name: str
+    model: TrainedSampler
+    options: SamplingConfig
+    conditions: ConditionSource
+    count: int
+    seed: int
+    size: Size
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def data(self) -> DataConfig:
+        return self.model.data
+
+    @property
+    def content_hash(self) -> str:
+        """Changes with the weights, the settings, the seed and the number of images."""
+        inputs = [self.model.provenance, flatten_group(self.options), self.seed, self.count]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+    def at(self, size: Size) -> Self:
+        """Returns the same images, resized and cropped to `size`."""
+        return replace(self, size=size)
+
+    def load(self, indices: list[int]) -> dict[str, Tensor]:
+        """Generates "image" uint8 (B, C, H, W) of these indices."""
+        images = self.model.draw(indices, self.seed, self.options, self.conditions.draw(self.seed, indices))["image"]
+        return {"image": resize_and_crop(images, cover_size(*images.shape[2:], self.size), self.size)}
+
+
+AnySet = ImageSet | GeneratedSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetOptions:
+    """How the sets are opened that the command line names."""
+
+    world: DistContext
+    logs_root: str
+    split: str  # of a data set named without one
+    count: int  # of the images of a run
+    seed: int  # of the images of a run
+    amp: bool
+    data_dir: str | None = None  # of a data set; None: the one in datasets.yaml
+    allow: tuple[str, ...] = ()  # user code that a run may import
+
+
+def open_image_set(word: str, options: SetOptions) -> AnySet:
+    """Opens the set that a word names.
+
+    FileNotFoundError, ValueError: it names nothing, or several things, or has no two images that can be read.
+    """
+    kind, path = find_place(word, options.logs_root)
+    if kind == "run":
+        return open_run_set(path, options)
+    if kind == "data set":
+        images = open_dataset(word, options.split, options.data_dir)
+    else:
+        images = open_folder(path) if kind == "folder" else open_file(path)
+    if len(images) < 2:
+        raise ValueError(f"{word} has a single image, wanted at least 2: a distance compares their spread")
+    return images
+
+
+def find_place(word: str, logs_root: str) -> Place:
+    """Returns what a word names; FileNotFoundError, ValueError: nothing, or several things."""
+    root, path = Path(os.path.expanduser(logs_root)), Path(os.path.expanduser(word))
+    places = []
+    for each in dict.fromkeys([path.resolve(), (root / path).resolve()]):
+        if (each / "samples.npz").is_file():  # the results of get_samples.py
+            places.append(Place("file", each / "samples.npz"))
+        elif each.is_dir():
+            places.append(Place("run" if (each / "config.yaml").is_file() else "folder", each))
+        elif each.is_file():
+            places.append(Place("file", each))
+    name = word.partition(":")[0]
+    if preset_of(name) is not None or name in plugin_names("train.datasets"):
+        places.append(Place("data set", Path(name)))
+    if not places:
+        raise FileNotFoundError(f"{word} not found: {WANTED}")
+    if len(places) > 1:
+        each = " or ".join(f"the {place.kind} {place.path}" for place in places)
+        raise ValueError(f"got {word}, which may be {each}: pass the whole path, or {name}:train for the data set")
+    return places[0]
+
+
+def preset_of(dataset: str) -> Path | None:
+    """Returns the preset of a data set; None if there is none of that name."""
+    path = ROOT / "configs" / f"{dataset}.yaml"
+    return (
+        path if re.fullmatch(r"\w+", dataset) and path.is_file() and read_config(path)["dataset"] == dataset else None
+    )
+
+
+def resized_to(size: Size) -> dict[str, Any]:
+    """Returns the size of the images, and how they are brought to it, as results record them."""
+    return {"size": list(size), "resized": "to cover, bicubic, antialiased; cropped at the centre"}
+
+
+def names_run(word: str | None, logs_root: str) -> bool:
+    """Returns whether a word names a run; what names nothing, or several things, is refused when it is opened."""
+    try:
+        return word is not None and find_place(word, logs_root).kind == "run"
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def open_file(path: Path) -> ImageSet:
+    """Opens the images arr_0 of an .npz file."""
+    pixels = read_samples(path)["image"].permute(0, 2, 3, 1).numpy()
+    name = path.parent.name if path.name == "samples.npz" else path.stem
+    images = ArrayDataset(pixels, np.zeros(len(pixels), np.int64), 0)
+    return ImageSet(name, images, plain_data(name, pixels.shape[1:3]), pixels.shape[1:3])
+
+
+def open_folder(path: Path) -> ImageSet:
+    """Opens all images below a folder."""
+    names, others = list_images(path)
+    images = ImageFolder(path, names, (), "all")
+    require_readable(images, path)
+    if others:
+        print(f"left out of {path}: {others}", flush=True)
+    size = find_size(images)
+    return ImageSet(path.name, images, plain_data(path.name, size or MIXED_SIZE), size)
+
+
+def plain_data(name: str, size: Size) -> DataConfig:
+    """Returns the settings of 8-bit images in colour; grey ones become three equal channels."""
+    return DataConfig(dataset=name, reader="folder", img_size=size[0], img_width=size[1], n_channels=3)
+
+
+def find_size(images: ImageFolder) -> Size | None:
+    """Returns the size that all images share, judged by their headers; None if there are several."""
+    shapes = set()
+    for name in images.names:
+        try:
+            with open_image(images.root / name, images.max_pixels) as image:
+                shapes.add(image.size)
+        except DAMAGED:
+            continue  # left out with a warning when it is read
+        if len(shapes) > 1:
+            return None
+    for index in range(len(images)):
+        try:
+            image = images[index]["image"]  # upright, which the header may not be
+        except UnreadableImage:
+            continue
+        return image.height, image.width
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetConfig:
+    """Settings of a data set in its preset."""
+
+    data: DataConfig
+    reader: DatasetConfig
+
+
+def open_dataset(word: str, split: str, data_dir: str | None) -> ImageSet:
+    """Opens a split of a data set, such as mnist:val, with the size and channels of its preset."""
+    name, _, own = word.partition(":")
+    place = [] if data_dir is None else ["--data_dir", data_dir]
+    preset = parse(PresetConfig, "data", ["--dataset", name, *place])
+    images = build_dataset(preset.data, preset.reader, own or split)
+    data = replace(preset.data.without_augmentation, in_memory=False, cache_images=False)
+    size = None if preset_of(name) is None else data.size
+    return ImageSet(f"{name}:{own or split}", images, data, size)
+
+
+def split_of_run(model: TrainedSampler, split: str) -> ImageSet:
+    """Returns a split of the data of a run, as it was trained on them."""
+    return ImageSet(f"{model.data.dataset}, {split} split", model.dataset(split), model.data, model.data.size)
+
+
+def open_run_set(run: Path, options: SetOptions) -> GeneratedSet:
+    """Opens what a run generates: from its newest checkpoint, with averaged weights if it has them.
+
+    ValueError: not the run of a sampler.
+    """
+    if "sampler" not in read_run(run):
+        raise ValueError(
+            f"{run} is no sampler's run and no folder of images: pass one of them (a VQGAN: calc_VQGAN_FID.py)"
+        )
+    world, roots = options.world, (str(run.parent), options.logs_root)
+    model = load_trained_sampler(
+        run, None, world.device, ema=None, amp=options.amp, logs_roots=roots, allow=options.allow
+    )
+    model, settings = replace(model, world=world), read_stored_config(run).sampling
+    name, conditions = f"{run.name}_{model.step}", model.condition_source(settings)
+    return GeneratedSet(name, model, settings, conditions, options.count, options.seed, model.data.size)
