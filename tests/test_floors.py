@@ -186,7 +186,6 @@ def test_the_layers_of_experiments_are_distinguished():
 TAKE_A_FULL_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
-    "experiments.harness.comparison.pair_main.main": "the main of a measurement without a run",
     "experiments.harness.experiment.open_batches": "records it as the settings of the results",
     "experiments.harness.experiment.config_groups": "splits it into groups",
     "experiments.harness.experiment.open_results_folder": "writes config.yaml",

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 from experiments.harness.batches import ResumableBatches, experiment_world
 from experiments.harness.experiment import (
     ExperimentSetup,
+    ModelConfig,
     OutputConfig,
     deleted_if_refused,
     hash_files,
     measure_once,
+    model_run,
     run_experiment,
 )
 from experiments.harness.image_sets import MIXED_SIZE, AnySet, SetOptions, Size, names_run, open_image_set
@@ -71,15 +73,17 @@ def run_comparison(
 
     Then it parses `pair_class` and calls `measure_pair(settings, samples, reference, batches)`; otherwise it is
     `run_experiment`, for which `--samples RUN` is the same as `--load_dir RUN`. A flag that selects a run (--load_dir,
-    --sampler, --dataset) always does that, for the sake of its held-out images.
+    --sampler, --dataset) always does that, for the sake of its held-out images, and so does --ref_stats where the
+    default run exists.
     """
     argv, root = sys.argv[1:], peek_flag(sys.argv, "logs_root") or OutputConfig.logs_root
+    samples, reference, statistics = (peek_flag(argv, flag) for flag in ("samples", "reference", "ref_stats"))
     selects_run = any(peek_flag(argv, flag) is not None for flag in ("load_dir", "sampler", "dataset"))
-    samples, others = peek_flag(argv, "samples"), [peek_flag(argv, flag) for flag in ("reference", "ref_stats")]
+    has_default = (model_run(root, ModelConfig()) / "config.yaml").is_file()
     if names_run(samples, root) and not selects_run:
         sys.argv[1:] = [re.sub(r"^--samples(?==|$)", "--load_dir", word) for word in argv]
-    elif samples is not None and others != [None, None] and not selects_run:
-        defaults = flatten_group(pair_class.__dataclass_fields__["measurement"].type())  # not a data set's preset
+    elif samples is not None and not selects_run and (reference or (statistics and not has_default)):
+        defaults = flatten_group(get_type_hints(pair_class)["measurement"]())  # not a data set's preset
         main = pair_main(name, measure_pair, report, tuple(file for file in files if file != "samples"))
         return run_script(main, pair_class, Path(sys.argv[0]).stem, base_values=lambda argv, section: defaults)
     return run_experiment(name, config_class, measure, report, files=files, prepare=prepare)
@@ -132,7 +136,7 @@ def open_sets_beside_run(
     settings: Measurement, output: OutputConfig, world: DistContext, allow: tuple[str, ...]
 ) -> dict[str, AnySet]:
     """Opens the sets that a measurement of a run names, except a file given as --samples, which is read as it is."""
-    is_file = settings.samples is not None and Path(settings.samples).is_file()
+    is_file = settings.samples is not None and settings.samples.endswith(".npz")
     return open_sets(replace(settings, samples=None) if is_file else settings, output, world, allow=allow)
 
 
