@@ -124,7 +124,7 @@ def measure(
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats, per target class, the change of the images and the class agreement."""
     classified = "asked" in results["of_label"][0]
-    headings = ("classified as target", "classified as before") if classified else ()
+    headings = ("classified as target, higher is better", "as before") if classified else ()
     rows = [("target class", "mean abs. change (% of range)", *headings)]
     names = results.get("names", results["labels"])  # results of earlier versions have numbers only
     for name, row in zip(names, results["of_label"], strict=True):

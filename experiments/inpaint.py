@@ -206,12 +206,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
         ("visible pixels", results["visible_pixels"]),
     ]
     if "survival" in results:
-        rows.append(
-            (
-                "class agreement with the original ± standard error, higher is better",
-                str(Proportion(**results["survival"])),
-            )
-        )
+        rows.append(("class agreement ± standard error, higher is better", str(Proportion(**results["survival"]))))
         rows.append(("chance level (everything masked)", str(Proportion(**results["chance"]))))
     return f"\n{table(rows)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}"
 
