@@ -98,9 +98,8 @@ def pair_main(name: str, measure: Measure, report: Report, files: tuple[str, ...
             given = open_sets(settings, output, world, sets.data_dir, sets.allow)
             samples, reference = given["samples"], given.get("reference")
             flags = flatten_group(settings)
-            against = Path(flags["ref_stats"]).stem if reference is None else reference.name
-            default = re.sub(r"[^\w.-]+", "_", f"{name}_{samples.name}_{against}")
-            folder = run_folder(output.logs_root, output.log_dir or default)
+            names = samples.name, flags["ref_stats"] if reference is None else reference.name
+            folder = run_folder(output.logs_root, output.log_dir or default_name(name, *names))
             hashes = content_hashes(given) | hash_files({file: flags[file] for file in files})
             with lock_results(folder, config, hashes, world) as setup:
                 run = to_dict(config) | {"files": hashes}
@@ -108,6 +107,12 @@ def pair_main(name: str, measure: Measure, report: Report, files: tuple[str, ...
                 measure_once(lambda: measure(settings, samples, reference, batches), report, batches, setup)
 
     return main
+
+
+def default_name(measured: str, *names: str) -> str:
+    """Returns the name of the results folder of two sets of images, such as FID_photographs_digits_val."""
+    paths = [path.parent if path.name == "samples.npz" else path for path in map(Path, names)]
+    return re.sub(r"[^\w.-]+", "_", "_".join([measured, *(path.name.removesuffix(".npz") for path in paths)]))
 
 
 def open_sets(

@@ -47,7 +47,7 @@ class Place(NamedTuple):
 class ImageSet:
     """The images of a folder, of an .npz file, or of a split of a data set."""
 
-    name: str
+    name: str  # as in the report: of a folder or a file, the path that was given
     dataset: Dataset
     data: DataConfig  # their channels, range and size
     size: Size | None  # None: they have several
@@ -134,7 +134,7 @@ def open_image_set(word: str, options: SetOptions) -> AnySet:
     if kind == "data set":
         images = open_dataset(word, options.split, options.data_dir)
     else:
-        images = open_folder(path) if kind == "folder" else open_file(path)
+        images = replace(open_folder(path) if kind == "folder" else open_file(path), name=word)
     if len(images) < 2:
         raise ValueError(f"{word} has a single image, wanted at least 2: a distance compares their spread")
     return images
@@ -152,7 +152,7 @@ def find_place(word: str, logs_root: str) -> Place:
         elif each.is_file():
             places.append(Place("file", each))
     name = word.partition(":")[0]
-    if preset_of(name) is not None or name in plugin_names("train.datasets"):
+    if has_preset(name) or name in plugin_names("train.datasets"):
         places.append(Place("data set", Path(name)))
     if not places:
         raise FileNotFoundError(f"{word} not found: {WANTED}")
@@ -162,12 +162,10 @@ def find_place(word: str, logs_root: str) -> Place:
     return places[0]
 
 
-def preset_of(dataset: str) -> Path | None:
-    """Returns the preset of a data set; None if there is none of that name."""
+def has_preset(dataset: str) -> bool:
+    """Returns whether a file in configs/ has the name of a data set and describes it: ddpm_mnist describes mnist."""
     path = ROOT / "configs" / f"{dataset}.yaml"
-    return (
-        path if re.fullmatch(r"\w+", dataset) and path.is_file() and read_config(path)["dataset"] == dataset else None
-    )
+    return bool(re.fullmatch(r"\w+", dataset)) and path.is_file() and read_config(path).get("dataset") == dataset
 
 
 def resized_to(size: Size) -> dict[str, Any]:
@@ -186,9 +184,8 @@ def names_run(word: str | None, logs_root: str) -> bool:
 def open_file(path: Path) -> ImageSet:
     """Opens the images arr_0 of an .npz file."""
     pixels = read_samples(path)["image"].permute(0, 2, 3, 1).numpy()
-    name = path.parent.name if path.name == "samples.npz" else path.stem
-    images = ArrayDataset(pixels, np.zeros(len(pixels), np.int64), 0)
-    return ImageSet(name, images, plain_data(name, pixels.shape[1:3]), pixels.shape[1:3])
+    images, size = ArrayDataset(pixels, np.zeros(len(pixels), np.int64), 0), pixels.shape[1:3]
+    return ImageSet(path.name, images, plain_data(path.stem, size), size)
 
 
 def open_folder(path: Path) -> ImageSet:
@@ -223,7 +220,8 @@ def find_size(images: ImageFolder) -> Size | None:
             image = images[index]["image"]  # upright, which the header may not be
         except UnreadableImage:
             continue
-        return image.height, image.width
+        height, width = np.shape(image)[:2]
+        return height, width
     return None
 
 
@@ -242,7 +240,7 @@ def open_dataset(word: str, split: str, data_dir: str | None) -> ImageSet:
     preset = parse(PresetConfig, "data", ["--dataset", name, *place])
     images = build_dataset(preset.data, preset.reader, own or split)
     data = replace(preset.data.without_augmentation, in_memory=False, cache_images=False)
-    size = None if preset_of(name) is None else data.size
+    size = data.size if has_preset(name) else None
     return ImageSet(f"{name}:{own or split}", images, data, size)
 
 

@@ -223,4 +223,4 @@ def test_a_run_keeps_its_yardsticks_with_any_sets(trained_ddpm, folders):
     results = measure(FID, trained_ddpm, *folders, flags)
     assert results["real_vs_real"] > results["value"] > 0 and results["size"] == [8, 8]
     results = measure(PRDC, trained_ddpm, *folders, "--sampler ddpm --features pixels --log_dir PRDC_yardsticks")
-    assert results["n_generated"] == results["n_held_out"] == 30 and results["reference"] == "b"
+    assert results["n_generated"] == results["n_held_out"] == 30 and results["reference"] == str(folders[1])
