@@ -58,7 +58,7 @@ class DistanceConfig:
     kid_subset_size: int = 1000
     """KID: images per subset, at most as many as there are."""
 
-    EVERYDAY = ("n_samples", "samples", "features")
+    EVERYDAY = ("n_samples", "samples", "reference", "features")
     RANGES = {"n_samples": "[2, 1000000000]", "kid_subsets": COUNT, "kid_subset_size": "[2, 1000000000]"}
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class Config:
 
     EXAMPLES = (
         "python experiments/calc_FID.py --sampler {sampler} --dataset mnist --n_samples 50000",
-        "python experiments/calc_FID.py --load_dir {sampler}_mnist --samples samples.npz",
+        "python experiments/calc_FID.py --samples folder_of_images --reference other_folder",
     )
 
     distance: DistanceConfig

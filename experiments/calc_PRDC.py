@@ -51,7 +51,7 @@ class PRDCConfig:
     split: Literal["train", "val"] = "train"
     """Split of real images used as the reference."""
 
-    EVERYDAY = ("n_samples", "samples", "features")
+    EVERYDAY = ("n_samples", "samples", "reference", "features")
     RANGES = {"n_samples": "[2, 1000000000]", "nearest_k": COUNT}
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class Config:
 
     EXAMPLES = (
         "python experiments/calc_PRDC.py --sampler {sampler} --dataset mnist",
-        "python experiments/calc_PRDC.py --load_dir {sampler}_mnist --samples samples.npz",
+        "python experiments/calc_PRDC.py --samples folder_of_images --reference other_folder",
     )
 
     prdc: PRDCConfig
