@@ -68,7 +68,8 @@ def change_config(rng: random.Random, path: Path) -> None:
         content[rng.choice([*content, "x"])] = rng.choice([None, 3, [], {}, {key: 3}, "x"])
     elif kind == 5:
         content["reader"] = {"data_dir": rng.choice(HOSTILE), "val_shards": rng.choice([None, *HOSTILE])}
-        content["data"] |= {"reader": "webdataset", "dataset": rng.choice(["digits", "webdataset"])}
+        data, dataset = content.get("data"), rng.choice(["digits", "webdataset"])
+        content["data"] = (data if isinstance(data, dict) else {}) | {"reader": "webdataset", "dataset": dataset}
     elif kind == 6:
         key = rng.choice(["adapt", "hooks", "res_block_type", "attn_block_type", "features", "perceptual_weights"])
         content[group][key] = rng.choice(HOSTILE)
