@@ -12,7 +12,7 @@ from train.data.loading import ImageSource, TrainingImages, build_splits, with_d
 from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
-from vq.perceptual import load_perceptual
+from vq.perceptual import load_perceptual, net_for_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ def main(config: Config) -> None:
         margins = {"train": data.crop_margin, "val": 0}
         images, validation = (ImageSource(splits[split], data, margin=margins[split]) for split in splits)
         net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
-        name, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
+        net = net_for_channels(net if config.loss.perceptual_weight else "none", data.n_channels)
+        name, perceptual = load_perceptual(net, weights)
         weights = None if perceptual is None else weights
         loss = dataclasses.replace(config.loss, perceptual_net=name, perceptual_weights=weights)
         continued = read_continued_network(run, training, logging.logs_root, config.network.quantizer)

@@ -114,7 +114,7 @@ def measure(
     size, data, world = batches.batch_size, model.data, model.world
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     net, weights = settings.perceptual_net, settings.perceptual_weights
-    image_distance = image_pairs.choose_distance(settings.rerank, net, weights, world, size)
+    image_distance = image_pairs.choose_distance(settings.rerank, net, weights, world, size, data.n_channels)
     training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
     held_out = ImageSource(model.dataset("val"), data)
     images, codes, n_samples, vectors, classes = make_queries(settings, sampling, model, features, held_out, batches)

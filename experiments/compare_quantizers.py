@@ -42,7 +42,7 @@ from train.registry import load_plugin, plugin_names
 from train.runs import open_run, perceptual_provenance, run_lock
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
-from vq.perceptual import load_perceptual
+from vq.perceptual import load_perceptual, net_for_channels
 
 # Settings that a quantizer changes. fsq and lfq determine the dimension of their codes themselves.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -225,7 +225,8 @@ def prepare(config: Config, folder: Path) -> Bench:
     images = ImageSource(splits["train"], data, margin=data.crop_margin)
     held_out = ImageSource(splits["val"], data)
     net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
-    net, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
+    net = net_for_channels(net if config.loss.perceptual_weight else "none", data.n_channels)
+    net, perceptual = load_perceptual(net, weights)
     if perceptual is not None:
         perceptual.to(world.device)
     features = all_features.choose_features(config.comparison.features, data, world.device)

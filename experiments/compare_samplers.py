@@ -265,7 +265,7 @@ def measure_set(
         seconds = time.perf_counter() - start  # the images are on the CPU: the device has finished
         cost = [nfe.calls, nfe.evaluations, seconds, len(indices)]
         batch = {
-            "features": features.extract(images.expand(-1, 3, -1, -1)),
+            "features": features.extract(images),
             "spent": torch.tensor([cost], dtype=torch.float64),
         }
         return batch | ({"image": images} if indices[0] < GRID_IMAGES else {})

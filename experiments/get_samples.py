@@ -30,7 +30,7 @@ class SamplesConfig:
     label: ClassLabel | None = None
     """Class of all images, by name or number; if omitted, classes are drawn: see --class_sampling."""
     save_individually: bool = False
-    """Also save each image as images/<number>.png."""
+    """Also save each image as images/<number>.png, or .npy of other channels than grey and RGB."""
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
@@ -43,7 +43,8 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Samples images; writes samples.npz (arr_0: uint8 N x H x W x 3) and samples.png to <logs_root>/<log_dir>."""
+    """Samples images; writes samples.npz (arr_0: uint8 N x H x W x 3, or x C of other images than grey and RGB) and
+    samples.png to <logs_root>/<log_dir>."""
 
     EXAMPLES = (
         "python experiments/get_samples.py --sampler {sampler} --dataset mnist --n_samples 64 --label 7",

@@ -22,7 +22,8 @@ from diffusion.solvers import solvers_for
 from train.cli.help import field_docs
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
-from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
+from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item, to_picture
+from train.datasets._channels import PICTURES
 from train.datasets._decode import to_supported_mode
 from train.loop import Batch
 from train.spaces import EditInput
@@ -222,6 +223,8 @@ class Playground:
         visible part determines the content. ValueError: nothing is masked.
         """
         data = self.trained.data
+        if data.n_channels not in PICTURES:
+            raise ValueError(f"a model of {data.n_channels} channels takes no pictures: use experiments/inpaint.py")
         image, pixel_mask = preprocess(picture, mask, data.size, data.n_channels, data.data_range)
         if not pixel_mask.any():
             raise ValueError("nothing is masked: brush over the region to inpaint")
@@ -290,5 +293,5 @@ def enlarge_to_picture(image: Tensor, side: int = 256) -> Image.Image:
     """Converts a uint8 image (C, H, W) to a picture, enlarged by the largest integer that keeps it within `side`
     pixels."""
     scale = max(1, side // max(image.shape[1:]))
-    image = image.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    image = to_picture(image.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

@@ -26,9 +26,18 @@ from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
 from models.ranges import COUNT, MILLION, SIZE, check_ranges
 from train.data.loading import build_dataset, fixed_subset
-from train.data.transforms import ValueRange, as_uint8, range_for_image, to_float, to_item, to_pixels, to_uint8
+from train.data.transforms import (
+    ValueRange,
+    as_uint8,
+    range_for_image,
+    to_float,
+    to_item,
+    to_picture,
+    to_pixels,
+    to_uint8,
+)
 from train.datasets import UnreadableImage, content_fingerprint, files_fingerprint
-from train.datasets._decode import decode
+from train.datasets._channels import decode_channels
 from train.datasets.folder import SUFFIXES, list_images
 from train.distributed import DistContext
 from train.execution import autocast
@@ -143,11 +152,13 @@ def find_originals(config: ReconstructionConfig, first_stage: FirstStage) -> Ori
         )
 
     if config.images is not None:
-        return images_of_path(Path(os.path.expanduser(config.images)), config.n_images, fit)
+        return images_of_path(
+            Path(os.path.expanduser(config.images)), config.n_images, fit, first_stage.data.n_channels
+        )
     return validation_images(first_stage, config.n_images or SHOWN, None if config.size is None else fit)
 
 
-def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) -> Originals:
+def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor], n_channels: int) -> Originals:
     """Returns one image file, or the first `count` images (default: all) of a folder, sorted by path.
 
     FileNotFoundError: no such path. ValueError: the folder has no images.
@@ -164,7 +175,7 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
             print(f"left out of {path}: {others}", flush=True)
     else:
         raise FileNotFoundError(f"{path} not found: pass an image or a folder of images as --images")
-    return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))
+    return Originals(names, lambda i: fit(decode_channels(root / names[i], n_channels)), files_fingerprint(root, names))
 
 
 def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
@@ -343,8 +354,9 @@ def error_map(image: Tensor, other: Tensor) -> Tensor:
 
 
 def panels(image: Tensor, fake: Tensor) -> Tensor:
-    """Stacks the original, the reconstruction (uint8 (C, H, W) each) and their error map: (3, 3, H, W)."""
-    return torch.stack([image.expand(3, -1, -1), fake.expand(3, -1, -1), error_map(image, fake)])
+    """Stacks the original, the reconstruction (uint8 (C, H, W) each) and their error map: pictures (3, 3, H, W)."""
+    image, fake = to_picture(image), to_picture(fake)
+    return torch.stack([image, fake, error_map(image, fake)])
 
 
 def save_panels(path: Path, images: Tensor) -> None:

@@ -27,8 +27,8 @@ class DataConfig:
     """Height of the images in pixels, and their width unless --img_width is given."""
     img_width: int | None = None
     """Width of the images in pixels, if they are not square; defaults to img_size."""
-    n_channels: Literal[1, 3] = 3
-    """1 for greyscale, 3 for colour."""
+    n_channels: int = 3
+    """Channels: 1 for greyscale, 3 for colour; any number of .npy files and of .tif files with a page per channel."""
     data_range: tuple[float, float] | None = None
     """Values of 16-bit or float images that are mapped to -1 and 1; by default 16-bit images are reduced to 8 bits."""
     horizontal_flip: bool = False
@@ -49,7 +49,7 @@ class DataConfig:
 
     EVERYDAY = ("dataset", "img_size", "num_workers")
     RANGES = {
-        **{"img_size": SIZE, "img_width": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
+        **{"img_size": SIZE, "img_width": SIZE, "n_channels": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
         **{"crop_margin": "[0, 65536]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
     }
 

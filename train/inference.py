@@ -245,7 +245,7 @@ class TrainedVQGAN:
 
     @property
     def channels(self) -> int:
-        """Channels of its images: 1 grey, 3 colour."""
+        """Channels of its images, such as 1 of grey and 3 of colour."""
         return self.first_stage.data.n_channels
 
     @property

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from train.data.transforms import to_uint8
+from train.data.transforms import to_picture, to_uint8
+from train.datasets._channels import PICTURES
 from train.distributed import DistContext, is_sharded
 from train.files import fsync, parse_json, write_text
 from train.loop import Outputs, TrainState
@@ -24,20 +25,23 @@ def grid_image(
     images: Tensor, columns: int | None = None, enlarge_to: int = 64, captions: Sequence[str] = ()
 ) -> Image.Image:
     """Returns a grid of uint8 images (B, C, H, W) in reading order, two pixels apart; enlarges small ones by an
-    integer. Captions stand above the first images; rows without any take no room for them."""
+    integer. The channels of other images than grey and RGB stand side by side, the images further apart. Captions
+    stand above the first images; rows without any take no room for them."""
     B, C, H, W = images.shape
-    columns = columns or math.ceil(math.sqrt(B))
+    panels, gap = (1, 2) if C in PICTURES else (C, 8)
+    columns = columns or math.ceil(math.sqrt(B / panels))
     scale = max(1, enlarge_to // max(H, W))
-    images = images.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
-    H, W, rows = H * scale + 2, W * scale + 2, math.ceil(B / columns)
-    tops = [row * H + 2 + CAPTION_HEIGHT * min(row + 1, math.ceil(len(captions) / columns)) for row in range(rows + 1)]
-    canvas = torch.full((3, tops[-1], columns * W + 2), 255, dtype=torch.uint8)
+    images = to_picture(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu())
+    H, W, rows = H * scale + gap, images.shape[3] + gap, math.ceil(B / columns)
+    captioned = math.ceil(len(captions) / columns)  # rows
+    tops = [row * H + gap + CAPTION_HEIGHT * min(row + 1, captioned) for row in range(rows + 1)]
+    canvas = torch.full((3, tops[-1], columns * W + gap), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = tops[i // columns], i % columns * W + 2
-        canvas[:, top : top + H - 2, left : left + W - 2] = image
+        top, left = tops[i // columns], i % columns * W + gap
+        canvas[:, top : top + H - gap, left : left + W - gap] = image
     picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
     for i, caption in enumerate(captions):
-        draw_caption(picture, caption, (i % columns * W + 2, tops[i // columns] - CAPTION_HEIGHT), W - 2)
+        draw_caption(picture, caption, (i % columns * W + gap, tops[i // columns] - CAPTION_HEIGHT), W - gap)
     return picture
 
 

@@ -170,9 +170,9 @@ def check_images(images: Tensor, channels: int | None, name: str = "images") -> 
     if channels is not None and images.shape[1] != channels:
         remedies = {1: "pass images.expand(-1, 3, -1, -1)", 3: "convert them to grey"}
         kinds = {1: "grey images (1 channel)", 3: "colour images (3 channels)"}
-        got = kinds.get(images.shape[1], f"images of {images.shape[1]} channels")
-        remedy = f": {remedies[images.shape[1]]}" if images.shape[1] in remedies else ""
-        raise ValueError(f"got {got}, the model takes {kinds[channels]}{remedy}")
+        got, takes = (kinds.get(count, f"images of {count} channels") for count in (images.shape[1], channels))
+        remedy = f": {remedies[images.shape[1]]}" if {images.shape[1], channels} == {*remedies} else ""
+        raise ValueError(f"got {got}, the model takes {takes}{remedy}")
     if images.is_floating_point():
         low, high = images.min().item(), images.max().item()
         if not (low >= -1 and high <= 1):  # of NaN, both are false

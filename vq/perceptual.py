@@ -128,6 +128,20 @@ def load_backbone(network: nn.Module, tensors: dict[str, Tensor], net: str, sour
         tensor.copy_(tensors[name])
 
 
+def net_for_channels(net: str, n_channels: int) -> str:
+    """Returns `net`, which takes grey and RGB images. For others: none instead of auto, with a warning.
+
+    ValueError for a network named for other images.
+    """
+    if n_channels in (1, 3) or net == "none":
+        return net
+    reason = f"it takes grey or RGB images, not {n_channels} channels"
+    if net != "auto":
+        raise ValueError(f"got the perceptual network {net}, but {reason}: pass --perceptual_net none")
+    warnings.warn(f"training without the perceptual loss: {reason}", stacklevel=2)
+    return "none"
+
+
 def load_perceptual(net: str, weights: str | None = None) -> tuple[str, Perceptual | None]:
     """Returns (name, module) for `--perceptual_net`, with weights from a file if given; ("none", None) for none.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -21,6 +22,7 @@ from train.condition_source import ConditionSource, Row
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import as_uint8, cover_size, range_for_image, to_item, trim
+from train.datasets._channels import PICTURES, decode_channels, image_size
 from train.datasets._decode import DAMAGED, decode, open_image, to_grey_or_rgb
 from train.loop import Batch
 from train.spaces import EditInput
@@ -79,7 +81,7 @@ def load_input_images(
     """
     rows = tuple(trained.read_rows(condition_file))
     if files:
-        images = torch.stack([preprocess(read_image(Path(name)), trained) for name in files])
+        images = torch.stack([preprocess(read_image(Path(name), trained.data.n_channels), trained) for name in files])
         names = tuple(Path(name).name for name in files)
     else:
         source = ImageSource(trained.dataset("val"), trained.data)
@@ -93,27 +95,32 @@ def load_input_images(
     return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decodes an image file as for training, to mode L, RGB or I;16; FileNotFoundError if it does not exist."""
+def read_image(path: Path, n_channels: int = 3) -> Image.Image | np.ndarray:
+    """Decodes an image file as for training, see `decode_channels`; FileNotFoundError if it does not exist."""
+    return decode_channels(find_image(path), n_channels)
+
+
+def find_image(path: Path) -> Path:
+    """Returns the path of an image file; FileNotFoundError if it does not exist."""
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass image files as --image, masks as --mask")
-    return decode(path)
+    return path
 
 
-def preprocess(image: Image.Image, trained: TrainedSampler) -> Tensor:
+def preprocess(image: Image.Image | np.ndarray, trained: TrainedSampler) -> Tensor:
     """Resizes, crops and converts an image as in training: uint8 (C, H, W)."""
     data = trained.data
     item = to_item({"image": image}, data.size, data.n_channels, range_for_image(image, data.data_range))
     return as_uint8(item["image"].as_subclass(Tensor))
 
 
-def preprocess_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
+def preprocess_mask(mask: Image.Image, image: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:
     """Resizes and crops a mask of any size like its image: bool (H, W), True where it is white."""
     from torchvision.transforms.v2 import functional as resizing
 
     nearest = {"interpolation": resizing.InterpolationMode.NEAREST}
-    mask = trim(resizing.resize(mask.convert("L"), [image.height, image.width], **nearest), size)
+    mask = trim(resizing.resize(mask.convert("L"), [*image_size(image)], **nearest), size)
     mask = resizing.resize(mask, cover_size(mask.height, mask.width, size), **nearest)
     return resizing.to_image(resizing.center_crop(mask, [*size])).as_subclass(Tensor)[0] >= 128
 
@@ -141,14 +148,17 @@ def apply_masks(
         raise ValueError("got --mask without --image: pass the images it belongs to, or --hide instead")
     if masks and len(masks) not in (1, len(files)):
         raise ValueError(f"got {len(masks)} masks for {len(files)} images, wanted one, or one per image: see --mask")
-    drawn = [to_grey_or_rgb(read_image(Path(name))) for name in masks] or [
-        transparency_mask(Path(name)) for name in files
+    n_channels = inputs.image.shape[1]
+    drawn = [to_grey_or_rgb(decode(find_image(Path(name)))) for name in masks] or [
+        transparency_mask(Path(name)) if n_channels in PICTURES else None for name in files
     ]
     drawn = drawn * len(files) if len(drawn) == 1 else drawn
     missing = [name for name, mask in zip(files, drawn, strict=True) if mask is None]
     if missing:
         raise ValueError(f"{missing[0]} is fully opaque: choose what to fill in with --mask, --hide or --outpaint")
-    added = [preprocess_mask(mask, read_image(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
+    added = [
+        preprocess_mask(mask, read_image(Path(name), n_channels), size) for name, mask in zip(files, drawn, strict=True)
+    ]
     return dataclasses.replace(inputs, mask=inputs.mask | torch.stack(added))
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from train.data.transforms import grey_to_rgb, to_picture
+from train.datasets._channels import PICTURES
 from train.files import atomic_write, read_arrays
 from train.logging import grid_image
 from train.loop import Batch
@@ -30,20 +32,25 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, captions: 
 
 
 def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
-    """Saves a uint8 image (C, H, W) as a PNG with `settings` as JSON in its text field "settings"."""
+    """Saves a uint8 image (C, H, W) as a PNG with `settings` as JSON in its text field "settings".
+
+    Other images than grey and RGB, whose picture shows their channels side by side, are also saved as .npy (H, W, C).
+    """
     metadata = PngInfo()
     metadata.add_text("settings", json.dumps(settings))
     with atomic_write(path) as scratch:
-        picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        picture = Image.fromarray(to_picture(image).permute(1, 2, 0).numpy())
         picture.save(scratch, format="PNG", pnginfo=metadata)
+    if len(image) not in PICTURES:
+        np.save(path.with_suffix(".npy"), image.permute(1, 2, 0).numpy())
 
 
 class SampleWriter:
     """Writes `count` images batch by batch; samples.npz appears at the end, complete.
 
-    Its arrays: arr_0, uint8 (N, H, W, 3); `codes` (N, h, w) of models of codes; `values` (N, C, H, W) of models with a
-    --data_range; `labels` (N,) of class-conditional models. Images are written to disk as they arrive, so memory does
-    not bound their number.
+    Its arrays: arr_0, uint8 (N, H, W, 3), or (N, H, W, C) of other images than grey and RGB; `codes` (N, h, w) of
+    models of codes; `values` (N, C, H, W) of models with a --data_range; `labels` (N,) of class-conditional models.
+    Images are written to disk as they arrive, so memory does not bound their number.
     """
 
     def __init__(self, folder: Path, count: int, png_files: bool = False):
@@ -59,7 +66,7 @@ class SampleWriter:
     def add(self, batch: dict[str, Tensor]) -> None:
         """Adds a batch: "image" uint8 (B, C, H, W) and optionally "codes" (B, h, w), "values" (B, C, H, W), "label"
         (B,)."""
-        images = batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        images = grey_to_rgb(batch["image"]).permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         with (self.raw / "arr_0.npy").open("ab") as file:  # not memory-mapped: a full disk is an error, not SIGBUS
             if not self.written:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *images.shape[1:])}
@@ -71,7 +78,7 @@ class SampleWriter:
         if self.png_files:
             (self.folder / "images").mkdir(exist_ok=True)
             for i, image in enumerate(images):
-                Image.fromarray(image).save(self.folder / "images" / f"{self.written + i:06d}.png")
+                save_image(self.folder / "images" / f"{self.written + i:06d}", image)
         if self.first is None or len(self.first) < GRID_IMAGES:
             first = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
             self.first = first[:GRID_IMAGES]
@@ -93,13 +100,22 @@ class SampleWriter:
         shutil.rmtree(self.raw, ignore_errors=True)
 
 
-def read_samples(path: Path) -> dict[str, Tensor]:
-    """Reads a samples.npz: "image" uint8 (N, 3, H, W), and "codes", "values" and "labels" if present."""
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Saves an image uint8 (H, W, C) as .png if it is RGB, else as .npy."""
+    if image.shape[2] == 3:
+        Image.fromarray(image).save(f"{path}.png")
+    else:
+        np.save(f"{path}.npy", image)
+
+
+def read_samples(path: Path, n_channels: int = 3) -> dict[str, Tensor]:
+    """Reads a samples.npz: "image" uint8 (N, C, H, W), grey as RGB, and "codes", "values" and "labels" if present."""
+    C = 3 if n_channels in PICTURES else n_channels
     names, wanted = ("arr_0", "codes", "values", "labels"), "wanted a samples.npz of experiments/get_samples.py"
     content = {name: torch.from_numpy(array) for name, array in read_arrays(path, names, wanted).items()}
     images = content.pop("arr_0", None)
-    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
-        raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, 3) with at least 2 images")
+    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != C or len(images) < 2:
+        raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, {C}) with at least 2 images")
     return {"image": images.permute(0, 3, 1, 2), **content}
 
 

@@ -60,7 +60,7 @@ def sampled_images(
     if given is not None:
         return len(given), given.at(trained.data.size).load
     if samples is not None:
-        content = read_samples(Path(samples))
+        content = read_samples(Path(samples), trained.data.n_channels)
         keys = {"image": "image", "labels": "label"}
         keys |= {"codes": "codes"} if trained.space.tokens else {}  # a model of pixels has no use for codes
         saved = {name: content[key] for key, name in keys.items() if key in content}
@@ -93,7 +93,7 @@ def sampled_features(
     def make(own: list[int]) -> dict[str, Tensor]:
         images = images_of(own)
         index = images.pop("index", torch.tensor(own))
-        batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1)), "index": index}
+        batch = {"features": features.extract(images["image"]), "index": index}
         rows = torch.isin(index, torch.tensor(with_images))
         return batch | ({name: each[rows] for name, each in images.items()} if rows.any() else {})
 
@@ -110,7 +110,7 @@ def add_features(features: Features, batches: Batches, world: DistContext) -> It
 
     def extract() -> Iterator[dict[str, Tensor]]:
         for batch in batches:
-            yield batch | {"features": features.extract(batch["image"].expand(-1, 3, -1, -1)).cpu()}
+            yield batch | {"features": features.extract(batch["image"]).cpu()}
 
     return gather_in_order(world, extract())
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.data.transforms import to_float
+from train.datasets._channels import PICTURES
 from train.distributed import DistContext
 from vq.perceptual import Perceptual, load_perceptual
 
@@ -100,12 +101,20 @@ def enlarge(images: Tensor) -> Tensor:
     return images if factor == 1 else F.interpolate(images, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def choose_distance(rerank: str, net: str, weights: str | None, world: DistContext, batch_size: int) -> ImageDistance:
+def choose_distance(
+    rerank: str, net: str, weights: str | None, world: DistContext, batch_size: int, n_channels: int = 3
+) -> ImageDistance:
     """Returns the distance of --rerank; auto is LPIPS, or pixels, with a message, if a process cannot load its weights.
 
     ValueError, FileNotFoundError: LPIPS or its weights file was requested and cannot be loaded.
     """
     if rerank == "pixels":
+        return pixel_distance()
+    if n_channels not in PICTURES:
+        reason = f"it takes grey or RGB images, not {n_channels} channels"
+        if rerank == "lpips":
+            raise ValueError(f"no LPIPS: {reason}; pass --rerank pixels")
+        print(f"ranking neighbours by pixels, not by LPIPS: {reason}", flush=True)
         return pixel_distance()
     perceptual, reason = None, None
     try:

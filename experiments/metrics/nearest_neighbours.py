@@ -15,7 +15,7 @@ from experiments.metrics.features import Features
 from experiments.metrics.image_pairs import ImageDistance
 from experiments.metrics.neighbours import nearest
 from train.data.loading import ImageSource, images_in_order
-from train.data.transforms import View, as_uint8, training_views
+from train.data.transforms import View, as_uint8, to_picture, training_views
 from train.files import atomic_write
 from train.logging import draw_caption
 
@@ -78,7 +78,7 @@ def find_candidates(
     queries = queries.to(here)
 
     def extract(images: Tensor) -> Tensor:
-        parts = [features.extract(part.expand(-1, 3, -1, -1)) for part in images.split(batch_size)]
+        parts = [features.extract(part) for part in images.split(batch_size)]
         return torch.cat(parts).to(here)
 
     def make(indices: list[int]) -> dict[str, Tensor]:
@@ -204,16 +204,17 @@ def draw_row(
 
 
 def display_size(image: Tensor) -> tuple[int, int]:
-    """Returns the displayed (width, height) of an image (C, H, W); small images are enlarged by an integer factor."""
+    """Returns the displayed (width, height) of an image (C, H, W); small ones are enlarged by an integer factor."""
     height, width = image.shape[1:]
     longer = max(height, width)
     scale = max(1, SMALLEST // longer) if longer <= LARGEST else LARGEST / longer
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    return max(1, round(to_picture(image).shape[2] * scale)), max(1, round(height * scale))
 
 
 def display_image(image: Tensor) -> Image.Image:
     """Resizes a uint8 image (C, H, W) to its displayed size."""
     size = display_size(image)
-    larger = size[0] >= image.shape[2]
-    colour = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    picture = to_picture(image)
+    larger = size[0] >= picture.shape[2]
+    colour = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     return colour.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)

@@ -13,6 +13,7 @@ from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.image_pairs import WINDOW, l1, psnr, ssim
 from train.data.transforms import to_float
+from train.datasets._channels import PICTURES
 from train.first_stage import FirstStage
 from train.runs import read_run
 from vq.perceptual import load_perceptual
@@ -41,7 +42,7 @@ def measure_reconstructions(
             metrics["lpips"] = perceptual(to_float(real), to_float(fake))
         metrics = {name: value.cpu().double() for name, value in metrics.items()}
         metrics["ids"] = ids.flatten(1).int().cpu()
-        yield metrics | {"features": features.extract(fake.expand(-1, 3, -1, -1)).cpu()}
+        yield metrics | {"features": features.extract(fake).cpu()}
 
 
 def summarize_reconstructions(
@@ -84,9 +85,17 @@ def choose_lpips(net: str, weights: str | None, run: Path) -> tuple[str, nn.Modu
 
     ValueError: --perceptual_weights is given but there is no network to load it into.
     """
+    content = read_run(run)
+    n_channels = content.get("data", {}).get("n_channels", 3)
+    if n_channels not in PICTURES and net != "none":
+        reason = f"it takes grey or RGB images, not {n_channels} channels"
+        if net != "auto":
+            raise ValueError(f"got --lpips_net {net}, but {reason}: pass --lpips_net none")
+        print(f"LPIPS skipped: {reason}", flush=True)
+        return "none", None
     if net != "auto":
         return load_perceptual(net, weights)
-    loss = read_run(run).get("loss", {})
+    loss = content.get("loss", {})
     trained = loss.get("perceptual_net", "none") if loss.get("perceptual_weight", 1.0) else "none"
     remedy = f"pass --lpips_net {', '.join(LPIPS)}"
     if trained not in LPIPS:

@@ -57,7 +57,7 @@ class FrechetDistanceHook:
         statistics = Statistics()
         for images, counts in self.images(state):
             if counts:
-                statistics.update(self.features.extract(images.expand(-1, 3, -1, -1)))
+                statistics.update(self.features.extract(images))
         distance = torch.zeros(1, dtype=torch.float64)
         parts = gather_objects(self.world, statistics)
         if self.world.is_main:

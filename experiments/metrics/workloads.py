@@ -29,7 +29,7 @@ from train.vqgan import VQGANStep
 from train.vqgan import build_state as build_vqgan_state
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
-from vq.perceptual import Perceptual
+from vq.perceptual import Perceptual, net_for_channels
 
 SOME_CODES = 4096  # code grids to load batches from: their number does not matter, as codes stay in memory
 
@@ -103,7 +103,8 @@ def vqgan_trainees(
     network: VQGANConfig, loss: VQGANLossConfig, data: DataConfig, training: TrainingConfig, world: DistContext
 ) -> list[Trainee]:
     """Builds a training state of the VQGAN for each precision; the perceptual network has random weights."""
-    net = {"auto": "vgg"}.get(loss.perceptual_net, loss.perceptual_net)
+    net = net_for_channels(loss.perceptual_net, data.n_channels)
+    net = {"auto": "vgg"}.get(net, net)
     needed = net != "none" and loss.perceptual_weight
     perceptual = Perceptual(net, trained=False) if needed else None
     trainees = []

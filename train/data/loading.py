@@ -6,6 +6,7 @@ ranks. So the data order survives any resume and any change of the number of ran
 """
 
 import dataclasses
+import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
 from train.data.shuffle import training_order
-from train.data.transforms import as_uint8, to_item, training_views, warn_if_dark
+from train.data.transforms import as_uint8, to_item, to_pixels, training_views, warn_if_dark
 from train.data.workers import load_batches
 from train.datasets import SPLITS, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
@@ -59,10 +60,14 @@ class PositionSampler:
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """Builds one split of the data set that the config names; ValueError unless --class_names are one per class."""
-    module = load_plugin("train.datasets", data.reader or data.dataset, "data set")
+    """Builds one split of the data set that the config names; `n_channels` is passed to a `build` that accepts it.
+
+    ValueError unless --class_names are one per class.
+    """
+    build = load_plugin("train.datasets", data.reader or data.dataset, "data set").build
+    channels = {"n_channels": data.n_channels} if "n_channels" in inspect.signature(build).parameters else {}
     folder = resolve_data_dir(data.dataset, reader.data_dir)
-    dataset = module.build(dataclasses.replace(reader, data_dir=folder), split)
+    dataset = build(dataclasses.replace(reader, data_dir=folder), split, **channels)
     names = reader.class_names or getattr(dataset, "class_names", ())
     check_class_names(names, dataset.n_classes)
     object.__setattr__(dataset, "class_names", tuple(names))  # it may be frozen, or older than this attribute
@@ -106,6 +111,7 @@ def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
     for index in range(len(images)):
         try:
             image = images[index]["image"]
+            to_pixels(image, data.n_channels, data.data_range)  # ValueError before anything is written
         except UnreadableImage:
             continue
         if isinstance(image, FloatImage):

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from train.config import DataConfig
 from train.datasets import FloatImage, UnreadableImage
+from train.datasets._channels import PICTURES, channels_last
 from train.datasets._decode import to_8_bits, to_16_bits
 
-PIL_MODES = {1: "L", 3: "RGB"}
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+PANEL_GAP = 1  # white pixels between the channels of a picture
 DARK = 1 << 14  # 16-bit images without a higher value are nearly black when scaled to 8 bits
 LONGEST = 16  # times the length that is shown: longer images are trimmed before they are resized
 
@@ -50,17 +52,15 @@ def trim(inpt: Any, size: tuple[int, int]) -> Any:
 def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: ValueRange | None = None) -> dict:
     """Returns a new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
 
-    The image is converted to grey (n_channels 1) or RGB (3), resized to cover `size` = (height, width) (bicubic,
-    antialiased), and cropped at the centre; far longer images are trimmed before. Boxes, masks (nearest neighbour) and
-    further images follow it. Boxes that end up partly or wholly outside keep their rows: they are clamped, some to zero
-    area, unless their `clamping_mode` is None.
+    The image is converted to grey (n_channels 1) or RGB (3), or has `n_channels`; it is resized to cover `size` =
+    (height, width) (bicubic, antialiased), and cropped at the centre; far longer images are trimmed before. Boxes,
+    masks (nearest neighbour) and further images follow it. Boxes that end up partly or wholly outside keep their rows:
+    they are clamped, some to zero area, unless their `clamping_mode` is None.
 
     8-bit images stay 8-bit. 16-bit images are mapped from `data_range` to [-1, 1], or without it scaled to 8 bits.
     Float images are mapped from `data_range`, or from the range of their `FloatImage`, to [-1, 1]. ValueError for
     other sizes, channels or images.
     """
-    if n_channels not in PIL_MODES:
-        raise ValueError(f"n_channels is {n_channels}: give 1 (grey) or 3 (RGB)")
     if min(size) < 1:
         raise ValueError(f"size is {size}: give a height and a width of at least 1 pixel")
     image = trim(to_pixels(item["image"], n_channels, data_range), size)
@@ -96,15 +96,15 @@ def is_spatial(value: Any) -> bool:
 
 
 def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Image.Image | Tensor:
-    """Converts an image of a data set to a PIL image (mode L or RGB), or to a `tv_tensors.Image` in [-1, 1]."""
+    """Converts an image of a data set to a PIL image (mode L or RGB; LA or RGBA if it is one), or to a
+    `tv_tensors.Image` (n_channels, H, W): uint8, or floats in [-1, 1]."""
     pixels = image.pixels if isinstance(image, FloatImage) else image
     if isinstance(pixels, Image.Image) and pixels.mode.startswith("I;16"):
         pixels = np.asarray(to_16_bits(pixels))
     if isinstance(pixels, Image.Image) or (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8):
         if data_range is not None:
             raise ValueError("got an 8-bit image, whose range is always 0 to 255: leave --data_range out")
-        pixels = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-        return pixels.convert(PIL_MODES[n_channels])
+        return to_8_bit_pixels(pixels, n_channels)
     if not isinstance(pixels, np.ndarray) or (pixels.dtype != np.uint16 and pixels.dtype.kind != "f"):
         kind = pixels.dtype if isinstance(pixels, np.ndarray | Tensor) else type(pixels).__name__
         raise ValueError(f"got an image of {kind}, wanted a PIL image, an array of uint8 or uint16, or a FloatImage")
@@ -115,6 +115,20 @@ def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Ima
     if data_range is None:
         raise ValueError("got a float image of unknown range: pass --data_range LOWEST HIGHEST")
     return to_unit_range(pixels, data_range, n_channels)
+
+
+def to_8_bit_pixels(pixels: Image.Image | np.ndarray, n_channels: int) -> Image.Image | Tensor:
+    """Converts an 8-bit image to a PIL image; an array of other channels than grey and RGB to a `tv_tensors.Image`."""
+    if isinstance(pixels, np.ndarray):
+        pixels = channels_last(pixels, n_channels)
+        if n_channels not in PICTURES:
+            from torchvision import tv_tensors
+
+            return tv_tensors.Image(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
+        pixels = Image.fromarray(pixels)
+    if n_channels not in PIL_MODES:
+        raise ValueError(f"got an image of mode {pixels.mode}, wanted an array of {n_channels} channels")
+    return pixels.convert(PIL_MODES[n_channels])
 
 
 def warn_if_dark(image: Any) -> None:
@@ -130,7 +144,7 @@ def warn_if_dark(image: Any) -> None:
 
 
 def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) -> Tensor:
-    """Maps an array (H, W) or (H, W, 3) from `value_range` to [-1, 1]: `tv_tensors.Image` (n_channels, H, W) float32.
+    """Maps an array of an image from `value_range` to [-1, 1]: `tv_tensors.Image` (n_channels, H, W) float32.
 
     Values outside the range are clamped. `UnreadableImage` if a pixel is nan or infinite.
     """
@@ -140,8 +154,7 @@ def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) 
     low, high = value_range
     if not low < high:
         raise ValueError(f"got the range {low} to {high}, wanted the lower first: pass --data_range LOWEST HIGHEST")
-    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
-        raise ValueError(f"got an image {pixels.shape}, wanted (H, W) or (H, W, 3)")
+    pixels = channels_last(pixels, n_channels)
     if not np.isfinite(pixels).all():
         raise UnreadableImage("the field image has pixels that are nan or infinite: replace them by finite values")
     levels = torch.from_numpy(((pixels.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32))
@@ -257,12 +270,29 @@ def as_uint8(image: Tensor) -> Tensor:
     return to_uint8(image) if image.is_floating_point() else image
 
 
+def grey_to_rgb(images: Tensor) -> Tensor:
+    """Returns grey images (..., 1, H, W) as RGB (..., 3, H, W), others unchanged."""
+    return images.expand(*images.shape[:-3], 3, -1, -1) if images.shape[-3] == 1 else images
+
+
+def to_picture(images: Tensor) -> Tensor:
+    """Returns uint8 images (..., C, H, W) as they are displayed, (..., 3, H, W).
+
+    Grey and RGB are shown as they are; of other images the channels are shown side by side, as grey panels.
+    """
+    if images.shape[-3] in PICTURES:
+        return grey_to_rgb(images)
+    panels = torch.nn.functional.pad(images, (0, PANEL_GAP), value=255).unbind(-3)
+    return grey_to_rgb(torch.cat(panels, -1)[..., None, :, :-PANEL_GAP])
+
+
 def range_for_image(image: Any, data_range: ValueRange | None) -> ValueRange | None:
     """Returns the value range in which to read a user's image for a model trained with `data_range`.
 
     None for an 8-bit image: its levels are those in which the model's own images are displayed.
     """
     is_8_bit = isinstance(image, Image.Image) and not image.mode.startswith("I;16")
+    is_8_bit |= isinstance(image, np.ndarray) and image.dtype == np.uint8
     return None if is_8_bit else data_range
 
 

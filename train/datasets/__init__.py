@@ -43,7 +43,7 @@ class Ragged(Tensor):
 class FloatImage(NamedTuple):
     """An image of floats of a known range, such as depths or densities."""
 
-    pixels: np.ndarray  # (H, W) or (H, W, 3), floating
+    pixels: np.ndarray  # (H, W), (H, W, C) or (C, H, W), floating
     value_range: tuple[float, float]  # mapped to -1 and 1; values outside are clamped
 
 
@@ -80,7 +80,8 @@ class Dataset(Protocol):
     """What `build` returns. It must be picklable, and readable from forked and spawned workers.
 
     `dataset[i]` is an item `{"image": ..., "label": int, **annotations}`, without a label if `n_classes` is 0. The
-    image is a PIL image of mode L, RGB or I;16, an array (H, W) or (H, W, 3) of uint8 or uint16, or a `FloatImage`.
+    image is a PIL image of mode L, RGB or I;16, an array (H, W), (H, W, C) or (C, H, W) of uint8 or uint16, or a
+    `FloatImage`. A `build(config, split, n_channels)` is told the C that the run wants.
     Annotations are `torchvision.tv_tensors` (BoundingBoxes, Mask, Image), which are resized, cropped, mirrored and
     shifted with the image; numbers, strings and lists of strings; tensors of the same shape in all items, or `Ragged`.
     Every item has the same fields. Raises `UnreadableImage` for a broken image file.
@@ -106,7 +107,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ArrayDataset:
-    """A `Dataset` held in memory: images (N, H, W) or (N, H, W, 3) uint8, labels (N,) int64."""
+    """A `Dataset` held in memory: images (N, H, W), (N, H, W, C) or (N, C, H, W) uint8, labels (N,) int64."""
 
     images: np.ndarray
     labels: np.ndarray

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,18 +31,24 @@ DAMAGED = (
     Image.DecompressionBombError,
 )
 
+Convert = Callable[[Image.Image], Image.Image]
 
-def decode(file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+
+def decode(
+    file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_PIXELS, convert: Convert | None = None
+) -> Image.Image:
     """Decodes an image to mode L, I;16 (grey of more than 8 bits) or RGB, rotated upright by its EXIF orientation.
 
-    Transparent pixels are composited on white. Raises `UnreadableImage` for a file that is missing, truncated, larger
-    than `max_pixels` or not an image; `name` names an open file in its message.
+    Transparent pixels are composited on white. `convert` is another conversion of the upright image. Raises
+    `UnreadableImage` for a file that is missing, truncated, larger than `max_pixels` or not an image; `name` names an
+    open file in its message.
     """
+    convert = convert or to_supported_mode
     try:
-        return decode_upright(file, max_pixels)
+        return decode_upright(file, max_pixels, convert)
     except DAMAGED as error:
         try:  # the pixels of a PNG may be intact
-            return decode_upright(io.BytesIO(without_metadata(file)), max_pixels)
+            return decode_upright(io.BytesIO(without_metadata(file)), max_pixels, convert)
         except DAMAGED:
             raise UnreadableImage(f"{name or file}: {error}") from error
 
@@ -52,24 +59,32 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:  # its message tells the address of an open file
         raise ValueError(f"its content is none of {', '.join(FORMATS)}, or damaged") from error
-    if image.width * image.height > max_pixels:
+    try:
+        check_pixels(image.width, image.height, max_pixels)
+    except ValueError:
         image.close()
-        raise ValueError(
-            f"got {image.width} x {image.height} pixels, wanted at most {max_pixels}: reduce it, or raise the "
-            "--max_pixels of the data set"
-        )
+        raise
     return image
 
 
-def decode_upright(file: str | Path | BinaryIO, max_pixels: int) -> Image.Image:
-    """Decodes an image, rotated by its EXIF orientation if that can be read, to a supported mode."""
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises ValueError for more than `max_pixels` pixels."""
+    if width * height > max_pixels:
+        raise ValueError(
+            f"got {width} x {height} pixels, wanted at most {max_pixels}: reduce it, or raise the --max_pixels of the "
+            "data set"
+        )
+
+
+def decode_upright(file: str | Path | BinaryIO, max_pixels: int, convert: Convert) -> Image.Image:
+    """Decodes an image, rotated by its EXIF orientation if that can be read, and converts it."""
     with open_image(file, max_pixels) as image:
         image.load()
         try:
             ImageOps.exif_transpose(image, in_place=True)
         except DAMAGED:
             pass
-        return to_supported_mode(image)
+        return convert(image)
 
 
 def without_metadata(file: str | Path | BinaryIO) -> bytes:

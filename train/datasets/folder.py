@@ -1,4 +1,4 @@
-"""Folder: your own images, in any tree of jpg, png, webp, bmp, gif, tif and avif files."""
+"""Folder: your own images, in any tree of jpg, png, webp, bmp, gif, tif and avif files, or of npy files alone."""
 
 import os
 from collections import Counter
@@ -20,9 +20,10 @@ from train.datasets import (
     require_readable,
     train_val_split,
 )
-from train.datasets._decode import decode
+from train.datasets._channels import decode_channels
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+ARRAYS = (".npy",)  # images in a tree without files of the others
 VAL_FOLDERS = ("valid", "val", "validation", "test")  # the first that exists
 MOST_SUFFIXES = 5  # that are named of the files left out
 
@@ -49,9 +50,16 @@ class ImageFolder:
     notes: tuple[str, ...] = ()
 
     def __init__(
-        self, root: Path, names: Sequence[str], classes: Sequence[str], split: str, max_pixels: int = MAX_PIXELS
+        self,
+        root: Path,
+        names: Sequence[str],
+        classes: Sequence[str],
+        split: str,
+        max_pixels: int = MAX_PIXELS,
+        n_channels: int = 3,
     ):
         self.root, self.names, self.classes, self.split, self.max_pixels = root, names, classes, split, max_pixels
+        self.n_channels = n_channels
         self.n_classes, self.class_names = len(classes), tuple(classes)
         ids = {name: i for i, name in enumerate(classes)}
         self.labels = np.array([ids[class_of(name)] for name in names], np.int64) if classes else None
@@ -60,7 +68,8 @@ class ImageFolder:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"image": decode(self.root / self.names[index], max_pixels=self.max_pixels)}
+        path = self.root / self.names[index]
+        item: dict[str, Any] = {"image": decode_channels(path, self.n_channels, max_pixels=self.max_pixels)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
         return item
@@ -72,14 +81,14 @@ class ImageFolder:
         return files_fingerprint(self.root, self.names, self.split, *self.classes, times=False)
 
 
-def build(config: Config, split: str) -> ImageFolder:
-    """Returns the images of one split, sorted by path.
+def build(config: Config, split: str, n_channels: int = 3) -> ImageFolder:
+    """Returns the images of one split, of `n_channels` channels, sorted by path.
 
     FileNotFoundError for a missing data_dir; ValueError for another split, a tree without a readable image, and classes
     that are ambiguous or differ between the splits.
     """
     train, val, notes = find_splits(data_root(config, "folder"))
-    return build_split(config, split, train=train, val=val, notes=notes)
+    return build_split(config, split, n_channels, train=train, val=val, notes=notes)
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
@@ -102,7 +111,9 @@ def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
     return train, val, (f"left out of {root}: {', '.join(left_out)}",) if left_out else ()
 
 
-def build_split(config: Config, split: str, *, train: Path, val: Path | None, notes: Sequence[str] = ()) -> ImageFolder:
+def build_split(
+    config: Config, split: str, n_channels: int = 3, *, train: Path, val: Path | None, notes: Sequence[str] = ()
+) -> ImageFolder:
     """Returns one split of the trees `train` and `val`; if `val` is None, part of `train` is held out."""
     check_split(split)
     root = val if split == "val" and val is not None else train
@@ -116,7 +127,7 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None, no
         other = train if split == "val" else val
         other_classes = class_folders(config, other, list_images(other, config.only_folders).names)
         require_same_classes({root: classes, other: other_classes})
-    dataset = ImageFolder(root, names, classes, split, config.max_pixels)
+    dataset = ImageFolder(root, names, classes, split, config.max_pixels, n_channels)
     how = f"a fraction {config.val_fraction:g} is held out" if val is None else f"{val} is for validation"
     dataset.notes = (
         f"images from {train}; {how}",
@@ -138,11 +149,14 @@ class ImageTree(NamedTuple):
 def list_images(root: Path, only_folders: Sequence[str] = ()) -> ImageTree:
     """Lists the images below `root`, only those in a folder of one of the names `only_folders`, if there are any."""
     files = list(walk_files(root, only_folders))
-    names = sorted(name for name in files if is_image(name))
-    others = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in files if not is_image(name))
+    suffixes = SUFFIXES if any(map(is_image, files)) else ARRAYS
+    names = sorted(name for name in files if name.lower().endswith(suffixes))
+    others = Counter(
+        os.path.splitext(name)[1].lower() or "without a suffix" for name in files if not name.lower().endswith(suffixes)
+    )
     if not names:
         below = f" below a folder named {' or '.join(only_folders)}" if only_folders else ""
-        raise ValueError(f"{root} has no image{below}, wanted {' '.join(SUFFIXES)} files: check the path")
+        raise ValueError(f"{root} has no image{below}, wanted {' '.join((*SUFFIXES, *ARRAYS))} files: check the path")
     return ImageTree(names, ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(MOST_SUFFIXES)))
 
 

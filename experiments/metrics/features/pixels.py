@@ -9,11 +9,12 @@ from torch.nn import functional as F
 METRIC = "FD(pixels)"
 VERSION = 1
 SIDE = 16
+ANY_CHANNELS = True
 
 
 def build(device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """Returns the feature extractor: uint8 (B, 3, H, W), resized to 16 x 16 with antialiasing -> float32 (B, 768) in
-    [0, 1]."""
+    """Returns the feature extractor: uint8 (B, C, H, W), resized to 16 x 16 with antialiasing -> float32 (B, C * 256)
+    in [0, 1]."""
 
     def features(images: Tensor) -> Tensor:
         images = images.to(device).float() / 255

@@ -263,7 +263,11 @@ def test_bits_per_dimension_need_eight_bit_images():
 
 @pytest.mark.parametrize(
     "size, channels, message",
-    [((8, 0), 3, r"size is \(8, 0\)"), ((0, 8), 3, r"size is \(0, 8\)"), ((8, 8), 2, "n_channels is 2: give 1")],
+    [
+        ((8, 0), 3, r"size is \(8, 0\)"),
+        ((0, 8), 3, r"size is \(0, 8\)"),
+        ((8, 8), 2, r"wanted \(H, W, 2\) or \(2, H, W\)"),
+    ],
 )
 def test_impossible_sizes_and_channels_are_refused(size, channels, message):
     with pytest.raises(ValueError, match=message):

@@ -29,7 +29,8 @@ from train.datasets import (
     require_readable,
     train_val_split,
 )
-from train.datasets._decode import DAMAGED, decode, open_image
+from train.datasets._channels import decode_channels, image_size
+from train.datasets._decode import DAMAGED, open_image
 from train.datasets.webdataset.shards import Shard, index_shards, list_shards, require_distinct
 from train.datasets.webdataset.store import ShardStore, import_webdataset, is_remote
 from train.datasets.webdataset.tar import SampleSpec
@@ -102,8 +103,16 @@ class TarImages:
     `row_indices` (n,) are the sorted indices of its samples among the concatenated rows of all shards.
     """
 
-    def __init__(self, shards: Sequence[Shard], row_indices: np.ndarray, split: str, config: Config, store: ShardStore):
-        self.store, self.split, self.config = store, split, config
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        row_indices: np.ndarray,
+        split: str,
+        config: Config,
+        store: ShardStore,
+        n_channels: int = 3,
+    ):
+        self.store, self.split, self.config, self.n_channels = store, split, config, n_channels
         n_skipped = sum(shard.n_skipped for shard in shards)
         first_skipped = next((shard.first_skipped for shard in shards if shard.n_skipped), "")
         self.notes = (f"incomplete samples left out: {n_skipped:,}, such as: {first_skipped}",) if n_skipped else ()
@@ -134,7 +143,8 @@ class TarImages:
                 file.seek(row[f"{ending}_offset"])
                 extra[ending] = file.read(row[f"{ending}_size"])
         where = f"{name} sample {row['key'].decode(errors='replace')}"
-        item: dict[str, Any] = {"image": decode(io.BytesIO(data), where, self.config.max_pixels)}
+        image = decode_channels(io.BytesIO(data), self.n_channels, where, self.config.max_pixels)
+        item: dict[str, Any] = {"image": image}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
         if self.json_fields:
@@ -201,14 +211,14 @@ def to_tensor(value: Any, what: str, dtype: torch.dtype | None = None) -> Tensor
         raise ValueError(f"{what} is {str(value)[:60]}, wanted numbers ({error})") from error
 
 
-def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
+def parse_boxes(value: Any, image: Image.Image | np.ndarray, where: str) -> Tensor:
     """Converts boxes (n, 4), left, top, right, bottom in pixels, to `BoundingBoxes`; n may be 0."""
     from torchvision import tv_tensors
 
     boxes = to_tensor(value, f"{where}: a field of boxes", torch.float32)
     if boxes.numel() and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{where}: got boxes {tuple(boxes.shape)}, wanted (n, 4): left, top, right, bottom in pixels")
-    return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=(image.height, image.width))
+    return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=image_size(image))
 
 
 def decode_mask(content: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -235,8 +245,8 @@ def extra_members(config: Config) -> tuple[str, ...]:
     return (*(["json"] if config.json_fields or config.id_fields or config.box_fields else []), *config.mask_ext)
 
 
-def build(config: Config, split: str) -> TarImages:
-    """Returns the images of one split, in the order of the shards and of the members in them.
+def build(config: Config, split: str, n_channels: int = 3) -> TarImages:
+    """Returns the images of one split, of `n_channels` channels, in the order of the shards and of the members in them.
 
     FileNotFoundError for shards that are missing or cannot be downloaded; ValueError for another split, a missing
     webdataset package, incomplete or malformed shards, and duplicate samples.
@@ -268,7 +278,7 @@ def build(config: Config, split: str) -> TarImages:
     shards = index_shards([*train, *val], store, cache / "index", spec)
     if not config.keys_per_shard:
         require_distinct(shards)
-    dataset = TarImages(shards, select_rows(shards, len(train), config, split), split, config, store)
+    dataset = TarImages(shards, select_rows(shards, len(train), config, split), split, config, store, n_channels)
     dataset.notes += note_other_files(Path(os.path.expanduser(config.data_dir)))
     require_readable(dataset, Path(dataset.shards[0][0]))
     return dataset
