@@ -282,7 +282,7 @@ def measure(
         "vqgan": model.provenance,
         "tile": tiles.tile,
         "overlap": tiles.overlap,
-        "error_map": f"mean absolute error over channels, 0 to {ERROR_MAX} of the range",
+        "error_map": f"mean absolute error over the channels of a panel, 0 to {ERROR_MAX} of the range",
         "mean": mean_of_records(records),
         "images": records,
         "skipped": skipped,

@@ -14,6 +14,7 @@ from experiments.metrics import image_pairs, reconstruction
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.image_pairs import l1, psnr, ssim
 from experiments.metrics.reconstruction import choose_lpips, measure_reconstructions, summarize_reconstructions
+from train.data.transforms import grey_to_rgb
 
 K, PIXELS = 8, 16 * 16
 
@@ -110,7 +111,7 @@ def extract(images):
     return images.float().mean((2, 3)) + images[:, :, 0, 0]
 
 
-FEATURES = SimpleNamespace(extract=extract)
+FEATURES = SimpleNamespace(extract=lambda images: extract(grey_to_rgb(images)))  # as load_features makes them
 
 
 def summarize(first, real, batch_size=2, perceptual=None):
