@@ -158,7 +158,7 @@ def find_originals(config: ReconstructionConfig, first_stage: FirstStage) -> Ori
     return validation_images(first_stage, config.n_images or SHOWN, None if config.size is None else fit)
 
 
-def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor], n_channels: int) -> Originals:
+def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor], n_channels: int = 3) -> Originals:
     """Returns one image file, or the first `count` images (default: all) of a folder, sorted by path.
 
     FileNotFoundError: no such path. ValueError: the folder has no images.

@@ -9,8 +9,10 @@ from PIL import Image
 
 from experiments.harness.images import read_samples
 from experiments.metrics.features import choose_features
+from experiments.playground import Playground, Request, enlarge_to_picture
 from helpers.parametrize import slow_after
 from helpers.tiny_runs import DDPM, SAMPLER, VQGAN, call
+from train.condition_source import ConditionSource
 from train.config import DataConfig
 from train.data.transforms import to_picture
 from train.datasets._channels import decode_channels
@@ -89,6 +91,10 @@ def test_experiments_take_five_channels(logs, arrays, capfd):
     assert bits.total.shape == (2,) and bits.total.isfinite().all()
     with pytest.raises(ValueError, match=r"got grey images \(1 channel\), the model takes images of 5 channels$"):
         run.log_likelihood(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    page, picture = Playground(run.model, run.settings, ConditionSource(())), Image.new("L", (8, 8))
+    assert enlarge_to_picture(page.draw(Request(options=run.settings))[0]).size == (5 * 256 + 4, 256)
+    with pytest.raises(ValueError, match="of 5 channels takes no pictures: use experiments/inpaint.py"):
+        page.inpaint(Request(options=run.settings), picture, picture)
 
 
 def test_features_of_pictures_refuse_other_channels():
