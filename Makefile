@@ -8,43 +8,52 @@ RUN := $(VENV)/bin/python
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
 
-setup: $(VENV)/ready  ## create a virtual environment with all of requirements-dev.txt
+setup: $(VENV)/dev  ## create a virtual environment with all of requirements-dev.txt
+
+# The empty files core, extra and dev say which requirements are installed.
+$(VENV)/core: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --upgrade pip
+	$(RUN) -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/extra: $(VENV)/core requirements-extra.txt
+	$(RUN) -m pip install -r requirements-extra.txt
+	touch $@
 
 # natten is built from source: --no-build-isolation keeps pip from downloading a second torch for the build, and hiding the
 # GPU keeps it from compiling CUDA kernels. Everything runs without natten, so a failed build is ignored.
-$(VENV)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -r requirements-dev.txt
-	$(RUN) -m pip install --quiet "setuptools>=70.1" wheel "build>=1.3"
-	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --quiet --no-build-isolation natten || echo "natten could not be installed: everything runs without it"
+$(VENV)/dev: $(VENV)/extra requirements-dev.txt
+	$(RUN) -m pip install -r requirements-dev.txt
+	$(RUN) -m pip install "setuptools>=70.1" wheel "build>=1.3"
+	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --no-build-isolation natten || echo "natten could not be installed: everything runs without it"
 	touch $@
 
-demo: setup  ## train both stages on handwritten digits, sample, evaluate (5 minutes on 2 CPU cores with bfloat16, about 15 without)
+demo: $(VENV)/core  ## train both stages on handwritten digits, sample, evaluate (5 minutes on 2 CPU cores with bfloat16, about 15 without)
 	$(RUN) train_vqgan.py
 	$(RUN) train_sampler.py --sampler absorbing
 	$(RUN) experiments/get_samples.py
 	$(RUN) experiments/calc_FID.py
 	$(RUN) experiments/check_digits.py
 
-demo-ddpm: setup  ## the same with Gaussian diffusion in pixel space
+demo-ddpm: $(VENV)/core  ## the same with Gaussian diffusion in pixel space
 	$(RUN) train_sampler.py --sampler ddpm
 	$(RUN) experiments/get_samples.py --sampler ddpm --save_process
 	$(RUN) experiments/calc_FID.py --sampler ddpm
 	$(RUN) experiments/calc_approximate_ELBO.py --sampler ddpm
 	$(RUN) experiments/check_digits.py --sampler ddpm
 
-app: setup  ## serve a web page for the models of `make demo`: http://127.0.0.1:7860
+app: $(VENV)/extra  ## serve a web page for the models of `make demo`: http://127.0.0.1:7860
 	$(RUN) demo.py
 
-test: setup  ## run the test suite (under 8 minutes on 2 CPU cores)
+test: $(VENV)/dev  ## run the test suite (under 8 minutes on 2 CPU cores)
 	$(RUN) -m pytest
 
-test-all: setup  ## run all tests, including slow ones
+test-all: $(VENV)/dev  ## run all tests, including slow ones
 	$(RUN) -m pytest -m ""
 
-fuzz: setup  ## throw 10,000 generated command lines, files and runs at the scripts (under an hour on 2 CPU cores)
+fuzz: $(VENV)/dev  ## throw 10,000 generated command lines, files and runs at the scripts (under an hour on 2 CPU cores)
 	$(RUN) tests/fuzz
 
 test-oldest: $(OLDEST)/ready  ## run the test suite with the oldest supported torch, in a separate environment
@@ -52,10 +61,10 @@ test-oldest: $(OLDEST)/ready  ## run the test suite with the oldest supported to
 
 $(OLDEST)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" -r requirements-dev.txt
+	$(OLDEST)/bin/python -m pip install --upgrade pip
+	$(OLDEST)/bin/python -m pip install "torch==2.11.*" "torchvision==0.26.*" -r requirements-dev.txt
 	touch $@
 
-lint: setup  ## check style and formatting with ruff
+lint: $(VENV)/dev  ## check style and formatting with ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

@@ -12,6 +12,7 @@ from train.cli.parse import first_stage_data, run_script
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
+from train.progress import experiment_commands, print_next
 from train.registry import import_callable
 from train.runs import open_or_resume, resumed_provenance, run_context
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
@@ -65,6 +66,9 @@ def main(config: Config) -> None:
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
         options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
+        if world.is_main:
+            name = config.sampler.sampler
+            print_next(experiment_commands(run, name, data.dataset, logging.logs_root, training.ema))
 
 
 if __name__ == "__main__":

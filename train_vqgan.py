@@ -6,9 +6,10 @@ from functools import partial
 
 from experiments.metrics.training_distance import reconstruction_distance
 from train.cli.files import run_folder
-from train.cli.parse import run_script
+from train.cli.parse import data_flag_names, run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
+from train.progress import print_next, sampler_command
 from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
@@ -58,6 +59,8 @@ def main(config: Config) -> None:
             "prefetch": data.prefetch,
         }
         train(run, training, logging, state, world, source, step, make_reports, **options)
+        if world.is_main:
+            print_next([sampler_command(run, data.dataset, logging.logs_root, data_flag_names())])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import _root
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.comparison import SetsConfig, common_size, content_hashes, open_sets_beside_run, run_comparison
@@ -29,6 +28,7 @@ from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.distributed import DistContext
+from train.progress import Progress
 from train.trained_sampler import TrainedSampler
 
 
@@ -184,7 +184,7 @@ def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) 
         if same < count:
             fakes["generated_at_n_held_out"] = sets["generated"][fixed_subset(count, same)]
     rows = len(real) + sum(len(each) + len(real) for each in fakes.values())
-    with tqdm(total=rows, desc="distances", unit="row", dynamic_ncols=True, mininterval=1.0) as bar:
+    with Progress("distances", rows, "row") as bar:
         real_radii = knn_radii(real, k, bar.update)
         metrics = {name: prdc(real, each, k, real_radii, bar.update)._asdict() for name, each in fakes.items()}
     left_out = {"held_out": None, "generated_at_n_held_out": metrics["generated"] if same == count else None}

@@ -12,7 +12,6 @@ from typing import Any
 
 import _root
 import torch
-from tqdm import tqdm
 
 from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
@@ -39,6 +38,7 @@ from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from train.identity import comparison_identity
 from train.loop import TrainState, fit
+from train.progress import Progress
 from train.runs import open_run, run_lock
 from train.sampler import SamplerStep, build_state, validation_losses
 from train.samplers import LearnedSampler
@@ -188,7 +188,7 @@ class Bench:
             workers=0,
         )
         step = SamplerStep(sampler, self.space, training, self.world)
-        with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
+        with Progress(name, steps, "step") as bar:
             hooks = [("bar", 1, lambda state, outputs: bar.update())]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks)
 

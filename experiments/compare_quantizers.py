@@ -14,7 +14,6 @@ from typing import Any
 
 import _root
 from torch import nn
-from tqdm import tqdm
 
 from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
@@ -38,6 +37,7 @@ from train.first_stage import FirstStage
 from train.identity import comparison_identity
 from train.loop import TrainState, fit
 from train.optim import BadStepRecorder
+from train.progress import Progress
 from train.registry import load_plugin, plugin_names
 from train.runs import open_run, perceptual_provenance, run_lock
 from train.vqgan import VQGANStep, build_state
@@ -211,7 +211,7 @@ class Bench:
         step = VQGANStep(self.loss, training, self.world, self.perceptual)
         bad = BadStepRecorder(self.folder, self.world, training.max_bad_steps)
         ends = [time.perf_counter()]
-        with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
+        with Progress(name, steps, "step") as bar:
             hooks = [("bar", 1, lambda *_: bar.update()), ("time", 1, lambda *_: ends.append(time.perf_counter()))]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks, on_skipped=bad)
         return [after - before for before, after in pairwise(ends)]

@@ -12,7 +12,6 @@ import _root
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import (
@@ -44,6 +43,7 @@ from train.execution import autocast
 from train.files import atomic_write
 from train.first_stage import FirstStage
 from train.logging import grid_image
+from train.progress import Progress
 from vq.tiles import decode_tiled, encode_tiled, seam_ratio, seams, tile_starts
 
 SHOWN = 16  # images in the overview; also the default number of validation images
@@ -292,13 +292,15 @@ def measure(
 def readable_images(originals: Originals, skipped: list[dict[str, str]]) -> Iterator[tuple[str, str, Tensor]]:
     """Yields (name, path of the picture, uint8 (C, H, W)) of each usable image; adds others to `skipped`."""
     pictures = picture_names(originals.names)
-    for i, name in enumerate(tqdm(originals.names, "reconstructing", unit="img", dynamic_ncols=True, mininterval=1.0)):
-        try:
-            image = originals.read(i)
-        except (UnreadableImage, TooSmall) as error:
-            skipped.append({"image": name, "reason": str(error)})
-        else:
-            yield name, pictures[i], image
+    with Progress("reconstructing", len(originals.names), "image") as bar:
+        for i, name in enumerate(originals.names):
+            try:
+                image = originals.read(i)
+            except (UnreadableImage, TooSmall) as error:
+                skipped.append({"image": name, "reason": str(error)})
+            else:
+                yield name, pictures[i], image
+            bar.update()
 
 
 def mean_of_records(records: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -1,15 +1,15 @@
-"""Logging from the main process: TensorBoard, metrics.jsonl, a progress bar and PNG image grids."""
+"""Logging from the main process: TensorBoard, metrics.jsonl, progress and PNG image grids."""
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from train.data.transforms import to_picture, to_uint8
 from train.datasets._channels import PICTURES
@@ -17,6 +17,9 @@ from train.distributed import DistContext, is_sharded
 from train.files import fsync, parse_json, write_text
 from train.loop import Outputs, TrainState
 from train.perf import PerfMonitor
+from train.progress import Progress
+
+OPTIMIZATION = ("lr", "grad_norm", "disc_grad_norm", "skipped_steps", "ema_distance")
 
 CAPTION_HEIGHT = 15  # pixels
 
@@ -55,25 +58,51 @@ def draw_caption(picture: Image.Image, text: str, place: tuple[int, int], width:
     ImageDraw.Draw(picture).text(place, shown, "black", font)
 
 
+def tensorboard_tag(name: str) -> str:
+    """Returns the TensorBoard tag of a metric, in one of the groups train, val, codes, optim and perf."""
+    kind = name.partition("/")[0]
+    if kind in ("val", "codes", "perf"):
+        return name
+    group = "val" if kind.startswith("FD(") else "optim" if kind in OPTIMIZATION else "train"
+    return f"{group}/{name}"
+
+
 class Logger:
     """A hook for `fit` that averages the scalar outputs of steps and writes them every `every` steps.
 
     metrics.jsonl gets one JSON object per call of `log_scalars`, several at some steps; lines after step `start`, left
     by an interrupted run, are dropped. The running averages are part of the training state (`counters["metrics"]`), so
-    that a resumed run writes the same lines.
+    that a resumed run writes the same lines. `latest` has the last value of each metric of this session; the progress
+    bar shows those that `bar_metrics` maps its labels to. TensorBoard also gets, once in a run, its config.yaml and a
+    layout with training and validation in one chart.
     """
 
-    def __init__(self, folder: Path, world: DistContext, monitor: PerfMonitor, *, every: int, start: int, steps: int):
+    def __init__(
+        self,
+        folder: Path,
+        world: DistContext,
+        monitor: PerfMonitor,
+        *,
+        every: int,
+        start: int,
+        steps: int,
+        bar_metrics: Mapping[str, str],
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.world, self.monitor, self.every, self.steps = folder, world, monitor, every, steps
-        self.last_read_step = start
+        self.last_read_step, self.bar_metrics = start, bar_metrics
+        self.latest: dict[str, float] = {}
         if world.is_main:
-            truncate_metrics(folder / "metrics.jsonl", start)
+            earlier = truncate_metrics(folder / "metrics.jsonl", start)
+            self.has_layout = any('"val/' in line for line in earlier)
+            if start == 0:  # an attempt that ended before its first checkpoint is gone
+                for path in folder.glob("events.out.tfevents.*"):
+                    path.unlink()
             self.writer = SummaryWriter(str(folder), purge_step=start + 1)
-            self.bar = tqdm(
-                total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=1.0
-            )
+            if start == 0:
+                self.writer.add_text("config", f"```yaml\n{(folder / 'config.yaml').read_text()}```")
+            self.progress = Progress(folder.name, steps, "step", initial=start)
 
     def __call__(self, state: TrainState, outputs: Outputs) -> None:
         means = state.counters["metrics"]
@@ -83,7 +112,7 @@ class Logger:
                 sum_and_count = torch.stack([value, torch.ones_like(value)])  # some metrics start later than others
                 means.add(name, sum_and_count / self.world.size)
         if self.world.is_main:
-            self.bar.update()
+            self.progress.update()
         if state.step % self.every and state.step != self.steps:
             return
         values = {name: (total / count).item() for name, (total, count) in means.reduce_and_reset().items()}
@@ -94,7 +123,6 @@ class Logger:
         self.last_read_step = state.step
         if self.world.is_main:
             self.log_scalars(state.step, values | speed)
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
 
     def ema_distance(self, state: TrainState, name: str) -> float:
         """Returns the distance between an EMA and its module, relative to the norm of the module."""
@@ -111,11 +139,23 @@ class Logger:
             self.log_scalars(state.step, {f"{name}_best": state.best[name][0]})
 
     def log_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line of metrics.jsonl and one point of each TensorBoard curve (main process only)."""
+        """Writes one line of metrics.jsonl and one point of each TensorBoard curve (main process only).
+
+        Lowest values so far have no curve of their own.
+        """
         if not self.world.is_main:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        curves = {name: value for name, value in values.items() if not name.endswith("_best")}
+        for name, value in curves.items():
+            self.writer.add_scalar(tensorboard_tag(name), value, step)
+        validated = [name.removeprefix("val/") for name in curves if name.startswith("val/")]
+        if validated and not self.has_layout:
+            self.writer.add_custom_scalars({"training and validation": {name: compare(name) for name in validated}})
+            self.has_layout = True
+        self.latest |= curves
+        self.progress.numbers = {
+            label: self.latest[name] for label, name in self.bar_metrics.items() if name in self.latest
+        }
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -129,7 +169,7 @@ class Logger:
         path = self.folder / "images" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-        self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        self.writer.add_image(f"val/{name}", np.asarray(picture), step, dataformats="HWC")
 
     def log_histogram(self, name: str, step: int, counts: Tensor) -> None:
         """Writes counts (K,) of K categories as a TensorBoard histogram (main process only)."""
@@ -150,15 +190,20 @@ class Logger:
 
     def close(self) -> None:
         if self.world.is_main:
-            self.bar.close()
+            self.progress.close()
             self.writer.close()
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and from an incomplete or damaged line on."""
+def compare(name: str) -> list[str | list[str]]:
+    """Returns a TensorBoard chart of a quantity in training and validation."""
+    return ["Multiline", [f"(train|codes|val)/{re.escape(name)}$"]]
+
+
+def truncate_metrics(path: Path, step: int) -> list[str]:
+    """Drops the lines of metrics.jsonl after `step`, and from an incomplete or damaged line on; returns the others."""
+    lines: list[str] = []
     if not path.is_file():
-        return
-    lines = []
+        return lines
     for line in path.read_text(errors="replace").splitlines():
         try:
             if parse_json(line)["step"] <= step:
@@ -166,3 +211,4 @@ def truncate_metrics(path: Path, step: int) -> None:
         except (ValueError, TypeError, LookupError):
             break
     write_text(path, "".join(f"{line}\n" for line in lines))
+    return lines

@@ -13,6 +13,7 @@ from train.distributed import DistContext, grad_norm, is_sharded, local_grads
 from train.execution import LossScale
 from train.files import write_errors_as_oserror
 from train.loop import Batch, TrainState
+from train.progress import print_above
 from train.registry import did_you_mean, import_callable
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # with fused optimizer kernels in torch
@@ -182,9 +183,7 @@ class BadStepRecorder:
         path = self.run / "bad_steps" / f"step_{state.step:08d}.safetensors"
         self.save_batch(path, micro_batches)
         if self.world.is_main:
-            print(
-                f"step {state.step} skipped, loss or gradient not finite ({len(recent)} recently): {path}", flush=True
-            )
+            print_above(f"step {state.step} skipped, loss or gradient not finite ({len(recent)} recently): {path}")
         if len(recent) > self.max_bad_steps:
             raise ValueError(
                 f"{len(recent)} of the last {WINDOW} steps were not finite, --max_bad_steps allows "

@@ -21,6 +21,7 @@ from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
+from train.progress import print_above
 from train.registry import load_plugin
 from train.samplers import Control, LearnedSampler, NotFiniteError
 from train.spaces import Space
@@ -66,6 +67,7 @@ class SamplerStep:
         self.keep_outputs, self.control = keep_outputs, control
         self.dtype = training_dtype(training, world.device)
         self.channels_last = uses_channels_last(training, world.device)
+        self.bar_metrics = {"loss": "loss", "val": "val/loss"}
 
     def autocast(self):
         return autocast(self.world.device, self.dtype != torch.float32, self.dtype)
@@ -223,6 +225,6 @@ class SamplerReports:
                 x = sampler.sample(network, rng, **kwargs)
             except NotFiniteError as error:  # no reason to end the training
                 if world.is_main:
-                    print(f"samples at step {state.step}: {error}", flush=True)
+                    print_above(f"samples at step {state.step}: {error}")
                 x = error.x.nan_to_num()
         return self.step.space.decode(x)

@@ -38,10 +38,11 @@ from train.execution import (
     uses_channels_last,
 )
 from train.logging import Logger
-from train.loop import HOOK_PREFIX, Hook, Outputs, RunningSums, Stateful, StepFn, Timer, TrainState, fit
+from train.loop import HOOK_PREFIX, Batch, Hook, Outputs, RunningSums, Stateful, Timer, TrainState, fit
 from train.optim import BadStepRecorder, freeze_all_but, make_optimizer
 from train.perf import PerfMonitor, StepProfiler
 from train.posthoc_ema import PosthocEMA, buffer_names, save_snapshot
+from train.progress import describe_end, print_above
 from train.registry import import_callable
 
 PROFILE_START, PROFILE_STEPS = 10, 5  # steps that --profile records, counted from the start or resume
@@ -121,6 +122,14 @@ def make_hooks(paths: Sequence[str], state: TrainState) -> Hooks:
     return hooks
 
 
+class TrainingStep(Protocol):
+    """A `step_fn` of `fit`, and the metrics that the progress bar shows, by label."""
+
+    bar_metrics: dict[str, str]
+
+    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None: ...
+
+
 class Reports(Protocol):
     """Evaluation hooks of a model: `on_log` at every log line, `validate` and `log_images` at their own intervals."""
 
@@ -138,7 +147,7 @@ def train(
     state: TrainState,
     world: DistContext,
     source: BatchSource,
-    step: StepFn,
+    step: TrainingStep,
     make_reports: Callable[[Logger], Reports],
     *,
     hooks: Hooks,
@@ -167,7 +176,8 @@ def train(
     )
     timer, items_per_step = Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     monitor = PerfMonitor(step, world, timer, items_per_step, training_dtype(training, world.device))
-    logger = Logger(run, world, monitor, every=logging.steps_per_log, start=state.step, steps=steps)
+    start, every = state.step, logging.steps_per_log
+    logger = Logger(run, world, monitor, every=every, start=start, steps=steps, bar_metrics=step.bar_metrics)
     evaluation = evaluation_hooks(
         logging, make_reports(logger), make_distance_hook(logger) if make_distance_hook else None
     )
@@ -190,8 +200,10 @@ def train(
             logger.close()
             profile.close()
             state.replicas.clear()  # torch 2.11 deadlocks if they are destroyed after the process group
-    if world.is_main and timer.seconds:
-        print(f"time: {timer}", flush=True)
+    if world.is_main:
+        scores = {name: value for name, value in logger.latest.items() if name.startswith(("val/", "FD("))}
+        seconds = logger.progress.seconds
+        print(describe_end(run, state.step, start, seconds, str(timer), scores, state.best), flush=True)
 
 
 def evaluation_hooks(logging: LoggingConfig, reports: Reports, distance_hook: Hook | None) -> Hooks:
@@ -263,7 +275,7 @@ class Checkpointer:
         if self.world.is_main:
             flag = "" if self.training.resume == "auto" else " with --resume auto"
             what = f"stopped and saved at step {state.step}" if state.step else "stopped before the first step"
-            print(f"{what}: run the same command{flag} to resume", flush=True)
+            print_above(f"{what}: run the same command{flag} to resume")
         raise SystemExit(128 + (self.stop.received or signal.SIGTERM))
 
     def save(self, state: TrainState, checkpoint: bool, ema_snapshot: bool) -> None:

@@ -88,6 +88,7 @@ class VQGANStep:
         self.discriminator_loss_fn, self.generator_loss_fn = ADVERSARIAL_LOSSES[loss.disc_loss]
         self.dtype = training_dtype(training, world.device)
         self.channels_last = uses_channels_last(training, world.device)
+        self.bar_metrics = {"loss": "loss", loss.recon_loss: loss.recon_loss, "usage": "codes/usage"}
 
     def autocast(self):
         return autocast(self.world.device, self.dtype != torch.float32, self.dtype)

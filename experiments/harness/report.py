@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
-from tqdm import tqdm
+
+from train.progress import Progress
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -24,7 +25,7 @@ def progress(
     batches: Iterable[dict[str, Tensor]], total: int, name: str, visible: bool = True
 ) -> Iterator[dict[str, Tensor]]:
     """Yields the batches unchanged while a progress bar counts their images."""
-    with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, mininterval=1.0, disable=not visible) as bar:
+    with Progress(name, total, "image", visible=visible) as bar:
         for batch in batches:
             yield batch
             bar.update(len(next(iter(batch.values()))))  # the first axis of each tensor is over images

@@ -23,6 +23,7 @@ from train.distributed import DistContext, interruptible_sampling
 from train.first_stage import FirstStage
 from train.logging import Logger
 from train.loop import Hook, Outputs, TrainState
+from train.progress import print_above
 from train.samplers import NotFiniteError
 from train.trained_sampler import TrainedSampler
 
@@ -112,7 +113,7 @@ def sample_distance(
                             image = model.draw(indices, training.seed, sampling, conditions, **options)["image"]
                         except NotFiniteError as error:  # no reason to end the training
                             if world.is_main:
-                                print(f"distance at step {state.step}: {error}", flush=True)
+                                print_above(f"distance at step {state.step}: {error}")
                             image = model.space.decode(error.x.nan_to_num()).cpu()
                     yield image, counts
 

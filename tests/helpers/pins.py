@@ -316,7 +316,7 @@ def stable_name(path: Path, logs: Path) -> str:
 def plain_lines(text: str, logs: Path) -> list[str]:
     """The printed lines, without progress bars, warnings and times."""
     lines = [line.replace(str(logs), "<logs>") for line in text.replace("\r", "\n").splitlines()]
-    skipped = ("/s]", "step/s", "s/img]", "?img", "?row", "img]", "Warning", "warn(", "time:", *TIMES)
+    skipped = ("/s]", "step/s", "s/img]", "?img", "?row", "img]", "Warning", "warn(", "time:", "100%: ", *TIMES)
     return [line for line in lines if not any(each in line for each in skipped)]
 
 

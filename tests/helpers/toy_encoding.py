@@ -11,7 +11,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from helpers.annotated_images import AnnotatedDataset
 from helpers.process_pool import free_port, variables
@@ -22,6 +21,7 @@ from train.data.loading import ImageSource
 from train.data.transforms import View
 from train.datasets import ArrayDataset, UnreadableImage
 from train.distributed import DistContext, init_distributed
+from train.progress import Progress
 
 COUNT, CHUNK = 11, 3  # four chunks, the last one shorter
 VIEWS = (View(), View(flip=True))
@@ -110,9 +110,10 @@ def load_codes(
     return load_or_encode(file, lambda: ImageSource(dataset, config), encoder, batch_size, here)
 
 
-def record_bar(bars: list, **settings) -> tqdm:
-    bars.append(tqdm(**settings))
-    return bars[-1]
+def record_bar(bars: list, *args, **settings) -> Progress:
+    bar = Progress(*args, **settings)
+    bars.extend([bar] * bar.visible)
+    return bar
 
 
 def run_rank(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, annotated: bool, queue) -> None:
@@ -120,7 +121,7 @@ def run_rank(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple,
     os.environ.update(variables(rank, 2, port))
     bars = []
     with (
-        mock.patch.object(code_cache, "tqdm", partial(record_bar, bars)),
+        mock.patch.object(code_cache, "Progress", partial(record_bar, bars)),
         init_distributed("cpu", 1) as here,
         warnings.catch_warnings(record=True) as caught,
     ):

@@ -1,10 +1,14 @@
 """The logged metrics, images and histograms are correct."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from train.distributed import DistContext
 from train.logging import Logger, grid_image, truncate_metrics
@@ -14,10 +18,17 @@ from train.perf import PerfMonitor
 WORLD = DistContext(torch.device("cpu"))
 
 
+def open_logger(folder: Path, start: int = 0) -> Logger:
+    (folder / "config.yaml").write_text("data:\n  dataset: digits\n")
+    meter = PerfMonitor(None, WORLD, Timer(), {"images": 2}, torch.float32)
+    return Logger(
+        folder, WORLD, meter, every=3, start=start, steps=4, bar_metrics={"loss": "loss", "usage": "codes/usage"}
+    )
+
+
 @pytest.fixture
 def logger(tmp_path):
-    meter = PerfMonitor(None, WORLD, Timer(), {"images": 2}, torch.float32)
-    logger = Logger(tmp_path, WORLD, meter, every=3, start=0, steps=4)
+    logger = open_logger(tmp_path)
     yield logger
     logger.close()
 
@@ -66,6 +77,35 @@ def test_images_and_histograms_reach_tensorboard(logger, tmp_path):
     assert (tmp_path / "images" / "samples_00000003.png").is_file()
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"samples" in events.read_bytes() and b"codes" in events.read_bytes()
+
+
+def test_tensorboard_has_groups_a_layout_and_the_config_once(tmp_path, capsys):
+    """Also after a restart at step 0 and a resume, which drops later curves."""
+    metrics = {"loss": 1.0, "l1": 0.5, "lr": 1.0, "ema_distance/network": 1.0, "loss_by_level/0.2": 1.0}
+    metrics |= {"perf/mfu": 1.0, "FD(digits)/9_samples": 1.0}
+    validation = {"val/l1": 0.5, "val/l1_best": 0.5, "val/usage": 1.0}
+    for start, steps in [(0, 1), (0, 4), (2, 4)]:
+        logger = open_logger(tmp_path, start)
+        for step in range(start + 1, steps + 1):
+            logger.log_scalars(step, metrics)
+            logger.log_scalars(step, {"codes/usage": 0.9} | validation)
+        logger.log_images("samples", steps, torch.zeros(4, 3, 8, 8))
+        numbers = logger.progress.numbers
+        logger.close()
+    assert numbers == {"loss": 1.0, "usage": 0.9}
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = {"train/loss", "train/l1", "optim/lr", "optim/ema_distance/network", "train/loss_by_level/0.2", "perf/mfu"}
+    tags |= {"val/FD(digits)/9_samples", "val/l1", "val/usage", "codes/usage"}
+    assert {*events.Tags()["scalars"]} == tags and events.Tags()["images"] == ["val/samples"]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    (config,), (layout,) = (events.Tensors(name) for name in ("config/text_summary", "custom_scalars__config__"))
+    assert "dataset: digits" in config.tensor_proto.string_val[0].decode()
+    (category,) = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    charts = {chart.title: re.compile(chart.multiline.tag[0]) for chart in category.chart}
+    shown = {title: {tag for tag in tags if pattern.match(tag)} for title, pattern in charts.items()}
+    assert shown == {"l1": {"train/l1", "val/l1"}, "usage": {"codes/usage", "val/usage"}}
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {*rows[0]} == {"step", *metrics} and rows[1]["val/l1_best"] == 0.5  # names of the file are not changed
 
 
 def test_a_truncated_line_ends_the_kept_metrics(tmp_path):

@@ -25,6 +25,7 @@ from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_forei
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
 from train.datasets.webdataset.store import is_shell_command
+from train.progress import close_bars
 from train.registry import did_you_mean, load_plugin, plugin_names
 
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
@@ -309,12 +310,14 @@ def one_line_errors(script: str):
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        close_bars()
         message = describe_error(error)
         if message is None:
             raise
         print(f"{script}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        close_bars()
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
 

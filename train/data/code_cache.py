@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from train.data.annotations import Records, write_records
 from train.data.loading import Annotations, CodeGrids, ImageBatches, ImageSource
@@ -33,6 +32,7 @@ from train.data.transforms import View
 from train.data.workers import load_batches
 from train.distributed import DistContext
 from train.files import fsync, nearest_folder, print_removable, write_text
+from train.progress import Progress
 
 VERSION = 3  # raise it when the same images and weights give different codes: it is part of the cache key
 KEY_LENGTH = 16  # hexadecimal digits of the key in file names
@@ -414,10 +414,7 @@ def encode_chunks(
     images = ImageBatches(source, with_records=bool(file.views))
     batches = load_batches(images, index_lists, source.config.num_workers)
     done = file.count - sum(len(file.image_range(chunk)) for chunk in todo)
-    with tqdm(
-        desc=f"encoding {file.name}", total=file.count, initial=done, unit="img", dynamic_ncols=True, mininterval=1.0,
-        disable=not world.is_main,
-    ) as bar:  # fmt: skip
+    with Progress(f"encoding {file.name}", file.count, "image", initial=done, visible=world.is_main) as bar:
         for first in range(0, len(todo), world.size):
             chunks = todo[first : first + world.size]
             with raise_together(file, world):
@@ -433,7 +430,7 @@ def encode_chunk(
     index_lists: list[list[int]],
     batches: Iterator[dict[str, Any]],
     encode: Encode,
-    bar: tqdm,
+    bar: Progress,
 ) -> EncodedChunk:
     """Encodes one chunk, whose images come in batches of the indices `index_lists`."""
     images = file.image_range(chunk)

@@ -22,6 +22,7 @@ from train.data.transforms import ValueRange, to_item
 from train.data.workers import load_batches
 from train.datasets import Dataset, UnreadableImage
 from train.files import print_removable
+from train.progress import Progress
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
 VERSION = 2  # raise it when the same file gives different pixels, or the format changes: it is part of the cache key
@@ -184,9 +185,11 @@ def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int
     unreadable, numbers, first = {}, {}, None
     # Written, not memory-mapped: a full disk raises an error, not SIGBUS.
     loader = load_batches(items, range(len(items)), workers, collate_fn=no_collate)
-    with pixels.open("wb") as file, records.open("wb") as records_file:
+    bar = Progress("decoding", len(items), "image")
+    with bar, pixels.open("wb") as file, records.open("wb") as records_file:
         writer = RecordWriter(records_file)
         for index, item in enumerate(loader):
+            bar.update()
             writer.add(b"" if isinstance(item, str) else item.record)
             if isinstance(item, str):
                 unreadable[str(index)] = item
