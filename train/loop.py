@@ -44,9 +44,9 @@ class Timer:
         return {name: seconds / total for name, seconds in elapsed.items()} if total > 0 else {}
 
     def __str__(self) -> str:
-        """For example "step 96.1 %, validation 2.0 %", largest first."""
+        """For example "step 96 %, validation 2 %", largest first, from 1 % on."""
         fractions = sorted(self.fractions_since(Counter()).items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {100 * fraction:.1f} %" for name, fraction in fractions)
+        return ", ".join(f"{name} {100 * fraction:.0f} %" for name, fraction in fractions if fraction >= 0.01)
 
 
 class RunningSums:

@@ -1,5 +1,6 @@
 """What a command shows while it works and at its end: a progress bar, or lines in a log, and what to type next."""
 
+import os
 import shlex
 import sys
 import time
@@ -102,16 +103,13 @@ class TerminalBar(tqdm):
     def __init__(self, fit: Callable[[int], tuple[str, str]], total: int, initial: int):
         self.fit = fit
         layout = "{title}{percentage:3.0f}%|{bar}| {text}"
-        super().__init__(
-            total=total, initial=initial, bar_format=layout, dynamic_ncols=True, mininterval=0.5, miniters=1
-        )
+        super().__init__(total=total, initial=initial, bar_format=layout, mininterval=0.5, miniters=1)
 
     @property
     def format_dict(self) -> dict[str, object]:
-        values = super().format_dict
-        columns = (values["ncols"] or 80) - 1  # some terminals wrap a line that fills them
+        columns = (os.get_terminal_size(self.fp.fileno()).columns or 80) - 1  # a line that fills them may wrap
         title, text = self.fit(columns)
-        return values | {"ncols": columns, "title": title, "text": text}
+        return super().format_dict | {"ncols": columns, "title": title, "text": text}
 
 
 def print_above(text: str) -> None:
@@ -143,7 +141,7 @@ def describe_end(
     lines = []
     if step > start:
         resumed = f" from step {start}" if start else ""
-        lines += [f"reached step {step}{resumed} in {format_duration(seconds)}: {phases}"]
+        lines += [f"reached step {step}{resumed} in {format_duration(seconds)}", f"time: {phases}"]
     reached = [f"{name.removeprefix('val/')} {value:.4g}" for name, value in scores.items()]
     reached += [f"best {name.removeprefix('val/')} {value:.4g} at step {at}" for name, (value, at) in best.items()]
     lines += [f"validation: {', '.join(reached)}"] if reached else []

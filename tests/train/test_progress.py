@@ -120,9 +120,10 @@ def test_durations_have_about_two_digits():
 
 def test_the_end_says_what_was_reached(tmp_path):
     scores, best = {"val/l1": 0.0512, "val/usage": 0.98}, {"val/l1": (0.0508, 750)}
-    text = describe_end(tmp_path, 1000, 500, 66, "step 96.1 %", scores, best)
+    text = describe_end(tmp_path, 1000, 500, 66, "step 96 %", scores, best)
     assert text.splitlines() == [
-        "reached step 1000 from step 500 in 1m 6s: step 96.1 %",
+        "reached step 1000 from step 500 in 1m 6s",
+        "time: step 96 %",
         "validation: l1 0.0512, usage 0.98, best l1 0.0508 at step 750",
         f"checkpoint: {tmp_path}/checkpoints/step_00001000",
         f"pictures: {tmp_path}/images",
