@@ -1,10 +1,12 @@
-"""`pip install -e .` installs the packages; building a wheel is refused with a remedy."""
+"""`pip install -e .` installs the packages, `make` what a target needs; building a wheel is refused with a remedy."""
 
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 
+import pytest
 from setuptools import find_packages
 
 from helpers.tiny_runs import ROOT
@@ -28,3 +30,16 @@ def test_building_a_wheel_is_refused_with_a_remedy(tmp_path):
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1 and "pip install -e ." in process.stderr
     assert not list(tmp_path.rglob("*.whl"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("target", "groups"), [("demo", 1), ("demo-ddpm", 1), ("app", 2), ("test", 3), ("lint", 3)])
+def test_make_installs_once_what_a_target_needs(target, groups, tmp_path):
+    needed = ["requirements.txt", "requirements-extra.txt", "requirements-dev.txt"][:groups]
+    command = ["make", "-n", target, f"VENV={tmp_path}"]
+    printed = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout]
+    for stamp in ("core", "extra", "dev")[:groups]:
+        (tmp_path / stamp).touch()
+    printed += [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout]
+    assert [re.findall("requirements.*?txt", text) for text in printed] == [needed, []]
+    assert "quiet" not in printed[0]
