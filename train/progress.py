@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from train.config import LoggingConfig
 
-MIN_BAR = 8  # columns of a bar, for which the name and then the last numbers make room
+MIN_BAR = 7  # columns of a bar, for which the name and then the last numbers make room
 PERIOD, LATER_PERIOD = 30, 300  # seconds between the lines of a log, in the first 5 minutes and after them
 
 
@@ -90,7 +90,6 @@ class Progress:
         """Completes the bar or the log."""
         finished = self.n >= self.total
         if self.bar is not None:
-            self.bar.leave = finished
             self.bar.close()
         elif self.visible and finished:
             self.write_line()
@@ -107,9 +106,17 @@ class TerminalBar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, object]:
-        columns = (os.get_terminal_size(self.fp.fileno()).columns or 80) - 1  # a line that fills them may wrap
+        columns = (os.get_terminal_size(self.fp.fileno()).columns or 80) - len("^C ")  # which would wrap a full line
         title, text = self.fit(columns)
         return super().format_dict | {"ncols": columns, "title": title, "text": text}
+
+    def close(self) -> None:
+        """Completes the bar; erases one that did not reach its end, and the ^C of the keyboard."""
+        if not self.disable:
+            self.leave = self.n >= self.total
+            super().close()
+            if not self.leave:
+                print("\x1b[K", end="", file=self.fp, flush=True)
 
 
 def print_above(text: str) -> None:
@@ -121,7 +128,6 @@ def print_above(text: str) -> None:
 def close_bars() -> None:
     """Erases the bars that an exception has left in the terminal."""
     for bar in [*TerminalBar._instances]:
-        bar.leave = False
         bar.close()
 
 
