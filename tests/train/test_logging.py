@@ -79,7 +79,7 @@ def test_images_and_histograms_reach_tensorboard(logger, tmp_path):
     assert b"samples" in events.read_bytes() and b"codes" in events.read_bytes()
 
 
-def test_tensorboard_has_groups_a_layout_and_the_config_once(tmp_path, capsys):
+def test_tensorboard_has_groups_a_layout_and_the_config_once(tmp_path):
     """Also after a restart at step 0 and a resume, which drops later curves."""
     metrics = {"loss": 1.0, "l1": 0.5, "lr": 1.0, "ema_distance/network": 1.0, "loss_by_level/0.2": 1.0}
     metrics |= {"perf/mfu": 1.0, "FD(digits)/9_samples": 1.0}
