@@ -14,6 +14,7 @@ from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
+from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, run_context
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
@@ -72,4 +73,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, base_values=first_stage_data)
+    run_script(main, Config, base_values=first_stage_data, read_run_settings=read_resumed_settings)

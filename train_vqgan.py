@@ -10,6 +10,7 @@ from train.cli.parse import data_flag_names, run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
 from train.progress import print_next, sampler_command
+from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
@@ -64,4 +65,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "vqgan")
+    run_script(main, Config, "vqgan", read_run_settings=read_resumed_settings)

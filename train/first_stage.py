@@ -1,6 +1,7 @@
 """A trained VQGAN as the first stage of other models: maps images to codes or latents, and back."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, load_weights, resolve_step, verify_checkpoint
+from train.cli.files import run_folder
 from train.cli.parse import from_dict
 from train.config import DataConfig, LoggingConfig
 from train.data import image_cache
@@ -121,6 +123,22 @@ class FirstStage:
             batch_size,
             world,
         )
+
+
+def find_vqgan_run(
+    run: Path, content: dict[str, Any], logs_roots: Sequence[str], ae_load_dir: str | None = None
+) -> Path:
+    """Returns the folder of the VQGAN that the sampler in `run`, with this config.yaml, was trained on.
+
+    It is the first that exists of the names recorded, or of `ae_load_dir`, in each of `logs_roots`.
+    """
+    origin, first = content.get("origin", {}), content.get("first", {})
+    names = [ae_load_dir] if ae_load_dir else [origin.get("ae_load_dir"), first.get("ae_load_dir")]
+    places = [(root, name) for name in names if name and isinstance(name, str) for root in logs_roots]
+    if not places:
+        raise ValueError(f"{run / 'config.yaml'} does not name the VQGAN: pass --ae_load_dir RUN")
+    candidates = (run_folder(*place) for place in places)  # lazily: a later one may be ambiguous
+    return next((path for path in candidates if (path / "config.yaml").is_file()), None) or run_folder(*places[0])
 
 
 def load_first_stage(

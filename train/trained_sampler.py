@@ -25,20 +25,19 @@ from train.checkpoint import (
     verify_checkpoint,
 )
 from train.class_names import class_captions
-from train.cli.files import run_folder
-from train.cli.parse import flatten_group, from_dict
+from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
-from train.datasets.webdataset.store import is_shell_command
 from train.distributed import DistContext
 from train.execution import autocast
-from train.first_stage import load_first_stage
+from train.first_stage import find_vqgan_run, load_first_stage
 from train.loop import Batch
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
 from train.registry import import_callable, load_plugin
+from train.resumed_settings import find_code
 from train.runs import read_run
 from train.samplers import Control, LearnedSampler
 from train.spaces import EditInput, PixelSpace, Space, reopen_space
@@ -265,12 +264,7 @@ def load_space(
         if ae_load_dir is not None or ae_load_step is not None:
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
         return reopen_space(content, None)
-    names = [ae_load_dir] if ae_load_dir else [origin.get("ae_load_dir"), content.get("first", {}).get("ae_load_dir")]
-    places = [(root, name) for name in names if name and isinstance(name, str) for root in logs_roots]
-    if not places:
-        raise ValueError(f"{run / 'config.yaml'} does not name the VQGAN: pass --ae_load_dir RUN")
-    candidates = (run_folder(*place) for place in places)  # lazily: a later one may be ambiguous
-    vqgan_run = next((path for path in candidates if (path / "config.yaml").is_file()), None) or run_folder(*places[0])
+    vqgan_run = find_vqgan_run(run, content, logs_roots, ae_load_dir)
     if ae_load_step is None and ae_load_dir is None:
         ae_load_step = origin.get("ae_load_step")
     first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp, logs_root=logs_roots[-1])
@@ -360,11 +354,7 @@ def check_allowed(
 
     The settings are those read from its config.yaml. Loading a run never executes code that was not allowed.
     """
-    code = {key: value for key, value in flatten_group(reader).items() if is_shell_command(value)}
-    if sampler is not None:
-        words = {key: value for key, value in flatten_group(sampler).items() if isinstance(value, str)}
-        code |= {key: value for key, value in words.items() if "." in value}
-    for key, value in code.items():
+    for key, value in find_code([reader] if sampler is None else [reader, sampler]).items():
         if value not in allow:
             typed = shlex.quote(value)
             raise ValueError(f"{run} was trained with --{key} {value}, which is code: pass --allow {typed} to run it")

@@ -1,9 +1,9 @@
 """The command line: typed dataclasses become a flat list of flags, with YAML files for values.
 
-Precedence: dataclass default < preset (configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) < settings of an
-earlier stage < --config FILE.yaml, which replaces the preset < flag. The top level of a file holds the keys of the data
-and the sampler's name, its sections (`vqgan:`, `absorbing:`, `calc_FID:`) those of one script. Values are parsed like
-flags.
+Precedence: dataclass default < preset (configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) < config.yaml of the
+run that is resumed, or settings of an earlier stage < --config FILE.yaml, which replaces the preset < flag. The top
+level of a file holds the keys of the data and the sampler's name, its sections (`vqgan:`, `absorbing:`, `calc_FID:`)
+those of one script. Values are parsed like flags.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import io
 import os
 import re
 import reprlib
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import tyro
 
@@ -36,6 +38,24 @@ OUT_OF_MEMORY = re.compile(
 )
 FORMER_DEFAULTS = {"gumbel_decay_steps": 160_000}  # in config.yaml of earlier runs with any quantizer
 C = TypeVar("C")
+Source = Literal["default", "preset", "run", "config", "flag"]  # of a value, in order of precedence
+
+
+@dataclass(frozen=True)
+class ParsedConfig(Generic[C]):
+    """A config, and where each of its values comes from."""
+
+    config: C
+    sources: Mapping[str, Source]  # by flag
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run that is resumed, by flag."""
+
+    run: Path
+    values: dict[str, Any]
+    code: dict[str, Any]  # dotted paths and shell commands, which count only if they are given again
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
@@ -123,12 +143,16 @@ def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source
 def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
     """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, to save time."""
     flags = flag_names(config)
-    typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
-    for key in [] if asks_for_help(argv) else typed:
-        flag = key if key in flags else key.removeprefix("no_")
-        foreign = None if flag in flags else find_foreign_flag(config, flag)
+    for flag in [] if asks_for_help(argv) else sorted(typed_flags(argv, flags) - flags):
+        foreign = find_foreign_flag(config, flag)
         if foreign is not None:
-            raise ValueError(f"got --{key} {foreign_flag_message(foreign, names)}")
+            raise ValueError(f"got --{flag} {foreign_flag_message(foreign, names)}")
+
+
+def typed_flags(argv: list[str], flags: set[str]) -> set[str]:
+    """Returns the names of the flags on the command line: x for --no_x, unless no_x is one of `flags` itself."""
+    typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return {key if key in flags else key.removeprefix("no_") for key in typed}
 
 
 def foreign_flag_message(foreign: ForeignFlag, names: PluginNames) -> str:
@@ -170,16 +194,31 @@ def preset_path(cls, sampler: str, dataset: str) -> Path:
 
 
 BaseValues = Callable[[list[str], str], dict[str, Any]]
+ReadRun = Callable[[type, list[str], str], RunSettings | None]
 
 
 def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseValues | None = None) -> C:
+    """Returns the config of a script without the sources of its values; see `parse_with_sources`."""
+    return parse_with_sources(cls, section, argv, base_values).config
+
+
+def parse_with_sources(
+    cls: type[C],
+    section: str | None,
+    argv: list[str],
+    base_values: BaseValues | None = None,
+    read_run_settings: ReadRun | None = None,
+) -> ParsedConfig[C]:
     """Parses the full config of a script. Its section in config files is named after the sampler by default.
 
-    `base_values(argv, section)` gives values that override the preset but not an explicit --config: the settings of an
-    earlier stage.
+    Above the preset but below an explicit --config are the settings of the run that is resumed, which
+    `read_run_settings(cls, argv, section)` returns, or else those of an earlier stage, `base_values(argv, section)`.
     """
-    of_sampler, section = section is None, section or resolve_sampler(argv)
-    base = base_values(argv, section) if base_values is not None else {}
+    run, of_sampler = None, section is None
+    if read_run_settings is not None:
+        run = read_run_settings(cls, argv, section or resolve_sampler(argv))
+    section = section or resolve_sampler(argv, run and run.values)
+    base = run.values if run is not None else base_values(argv, section) if base_values is not None else {}
     explicit, (file, argv) = read_config_flag(argv), split_config_flag(argv)
     given = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
     sampler = first_given(peek_flag(argv, "sampler"), given.get("sampler"), base.get("sampler"), SamplerConfig.sampler)
@@ -187,13 +226,8 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
         raise ValueError(f"{file}: section {section!r} names the sampler {given['sampler']!r}: leave that out")
     dataset = first_given(peek_flag(argv, "dataset"), given.get("dataset"), base.get("dataset"), DataConfig.dataset)
     path = Path(file) if file is not None else preset_path(cls, sampler, dataset)
-    readers = plugin_names("train.datasets")
-    if file is None and not path.exists() and dataset not in readers:
-        presets = [p.stem for p in (ROOT / "configs").glob("*.yaml")]
-        raise ValueError(
-            f"unknown data set {dataset!r}{did_you_mean(str(dataset), [*readers, *presets])}; there are: "
-            f"{', '.join(sorted({*readers, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
-        )
+    if file is None and not path.exists() and not base.get("reader"):
+        check_data_set(dataset)
     content = explicit if file is not None else (read_config(path) if path.exists() else {})
     in_file = content | get_section(content, section)
     given = base | in_file if file is not None else in_file | base
@@ -201,16 +235,56 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
     config, names = make_default_config(cls, given | {"dataset": dataset, "sampler": sampler} | typed)
     reject_foreign(argv, config, names)
     reject_foreign_words(argv, flag_names(config))
-    values = file_values(path, content, config, names, section) if content else {}
-    base = {k: v for k, v in base.items() if k in flag_names(config)}
-    values = base | values if file is not None else values | base
-    values = {key: value for key, value in values.items() if key not in typed}  # plug-ins
-    if "sampler" in flag_names(config):
-        values["sampler"] = sampler
+    in_file = file_values(path, content, config, names, section) if content else {}
+    own = {key: value for key, value in base.items() if key in flag_names(config)}
+    layers = {"run": own, "config": in_file} if file is not None else {"preset": in_file, "run": own}
     source = f"{path}, or the config.yaml of the run that this one builds on" if base else str(path)
-    default = parse_arguments(cls, to_arguments(values, config, source), default=config, source=source)
+    parsed = merge_layers(layers, config, argv, source)
+    if run is not None:
+        require_code_again(parsed, run)
+    return parsed
+
+
+def merge_layers(layers: Mapping[Source, dict[str, Any]], config: C, argv: list[str], source: str) -> ParsedConfig[C]:
+    """Merges the defaults in `config`, which has the plug-ins in use, layers of values and the command line, in this
+    order of precedence. Errors in the layers name `source`."""
+    typed = {flag for flag in NAMING_FLAGS if peek_flag_values(argv, flag) is not None}
+    named = typed | {"sampler"}  # the config has these
+    values = {key: value for layer in layers.values() for key, value in layer.items() if key not in named}
+    default = parse_arguments(type(config), to_arguments(values, config, source), default=config, source=source)
+    flags = flag_names(config)
+    sources: dict[str, Source] = dict.fromkeys(flags, "default")
+    sources |= {key: name for name, layer in layers.items() for key in layer}
+    sources |= dict.fromkeys(flags & typed_flags(argv, flags), "flag")
     prog = Path(sys.argv[0]).name
-    return parse_arguments(cls, answer_help(argv, default, prog), default=default, prog=prog)
+    merged = parse_arguments(type(config), answer_help(argv, default, prog), default=default, prog=prog)
+    return ParsedConfig(merged, sources)
+
+
+def check_data_set(dataset: str) -> None:
+    """Raises ValueError for a data set without a preset that is no file in train/datasets either."""
+    readers = plugin_names("train.datasets")
+    if dataset not in readers:
+        presets = [p.stem for p in (ROOT / "configs").glob("*.yaml")]
+        raise ValueError(
+            f"unknown data set {dataset!r}{did_you_mean(str(dataset), [*readers, *presets])}; there are: "
+            f"{', '.join(sorted({*readers, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
+        )
+
+
+def require_code_again(parsed: ParsedConfig, run: RunSettings) -> None:
+    """Raises ValueError if the config lacks code that the run names and that was not given anew.
+
+    Hooks are left out with a message: they are no part of what a run learns.
+    """
+    values = {key: value for group in to_dict(parsed.config).values() for key, value in group.items()}
+    for key, value in run.code.items():
+        if values.get(key, value) == value or parsed.sources[key] in ("config", "flag"):
+            continue
+        words = shlex.join(value if isinstance(value, list) else [value])
+        if key != "hooks":
+            raise ValueError(f"{run.run} was trained with --{key} {words}, which is code: pass it again to run it")
+        print(f"without --hooks {words} of {run.run}: they are code, pass them again to call them", flush=True)
 
 
 def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
@@ -322,8 +396,15 @@ def one_line_errors(script: str):
         sys.exit(130)
 
 
-def run_script(main: Callable[[C], None], cls: type[C], section: str | None = None, **kwargs) -> None:
-    """Parses the command line and calls main(config).
+def run_script(
+    main: Callable[[C], None],
+    cls: type[C],
+    section: str | None = None,
+    base_values: BaseValues | None = None,
+    read_run_settings: ReadRun | None = None,
+    check: Callable[[C, Mapping[str, Source]], None] | None = None,
+) -> None:
+    """Parses the command line and calls main(config), after check(config, sources), which may refuse it.
 
     Under torchrun only rank 0 prints errors of the command line, which are the same for all; later errors, which may
     concern one machine only, are printed by the first process that has them (`init_distributed`).
@@ -334,6 +415,8 @@ def run_script(main: Callable[[C], None], cls: type[C], section: str | None = No
             quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         with one_line_errors(script):
-            config = parse(cls, section, sys.argv[1:], **kwargs)
+            parsed = parse_with_sources(cls, section, sys.argv[1:], base_values, read_run_settings)
+            if check is not None:
+                check(parsed.config, parsed.sources)
     with one_line_errors(script if rank == "0" else f"{script} (rank {rank})"):
-        run_main(main, config)
+        run_main(main, parsed.config)
