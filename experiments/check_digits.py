@@ -16,7 +16,7 @@ from experiments.harness.experiment import (
     ExperimentSetup,
     ModelConfig,
     OutputConfig,
-    default_results_folder,
+    default_results_name,
     run_experiment,
 )
 from experiments.harness.images import read_samples, save_grid
@@ -30,6 +30,7 @@ from experiments.metrics.classifier import (
 )
 from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
 from experiments.metrics.neighbours import coverage
+from train.cli.files import run_folder
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import training_views
 from train.distributed import DistContext
@@ -94,8 +95,8 @@ class Config:
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Finds the samples; they are measured again each time."""
-    default = default_results_folder("samples", config.model, config.output.logs_root, model) / "samples.npz"
-    return ExperimentSetup((Path(config.check.samples or default),), is_current=lambda results: False)
+    folder = run_folder(config.output.logs_root, default_results_name("samples", config.model, model))
+    return ExperimentSetup((Path(config.check.samples or folder / "samples.npz"),), is_current=lambda results: False)
 
 
 def measure(path: Path, model: TrainedSampler, batches: ResumableBatches) -> dict[str, float]:

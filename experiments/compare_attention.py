@@ -15,6 +15,7 @@ import torch
 
 from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
+from experiments.harness.folders import choose_results_folder
 from experiments.harness.report import mean_and_deviation, table
 from experiments.harness.results import load_results, write_results
 from experiments.metrics import features as all_features
@@ -105,12 +106,11 @@ def main(config: Config) -> None:
     if config.sampler.sampler != "absorbing":
         raise ValueError(f"got sampler {config.sampler.sampler}, wanted absorbing: the variants are of its transformer")
     bench = prepare(config)
-    name = (
-        config.output.log_dir or f"compare_attention_{bench.space.first_stage.run.name}_{bench.space.first_stage.step}"
-    )
-    folder = run_folder(config.output.logs_root, name)
-    origin = {"ae_weights": bench.space.first_stage.weights} | features_provenance(bench.features)
+    first_stage, output = bench.space.first_stage, config.output
+    origin = {"ae_weights": first_stage.weights} | features_provenance(bench.features)
     origin |= {"data_fingerprint": content_fingerprint(bench.images["train"])}
+    name = f"compare_attention_{first_stage.run.name}_{first_stage.step}"
+    folder = choose_results_folder(output.logs_root, output.log_dir, name, config, origin, comparison_identity)
     seeds = range(config.training.seed, config.training.seed + config.comparison.seeds)
     with run_lock(folder):
         open_run(folder, config, origin, comparison_identity)

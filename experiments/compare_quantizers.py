@@ -17,6 +17,7 @@ from torch import nn
 
 from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
+from experiments.harness.folders import choose_results_folder
 from experiments.harness.report import progress, table
 from experiments.harness.results import load_results, write_results
 from experiments.metrics import features as all_features
@@ -133,14 +134,17 @@ def main(config: Config) -> None:
         raise ValueError(
             "every run of a comparison starts from scratch and without hooks: leave --load_dir, --hooks, --resume out"
         )
-    steps, at_once = training.train_steps, training.batch_size
-    folder = run_folder(config.output.logs_root, config.output.log_dir or f"compare_quantizers_{config.data.dataset}")
-    bench = prepare(config, folder)
+    steps, at_once, output = training.train_steps, training.batch_size, config.output
+    default = f"compare_quantizers_{config.data.dataset}"
+    bench = prepare(config, run_folder(output.logs_root, output.log_dir or default))
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
     same |= {"data_fingerprint": content_fingerprint(bench.images.dataset)}
+    same |= features_provenance(bench.features)
+    folder = choose_results_folder(output.logs_root, output.log_dir, default, config, same, comparison_identity)
+    bench = replace(bench, folder=folder)
     with run_lock(folder):
-        open_run(folder, config, same | features_provenance(bench.features), comparison_identity)
+        open_run(folder, config, same, comparison_identity)
         print(f"results: {folder}", flush=True)
         results = load_results(folder) or {}
         for seed, name in product(range(config.training.seed, config.training.seed + c.seeds), autoencoders):

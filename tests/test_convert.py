@@ -132,7 +132,7 @@ def test_converting_other_weights_into_the_same_run_is_refused(converted, tmp_pa
     other["out.2.bias"] += 1
     command = write(tmp_path, other, FLAGS | {"timestep_respacing": "ddim4"})
     again = f"{command} --logs_root {folder}/logs --log_dir converted --step 7"
-    refused(again, capfd, "holds another run", "load_weights", "the same data and weights")
+    refused(again, capfd, "holds another run", "other weights to start from", "the same data and weights")
     assert file.read_text() == before
 
 

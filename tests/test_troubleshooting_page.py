@@ -31,7 +31,7 @@ CODE = source()
 
 def fragments(message: str) -> list[str]:
     """The parts of a message between its values."""
-    parts = re.split(r"\.\.\.|\(lr: [^)]*\)", message)
+    parts = re.split(r"\.\.\.|\(--lr [^)]*\)", message)
     return [part for part in (part.strip(" ,;:`()'\"") for part in parts) if len(part) > 3]
 
 

@@ -201,7 +201,8 @@ class LoggingConfig:
     """Logging and checkpoints."""
 
     log_dir: str | None = None
-    """Folder of the run, below --logs_root; by default named after the model and the data set."""
+    """Folder of the run, below --logs_root; by default named after the model and the data set. Alone, it resumes the
+    run there with the run's own settings."""
     logs_root: str = str(ROOT / "logs")
     """Folder of all runs."""
     steps_per_log: int = 10

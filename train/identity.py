@@ -1,7 +1,7 @@
 """What identifies a training run and a results folder: the settings that must stay as in their config.yaml."""
 
-import reprlib
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from models.registry import MOVED
@@ -20,10 +20,20 @@ NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change",
 }  # fmt: skip
 NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size"}
+OTHER = {  # what a difference of these means, whose values are hashes or long
+    "data_fingerprint": "--data_dir: other images",
+    "class_frequencies": "other class frequencies",
+    "ae_weights": "--ae_load_dir: other weights",
+    "sampler_weights": "--load_dir: other weights",
+    "load_weights": "other weights to start from",
+    "resumed_weights": "other weights to branch from",
+    "perceptual_sha256": "--perceptual_weights: other content",
+    "condition_sha256": "--condition_file: other content",
+    "given_images": "--image: other images",
+}
 HASH_LENGTH = 64  # hexadecimal digits of a SHA-256
-SHORT = reprlib.Repr()
-SHORT.maxlist = SHORT.maxtuple = 8
-SHORT.maxstring = SHORT.maxother = 200
+LISTED = 5  # differences in a message
+LONGEST = 60  # characters of a value in a message
 
 
 def flatten_settings(content: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
@@ -55,29 +65,44 @@ Identity = Callable[[dict[str, Any]], dict[str, Any]]  # content of a config.yam
 
 
 def find_differences(old: dict[str, Any], new: dict[str, Any], identity: Identity) -> Differences:
-    """Returns the identifying settings that differ between two contents of a config.yaml.
+    """Returns the identifying settings that differ between two contents of a config.yaml, those of both first.
 
-    Data are compared by their fingerprints if both contents have one, otherwise by their folder. Class frequencies are
-    not listed beside another fingerprint, from which they follow.
+    Data are compared by their fingerprints if both contents have one, otherwise by their folder. Beside another
+    fingerprint the numbers of images are told, and class frequencies, which follow from it, are not.
     """
     there, now = identity(old), identity(new)
-    if "data_fingerprint" in there and "data_fingerprint" in now:
-        there.pop("data_dir", None), now.pop("data_dir", None)
-    else:
-        there.pop("data_fingerprint", None), now.pop("data_fingerprint", None)
-    if there.get("data_fingerprint") != now.get("data_fingerprint"):
-        there.pop("class_frequencies", None), now.pop("class_frequencies", None)
-    keys = sorted(there.keys() | now.keys())
-    return {key: Difference(there.get(key), now.get(key)) for key in keys if there.get(key) != now.get(key)}
+    known = "data_fingerprint" in there and "data_fingerprint" in now
+    other = known and there["data_fingerprint"] != now["data_fingerprint"]
+    ignored = {"data_dir" if known else "data_fingerprint", "class_frequencies" if other else "training_images"}
+    if "training_images" not in there:  # of an earlier version
+        ignored.add("training_images")
+    keys = sorted(dict.fromkeys([*now, *there]), key=lambda key: not (key in there and key in now))
+    differing = [key for key in keys if key not in ignored and there.get(key) != now.get(key)]
+    return {key: Difference(there.get(key), now.get(key)) for key in differing}
 
 
-def format_differences(differences: Differences) -> str:
-    """Returns the differences as one line, with hashes and long values shortened."""
+def format_differences(differences: Differences, origin: Collection[str] = ()) -> str:
+    """Returns the first differences as one line: `--lr 0.001 -> 0.0003`. Keys in `origin` are not flags."""
+    differences, texts = dict(differences), []
+    images = differences.pop("training_images", None)
+    for key, (there, now) in differences.items():
+        if key in OTHER:
+            counts = f" ({images.there:,} -> {images.now:,})" if images and key == "data_fingerprint" else ""
+            texts.append(f"{OTHER[key]}{counts}")
+        elif any(isinstance(value, str) and len(value) == HASH_LENGTH for value in (there, now)):
+            texts.append(f"{key}: other content")
+        elif isinstance(there, bool) and isinstance(now, bool):
+            texts.append(" -> ".join(f"--{'' if value else 'no_'}{key}" for value in (there, now)))
+        else:
+            texts.append(f"{'' if key in origin else '--'}{key} {format_value(there)} -> {format_value(now)}")
+    more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
+    return f"{', '.join(texts[:LISTED])}{more}"
 
-    def shorten(value: Any) -> str:
-        return SHORT.repr(value[:12] if isinstance(value, str) and len(value) == HASH_LENGTH else value)
 
-    return "; ".join(f"{key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in differences.items())
+def format_value(value: Any) -> str:
+    """Returns a value as it is typed; "none" for nothing, the beginning of a long one."""
+    text = shlex.join(map(str, value)) if isinstance(value, list) else "" if value is None else shlex.quote(str(value))
+    return "none" if text in ("", "''") else text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def comparison_identity(content: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Every setting is taken over, so that the preset, the sampler, the data and their reader are those of the run, except
 
-- `NOT_TAKEN_OVER`, which belong to one start or to one machine;
+- `NOT_TAKEN_OVER`, which belong to one start or to one machine, and in a new folder `STARTING_WEIGHTS`;
 - `ae_load_dir` and `ae_load_step`, which name the VQGAN that the sampler was trained on, wherever the folders are now;
 - code: dotted paths and shell commands count only if they are given again, so that no config.yaml executes anything;
 - settings of a plug-in or solver instead of which another one is given now.
@@ -32,6 +32,7 @@ NOT_TAKEN_OVER = {
     "change": "an order for one start; the changed settings themselves are taken over",
     "profile": "an order for one start",
 }
+STARTING_WEIGHTS = {"load_dir", "load_step", "load_optim", "load_partial"}  # a branch starts from the checkpoint
 DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may
 
 
@@ -46,7 +47,8 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
         return None
     in_file = get_section(read_config_flag(argv), section)
     logs_root = first_given(peek_flag(argv, "logs_root"), in_file.get("logs_root"), LoggingConfig.logs_root)
-    run = resumed_run(run_folder(logs_root, log_dir), resume or "auto")
+    folder = run_folder(logs_root, log_dir)
+    run = resumed_run(folder, resume or "auto")
     if run is None or not (run / "config.yaml").is_file():
         return None
     content, names = read_run_config(run / "config.yaml"), [field.name for field in dataclasses.fields(cls)]
@@ -59,9 +61,9 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
     values = {key: value for group in groups for key, value in own_settings(group, solver).items()}
     if first_given(peek_flag(argv, "ae_load_dir"), in_file.get("ae_load_dir")) is None:
         values |= find_first_stage(run, content, logs_root)
-    values |= {"logs_root": logs_root}  # where the run was found
-    dropped = code.keys() | NOT_TAKEN_OVER.keys() - {"logs_root"}
-    return RunSettings(run, {key: value for key, value in values.items() if key not in dropped}, code)
+    dropped = code.keys() | NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS)
+    taken_over = {key: value for key, value in values.items() if key not in dropped}
+    return RunSettings(run, taken_over | {"logs_root": logs_root}, code)  # logs_root: where the run was looked for
 
 
 def own_settings(group: object, solver: str | None) -> dict[str, Any]:

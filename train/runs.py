@@ -53,6 +53,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return read_run_config(path)
 
 
+def read_complete_run(folder: Path, config: object) -> dict[str, Any]:
+    """Returns the content of a run's config.yaml as it would be written today for `config`'s class."""
+    return complete_config(read_run(folder), config, str(folder / "config.yaml"))
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Returns what a run recorded about the weights and data it starts from; empty before its first start."""
     return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
@@ -104,12 +109,13 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
     """
     content = to_dict(config) | {"origin": provenance}
     if not is_new(folder):
-        old = complete_config(read_run(folder), config, str(folder / "config.yaml"))
+        old = read_complete_run(folder, config)
         if differences := find_differences(old, content, identity):
-            text, origin = format_differences(differences), old.get("origin", {}) | provenance
-            again = same_again(differences, origin)
+            origin = old.get("origin", {}) | provenance
+            text, again = format_differences(differences, origin), same_again(differences, origin)
             raise ValueError(f"{folder} holds another run ({text}): pass another --log_dir, or {again}")
-        noted = {key: value for key, value in old.get("origin", {}).items() if key == "data_fingerprint"}
+        data = ("data_fingerprint", "training_images")
+        noted = {key: value for key, value in old.get("origin", {}).items() if key in data}
         content["origin"] = noted | provenance
         content |= {key: old[key] for key in ("changes",) if key in old}
     write_config(folder, content)
@@ -144,7 +150,8 @@ def resumed_config(point: "ResumePoint", old: dict[str, Any], content: dict[str,
         differences.pop("train_steps", None)
     refused = {key: value for key, value in differences.items() if key not in training["change"]}
     if refused:
-        text, origin = format_differences(refused), old.get("origin", {}) | content["origin"]
+        origin = old.get("origin", {}) | content["origin"]
+        text = format_differences(refused, origin)
         raise ValueError(f"{point.run} holds another run ({text}): {remedy(differences, origin, point)}")
     if before["accumulate"] != training["accumulate"]:
         differences["accumulate"] = Difference(before["accumulate"], training["accumulate"])
@@ -182,18 +189,24 @@ def remedy(keys: Collection[str], origin: Collection[str], point: "ResumePoint")
     branch = f"--resume {shlex.quote(str(point.path))} --log_dir NEW"
     partial = f"--load_dir {shlex.quote(str(point.run))} --load_partial --log_dir NEW"
     network = "" if {*keys} <= {*CHANGEABLE, *origin} else f" (another network: {partial})"
-    return f"pass {same_again(keys, origin)}, or keep the new ones: {here}in a new folder with {branch}{network}"
+    again = f"pass {same_again(keys, origin)} (--log_dir alone takes the settings there)"
+    return f"{again}, or keep the new ones: {here}in a new folder with {branch}{network}"
 
 
 @contextmanager
 def run_context(run: Path, training: TrainingConfig) -> Iterator[DistContext]:
-    """Sets up processes, device, TF32 and determinism as the config says, and locks the run folder."""
+    """Sets up processes, device, TF32 and determinism as the config says, and locks the run folder.
+
+    ValueError: the folder holds results.
+    """
     with (
         init_distributed(training.device, training.timeout_minutes) as world,
         set_tf32(world.device, training.tf32),
         set_deterministic(training.deterministic),
         run_lock(run) if world.is_main else nullcontext(),
     ):
+        if not saved_steps(run) and (run / "config.yaml").is_file() and "training" not in read_run(run):
+            raise ValueError(f"{run} holds results: pass another --log_dir")
         yield world
 
 
@@ -225,14 +238,12 @@ def open_or_resume(
 ) -> None:
     """Opens the run folder and restores `state` from the checkpoint to resume, or else from --load_dir, if any.
 
-    `images` is the training split. A folder without a checkpoint takes new settings; one of results is refused. The
-    folder is not written before all is loaded.
+    `images` is the training split. A folder without a checkpoint takes new settings. The folder is not written before
+    all is loaded.
     """
     training = config.training
     point = find_resume_point(run, training.resume)
     resumes = point is not None and point.run == run
-    if not resumes and (run / "config.yaml").is_file() and "training" not in read_run(run):
-        raise ValueError(f"{run} holds results: pass another --log_dir")
     if resumes:
         provenance = provenance | initial_weights_provenance(run, training, config.logging.logs_root)
     elif training.load_dir is not None:
@@ -240,10 +251,10 @@ def open_or_resume(
     provenance = provenance | branch_provenance(run, point, training.resume)
     world.barrier()  # all processes have read the folder before one writes to it
     if world.is_main:
-        content = to_dict(config) | {"origin": provenance | {"data_fingerprint": content_fingerprint(images)}}
+        data = {"data_fingerprint": content_fingerprint(images), "training_images": len(images)}
+        content = to_dict(config) | {"origin": provenance | data}
         if resumes:
-            old = complete_config(read_run(run), config, str(run / "config.yaml"))
-            content = resumed_config(point, old, content)
+            content = resumed_config(point, read_complete_run(run, config), content)
     resume_from(run, point, state, world)
     if world.is_main:
         write_config(run, content)

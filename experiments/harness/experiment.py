@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
+from experiments.harness.folders import choose_results_folder
 from experiments.harness.results import load_results, write_results
 from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
@@ -299,13 +300,11 @@ def measure_settings(config: ExperimentConfig) -> tuple[object, ...]:
     return tuple(group for name, group in config_groups(config).items() if name not in ("model", "output"))
 
 
-def default_results_folder(
-    name: str, model: ModelConfig | FirstStageModelConfig, logs_root: str, loaded: TrainedModel
-) -> Path:
-    """Returns the results folder of an experiment that is run without --log_dir."""
+def default_results_name(name: str, model: ModelConfig | FirstStageModelConfig, loaded: TrainedModel) -> str:
+    """Returns the name of the results folder of an experiment that is run without --log_dir."""
     averaged = isinstance(model, ModelConfig) and model.ema_length is not None
     length = f"_ema{model.ema_length}" if averaged else ""
-    return run_folder(logs_root, f"{name}_{loaded.run.name}_{loaded.step}{length}")
+    return f"{name}_{loaded.run.name}_{loaded.step}{length}"
 
 
 @contextmanager
@@ -315,13 +314,16 @@ def open_results_folder(
     """Creates or reopens the results folder as a run, and locks it, so that two experiments never share one.
 
     All ranks must call it. Settings that the sampler does not support are refused before the folder is created.
-    ValueError: the folder holds another experiment, or another process is writing to it.
+    ValueError: the folder of --log_dir holds another experiment, or another process is writing to it.
     """
     output, sampling = config.output, config_groups(config).get("sampling")
-    folder = default_results_folder(setup.name or name, config.model, output.logs_root, loaded)
-    if output.log_dir:
-        folder = run_folder(output.logs_root, output.log_dir)
-    samples = isinstance(sampling, SamplingConfig)
+    samples, folder = isinstance(sampling, SamplingConfig), None
+    if world.is_main:
+        given = condition_provenance(sampling.condition_file) if samples else {}
+        provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
+        default = default_results_name(setup.name or name, config.model, loaded)
+        folder = choose_results_folder(output.logs_root, output.log_dir, default, config, provenance, setup.identity)
+    folder = broadcast_object(world, folder)
     if samples and any(world.any(world.is_main and is_new(folder))):
         source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
@@ -330,8 +332,6 @@ def open_results_folder(
         if world.is_main:
             stack.enter_context(run_lock(folder))
             stack.enter_context(deleted_if_refused(folder))
-            given = condition_provenance(sampling.condition_file) if samples else {}
-            provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
             open_run(folder, config, provenance, setup.identity)
         world.barrier()
         print(f"results: {folder}", flush=True)

@@ -107,7 +107,7 @@ def test_results_of_another_run_are_not_overwritten(run_folder, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"{TINY} --heads 1 --logs_root {run_folder.parent}")
     assert stop.value.code == 2
-    assert "heads: 2 there, 1 now" in capfd.readouterr().err
+    assert "--heads 2 -> 1" in capfd.readouterr().err
     assert (run_folder / "results.json").read_bytes() == before
 
 

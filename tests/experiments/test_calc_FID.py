@@ -238,7 +238,7 @@ def test_a_reference_of_other_features_is_refused_first(calc, sampled_indices, t
 def test_another_experiment_in_the_same_folder_is_refused(calc, uninterrupted, capsys):
     with pytest.raises(SystemExit) as stop:
         calc("fid_whole", FLAGS.replace("90", "80"))
-    assert stop.value.code == 2 and "n_samples: 90 there, 80 now" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--n_samples 90 -> 80" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "low"), [("n_samples", 2), ("kid_subsets", 1), ("kid_subset_size", 2)])

@@ -147,7 +147,7 @@ def test_another_experiment_in_the_same_folder_is_refused(measure, capsys):
     measure("autoregressive", "elbo_refused", "--no_decoder")
     with pytest.raises(SystemExit) as stop:
         measure("autoregressive", "elbo_refused", "--no_decoder --n_images 8")
-    assert stop.value.code == 2 and "n_images: 7 there, 8 now" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--n_images 7 -> 8" in capsys.readouterr().err
 
 
 def test_the_whole_validation_split_is_the_default(logs):

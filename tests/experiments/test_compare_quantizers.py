@@ -95,7 +95,7 @@ def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, 
     (tmp_path / "old" / "results.json").write_text("{}")
     with pytest.raises(SystemExit):
         call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir old --quantizers nearest")
-    assert "features_version: 1 there, 2 now" in capfd.readouterr().err
+    assert "features_version 1 -> 2" in capfd.readouterr().err
 
 
 @pytest.mark.slow

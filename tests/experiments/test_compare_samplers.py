@@ -135,7 +135,7 @@ def test_comparison_reports_distance_and_cost_and_resumes(trained, capfd):
     assert resumed["summary"][0]["seconds_per_image"] > 1e5
     with pytest.raises(SystemExit):
         call(SCRIPT, f"{flags} --batch_size 3")
-    assert "batch_size: 4 there, 3 now" in capfd.readouterr().err  # seconds and calls are of this batch size
+    assert "--batch_size 4 -> 3" in capfd.readouterr().err  # seconds and calls are of this batch size
 
 
 def names(folder):

@@ -94,7 +94,7 @@ def test_each_ema_length_has_its_own_results_folder(logs, capfd):
     capfd.readouterr()
     with pytest.raises(SystemExit):
         call("experiments/get_samples.py", f"{flags} --ema_length 0.07 --log_dir samples_ddpm_digits_5_ema0.08")
-    assert "ema_length: 0.08 there, 0.07 now" in capfd.readouterr().err
+    assert "--ema_length 0.08 -> 0.07" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_repeated_run_prints_the_saved_report(trained, call_shapes, capsys):
     assert first_output.splitlines()[-8:] == capsys.readouterr().out.splitlines()[-8:]
     with pytest.raises(SystemExit):
         big(trained, f"{flags} --batch_size 1")
-    assert "batch_size: 50 there, 1 now" in capsys.readouterr().err  # seconds and calls are of this batch size
+    assert "--batch_size 50 -> 1" in capsys.readouterr().err  # seconds and calls are of this batch size
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_another_class_is_another_experiment(trained, capsys):
     samples(trained, "--n_samples 2 --label 1 --log_dir samples_one")
     with pytest.raises(SystemExit) as stop:
         samples(trained, "--n_samples 2 --label 2 --log_dir samples_one")
-    assert stop.value.code == 2 and "label: 1 there, 2 now" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--label 1 -> 2" in capsys.readouterr().err
     results = json.loads((trained / "samples_one" / "results.json").read_text())
     assert results == {"n_samples": 2, "seed": 0, "label": 1}
 

@@ -162,7 +162,7 @@ def test_a_repeated_run_prints_the_saved_report(trained, folder, run_folder, cap
 
 
 def test_another_experiment_in_the_folder_is_refused(trained, folder, run_folder, tmp_path, capfd):
-    assert "overlap: None there, 2 now" in refusal_message(
+    assert "--overlap none -> 2" in refusal_message(
         trained, f"--images {folder} --log_dir reconstructed --compare_whole --overlap 2", capfd
     )
     copy = tmp_path / "mine"

@@ -93,7 +93,7 @@ def test_images_of_another_experiment_do_not_leak_in(trained, samples, capfd):
     with pytest.raises(SystemExit) as stop:
         call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 3 --log_dir s4")
     assert stop.value.code == 2
-    assert "n_samples: 10 there, 3 now" in capfd.readouterr().err
+    assert "--n_samples 10 -> 3" in capfd.readouterr().err
 
 
 def test_auto_features_fall_back_to_pixels_with_one_warning(trained, samples, monkeypatch):

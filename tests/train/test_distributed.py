@@ -243,7 +243,7 @@ def test_a_refusal_by_the_main_process_is_printed_once(logs, two):
     lines = [line for answer in answers for line in answer["stderr"].splitlines()]
     errors = [line for line in lines if "lost another process" not in line]  # if rank 0, which keeps the store, is gone
     assert [answer["code"] for answer in answers] == [2, 2]
-    assert len(errors) == 1 and errors[0].startswith("train_sampler.py: ") and "seed: 0 there, 4 now" in errors[0]
+    assert len(errors) == 1 and errors[0].startswith("train_sampler.py: ") and "--seed 0 -> 4" in errors[0]
 
 
 @pytest.mark.slow

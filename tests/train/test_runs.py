@@ -44,10 +44,10 @@ def test_the_same_command_resumes_and_others_name_differences(tmp_path, capfd):
     call("train_vqgan.py", f"{flags} --train_steps 2")
     assert "nothing left to do" in capfd.readouterr().out
     message = error_message(capfd, "train_vqgan.py", f"{flags} --train_steps 2 --beta 0.5 --seed 4")
-    assert "beta: 0.25 there, 0.5 now" in message and "seed: 0 there, 4 now" in message and "--log_dir" in message
+    assert "--beta 0.25 -> 0.5" in message and "--seed 0 -> 4" in message and "--log_dir" in message
     call("train_vqgan.py", f"{flags} --train_steps 3 --steps_per_log 1")  # the same run
     assert yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())["training"]["train_steps"] == 3
-    assert "train_steps: 3 there, 1 now" in error_message(capfd, "train_vqgan.py", f"{flags} --train_steps 1")
+    assert "--train_steps 3 -> 1" in error_message(capfd, "train_vqgan.py", f"{flags} --train_steps 1")
 
 
 @pytest.mark.slow
@@ -55,7 +55,9 @@ def test_other_vqgan_weights_make_another_run(tmp_path, capfd):
     call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 1")
     call("train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1")
     call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 2")
-    assert "ae_weights" in error_message(capfd, "train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1")
+    assert "other weights" in error_message(
+        capfd, "train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1"
+    )
     flags = f"--logs_root {tmp_path} --ae_load_dir vqgan_digits --n_samples 2"
     message = error_message(capfd, "experiments/get_samples.py", flags)
     assert "other VQGAN weights" in message

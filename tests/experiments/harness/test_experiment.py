@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +231,7 @@ def test_every_rank_opens_the_condition_source(tmp_path):
         output=OutputConfig(logs_root=str(tmp_path)),
     )
     for is_main in (False, True):  # `any` gives the answer of the main rank: the folder does not exist
-        world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
+        world = SimpleNamespace(is_main=is_main, size=1, any=lambda flag: [True], barrier=lambda: None)
         with open_results_folder("samples", config, model, world, ExperimentSetup(())):
             pass
     assert len(calls) == 2 and dry_runs == ["source"]
@@ -246,11 +247,34 @@ def test_the_example_of_the_docs_runs(trained, tmp_path, monkeypatch):
     assert 0 <= results["value"] <= 255
 
 
-def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
+def test_other_settings_get_a_folder_of_their_own(toy, capsys):
+    """The default folder takes the first settings; the same settings find their results wherever they are."""
+    first, other = (toy.logs / f"toy_absorbing_digits_3{suffix}" for suffix in ("", "_count_6"))
+    toy(), capsys.readouterr()
+    toy("--count 6")
+    assert f"{first} holds results of other settings (--count 5 -> 6): these get" in capsys.readouterr().out
+    assert json.loads((other / "results.json").read_text())["numbers"] == [7, 8, 9, 10, 11, 12]
+    toy.requested = []
+    assert len(toy("--count 6")["numbers"]) == 5 and toy.requested == []  # of the first folder
+    assert f"results: {other}\n" in capsys.readouterr().out
+    shutil.rmtree(first)
+    with pytest.raises(FileNotFoundError):
+        toy("--count 6")  # the first folder is free, but these results are there
+    assert toy.requested == [] and not first.exists()
+    toy()
+    toy("--no_ema --count 6")
+    assert (toy.logs / "toy_absorbing_digits_3_count_6_no_ema").is_dir()
+    (other / "config.yaml").write_text("[")  # of no run: neither taken nor read
+    toy("--count 6")
+    assert (toy.logs / "toy_absorbing_digits_3_count_6_2" / "results.json").is_file()
+
+
+def test_other_settings_in_a_named_folder_are_refused(toy, capfd):
     toy()
     with pytest.raises(SystemExit):
-        toy("--count 6")
-    assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.requested) == 3
+        toy("--count 6 --log_dir toy_absorbing_digits_3")
+    assert "holds another run (--count 5 -> 6): pass another --log_dir" in capfd.readouterr().err
+    assert len(toy.requested) == 3
 
 
 def test_timed_results_are_of_one_batch_size(toy, capfd):
@@ -260,9 +284,8 @@ def test_timed_results_are_of_one_batch_size(toy, capfd):
     toy()
     toy("--batch_size 3")
     assert len(toy.requested) == 3
-    with pytest.raises(SystemExit):
-        toy("--batch_size 2", prepare=prepare)
-    assert "batch_size: 3 there, 2 now" in capfd.readouterr().err
+    toy("--batch_size 2", prepare=prepare)
+    assert "(--batch_size 3 -> 2): these get a folder of their own" in capfd.readouterr().out
 
 
 def test_a_folder_with_an_earlier_fingerprint_is_accepted(toy, capfd):
@@ -276,9 +299,9 @@ def test_a_folder_with_an_earlier_fingerprint_is_accepted(toy, capfd):
     fingerprint = "b" * 64
     assert toy(prepare=prepare) == results and len(toy.requested) == 3
     fingerprint = "c" * 64
-    with pytest.raises(SystemExit):
-        toy(prepare=prepare)
-    assert "data_fingerprint: 'bbbbbbbbbbbb' there, 'cccccccccccc' now" in capfd.readouterr().err
+    toy(prepare=prepare)
+    assert "(--data_dir: other images): these get a folder of their own" in capfd.readouterr().out
+    assert (toy.logs / "toy_absorbing_digits_3_other_images").is_dir()
 
 
 def test_kept_results_that_lack_a_key_are_damaged(toy, capfd):

@@ -255,9 +255,9 @@ def test_a_head_with_other_weights_or_settings_is_refused(first, uninterrupted, 
     other_vqgan = dataclasses.replace(first, weights="0" * 64)
     with pytest.raises(ValueError, match="other VQGAN weights than those of .* at step 5: pass another --head_dir"):
         load_head(uninterrupted.run, other_vqgan)
-    with pytest.raises(ValueError, match="holds another run .*ae_weights"):
+    with pytest.raises(ValueError, match="holds another run .--ae_load_dir: other weights"):
         trained_head(other_vqgan, uninterrupted.run, 5)
-    with pytest.raises(ValueError, match="holds another run .*lr: 0.001 there, 0.002 now"):
+    with pytest.raises(ValueError, match="holds another run .*--lr 0.001 -> 0.002"):
         trained_head(first, uninterrupted.run, 5, lr=2e-3)
     with pytest.raises(ValueError, match="does not fit this head"):
         load_head(trained / "absorbing_digits", first)  # built on the same VQGAN

@@ -85,7 +85,7 @@ def test_a_run_with_a_user_quantizer_resumes(user_quantizer, tmp_path, capfd):
     saved = yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())
     assert {*saved["network"]} == cli.flag_names(VQGANConfig) | {"mine_factor"}
     call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 2")
-    assert "mine_factor: 3.0 there, 4.0 now" in error_message(capfd, f"{flags} --mine_factor 4 --train_steps 2")
+    assert "--mine_factor 3.0 -> 4.0" in error_message(capfd, f"{flags} --mine_factor 4 --train_steps 2")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_keys_of_other_quantizers_do_not_change_a_run(tmp_path):
         *("gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps"),
     }
     network = dataclasses.replace(config.network, quantizer="nearest", quantizer_config=nearest.Config())
-    with pytest.raises(ValueError, match="holds another run .*quantizer: 'ema' there, 'nearest' now"):
+    with pytest.raises(ValueError, match="holds another run .*--quantizer ema -> nearest"):
         open_run(tmp_path, dataclasses.replace(config, network=network), content["origin"])
 
 

@@ -1,0 +1,196 @@
+"""`--log_dir RUN` alone resumes a run: with its settings, wherever it is now, and without running what it names."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import train_sampler
+from helpers.run_asserts import assert_close, weights
+from helpers.tiny_runs import ROOT, call
+from train.checkpoint import checkpoint_path, saved_steps
+from train.cli import parse as cli
+from train.config import TrainingConfig
+from train.resumed_settings import NOT_TAKEN_OVER, find_code, read_resumed_settings
+from train.samplers import ddpm
+
+OLD = ROOT / "tests" / "fixtures" / "old_runs"
+RENAMED = {"network.label.weight": "network.encoders.label.embedding.weight"}  # since these runs
+
+
+@pytest.fixture
+def logs(tmp_path) -> Path:
+    """Runs at step 4 that were trained on another machine, in /old/logs."""
+    return Path(shutil.copytree(OLD / "runs", tmp_path / "moved"))
+
+
+def edit(run: Path, **settings) -> Path:
+    """Changes settings in a run's config.yaml."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in settings.items():
+        next((group for group in content.values() if key in group), content["training"])[key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    return run
+
+
+def parse(flags: str) -> cli.ParsedConfig:
+    """The config of train_sampler.py."""
+    return cli.parse_with_sources(
+        train_sampler.Config, None, flags.split(), cli.first_stage_data, read_resumed_settings
+    )
+
+
+def error_message(script: str, flags: str, capfd) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "absorbing", "ddpm", "latents"])
+def test_a_moved_run_goes_on_by_its_folder_alone(kind, logs, monkeypatch):
+    """The presets of digits would have other networks, and two of the samplers would be other ones."""
+    monkeypatch.chdir(logs)
+    script = "train_vqgan.py" if kind == "vqgan" else "train_sampler.py"
+    call(script, f"--log_dir ./{kind}_digits --train_steps 8")
+    run = logs / f"{kind}_digits"
+    assert saved_steps(run) == [4, 8]
+    later = {
+        name.partition(".")[2]: value
+        for name, value in load_file(OLD / "later.safetensors").items()
+        if name.partition(".")[0] == kind
+    }
+    assert_close({RENAMED.get(name, name): value for name, value in later.items()}, weights(run, 8), rtol=1e-4)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["training"]["train_steps"] == 8 and config["training"]["lr"] == 1e-3
+
+
+def test_settings_come_from_preset_run_config_and_flags(logs, tmp_path):
+    run = edit(logs / "ddpm_digits", lr=0.5, seed=3, weight_decay=0.5, steps_per_log=3)
+    file = tmp_path / "mine.yaml"
+    file.write_text("ddpm:\n  seed: 4\n  weight_decay: 0.25\n")
+    parsed = parse(f"--log_dir {run} --config {file} --weight_decay 0.125 --no_ema")
+    training = parsed.config.training
+    assert (training.lr, training.seed, training.weight_decay, training.ema) == (0.5, 4, 0.125, False)
+    assert parsed.config.sampler.sampler == "ddpm" and parsed.config.logging.logs_root == cli.LoggingConfig.logs_root
+    expected = {"lr": "run", "seed": "config", "weight_decay": "flag", "ema": "flag", "device": "default"}
+    assert {key: parsed.sources[key] for key in expected} == expected
+    parsed = parse("--sampler ddpm --seed=1")
+    expected = {"lr": "preset", "seed": "flag", "warmup_iters": "preset", "compile": "default"}
+    assert {key: parsed.sources[key] for key in expected} == expected
+
+
+def test_what_belongs_to_one_start_or_machine_is_not_taken_over(logs):
+    own = {"device": "cuda", "resume": "never", "change": ["lr"], "profile": True, "log_dir": "old"}
+    run = edit(logs / "ddpm_digits", **own, logs_root="/old", compile=True)
+    config = parse(f"--log_dir {run}").config
+    training, logging = config.training, config.logging
+    assert (training.device, training.resume, training.change, logging.profile) == ("auto", "auto", (), False)
+    assert training.compile and logging.log_dir == str(run) and logging.logs_root != "/old"
+    assert own.keys() | {"logs_root"} == NOT_TAKEN_OVER.keys()
+    text = (ROOT / "docs" / "training.md").read_text()
+    (section,) = re.findall(r"### Settings of a resumed run\n(.*?)\n### ", text, re.S)
+    assert {f"`--{key}`" for key in NOT_TAKEN_OVER} <= {*re.findall(r"`--\w+`", section)}
+
+
+def test_a_folder_without_a_checkpoint_is_not_read(logs):
+    shutil.rmtree(logs / "ddpm_digits" / "checkpoints")
+    (logs / "ddpm_digits" / "config.yaml").write_text("[")
+    config = parse(f"--log_dir {logs / 'ddpm_digits'}").config
+    assert config.sampler.sampler == "absorbing" and config.training.lr == 1e-3  # the preset of digits
+
+
+def test_a_branch_starts_with_the_settings_of_its_source(logs):
+    edit(logs / "ddpm_digits", lr=0.5)
+    path = checkpoint_path(logs / "ddpm_digits", 4)
+    config = parse(f"--logs_root {logs} --log_dir new --resume {path} --seed 3").config
+    assert (config.sampler.sampler, config.training.lr, config.training.seed) == ("ddpm", 0.5, 3)
+    assert config.training.resume == str(path) and config.logging.log_dir == "new"
+
+
+def test_the_vqgan_is_found_beside_the_run_or_where_it_was(logs, tmp_path):
+    run = logs / "latents_digits"
+    first = parse(f"--log_dir {run}").config.first
+    assert (first.ae_load_dir, first.ae_load_step) == (str(logs / "vqgan_digits"), 4)
+    (tmp_path / "elsewhere").mkdir()
+    run = run.rename(tmp_path / "elsewhere" / "latents")
+    assert parse(f"--log_dir {run} --logs_root {logs}").config.first == first
+    assert parse(f"--log_dir {run} --ae_load_dir here").config.first.ae_load_dir == "here"
+
+
+def test_another_solver_has_its_own_settings(logs):
+    run = edit(logs / "ddpm_digits", solver="ddim", sample_steps=7, eta=0.5, guidance=3.0)
+    same, other = parse(f"--log_dir {run}").config, parse(f"--log_dir {run} --solver heun").config
+    assert (same.sampling.sample_steps, same.sampling.eta, same.sampling.guidance) == (7, 0.5, 3.0)
+    assert other.sampling.sample_steps != 7 and other.sampling.eta is None and other.sampling.guidance == 3.0
+
+
+def test_runs_of_other_scripts_and_results_are_refused(logs, capfd):
+    message = error_message("train_vqgan.py", f"--log_dir {logs / 'ddpm_digits'}", capfd)
+    assert "ddpm_digits is a run of another script (its config.yaml has no network)" in message
+    message = error_message("train_sampler.py", f"--log_dir {logs / 'vqgan_digits'}", capfd)
+    assert "vqgan_digits is a run of another script (its config.yaml has no sampler)" in message
+    (logs / "results").mkdir()
+    (logs / "results" / "config.yaml").write_text("samples: {n_samples: 3}\n")
+    for script in ("train_vqgan.py", "train_sampler.py"):
+        message = error_message(script, f"--logs_root {logs} --log_dir results --ae_load_dir none", capfd)
+        assert message.endswith("results holds results: pass another --log_dir")
+    message = error_message("train_sampler.py", f"--log_dir {logs / 'ddpm_digits'} --lr 0.5 --sampler absorbing", capfd)
+    assert "holds another run (--sampler ddpm -> absorbing, " in message and " more): " in message
+
+
+def test_data_that_moved_are_named(logs, capfd):
+    run = edit(logs / "ddpm_digits", dataset="folder", data_dir="/old/images")
+    message = error_message("train_sampler.py", f"--log_dir {run}", capfd)
+    assert "/old/images" in message and "--data_dir" in message
+
+
+# code
+
+
+CODE = {  # by group and key
+    ("sampler", "adapt"): "canary.run",
+    ("sampler", "res_block_type"): "canary.run",
+    ("sampler", "attn_block_type"): "canary.run",
+    ("training", "optimizer"): "canary.run",
+    ("reader", "data_dir"): "{p..p}ipe:touch 'it ran'",
+}
+
+
+def test_code_of_a_run_must_be_given_again(logs, tmp_path, monkeypatch, capfd):
+    (tmp_path / "canary.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for (group, key), code in CODE.items():
+        run = Path(shutil.copytree(logs / "ddpm_digits", logs / key))
+        edit(run, **{key: code}, dataset="webdataset" if key == "data_dir" else "digits")
+        message = error_message("train_sampler.py", f"--log_dir {run}", capfd)
+        assert f"{run} was trained with --{key} " in message and message.endswith("is code: pass it again to run it")
+        words = ["--log_dir", str(run), f"--{key}", code]
+        parsed = cli.parse_with_sources(train_sampler.Config, None, words, None, read_resumed_settings)
+        assert cli.to_dict(parsed.config)[group][key] == code
+    assert not (tmp_path / "it ran").exists() and "canary" not in sys.modules
+
+
+def test_hooks_of_a_run_are_left_out_with_a_message(logs, capsys):
+    run = edit(logs / "ddpm_digits", hooks=["canary.run", "canary.Walk"])
+    assert parse(f"--log_dir {run}").config.training.hooks == ()
+    assert "without --hooks canary.run canary.Walk" in capsys.readouterr().out
+    assert parse(f"--log_dir {run} --hooks canary.run").config.training.hooks == ("canary.run",)
+    assert capsys.readouterr().out == ""
+
+
+def test_every_flag_that_takes_a_dotted_path_is_code():
+    files = [ROOT / "train" / "config.py", *(ROOT / "train" / "samplers").glob("*.py"), ROOT / "vq" / "config.py"]
+    pattern = r'^    (\w+): [^\n]*\n    """[^"]*dotted path'
+    flags = {flag for path in files for flag in re.findall(pattern, path.read_text(), re.M | re.I)}
+    assert {"adapt", "optimizer", "hooks"} <= flags
+    sampler = ddpm.Config(**dict.fromkeys(flags & cli.flag_names(ddpm.Config), "my.Own"))
+    training = TrainingConfig(optimizer="my.Own", hooks=("my.Own",))
+    assert find_code([sampler, training, ddpm.Config(), TrainingConfig()]).keys() == flags
