@@ -5,7 +5,7 @@ Every setting is taken over, so that the preset, the sampler, the data and their
 - `NOT_TAKEN_OVER`, which belong to one start or to one machine, and in a new folder `STARTING_WEIGHTS`;
 - `ae_load_dir` and `ae_load_step`, which name the VQGAN that the sampler was trained on, wherever the folders are now;
 - code: dotted paths and shell commands count only if they are given again, so that no config.yaml executes anything;
-- settings of a plug-in or solver instead of which another one is given now.
+- settings of a plug-in, solver or data set instead of which another one is given now.
 
 `data_dir`, `val_shards`, `condition_file`, `perceptual_weights` and `shard_cache` are taken over as they were typed: if
 the files have moved, the error names the flag.
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from train.cli.files import get_section, read_run_config, run_folder
-from train.cli.parse import RunSettings, flatten_group, from_dict, read_config_flag
+from train.cli.parse import IDENTIFYING_FLAGS, RunSettings, flatten_group, from_dict, read_config_flag
 from train.cli.values import first_given, peek_flag
-from train.config import LoggingConfig, SamplerConfig, SamplingConfig, TrainingConfig
+from train.config import LoggingConfig, SamplerConfig, TrainingConfig
 from train.datasets.webdataset.store import is_shell_command
 from train.first_stage import find_vqgan_run
 from train.runs import resumed_run
@@ -45,8 +45,10 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
     log_dir, resume = peek_flag(argv, "log_dir"), peek_flag(argv, "resume")
     if log_dir is None:
         return None
-    in_file = get_section(read_config_flag(argv), section)
-    logs_root = first_given(peek_flag(argv, "logs_root"), in_file.get("logs_root"), LoggingConfig.logs_root)
+    in_file = read_config_flag(argv)
+    in_file = in_file | get_section(in_file, section)
+    given = {key: first_given(peek_flag(argv, key), in_file.get(key)) for key in IDENTIFYING_FLAGS | {"solver"}}
+    logs_root = given["logs_root"] or LoggingConfig.logs_root
     folder = run_folder(logs_root, log_dir)
     run = resumed_run(folder, resume or "auto")
     if run is None or not (run / "config.yaml").is_file():
@@ -56,22 +58,17 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
         raise ValueError(f"{run} is a run of another script (its config.yaml has no {missing[0]}): resume it with that")
     config = from_dict(cls, {name: content[name] for name in names}, str(run / "config.yaml"))
     groups = [getattr(config, name) for name in names]
-    code = find_code(groups)
-    solver = first_given(peek_flag(argv, "solver"), in_file.get("solver"))
-    values = {key: value for group in groups for key, value in own_settings(group, solver).items()}
-    if first_given(peek_flag(argv, "ae_load_dir"), in_file.get("ae_load_dir")) is None:
+    values = {key: value for group in groups for key, value in flatten_group(group).items()}
+    if given["ae_load_dir"] is None:
         values |= find_first_stage(run, content, logs_root)
-    dropped = code.keys() | NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS)
-    taken_over = {key: value for key, value in values.items() if key not in dropped}
-    return RunSettings(run, taken_over | {"logs_root": logs_root}, code)  # logs_root: where the run was looked for
-
-
-def own_settings(group: object, solver: str | None) -> dict[str, Any]:
-    """Returns the settings of a group, without those of its solver if another one is given."""
-    values = flatten_group(group)
-    if isinstance(group, SamplingConfig) and solver not in (None, group.solver):
-        values = {key: value for key, value in values.items() if key not in group.solver_setting_names()}
-    return values
+    dropped = NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS)
+    if given["dataset"] not in (None, values["dataset"]):
+        dropped |= {"reader", *flatten_group(config.reader)}
+    if "solver" in values and given["solver"] not in (None, values["solver"]):
+        dropped |= config.sampling.solver_setting_names()
+    code = {key: value for key, value in find_code(groups).items() if key not in dropped}
+    values = {key: value for key, value in values.items() if key not in dropped | code.keys()}
+    return RunSettings(run, values | {"logs_root": logs_root}, code)  # logs_root: where the run was looked for
 
 
 def find_first_stage(run: Path, content: dict[str, Any], logs_root: str) -> dict[str, Any]:

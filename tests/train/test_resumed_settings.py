@@ -112,6 +112,10 @@ def test_a_branch_starts_with_the_settings_of_its_source(logs):
     config = parse(f"--logs_root {logs} --log_dir new --resume {path} --seed 3").config
     assert (config.sampler.sampler, config.training.lr, config.training.seed) == ("ddpm", 0.5, 3)
     assert config.training.resume == str(path) and config.logging.log_dir == "new"
+    edit(logs / "ddpm_digits", reader="folder", load_dir="gone", data_dir="/digits")
+    config = parse(f"--logs_root {logs} --log_dir new --resume {path} --dataset cifar10 --data_dir /cifar10").config
+    assert type(config.reader).__module__.endswith("cifar10") and config.data.reader != "folder"
+    assert (config.reader.data_dir, config.training.load_dir) == ("/cifar10", None)
 
 
 def test_the_vqgan_is_found_beside_the_run_or_where_it_was(logs, tmp_path):
@@ -137,9 +141,10 @@ def test_runs_of_other_scripts_and_results_are_refused(logs, capfd):
     message = error_message("train_sampler.py", f"--log_dir {logs / 'vqgan_digits'}", capfd)
     assert "vqgan_digits is a run of another script (its config.yaml has no sampler)" in message
     (logs / "results").mkdir()
+    shutil.rmtree(logs / "vqgan_digits")
     (logs / "results" / "config.yaml").write_text("samples: {n_samples: 3}\n")
-    for script in ("train_vqgan.py", "train_sampler.py"):
-        message = error_message(script, f"--logs_root {logs} --log_dir results --ae_load_dir none", capfd)
+    for script in ("train_vqgan.py", "train_sampler.py"):  # of codes, without a VQGAN here
+        message = error_message(script, f"--logs_root {logs} --log_dir results", capfd)
         assert message.endswith("results holds results: pass another --log_dir")
     message = error_message("train_sampler.py", f"--log_dir {logs / 'ddpm_digits'} --lr 0.5 --sampler absorbing", capfd)
     assert "holds another run (--sampler ddpm -> absorbing, " in message and " more): " in message
