@@ -239,18 +239,21 @@ def parse_with_sources(
     own = {key: value for key, value in base.items() if key in flag_names(config)}
     layers = {"run": own, "config": in_file} if file is not None else {"preset": in_file, "run": own}
     source = f"{path}, or the config.yaml of the run that this one builds on" if base else str(path)
-    parsed = merge_layers(layers, config, argv, source)
+    parsed = merge_layers(layers, config, sampler, argv, source)
     if run is not None:
         require_code_again(parsed, run)
     return parsed
 
 
-def merge_layers(layers: Mapping[Source, dict[str, Any]], config: C, argv: list[str], source: str) -> ParsedConfig[C]:
+def merge_layers(
+    layers: Mapping[Source, dict[str, Any]], config: C, sampler: str, argv: list[str], source: str
+) -> ParsedConfig[C]:
     """Merges the defaults in `config`, which has the plug-ins in use, layers of values and the command line, in this
     order of precedence. Errors in the layers name `source`."""
     typed = {flag for flag in NAMING_FLAGS if peek_flag_values(argv, flag) is not None}
-    named = typed | {"sampler"}  # the config has these
-    values = {key: value for layer in layers.values() for key, value in layer.items() if key not in named}
+    values = {key: value for layer in layers.values() for key, value in layer.items() if key not in typed}
+    if "sampler" in flag_names(config):
+        values["sampler"] = sampler
     default = parse_arguments(type(config), to_arguments(values, config, source), default=config, source=source)
     flags = flag_names(config)
     sources: dict[str, Source] = dict.fromkeys(flags, "default")
