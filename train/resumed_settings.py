@@ -40,7 +40,7 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
     """Returns the settings of the run that --log_dir or, for a new folder, --resume names; None for a new run.
 
     `cls` is the script's config, `section` its section of the config file. A folder without a checkpoint is not read.
-    ValueError: it is not a run of this script.
+    ValueError: it is not a run of this script, or of another sampler than the one given.
     """
     log_dir, resume = peek_flag(argv, "log_dir"), peek_flag(argv, "resume")
     if log_dir is None:
@@ -59,6 +59,9 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
     config = from_dict(cls, {name: content[name] for name in names}, str(run / "config.yaml"))
     groups = [getattr(config, name) for name in names]
     values = {key: value for group in groups for key, value in flatten_group(group).items()}
+    if "sampler" in values and given["sampler"] not in (None, values["sampler"]):
+        got = f"{values['sampler']}, got {given['sampler']}"
+        raise ValueError(f"{run} was trained with --sampler {got}: pass that, or another --log_dir")
     if given["ae_load_dir"] is None:
         values |= find_first_stage(run, content, logs_root)
     dropped = NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS)
