@@ -189,8 +189,8 @@ def remedy(keys: Collection[str], origin: Collection[str], point: "ResumePoint")
     branch = f"--resume {shlex.quote(str(point.path))} --log_dir NEW"
     partial = f"--load_dir {shlex.quote(str(point.run))} --load_partial --log_dir NEW"
     network = "" if {*keys} <= {*CHANGEABLE, *origin} else f" (another network: {partial})"
-    again = f"pass {same_again(keys, origin)} (--log_dir alone takes the settings there)"
-    return f"{again}, or keep the new ones: {here}in a new folder with {branch}{network}"
+    again = f"{same_again(keys, origin)}{'' if {*keys} <= {*origin} else ' (--log_dir alone takes them)'}"
+    return f"pass {again}, or keep the new ones: {here}in a new folder with {branch}{network}"
 
 
 @contextmanager

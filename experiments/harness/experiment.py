@@ -75,7 +75,8 @@ class OutputConfig:
     """Output."""
 
     log_dir: str | None = None
-    """Results folder, below --logs_root; if omitted, named after the experiment, the run and the step."""
+    """Results folder, below --logs_root; if omitted, named after the experiment, the run and the step; other settings
+    get a folder beside it."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
     batch_size: int = 50
@@ -121,7 +122,8 @@ class FirstStageOutputConfig:
     """Output."""
 
     log_dir: str | None = None
-    """Results folder, below --logs_root; if omitted, named after the experiment, the run and the step."""
+    """Results folder, below --logs_root; if omitted, named after the experiment, the run and the step; other settings
+    get a folder beside it."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
