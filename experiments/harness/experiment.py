@@ -1,7 +1,6 @@
 """The common main of all experiments: loads the trained model, opens the results folder, measures once, reports."""
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -12,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
-from experiments.harness.folders import choose_results_folder
+from experiments.harness.folders import choose_results_folder, deleted_if_refused
 from experiments.harness.results import load_results, write_results
 from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
@@ -29,7 +28,7 @@ from train.files import sha256
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
-from train.runs import LOCK, is_new, open_run, read_provenance, read_run, run_lock
+from train.runs import is_new, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
@@ -345,17 +344,6 @@ def data_provenance(model: ModelConfig | FirstStageModelConfig, loaded: TrainedM
     if model.data_dir is None:
         return {key: value for key, value in read_provenance(loaded.run).items() if key == "data_fingerprint"}
     return {"data_fingerprint": content_fingerprint(build_dataset(loaded.data, loaded.reader, "train"))}
-
-
-@contextmanager
-def deleted_if_refused(folder: Path) -> Iterator[None]:
-    """Deletes a results folder in which an error leaves nothing but its config: other settings may take its name."""
-    try:
-        yield
-    except (ValueError, OSError):
-        if folder.is_dir() and {path.name for path in folder.iterdir()} == {"config.yaml", LOCK}:
-            shutil.rmtree(folder)
-        raise
 
 
 def read_results(batches: ResumableBatches) -> dict[str, Any] | None:

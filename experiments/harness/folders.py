@@ -3,13 +3,16 @@
 import glob
 import itertools
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from train.cli.files import run_folder
 from train.cli.parse import to_dict
 from train.identity import OTHER, Differences, Identity, find_differences, format_differences, format_value
-from train.runs import is_new, read_complete_run
+from train.runs import LOCK, is_new, read_complete_run
 
 SUFFIX_LENGTH = 60  # characters
 
@@ -69,3 +72,14 @@ def setting_word(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return key if value else f"no_{key}"
     return f"{key}_{Path(format_value(value)).name}"
+
+
+@contextmanager
+def deleted_if_refused(folder: Path) -> Iterator[None]:
+    """Deletes a results folder in which an error leaves nothing but its config: other settings may take its name."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} == {"config.yaml", LOCK}:
+            shutil.rmtree(folder)
+        raise
