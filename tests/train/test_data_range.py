@@ -66,7 +66,9 @@ def test_another_range_is_another_run(trained, scans, capfd):
         f"{DDPM} {DATA} --data_dir {scans} --logs_root {trained} --log_dir pixels --train_steps 3 --steps_per_eval 1"
     )
     with pytest.warns(UserWarning, match="nearly black in 8 bits: .* pass --data_range 0 4095"):
-        assert "--data_range 0.0 4095.0 -> none" in error_message("train_sampler.py", flags, capfd)
+        call("train_sampler.py", flags.replace("--log_dir pixels", "--log_dir dark"))
+    message = error_message("train_sampler.py", f"{flags} --data_range 0 255", capfd)
+    assert "--data_range 0.0 4095.0 -> 0.0 255.0" in message
     assert "data_range" in error_message("train_sampler.py", f"{flags} --data_range 3 3", capfd)
     call("train_sampler.py", f"{flags} {RANGE}")
 
