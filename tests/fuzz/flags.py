@@ -81,7 +81,7 @@ def config_class(script: str) -> type:
         captured.append(cls)
         sys.exit()
 
-    with mock.patch.object(cli, "parse", capture), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.object(cli, "parse_with_sources", capture), contextlib.redirect_stdout(io.StringIO()):
         call_script(script, [])
     return captured[0]
 

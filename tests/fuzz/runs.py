@@ -148,6 +148,8 @@ class Runs:
         name = rng.choice([*RUNS])
         script, flags = RUNS[name]
         flags = flags.replace("--train_steps 1", "--train_steps 2").replace("--log_dir=new", "")
+        if rng.random() < 0.5:
+            flags = f"--log_dir={name} --train_steps 2"  # with the settings of the changed run
         if rng.random() < 0.5 and name != "vqgan_digits":
             script = f"experiments/{rng.choice(SAMPLED)}.py"
             sampler = name.removesuffix("_digits")
