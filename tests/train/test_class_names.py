@@ -96,7 +96,7 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, capfd):
     assert yaml.safe_load((tmp_path / "sevens" / "config.yaml").read_text())["samples"]["label"] == 7
     with pytest.raises(SystemExit):
         call("experiments/get_samples.py", f"{of_run} --n_samples 2 --label eight --log_dir sevens")
-    assert "label: 7 there, 8 now" in capfd.readouterr().err
+    assert "--label 7 -> 8" in capfd.readouterr().err
 
 
 def test_an_old_run_without_names_has_numbers():
