@@ -117,6 +117,7 @@ class HeadStep:
 
     def __init__(self, first_stage: FirstStage, training: TrainingConfig, world: DistContext):
         self.first_stage, self.training, self.world = first_stage, training, world
+        self.bar_metrics = {"loss": "loss", "val": "val/bits_per_dim"}
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
         head, total = state.train_module("head").train(), 0.0

@@ -46,7 +46,7 @@ def test_a_changed_condition_file_is_another_experiment(trained, file, capsys):
     file.write_text("label\n4\n")
     with pytest.raises(SystemExit):
         sample(trained, f"--n_samples 1 --condition_file {file} --log_dir by_content")
-    assert "condition_sha256" in capsys.readouterr().err
+    assert "--condition_file: other content" in capsys.readouterr().err
 
 
 def test_an_invalid_row_is_refused_before_the_folder_is_created(trained, file, capsys):

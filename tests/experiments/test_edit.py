@@ -106,7 +106,7 @@ def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         edit(trained, flags)
-    assert "given_images" in capsys.readouterr().err
+    assert "--image: other images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_another_experiment_in_the_folder_is_refused(trained, folder, run_folder
     shutil.copytree(folder, copy)
     reconstruct(trained, f"--images {copy} --log_dir mine")
     noise(8, 8).save(copy / "new.png")
-    assert "data_fingerprint" in refusal_message(trained, f"--images {copy} --log_dir mine", capfd)
+    assert "--data_dir: other images" in refusal_message(trained, f"--images {copy} --log_dir mine", capfd)
 
 
 def test_a_replaced_image_of_equal_size_is_another(tmp_path):

@@ -102,7 +102,7 @@ def load_codes(
     file: CodeFile | None = None,
     annotated: bool = False,
 ) -> CodeTable:
-    dataset, file = BrokenDataset(PIXELS, np.arange(COUNT), COUNT, broken), file or code_file(folder)
+    dataset, file = BrokenDataset(PIXELS, np.arange(COUNT), COUNT, broken=broken), file or code_file(folder)
     if annotated:
         dataset, file = AnnotatedDataset(PIXELS, dataset.labels, COUNT), replace(file, views=VIEWS)
     config = replace(CONFIG, num_workers=workers)

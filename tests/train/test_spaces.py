@@ -247,7 +247,7 @@ def other_vqgan(trained):
 
 def test_other_vqgan_weights_are_refused_everywhere(trained, latent_run, other_vqgan, capfd):
     for script, flags, expected in (
-        ("train_sampler.py", f"{LATENT} --train_steps 9", "ae_weights"),
+        ("train_sampler.py", f"{LATENT} --train_steps 9", "--ae_load_dir: other weights"),
         ("experiments/get_samples.py", "--sampler ddpm --n_samples 2 --log_dir x", "other VQGAN weights"),
         ("experiments/get_samples.py", "--sampler absorbing --n_samples 2 --log_dir x", "other VQGAN weights"),
     ):
