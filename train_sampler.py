@@ -1,14 +1,16 @@
 """Stage 2: codes, latents or pixels -> a learned sampler of images. `python train_sampler.py --sampler ddpm --help`"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from experiments.metrics.training_distance import sample_distance
 from train.class_names import check_class_order
 from train.cli.files import run_folder
-from train.cli.parse import first_stage_data, run_script
+from train.cli.parse import Source, first_stage_data, run_script
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
@@ -18,6 +20,7 @@ from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, run_context
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
+from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies
 from train.trainer import make_hooks, train
 
@@ -32,10 +35,16 @@ class Config(SecondStageConfig):
     )
     NOT_EVERYDAY = ("sampling",)
 
+    @property
+    def run(self) -> Path:
+        return run_folder(self.logging.logs_root, self.logging.log_dir or f"{self.sampler.sampler}_{self.data.dataset}")
+
+    def check(self, sources: Mapping[str, Source]) -> None:
+        check_warmup(self.run, self.training, sources["warmup_iters"])
+
 
 def main(config: Config) -> None:
-    training, logging = config.training, config.logging
-    run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{config.data.dataset}")
+    training, logging, run = config.training, config.logging, config.run
     with run_context(run, training) as world:
         adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
         images = build_splits(config.data, config.reader, world)
@@ -65,6 +74,8 @@ def main(config: Config) -> None:
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
+        print_start(state, training, world, f"{config.sampler.sampler} on {space.description}", len(sources["train"]))
+        hooks.append(("logging", 1, DurationEstimate(training, data, config.reader, world)))
         options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
         if world.is_main:
@@ -73,4 +84,10 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, base_values=first_stage_data, read_run_settings=read_resumed_settings)
+    run_script(
+        main,
+        Config,
+        base_values=first_stage_data,
+        read_run_settings=read_resumed_settings,
+        check=Config.check,
+    )

@@ -12,6 +12,8 @@ from train.data.loading import ImageSource, TrainingImages, build_splits, with_d
 from train.progress import print_next, sampler_command
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
+from train.spaces import PixelSpace
+from train.start import DurationEstimate, print_start
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
 from vq.perceptual import load_perceptual, net_for_channels
@@ -53,6 +55,12 @@ def main(config: Config) -> None:
         open_or_resume(run, config, state, world, perceptual_provenance(weights), splits["train"])
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         make_reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
+        height, width = network.grid(*data.size)
+        codes = f"{height}x{width} codes of {network.codebook_size:,}"
+        print_start(state, training, world, f"VQGAN of {PixelSpace(data).description} as {codes}", len(images))
+        later = state.step < loss.disc_start_step < training.train_steps
+        note = f"; the discriminator adds to this from step {loss.disc_start_step:,} on" if later else ""
+        hooks.append(("logging", 1, DurationEstimate(training, data, config.reader, world, note)))
         options = {
             "hooks": hooks,
             "make_distance_hook": make_distance_hook,

@@ -112,7 +112,7 @@ def test_a_converted_sampler_trains_further(converted, tmp_path):
     data.mkdir()
     for i in range(30):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 20, 3), np.uint8)).save(data / f"{i}.png")
-    network = "--bert_n_emb 12 --bert_n_head 3 --bert_n_layers 2 --total_steps 8"
+    network = "--bert_n_emb 12 --bert_n_head 3 --bert_n_layers 2 --total_steps 8 --warmup_iters 1"
     flags = f"--logs_root {logs} --log_dir on --load_dir absorbing_folder --train_steps 1 --batch_size 2 --lr 1e-9"
     call("train_sampler.py", f"--dataset folder --data_dir {data} {network} {flags} --no_amp --steps_per_eval 0")
     plain = sampler_logits(sampler_weights("absorbing", seed=1), 3, ids)

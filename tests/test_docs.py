@@ -129,10 +129,11 @@ class Runner:
     def __init__(self, folder):
         self.folder, self.count = folder, 0
         for split in ("train", "val"):
-            (folder / "images" / split).mkdir(parents=True)
+            for name in ("hat", "shoe"):
+                (folder / "images" / split / name).mkdir(parents=True)
             for i in range(12):
                 pixels = np.random.default_rng(i).integers(0, 255, (16, 20, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
+                Image.fromarray(pixels).save(folder / "images" / split / ("hat", "shoe")[i % 2] / f"{i}.png")
         samplers = plugin_names("train.samplers")
         for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in samplers)):
             self(Command(*(line + " ").split(" ", 1)))
@@ -146,7 +147,7 @@ class Runner:
         if script == "train_vqgan.py":
             small = VQGAN + ("" if "--codebook_size" in flags else " --codebook_size 16")
         elif script == "train_sampler.py":
-            small = PIXELS if "ddpm" in flags else CODES
+            small = f"{PIXELS if 'ddpm' in flags else CODES} --warmup_iters 2"
         else:
             small = SMALL[script] + ("" if "--log_dir" in flags else f" --log_dir results_{self.count}")
         if script == "experiments/check_digits.py":

@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from helpers.pages import README, blocks, prose, words
+from helpers.pages import README, blocks, commands, prose, words
 from helpers.tiny_runs import ROOT, SAMPLER, VQGAN, call
 
 TEXT = README.read_text()
@@ -15,10 +17,14 @@ def test_it_is_short():
     assert len(TEXT.splitlines()) <= 220
 
 
+def section_of(heading: str) -> str:
+    """The text of a section."""
+    return TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def table_of(heading: str) -> list[str]:
     """The rows of the table in a section, without the header."""
-    section = TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [line for line in section_of(heading).splitlines() if line.startswith("|")][2:]
 
 
 def test_presets_are_chosen_from_at_most_ten_rows():
@@ -71,6 +77,24 @@ def test_its_python_runs(tmp_path, monkeypatch):
     names = {}
     exec(code, names)
     assert names["images"].shape == (16, 1, 16, 16) and (tmp_path / "sevens.png").is_file()
+
+
+@pytest.mark.slow
+def test_own_pictures_become_samples(tmp_path):
+    """By the commands as they are written, but of STEPS training steps, and without the page."""
+    STEPS, section = 2, section_of("Train on your own pictures")
+    for i in range(40):
+        path = tmp_path / "images" / ("hat", "shoe")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(path)
+    for script, flags in commands(section):
+        if script != "demo.py":
+            steps = "--n_samples 2" if script.startswith("experiments/") else f"--train_steps {STEPS}"
+            flags = flags.replace("/path/to/images", str(tmp_path / "images"))
+            call(script, f"{flags} {steps} --logs_root {tmp_path / 'logs'}")
+    for folder in re.findall(r"`(logs/\w+)`", section):
+        folder = tmp_path / folder.replace("_2000", f"_{STEPS}")
+        assert list(folder.glob("images/*.png" if "samples" not in folder.name else "samples.png")), folder
 
 
 @pytest.mark.parametrize("heading", ("Start", "Train on your own pictures", "From Python", "Results", "Cite"))

@@ -32,7 +32,7 @@ from train.cli.parse import complete_config, to_dict
 from train.config import CHANGEABLE, LoggingConfig, TrainingConfig
 from train.datasets import Dataset, content_fingerprint
 from train.distributed import DistContext, init_distributed
-from train.execution import set_deterministic, set_tf32, training_dtype
+from train.execution import set_deterministic, set_tf32
 from train.files import missing_folders, sha256, write_text
 from train.identity import Difference, Differences, Identity, find_differences, format_differences, run_identity
 from train.loop import TrainState
@@ -259,8 +259,6 @@ def open_or_resume(
     if world.is_main:
         write_config(run, content)
         print(f"run folder: {run}", flush=True)
-        if training.amp and training_dtype(training, world.device) == torch.float32:
-            print(f"{world.device} has no native half precision: training in float32", flush=True)
     world.barrier()
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""

@@ -38,6 +38,11 @@ class Space(Protocol):
     tokens: int  # codes per image; 0 if not a space of codes
 
     @property
+    def description(self) -> str:
+        """What a point of the space is, such as "8x8 codes of 512"."""
+        ...
+
+    @property
     def factor(self) -> int:
         """Downsampling factor: pixels per side of one grid position."""
         ...
@@ -167,6 +172,11 @@ class PixelSpace(ContinuousSpace):
     factor = 1
 
     @property
+    def description(self) -> str:
+        channels, height, width = self.data.shape
+        return f"{height}x{width}x{channels} pixels"
+
+    @property
     def model_args(self) -> dict[str, Any]:
         return {"shape": self.data.shape, "pixels": True}
 
@@ -194,6 +204,11 @@ class LatentSpace(ContinuousSpace):
 
     first_stage: FirstStage
     scale: float
+
+    @property
+    def description(self) -> str:
+        channels, height, width = self.model_args["shape"]
+        return f"{height}x{width}x{channels} latents"
 
     @property
     def factor(self) -> int:
@@ -228,6 +243,11 @@ class CodeSpace:
     """A VQGAN's code ids (B, h, w)."""
 
     first_stage: FirstStage
+
+    @property
+    def description(self) -> str:
+        height, width = self.first_stage.vqgan.grid
+        return f"{height}x{width} codes of {self.first_stage.vqgan.quantizer.codebook_size:,}"
 
     @property
     def factor(self) -> int:

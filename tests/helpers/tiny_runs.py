@@ -16,9 +16,9 @@ from train.data import loading
 ROOT = Path(__file__).resolve().parents[2]
 VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
 GAN = "--disc_start_step 3 --diff_aug --perceptual_net none"
-SAMPLER = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --sample_steps 4"
+SAMPLER = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --sample_steps 4 --warmup_iters 100"
 UNET = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 1"
-DDPM = f"--sampler ddpm --img_size 8 --batch_size 4 --total_steps 20 --sample_steps 4 {UNET}"
+DDPM = f"--sampler ddpm --img_size 8 --batch_size 4 --total_steps 20 --sample_steps 4 --warmup_iters 100 {UNET}"
 
 
 def call(script: str, flags: str) -> None:

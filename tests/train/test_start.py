@@ -1,0 +1,99 @@
+"""The first lines of a training, the estimate of its end, and the refusal of a warm-up that outlasts it."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.tiny_runs import DDPM, GAN, VQGAN, call, parse_config
+from train import start
+from train.config import DataConfig, TrainingConfig
+from train.datasets import DatasetConfig
+from train.distributed import DistContext
+from train.loop import TrainState
+from train.lr_schedule import learning_rate
+
+CPU = DistContext(torch.device("cpu"))
+
+
+# Warm-up
+
+
+def test_a_default_warmup_too_long_for_a_new_run_is_refused(tmp_path, capfd, monkeypatch):
+    assert learning_rate(1_999, lr=1.0, steps=2_000, warmup=10_000) == 0.2  # the highest of such a run
+    flags = f"--sampler ddpm --dataset folder --logs_root {tmp_path} --train_steps"
+    with pytest.raises(SystemExit):
+        call("train_sampler.py", f"{flags} 2000")
+    message = capfd.readouterr().err
+    assert message.count("\n") == 1 and message.endswith("pass --warmup_iters 100\n")
+    for accepted in ("2000 --warmup_iters 100", "2000 --warmup_iters 10000", "40000"):
+        assert parse_config("train_sampler.py", f"{flags} {accepted}", monkeypatch)
+    (tmp_path / "mine.yaml").write_text("ddpm:\n  warmup_iters: 500\n")
+    assert parse_config("train_sampler.py", f"{flags} 1000 --config {tmp_path / 'mine.yaml'}", monkeypatch)
+
+
+def test_a_resumed_run_keeps_its_warmup(trained_ddpm, monkeypatch):
+    flags = f"--sampler ddpm --dataset folder --log_dir ddpm_digits --logs_root {trained_ddpm} --train_steps 4"
+    assert parse_config("train_sampler.py", flags, monkeypatch)["warmup_iters"] == 10_000
+
+
+# First lines
+
+
+def test_both_stages_begin_with_their_sizes(tmp_path, capfd):
+    call("train_vqgan.py", f"--logs_root {tmp_path} --train_steps 1 --no_amp {VQGAN} {GAN}")
+    call("train_sampler.py", f"--logs_root {tmp_path} --train_steps 1 --no_amp {DDPM}")
+    lines = capfd.readouterr().out.splitlines()
+    assert sum(line.startswith("device: cpu (") and line.endswith(", float32") for line in lines) == 2
+    assert any(line.startswith("model: VQGAN of 16x16x1 pixels as 4x4 codes of 16; parameters: auto") for line in lines)
+    assert any(line.startswith("model: ddpm on 8x8x1 pixels; parameters: network ") for line in lines)
+    assert lines.count("steps: 1 of 4 images, 0.0 epochs") == 2
+
+
+def test_only_the_main_process_prints(capsys):
+    state, training = TrainState({"network": nn.Linear(20, 60)}, {}), TrainingConfig(amp=False)
+    start.print_start(state, training, dataclasses.replace(CPU, rank=1, size=2), "", 100)
+    assert capsys.readouterr().out == ""
+    start.print_start(state, training, dataclasses.replace(CPU, size=2), "ddpm on codes", 100)
+    device, model, steps = capsys.readouterr().out.splitlines()
+    assert device.startswith("device: 2 processes, cpu (") and device.endswith("), float32")
+    assert model == "model: ddpm on codes; parameters: network 1,260"
+    assert steps == "steps: 1,000,000 of 4 images, 40,000.0 epochs"
+
+
+# Estimate
+
+
+def estimate(monkeypatch, capsys, *, seconds, steps, first=1, reader="folder", note=""):
+    """The lines that the steps `first` to `first` + 40, `seconds` long, print in a run of `steps` steps."""
+    training, data = TrainingConfig(train_steps=steps), DataConfig(dataset="birds", reader=reader)
+    hook = start.DurationEstimate(training, data, DatasetConfig(data_dir="/my birds"), CPU, note)
+    for step in range(first, first + 41):
+        monkeypatch.setattr(start, "time", SimpleNamespace(monotonic=lambda step=step: seconds * step))
+        hook(TrainState({}, {}, step=step), {})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_end_is_estimated_after_20_steps(monkeypatch, capsys):
+    (line,) = estimate(monkeypatch, capsys, seconds=0.5, steps=2_021, note="; more later")
+    assert line.startswith("0.5 seconds a step: the other 2,000 take about 17 minutes, until ")
+    assert line.endswith("; more later")
+
+
+def test_a_run_of_days_on_a_cpu_names_the_preset(monkeypatch, capsys):
+    long = {"seconds": 30, "steps": 1_000_000}
+    estimated, advice = estimate(monkeypatch, capsys, **long)
+    assert estimated == "30 seconds a step: the other 999,998 take about 347 days"
+    assert "train with --dataset photos_laptop --data_dir '/my birds' (configs/photos_laptop.yaml)" in advice
+    assert (
+        "--dataset photos_laptop --reader webdataset --data_dir"
+        in estimate(monkeypatch, capsys, reader="webdataset", **long)[1]
+    )
+    assert len(estimate(monkeypatch, capsys, first=7, **long)) == 1  # resumed
+
+
+def test_durations_have_two_digits():
+    durations = {0.4: "0.4 seconds", 100: "100 seconds", 2700: "45 minutes", 8000: "2.2 hours", 1e7: "116 days"}
+    assert {seconds: start.format_duration(seconds) for seconds in durations} == durations

@@ -1,0 +1,108 @@
+"""The start of a training: what is trained and on what, when it will end, and what suits the machine better."""
+
+import shlex
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train.cli.files import read_config, resolve_data_dir
+from train.cli.parse import Source
+from train.config import ROOT, DataConfig, TrainingConfig
+from train.datasets import DatasetConfig
+from train.distributed import DistContext
+from train.execution import training_dtype
+from train.loop import Outputs, TrainState
+from train.runs import resumed_run
+
+PRESET = "photos_laptop"  # in configs/: trains within an hour on a CPU
+MEASURED_STEPS, MEASURED_SECONDS = 20, 30.0  # of which the first that is reached gives the time per step
+DAY = 24 * 3600.0  # settings with which a training takes longer than this on a CPU are meant for a GPU
+
+
+def check_warmup(run: Path, training: TrainingConfig, source: Source) -> None:
+    """Raises ValueError for a new run of which more than a quarter would be a warm-up that no flag and no file set."""
+    steps, warmup = training.train_steps, training.warmup_iters
+    if source == "default" and 4 * warmup > steps and resumed_run(run, training.resume) is None:
+        raise ValueError(
+            f"got train_steps {steps} and the default warmup_iters {warmup}, wanted at most a quarter of the steps "
+            f"before the learning rate reaches --lr: pass --warmup_iters {steps // 20}"
+        )
+
+
+def print_start(state: TrainState, training: TrainingConfig, world: DistContext, model: str, images: int) -> None:
+    """Prints the device, the sizes of the `model`, and the length of the training (main process only)."""
+    if not world.is_main:
+        return
+    dtype = training_dtype(training, world.device)
+    precision = str(dtype).removeprefix("torch.")
+    if training.amp and dtype == torch.float32:
+        precision += f": {world.device} has no native half precision"
+    sizes = [f"{name} {sum(p.numel() for p in module.parameters()):,}" for name, module in state.modules.items()]
+    epochs = training.train_steps * training.batch_size / images
+    print(f"device: {describe_device(world)}, {precision}")
+    print(f"model: {model}; parameters: {', '.join(sizes)}")
+    print(f"steps: {training.train_steps:,} of {training.batch_size} images, {epochs:,.1f} epochs", flush=True)
+
+
+def describe_device(world: DistContext) -> str:
+    """Returns the device of a process, such as "cpu (2 threads)", and the number of processes if there are several."""
+    device = f"{world.device} ({torch.get_num_threads()} threads)"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    return device if world.size == 1 else f"{world.size} processes, {device}"
+
+
+class DurationEstimate:
+    """A hook for `fit` that prints, once, the time per step and when the training will end.
+
+    If a new training on a CPU would take more than a day, it also prints the flags for the same data that suit a CPU.
+    `note` is added to the estimate.
+    """
+
+    def __init__(
+        self, training: TrainingConfig, data: DataConfig, reader: DatasetConfig, world: DistContext, note: str = ""
+    ):
+        self.steps, self.data, self.reader, self.world, self.note = training.train_steps, data, reader, world, note
+        self.first: tuple[int, float] | None = None  # the first step, which is slower than others, and its end
+        self.done = not world.is_main
+
+    def __call__(self, state: TrainState, outputs: Outputs) -> None:
+        if self.done:
+            return
+        now = time.monotonic()
+        self.first = self.first or (state.step, now)
+        steps, seconds = state.step - self.first[0], now - self.first[1]
+        if steps < 1 or (steps < MEASURED_STEPS and seconds < MEASURED_SECONDS):
+            return
+        self.done, left = True, self.steps - state.step
+        rest = left * seconds / steps
+        end = f", until {datetime.now() + timedelta(seconds=rest):%H:%M}" if rest < DAY else ""
+        takes = f"the other {left:,} take about {format_duration(rest)}"
+        tqdm.write(f"{seconds / steps:.3g} seconds a step: {takes}{end}{self.note}")
+        if rest > DAY and self.first[0] == 1 and self.world.device.type != "cuda":
+            flags = preset_flags(self.data, self.reader)
+            tqdm.write(
+                f"these settings are meant for a GPU: on this machine train with {flags} (configs/{PRESET}.yaml)"
+            )
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration in the largest unit of which it has two, such as "45 minutes"."""
+    sizes = {"days": DAY, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+    unit = next((unit for unit, size in sizes.items() if seconds >= 2 * size), "seconds")
+    count = seconds / sizes[unit]
+    return f"{count:.{0 if count >= 10 else 1}f} {unit}"
+
+
+def preset_flags(data: DataConfig, reader: DatasetConfig) -> str:
+    """Returns the flags with which both stages train on the same images with `PRESET`."""
+    name, folder = data.reader or data.dataset, resolve_data_dir(data.dataset, reader.data_dir)
+    flags = [f"--dataset {PRESET}"]
+    if name != read_config(ROOT / "configs" / f"{PRESET}.yaml")["reader"]:
+        flags.append(f"--reader {name}")
+    if folder is not None:
+        flags.append(f"--data_dir {shlex.quote(folder)}")
+    return " ".join(flags)
