@@ -93,7 +93,7 @@ def test_own_pictures_become_samples(tmp_path):
             flags = flags.replace("/path/to/images", str(tmp_path / "images"))
             call(script, f"{flags} {steps} --logs_root {tmp_path / 'logs'}")
     for folder in re.findall(r"`(logs/\w+)`", section):
-        folder = tmp_path / folder.replace("_2000", f"_{STEPS}")
+        folder = tmp_path / re.sub(r"_\d+$", f"_{STEPS}", folder)
         assert list(folder.glob("images/*.png" if "samples" not in folder.name else "samples.png")), folder
 
 
