@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from train.runs import resumed_run
 
 PRESET = "photos_laptop"  # in configs/: trains within an hour on a CPU
 MEASURED_STEPS, MEASURED_SECONDS = 20, 30.0  # of which the first that is reached gives the time per step
+NAMED_CLASSES = 20  # at most
 DAY = 24 * 3600.0  # settings with which a training takes longer than this on a CPU are meant for a GPU
 
 
@@ -32,8 +34,15 @@ def check_warmup(run: Path, training: TrainingConfig, source: Source) -> None:
         )
 
 
-def print_start(state: TrainState, training: TrainingConfig, world: DistContext, model: str, images: int) -> None:
-    """Prints the device, the sizes of the `model`, and the length of the training (main process only)."""
+def print_start(
+    state: TrainState,
+    training: TrainingConfig,
+    world: DistContext,
+    model: str,
+    images: int,
+    class_names: Sequence[str] = (),
+) -> None:
+    """Prints the classes, the device, the sizes of the `model`, and the length of the training (main process only)."""
     if not world.is_main:
         return
     dtype = training_dtype(training, world.device)
@@ -42,6 +51,9 @@ def print_start(state: TrainState, training: TrainingConfig, world: DistContext,
         precision += f": {world.device} has no native half precision"
     sizes = [f"{name} {sum(p.numel() for p in module.parameters()):,}" for name, module in state.modules.items()]
     epochs = training.train_steps * training.batch_size / images
+    if class_names:
+        more = ["..."] if len(class_names) > NAMED_CLASSES else []
+        print(f"classes: {', '.join([*class_names[:NAMED_CLASSES], *more])}")
     print(f"device: {describe_device(world)}, {precision}")
     print(f"model: {model}; parameters: {', '.join(sizes)}")
     print(f"steps: {training.train_steps:,} of {training.batch_size} images, {epochs:,.1f} epochs", flush=True)

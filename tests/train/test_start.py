@@ -1,6 +1,7 @@
 """The first lines of a training, the estimate of its end, and the refusal of a warm-up that outlasts it."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +35,9 @@ def test_a_default_warmup_too_long_for_a_new_run_is_refused(tmp_path, capfd, mon
     assert parse_config("train_sampler.py", f"{flags} 1000 --config {tmp_path / 'mine.yaml'}", monkeypatch)
 
 
-def test_a_resumed_run_keeps_its_warmup(trained_ddpm, monkeypatch):
-    flags = f"--sampler ddpm --dataset folder --log_dir ddpm_digits --logs_root {trained_ddpm} --train_steps 4"
+def test_a_resumed_run_keeps_its_warmup(trained_ddpm, tmp_path, monkeypatch):
+    shutil.copytree(trained_ddpm / "ddpm_digits", tmp_path / "ddpm_folder")
+    flags = f"--sampler ddpm --dataset folder --logs_root {tmp_path} --train_steps 4"
     assert parse_config("train_sampler.py", flags, monkeypatch)["warmup_iters"] == 10_000
 
 
@@ -56,8 +58,9 @@ def test_only_the_main_process_prints(capsys):
     state, training = TrainState({"network": nn.Linear(20, 60)}, {}), TrainingConfig(amp=False)
     start.print_start(state, training, dataclasses.replace(CPU, rank=1, size=2), "", 100)
     assert capsys.readouterr().out == ""
-    start.print_start(state, training, dataclasses.replace(CPU, size=2), "ddpm on codes", 100)
-    device, model, steps = capsys.readouterr().out.splitlines()
+    start.print_start(state, training, dataclasses.replace(CPU, size=2), "ddpm on codes", 100, ["hat", "shoe"] * 11)
+    classes, device, model, steps = capsys.readouterr().out.splitlines()
+    assert classes == f"classes: {'hat, shoe, ' * 10}..."
     assert device.startswith("device: 2 processes, cpu (") and device.endswith("), float32")
     assert model == "model: ddpm on codes; parameters: network 1,260"
     assert steps == "steps: 1,000,000 of 4 images, 40,000.0 epochs"
