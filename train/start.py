@@ -93,12 +93,12 @@ class DurationEstimate:
         rest = left * seconds / steps
         end = f", until {datetime.now() + timedelta(seconds=rest):%H:%M}" if rest < DAY else ""
         takes = f"the other {left:,} take about {format_duration(rest)}"
-        tqdm.write(f"{seconds / steps:.3g} seconds a step: {takes}{end}{self.note}")
+        lines = [f"{seconds / steps:.3g} seconds a step: {takes}{end}{self.note}"]
         if rest > DAY and self.first[0] == 1 and self.world.device.type != "cuda":
             flags = preset_flags(self.data, self.reader)
-            tqdm.write(
-                f"these settings are meant for a GPU: on this machine train with {flags} (configs/{PRESET}.yaml)"
-            )
+            lines.append(f"these settings are meant for a GPU: here train with {flags} (configs/{PRESET}.yaml)")
+        with tqdm.external_write_mode():  # above the progress bar
+            print("\n".join(lines), flush=True)
 
 
 def format_duration(seconds: float) -> str:
