@@ -74,7 +74,8 @@ def main(config: Config) -> None:
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
-        print_start(state, training, world, f"{config.sampler.sampler} on {space.description}", len(sources["train"]))
+        model_name = f"{config.sampler.sampler} on {space.description}"
+        print_start(state, training, world, model_name, len(sources["train"]), names)
         hooks.append(("logging", 1, DurationEstimate(training, data, config.reader, world)))
         options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **options)

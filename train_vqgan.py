@@ -56,8 +56,8 @@ def main(config: Config) -> None:
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         make_reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         height, width = network.grid(*data.size)
-        codes = f"{height}x{width} codes of {network.codebook_size:,}"
-        print_start(state, training, world, f"VQGAN of {PixelSpace(data).description} as {codes}", len(images))
+        name = f"VQGAN of {PixelSpace(data).description} as {height}x{width} codes of {network.codebook_size:,}"
+        print_start(state, training, world, name, len(images), splits["train"].class_names)
         later = state.step < loss.disc_start_step < training.train_steps
         note = f"; the discriminator adds to this from step {loss.disc_start_step:,} on" if later else ""
         hooks.append(("logging", 1, DurationEstimate(training, data, config.reader, world, note)))

@@ -18,13 +18,14 @@ PERIOD, LATER_PERIOD = 30, 300  # seconds between the lines of a log, in the fir
 
 def format_duration(seconds: float) -> str:
     """Formats a duration to about two digits: 7s, 5m 3s, 17m, 3h 20m, 9d 4h."""
+    seconds = round(seconds)
     for (unit, size), (smaller, step) in pairwise({"d": 86_400, "h": 3_600, "m": 60, "s": 1}.items()):
         if seconds >= 10 * size:
             return f"{seconds / size:.0f}{unit}"
         if seconds >= size:
             count, rest = divmod(round(seconds / step), size // step)
             return f"{count}{unit} {rest}{smaller}"
-    return f"{seconds:.0f}s"
+    return f"{seconds}s"
 
 
 class Progress:

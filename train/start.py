@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from train.cli.files import read_config, resolve_data_dir
 from train.cli.parse import Source
@@ -16,6 +15,7 @@ from train.datasets import DatasetConfig
 from train.distributed import DistContext
 from train.execution import training_dtype
 from train.loop import Outputs, TrainState
+from train.progress import format_duration, print_above
 from train.runs import resumed_run
 
 PRESET = "photos_laptop"  # in configs/: trains within an hour on a CPU
@@ -97,16 +97,7 @@ class DurationEstimate:
         if rest > DAY and self.first[0] == 1 and self.world.device.type != "cuda":
             flags = preset_flags(self.data, self.reader)
             lines.append(f"these settings are meant for a GPU: here train with {flags} (configs/{PRESET}.yaml)")
-        with tqdm.external_write_mode():  # above the progress bar
-            print("\n".join(lines), flush=True)
-
-
-def format_duration(seconds: float) -> str:
-    """Returns a duration in the largest unit of which it has two, such as "45 minutes"."""
-    sizes = {"days": DAY, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
-    unit = next((unit for unit, size in sizes.items() if seconds >= 2 * size), "seconds")
-    count = seconds / sizes[unit]
-    return f"{count:.{0 if count >= 10 else 1}f} {unit}"
+        print_above("\n".join(lines))
 
 
 def preset_flags(data: DataConfig, reader: DatasetConfig) -> str:

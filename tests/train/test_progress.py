@@ -114,8 +114,8 @@ def test_rate_and_time_left_are_of_this_session(capsys, clock):
 
 
 def test_durations_have_about_two_digits():
-    seconds = [0.4, 7, 303, 1000, 7200, 40 * 3600, 9 * 86_400 + 4 * 3600, 12 * 86_400]
-    assert [format_duration(each) for each in seconds] == "0s,7s,5m 3s,17m,2h 0m,1d 16h,9d 4h,12d".split(",")
+    seconds = [0.4, 7, 59.7, 303, 1000, 7200, 40 * 3600, 9 * 86_400 + 4 * 3600, 12 * 86_400]
+    assert [format_duration(each) for each in seconds] == "0s,7s,1m 0s,5m 3s,17m,2h 0m,1d 16h,9d 4h,12d".split(",")
 
 
 def test_the_end_says_what_was_reached(tmp_path):
