@@ -88,7 +88,7 @@ def test_the_end_is_estimated_after_20_steps(monkeypatch, capsys):
 def test_a_run_of_days_on_a_cpu_names_the_preset(monkeypatch, capsys):
     long = {"seconds": 30, "steps": 1_000_000}
     estimated, advice = estimate(monkeypatch, capsys, **long)
-    assert estimated == "30 seconds a step: the other 999,998 take about 347 days"
+    assert estimated == "30 seconds a step: the other 999,998 take about 347d"
     assert "here train with --dataset photos_laptop --data_dir '/my birds' (configs/photos_laptop.yaml)" in advice
     assert (
         "--dataset photos_laptop --reader webdataset --data_dir"
