@@ -1,4 +1,4 @@
-"""The logic of the demo page: sampling, step-by-step sampling and inpainting with a trained sampler.
+"""The logic of the demo page: sampling, step-by-step sampling and inpainting with the trained samplers of a folder.
 
 It maps settings to images and knows nothing of the browser; demo.py builds the page.
 """
@@ -12,13 +12,16 @@ import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.solvers import solvers_for
+from diffusion.solvers import Solver, get_solver, solvers_for
+from models.ranges import FINITE, describe, is_inside
+from train.checkpoint import saved_steps
 from train.cli.help import field_docs
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
@@ -38,9 +41,24 @@ LABELS = {  # of flags whose names are not the usual terms
     "top_k": "top-k",
     "top_p": "top-p",
 }
+HINTS = {  # of the main settings, shorter than the help texts of their flags
+    "solver": "How images are drawn.",
+    "sample_steps": "More take longer.",
+    "temp": "Lower: safer, less varied.",
+    "guidance": "Higher: more typical.",
+}
 CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
 AS_IN_DATA, NO_CLASS = "random (data frequencies)", "none (unconditional)"
 GREY = 128
+LARGE = 1e5  # an upper limit from here on only catches slips of the keyboard
+
+
+class ControlKey(NamedTuple):
+    """What the settings of two samplers have in common that share a control."""
+
+    name: str
+    kind: str
+    optional: bool
 
 
 class Control(NamedTuple):
@@ -54,16 +72,41 @@ class Control(NamedTuple):
     choices: tuple[str, ...] = ()
     optional: bool = False  # may be empty, meaning None
     count: int = 1  # how many numbers
+    interval: str = FINITE  # of numbers, as in RANGES
+    placeholder: str = "default"  # what an empty control means
+    editable: bool = True
+    visible: bool = True
+
+    @property
+    def key(self) -> ControlKey:
+        return ControlKey(self.name, self.kind, self.optional)
+
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """The lowest and the highest number, where the interval includes one."""
+        low, high = self.interval[1:-1].split(", ")
+        return float(low) if self.interval[0] == "[" else None, float(high) if self.interval[-1] == "]" else None
+
+    @property
+    def hint(self) -> str:
+        """What the setting does, and the limits of a number that may be empty."""
+        low, high = self.interval[1:-1].split(", ")
+        text = HINTS.get(self.name, flags_to_labels(" ".join(self.help.split())))
+        if not self.optional or low == "-inf" or self.name in HINTS:
+            return text
+        above = f"above {low}" if self.interval[0] == "(" else f"{low} or more"
+        return f"{text} {low} to {high}." if float(high) < LARGE else f"{text} {above.capitalize()}."
 
 
 def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
     """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
     conditional models."""
     kinds, helps, controls = typing.get_type_hints(type(options)), field_docs(type(options)), []
+    ranges = {k: v for base in reversed(type(options).__mro__) for k, v in vars(base).get("RANGES", {}).items()}
     for field in fields(options):
         name, value, (kind, optional) = field.name, getattr(options, field.name), split_optional(kinds[field.name])
         own = {"name": name, "label": label_of(name), "help": helps.get(name, "")}
-        own |= {"value": value, "optional": optional}
+        own |= {"value": value, "optional": optional, "interval": ranges.get(name, FINITE)}
         if name in ("condition_file", "class_sampling") or (name.startswith("guidance") and not conditional):
             continue  # the source of conditions is opened once, with the page
         if name == "solver":
@@ -92,17 +135,22 @@ def parse_value(control: Control, value: Any) -> Any:
         if not control.optional:
             raise ValueError(f"{control.label} is empty: enter a value")
         return None
-    if control.kind == "integer" and int(value) != value:
-        raise ValueError(f"got {value} for {control.label}, wanted an integer")
-    if control.kind == "numbers":
-        try:
-            numbers = tuple(float(word) for word in value.split())
-        except ValueError:
-            numbers = ()
-        if len(numbers) != control.count:
-            raise ValueError(f"got {value!r} for {control.label}, wanted {control.count} numbers separated by spaces")
-        return numbers
-    return {"integer": int, "number": float}.get(control.kind, lambda v: v)(value)
+    if control.kind in ("choice", "switch"):
+        return value
+    try:
+        numbers = tuple(float(word) for word in str(value).split())
+    except ValueError:
+        numbers = ()
+    if control.kind == "integer":
+        numbers = tuple(int(number) for number in numbers if number.is_integer())
+    if len(numbers) != control.count:
+        kinds = {"integer": "an integer", "number": "a number"}
+        wanted = kinds.get(control.kind, f"{control.count} numbers separated by spaces")
+        raise ValueError(f"got {value!r} for {control.label}, wanted {wanted}")
+    for number in numbers:
+        if not is_inside(number, control.interval):
+            raise ValueError(f"got {value} for {control.label}, wanted {describe(control.interval, number)}")
+    return numbers if control.kind == "numbers" else numbers[0]
 
 
 def flags_to_labels(message: str) -> str:
@@ -141,7 +189,7 @@ class Request:
     """A request of the page for images."""
 
     options: SamplingConfig
-    label: str = AS_IN_DATA  # one of `Playground.classes`
+    label: str | int = AS_IN_DATA  # a number or a text of `Playground.classes`
     count: int = 1  # number of images
     seed: int = 0  # image i of a seed is always the same
 
@@ -165,10 +213,11 @@ class Playground:
     source: ConditionSource  # of all conditions, except a class chosen on the page
 
     @property
-    def classes(self) -> list[str]:
-        """The choices of the class control; empty for a model without classes."""
+    def classes(self) -> list[tuple[str, str | int]]:
+        """The choices of the class control, (text, label); empty for a model without classes."""
         count = self.trained.sampler.n_classes
-        return [AS_IN_DATA, NO_CLASS, *map(str, range(count))] if count else []
+        names = self.trained.class_names or map(str, range(count))
+        return [(AS_IN_DATA, AS_IN_DATA), (NO_CLASS, NO_CLASS), *zip(names, range(count), strict=True)] if count else []
 
     @property
     def controls(self) -> list[Control]:
@@ -176,32 +225,64 @@ class Playground:
         solvers = sorted(solvers_for(self.trained.sampler.process))
         return make_controls(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
 
+    def controls_of(self, solver: str) -> list[Control]:
+        """The controls with a solver: the options of others are not visible, steps that are not free not editable."""
+        entry = get_solver(self.trained.sampler.process, solver)
+        others = {*self.options.option_names()} - {*entry.option_names}
+        controls = [each._replace(visible=each.name not in others) for each in self.controls]
+        steps = {"placeholder": str(self.default_steps(entry)), "editable": entry.takes_any_steps}
+        steps |= {} if entry.takes_any_steps else {"value": None}
+        return [each._replace(**steps) if each.name == "sample_steps" else each for each in controls]
+
+    def default_steps(self, solver: Solver) -> int:
+        """Returns the steps of a solver that are left out; one per code if neither it nor the process has a number."""
+        codes = self.trained.space.tokens
+        return solver.steps(self.trained.sampler.process, codes) or codes
+
     def settings(self, values: dict[str, Any]) -> SamplingConfig:
-        """Returns the options with the values of controls, by name; ValueError if one is not valid."""
-        controls = {each.name: each for each in self.controls}
-        return replace(self.options, **{name: parse_value(controls[name], value) for name, value in values.items()})
+        """Returns the options with the values of controls, by name; ValueError if one is not valid.
+
+        Options of other solvers are left out, and steps that are empty or not free are those of the solver.
+        """
+        entry = get_solver(self.trained.sampler.process, values.get("solver", self.options.solver))
+        controls = {each.name: each for each in self.controls_of(entry.name)}
+        options = {name: None for name, control in controls.items() if not control.visible}
+        options |= {name: parse_value(controls[name], value) for name, value in values.items() if name not in options}
+        if options.get("sample_steps", self.options.sample_steps) is None or not entry.takes_any_steps:
+            options["sample_steps"] = self.default_steps(entry)
+        return replace(self.options, **options)
 
     def conditions(self, request: Request) -> Batch | None:
         """Returns the conditions of the requested images; None if unconditional."""
-        source = self.source
-        if request.label == AS_IN_DATA:
+        source, classes = self.source, dict(self.classes)
+        label = classes.get(request.label, request.label)
+        if label == AS_IN_DATA:
             return source.draw(request.seed, range(request.count))
-        if request.label not in self.classes:
+        if label not in classes.values():
             raise ValueError(
-                f"got class {request.label!r}, wanted one of: {', '.join(self.classes) or '(the model has no classes)'}"
+                f"got class {label!r}, wanted one of: {', '.join(classes) or '(the model has no classes)'}"
             )
-        if request.label == NO_CLASS and {*source.fields} == {"label"}:
+        if label == NO_CLASS and {*source.fields} == {"label"}:
             return None
-        label = None if request.label == NO_CLASS else int(request.label)
-        return source.with_values(label=label).draw(request.seed, range(request.count))
+        return source.with_values(label=None if label == NO_CLASS else label).draw(request.seed, range(request.count))
 
-    def draw(self, request: Request, **kwargs) -> Tensor:
-        """Samples the requested images, uint8 (B, C, H, W); `kwargs` go to `TrainedSampler.draw`. Without any
+    def sample(self, request: Request, **kwargs) -> Batch:
+        """Samples the requested images, as `TrainedSampler.draw` returns them; `kwargs` go there. Without any
         condition, guidance is 1."""
         conditions, indices = self.conditions(request), list(range(request.count))
         unconditional = conditions is None and request.label == NO_CLASS
         options = replace(request.options, guidance=1.0) if unconditional else request.options
-        return self.trained.draw(indices, request.seed, options, conditions, **kwargs)["image"]
+        return self.trained.draw(indices, request.seed, options, conditions, **kwargs)
+
+    def draw(self, request: Request, **kwargs) -> Tensor:
+        """Samples the requested images, uint8 (B, C, H, W)."""
+        return self.sample(request, **kwargs)["image"]
+
+    def captions(self, batch: Batch) -> list[str | None]:
+        """Returns the class of each image of `sample`; None for an image without one."""
+        texts = {label: text for text, label in self.classes}
+        labels = batch["label"].tolist() if "label" in batch else [None] * len(batch["image"])
+        return [texts.get(label) for label in labels]
 
     def watch(self, request: Request) -> Iterator[DenoisingStep]:
         """Yields every step of sampling the same images as it happens; closing the iterator stops the work."""
@@ -235,6 +316,47 @@ class Playground:
         repeated = [each.expand(request.count, *each.shape[1:]) for each in (start.x0, start.keep)]
         masked = torch.where(expand_mask(~start.keep[0].cpu(), pixel_mask.shape), GREY, image)
         return InpaintingResult(masked, self.draw(request, edit=EditInput(*repeated)))
+
+
+class Runs:
+    """The runs of samplers that the page can choose from; only the one used last is in memory."""
+
+    def __init__(self, logs_root: Path, load: Callable[[Path, int | None], Playground], first: Playground):
+        self.root, self.load, self.lock = str(logs_root), load, threading.Lock()
+        self.first, self.current = first.trained.run, first
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The runs that have a checkpoint, by name: those in the logs folder, and the one that the page opened with."""
+        configs = [path for path in Path(self.root).glob("*/config.yaml") if saved_steps(path.parent)]
+        samplers = [path for path in configs if re.search("^sampler:", path.read_text(errors="replace"), re.MULTILINE)]
+        folders = {path.parent.name: path.parent.resolve() for path in sorted(samplers)}
+        return folders if self.first in folders.values() else {str(self.first): self.first} | folders
+
+    def name(self, run: Path) -> str:
+        """Returns the name of a run in `folders`."""
+        return next(name for name, folder in self.folders.items() if folder == run)
+
+    def folder(self, name: str) -> Path:
+        """Returns the folder of a run; ValueError if it is not in `folders`."""
+        if name not in (folders := self.folders):
+            raise ValueError(f"got run {name!r}, wanted one of: {', '.join(folders)}")
+        return folders[name]
+
+    def steps(self, name: str) -> list[int]:
+        """Returns the steps of a run's checkpoints, the newest first."""
+        return saved_steps(self.folder(name))[::-1]
+
+    def open(self, name: str, step: int | None = None) -> Playground:
+        """Returns the sampler of a run at a step, the newest if None; loads it unless it was used last."""
+        with self.lock:
+            folder = self.folder(name)
+            if (folder, step) != (self.current.trained.run, self.current.trained.step):
+                steps = self.steps(name)
+                if step not in (None, *steps):
+                    raise ValueError(f"got step {step!r} of {name}, wanted one of: {', '.join(map(str, steps))}")
+                self.current = self.load(folder, step)
+            return self.current
 
 
 def stream(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """The logic of the demo page, without the page."""
 
+import shutil
 import threading
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from experiments.playground import (
     NO_CLASS,
     Playground,
     Request,
+    Runs,
     enlarge_to_picture,
     escape_markdown,
     preprocess,
@@ -65,7 +67,7 @@ def test_the_page_offers_what_the_model_supports(playground):
     controls = {control.name: control for control in playground.controls}
     assert controls["solver"].choices == tuple(sorted(solvers_for(playground.trained.sampler.process)))
     assert ("eta" in controls) is ("top_k" not in controls)  # for Gaussian samplers or samplers of codes
-    assert playground.classes == [AS_IN_DATA, NO_CLASS, *"0123456789"]
+    assert [text for text, _ in playground.classes] == [AS_IN_DATA, NO_CLASS, *"0123456789"]
     unconditional = without_classes(playground)
     assert unconditional.classes == [] and not [
         name for name in unconditional.controls if name.name.startswith("guidance")
@@ -75,8 +77,60 @@ def test_the_page_offers_what_the_model_supports(playground):
 def test_control_values_become_sampling_options(play):
     options = play.settings({"solver": "halton", "top_k": 5, "guidance_interval": "0 0.5"})
     assert options == replace(play.options, solver="halton", top_k=5, guidance_interval=(0.0, 0.5))
-    with pytest.raises(ValueError, match="wanted at least 1"):
-        play.settings({"sample_steps": 0})
+    with pytest.raises(ValueError, match="got 0 for steps, wanted at least 1"):
+        play.settings({"sample_steps": "0"})
+
+
+def test_steps_left_out_are_those_of_the_solver(play, gaussian):
+    def steps(playground, **values):
+        return playground.settings(values).sample_steps
+
+    assert steps(play, sample_steps="") == play.trained.sampler.process.steps == 256
+    assert steps(play, sample_steps="7", solver="halton") == 7
+    assert steps(play, sample_steps="7", solver="first_hitting") == 16  # one per code
+    assert [steps(gaussian, sample_steps=None, solver=each) for each in ("ddpm", "heun")] == [20, 20]
+    process = replace(play.trained.sampler.process, steps=None)
+    sampler = type("Continuous", (), {"process": process, "conditions": ()})()
+    assert steps(replace(play, trained=replace(play.trained, sampler=sampler)), sample_steps="") == 16
+
+
+def test_options_of_other_solvers_have_no_control_and_no_value(play):
+    names = {each.name for each in play.controls_of("remask") if each.visible}
+    assert {"remasking", "remask_eta", "sample_steps", "top_k"} <= names and "choice_temp" not in names
+    options = play.settings({"solver": "remask", "remask_eta": "0.5", "choice_temp": "3"})
+    assert (options.remask_eta, options.choice_temp) == (0.5, None)
+
+
+def test_classes_are_named_in_choices_requests_and_captions(play):
+    names = ("7", "hat", *"23456", "shoe", "8", "9")  # a name may be the number of another class
+    named = replace(play, trained=replace(play.trained, class_names=names))
+    assert named.classes[2:] == [(name, number) for number, name in enumerate(names)]
+    requested = {label: named.conditions(make_request(named, label=label))["label"][0] for label in ("hat", "7", 7)}
+    assert requested == {"hat": 1, "7": 0, 7: 7}
+    assert named.captions(named.sample(make_request(named, label=7))) == ["shoe"] * 3
+    assert named.captions(named.sample(make_request(named, label=NO_CLASS))) == [None] * 3
+
+
+def test_runs_are_those_with_a_sampler_and_a_checkpoint(play, trained, tmp_path):
+    logs = tmp_path / "logs"
+    for name in ("absorbing_digits", "vqgan_digits"):
+        shutil.copytree(trained / name, logs / name)
+    shutil.copytree(trained / "absorbing_digits", logs / "unfinished", ignore=shutil.ignore_patterns("step_*"))
+    first, loaded = trained / "absorbing_digits", []
+
+    def load_run(folder, step):
+        loaded.append((folder, step))
+        return replace(play, trained=replace(play.trained, run=folder))
+
+    runs = Runs(logs, load_run, play)
+    assert [*runs.folders] == [str(first), "absorbing_digits"] and runs.name(first) == str(first)
+    assert runs.open(str(first), 3) is play and loaded == []
+    other = runs.open("absorbing_digits")
+    assert runs.open("absorbing_digits", 3) is other and loaded == [(logs / "absorbing_digits", None)]
+    with pytest.raises(ValueError, match="got run '/etc', wanted one of: "):
+        runs.open("/etc")
+    with pytest.raises(ValueError, match="got step 2 of absorbing_digits, wanted one of: 3"):
+        runs.open("absorbing_digits", 2)
 
 
 def test_images_are_those_that_the_experiments_draw(playground):
@@ -159,7 +213,7 @@ def test_errors_while_watching_are_raised(play):
     with pytest.raises(ValueError, match="got eta"):
         list(stream(lambda put: (_ for _ in ()).throw(ValueError("got eta"))))
     with pytest.raises(ValueError, match="first_hitting takes 16 steps"):
-        list(play.watch(make_request(play, options={"solver": "first_hitting"})))
+        list(play.watch(make_request(play, options={"solver": "first_hitting"})))  # not made by `settings`
 
 
 def test_closing_the_stream_stops_the_work():

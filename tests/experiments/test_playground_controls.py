@@ -82,6 +82,15 @@ def test_control_contents_are_converted_to_field_values():
     assert parse_value(controls["strategy"], "") is parse_value(controls["top_k"], None) is None
     assert type(parse_value(controls["top_k"], 5.0)) is int and type(parse_value(controls["temp"], 1)) is float
     assert parse_value(controls["exact"], False) is False
+    assert parse_value(controls["top_k"], "5") == 5 and parse_value(controls["temp"], " 1e-1 ") == 0.1
+
+
+def test_limits_and_hints_come_from_the_ranges():
+    controls = by_name(load_plugin("train.samplers", "absorbing", "sampler").Sampling())
+    assert controls["temp"].limits == (0, None) and controls["remask_eta"].limits == (0, 1)
+    assert controls["top_p"].limits == (None, 1) and controls["guidance"].limits == (None, None)
+    assert controls["remask_eta"].hint.endswith("(0.05). 0 to 1.") and controls["top_k"].hint.endswith("1 or more.")
+    assert "--" not in "".join(each.hint for each in controls.values())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,10 @@ def test_control_contents_are_converted_to_field_values():
     [
         ("temp", None, "temperature is empty"),
         ("solver", "", "solver is empty"),
-        ("top_k", 2.5, "got 2.5 for top-k, wanted an integer"),
+        ("top_k", "2.5", "got '2.5' for top-k, wanted an integer"),
+        ("temp", "warm", "got 'warm' for temperature, wanted a number"),
+        ("temp", float("inf"), "wanted"),
+        ("guidance", "nan", "got nan for guidance scale, wanted a"),
         ("span", "0.5", "got '0.5' for span, wanted 2 numbers"),
         ("span", "a b", "wanted 2 numbers"),
     ],

@@ -1,0 +1,386 @@
+"""The layout of the demo page in gradio: settings, and tabs to sample, watch and inpaint.
+
+demo.py serves the page; playground.py draws the images.
+"""
+
+import html
+import math
+import random
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from experiments.harness.images import SampleWriter
+from experiments.playground import (
+    AS_IN_DATA,
+    Control,
+    ControlKey,
+    DenoisingStep,
+    Playground,
+    Request,
+    Runs,
+    enlarge_to_picture,
+    escape_markdown,
+    flags_to_labels,
+    make_controls,
+)
+from train.datasets._decode import decode, to_grey_or_rgb
+from train.logging import grid_image
+from train.loop import Batch
+from train.registry import load_plugin, plugin_names
+
+MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # always visible
+IMAGES, COLUMNS = 12, 6  # default number of images, and columns of the gallery
+SEEDS = 1_000_000  # seeds that the page draws from
+DELETE_CACHE = (600, 3600)  # seconds: how often the page's image files are cleaned up, and their age then
+SIDE = 384  # pixels to which images are enlarged
+
+
+@contextmanager
+def show_errors() -> Iterator[None]:
+    """Shows errors that the user can fix as messages on the page, which renders them as HTML."""
+    import gradio as gr
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(html.escape(flags_to_labels(str(error)), quote=False), print_exception=False) from error
+
+
+def component(control: Control) -> Any:
+    """Returns the gradio component of a control, or the update of one.
+
+    A number that may be empty is a text: gradio turns an empty number into 0 when it appears.
+    """
+    import gradio as gr
+
+    common = {"label": control.label, "info": control.hint, "value": control.value}
+    common |= {"visible": control.visible, "min_width": 150}
+    if control.kind == "choice":
+        choices = [("default", ""), *control.choices] if control.optional else control.choices
+        common |= {"value": "" if control.value is None else control.value}
+        return gr.Dropdown(choices, **common, allow_custom_value=control.name == "solver")  # not the same for all runs
+    if control.kind == "switch":
+        return gr.Checkbox(**common)
+    if control.optional or control.kind == "numbers":
+        common |= {"value": "" if control.value is None else str(control.value)}
+        return gr.Textbox(**common, placeholder=control.placeholder, interactive=control.editable)
+    low, high = control.limits
+    return gr.Number(**common, minimum=low, maximum=high, step=1 if control.kind == "integer" else 0.1)
+
+
+def class_dropdown(play: Playground) -> Any:
+    """Returns the dropdown of a model's classes, or the update of it."""
+    import gradio as gr
+
+    visible = {"visible": bool(play.classes), "min_width": 240}
+    return gr.Dropdown(play.classes, value=AS_IN_DATA, label="class", allow_custom_value=True, **visible)
+
+
+def title(play: Playground) -> str:
+    """Returns the line in Markdown that says which model this is."""
+    height, width = play.trained.data.size
+    return f"**{escape_markdown(play.trained.run.name)}**: images of {height}x{width} pixels"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The components of the settings: those of all samplers, of which those of the run and its solver are visible."""
+
+    runs: Runs
+    run: Any
+    step: Any
+    label: Any
+    count: Any
+    seed: Any
+    fixed: Any
+    controls: dict[ControlKey, Any]
+
+    @property
+    def inputs(self) -> list:
+        """The components whose values `read` takes."""
+        return [self.run, self.step, self.label, self.count, self.seed, self.fixed, *self.controls.values()]
+
+    def read(
+        self, run: str, step: int, label: str | int, count: int | None, seed: int | None, fixed: bool, *values: Any
+    ) -> tuple[Playground, Request]:
+        """Returns the sampler and the request that the values of `inputs` ask for; draws the seed unless it is
+        fixed."""
+        if count is None or (fixed and seed is None):
+            raise ValueError("images or seed is empty: enter a number")
+        play = self.runs.open(run, step)
+        keys = {each.key for each in play.controls}
+        options = {key.name: value for key, value in zip(self.controls, values, strict=True) if key in keys}
+        seed = seed if fixed else random.randrange(SEEDS)
+        return play, Request(options=play.settings(options), label=label, count=count, seed=seed)
+
+    def list_runs(self) -> list:
+        """Returns updates of run and step with what there is by now."""
+        import gradio as gr
+
+        steps = self.runs.steps(self.runs.name(self.runs.first))
+        return [gr.update(choices=[*self.runs.folders]), gr.update(choices=steps)]
+
+    def pick_run(self, run: str) -> list:
+        """Loads the newest checkpoint of a run; returns updates of title, step, class and controls."""
+        import gradio as gr
+
+        with show_errors():
+            play = self.runs.open(run)
+            step = gr.update(choices=self.runs.steps(run), value=play.trained.step)
+        controls = {each.key: component(each) for each in play.controls_of(play.options.solver)}
+        hidden = gr.update(visible=False)
+        return [title(play), step, class_dropdown(play), *(controls.get(key, hidden) for key in self.controls)]
+
+    def pick_solver(self, run: str, step: int, solver: str) -> list:
+        """Returns updates of the controls: hides the options of other solvers, and sets steps that are not free."""
+        import gradio as gr
+
+        with show_errors():
+            controls = {each.key: each for each in self.runs.open(run, step).controls_of(solver)}
+        updates = {key: {"visible": key in controls and controls[key].visible} for key in self.controls}
+        for key, control in controls.items():
+            if key.name == "sample_steps":
+                updates[key] |= {"placeholder": control.placeholder, "interactive": control.editable}
+                updates[key] |= {} if control.editable else {"value": ""}
+        return [gr.update(**each) for each in updates.values()]
+
+
+def all_controls(play: Playground) -> dict[ControlKey, Control]:
+    """Returns the controls of all samplers, the main ones first, with the values of `play` where it has them."""
+    modules = [load_plugin("train.samplers", name, "sampler") for name in plugin_names("train.samplers")]
+    controls = [each for module in modules for each in make_controls(module.Sampling(), [], conditional=True)]
+    controls = {each.key: each._replace(visible=False) for each in controls}
+    controls |= {each.key: each for each in play.controls_of(play.options.solver)}
+    order = {name: i for i, name in enumerate(MAIN_SETTINGS)}
+    return dict(sorted(controls.items(), key=lambda item: order.get(item[0].name, len(order))))
+
+
+def add_header(runs: Runs) -> tuple[Any, Any, Any]:
+    """Adds the title of the page and the choice of a run and a step; returns the line below the title and these."""
+    import gradio as gr
+
+    name, custom = runs.name(runs.first), {"allow_custom_value": True}  # what is there by the time the page is opened
+    with gr.Row(equal_height=True):
+        with gr.Column(scale=3, min_width=320):
+            gr.Markdown("# Discrete and continuous diffusion")
+            heading = gr.Markdown(title(runs.current))
+        run = gr.Dropdown([*runs.folders], value=name, label="run", scale=2, min_width=320, **custom)
+        step = gr.Dropdown(runs.steps(name), value=runs.current.trained.step, label="step", min_width=120, **custom)
+    return heading, run, step
+
+
+def add_settings(runs: Runs, most: int, seed: int, heading: Any, run: Any, step: Any) -> Settings:
+    """Adds the settings of the run that the page opens with; another `run` changes them and the line `heading`."""
+    import gradio as gr
+
+    play, controls = runs.current, all_controls(runs.current)
+    with gr.Row():
+        label = class_dropdown(play)
+        main = {key: component(each) for key, each in controls.items() if key.name in MAIN_SETTINGS}
+        whole = {"precision": 0, "min_width": 150}
+        limits = {"minimum": 1, "maximum": most, "info": f"Up to {most} at once."}
+        count = gr.Number(min(IMAGES, most), label="images", **limits, **whole)
+        seed_box = gr.Number(seed, label="seed", info="Same again if fixed.", minimum=0, **whole)
+    fixed = gr.Checkbox(False, label="fix the seed", info="Otherwise each press draws a new one.")
+    with gr.Accordion("more settings", open=False):
+        others = {key: component(each) for key, each in controls.items() if key not in main}
+    settings = Settings(runs, run, step, label, count, seed_box, fixed, main | others)
+    updated = list(settings.controls.values())
+    seed_box.input(None, None, fixed, js="() => true")
+    run.input(settings.pick_run, run, [heading, step, label, *updated])
+    solver = next(each for key, each in main.items() if key.name == "solver")
+    solver.input(settings.pick_solver, [run, step, solver], updated)
+    return settings
+
+
+@dataclass(frozen=True)
+class Results:
+    """A gallery of images, with buttons to download them; `area`, which holds them, is hidden until there are some."""
+
+    area: Any
+    gallery: Any
+    png: Any
+    npz: Any
+
+    def fill_on(self, button: Any, draw: Callable[..., list], inputs: list, seed: Any) -> None:
+        """Makes a button show the area, and then what `draw` returns: what `show` does, and the seed."""
+        import gradio as gr
+
+        button.click(lambda: gr.Column(visible=True), None, self.area, show_progress="hidden")
+        outputs = [self.gallery, self.png, self.npz, seed]
+        button.click(draw, inputs, outputs, show_progress_on=self.gallery, api_name=draw.__name__)
+
+    def show(self, play: Playground, request: Request, batch: Batch, first: tuple[Image.Image, ...] = ()) -> list:
+        """Returns the values that show a batch after other pictures, and let it be downloaded."""
+        pictures = [enlarge_to_picture(image, SIDE) for image in batch["image"]]
+        folder = Path(self.gallery.GRADIO_CACHE) / secrets.token_hex(8)
+        files = write_files(folder, f"{play.trained.run.name}_{play.trained.step}_seed{request.seed}", batch)
+        images = [*first, *zip(pictures, play.captions(batch), strict=True)]
+        return [images, *map(str, files)]
+
+
+def write_files(folder: Path, name: str, batch: Batch) -> tuple[Path, Path]:
+    """Writes images as PNG files in a .zip, and as a .npz in the format of get_samples.py; returns their paths."""
+    with SampleWriter(folder, len(batch["image"]), png_files=True) as writer:
+        writer.add(batch)
+    archive = Path(shutil.make_archive(str(folder / name), "zip", folder / "images"))
+    shutil.rmtree(folder / "images")
+    return archive, (folder / "samples.npz").rename(folder / f"{name}.npz")
+
+
+def add_results(columns: int) -> Results:
+    """Adds a hidden gallery and its download buttons."""
+    import gradio as gr
+
+    style = {"show_label": False, "format": "png", "object_fit": "contain", "interactive": False, "buttons": []}
+    with gr.Column(visible=False) as area:
+        gallery = gr.Gallery(columns=columns, **style)
+        with gr.Row():
+            png = gr.DownloadButton("Download PNG files (.zip)", size="sm")
+            npz = gr.DownloadButton("Download array (.npz)", size="sm")
+    return Results(area, gallery, png, npz)
+
+
+def add_sample_tab(settings: Settings) -> Any:
+    """Adds the tab for sampling; returns its gallery."""
+    import gradio as gr
+
+    button = gr.Button("Sample", variant="primary")
+    results = add_results(COLUMNS)
+
+    def sample(*values: Any) -> list:
+        with show_errors():
+            play, request = settings.read(*values)
+            return [*results.show(play, request, play.sample(request)), request.seed]
+
+    results.fill_on(button, sample, settings.inputs, settings.seed)
+    return results.gallery
+
+
+def add_watch_tab(settings: Settings) -> None:
+    """Adds the tab that shows the steps of sampling as they happen, with a slider to review them."""
+    import gradio as gr
+
+    with gr.Row():
+        button, stop = gr.Button("Watch", variant="primary"), gr.Button("Stop")
+    with gr.Column(visible=False) as area:
+        step = gr.Slider(1, 2, value=1, step=1, label="step", interactive=False)
+        with gr.Row():
+            style = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download"]}
+            with gr.Column():
+                gr.Markdown("current sample x")
+                current = gr.Image(**style)
+            with gr.Column():
+                gr.Markdown("predicted final image x0")
+                prediction = gr.Image(**style)
+    steps = gr.State([])  # kept small: a session's state stays in memory
+
+    def watch(*values: Any) -> Iterator[tuple]:
+        history, last = [], (None, None)
+        with show_errors():
+            play, request = settings.read(*values)
+            for moment in play.watch(request):
+                history.append(moment)
+                slider = gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=False)
+                pictures = step_pictures(moment)
+                # the same picture again would be written, by its content's name, while the browser reads it
+                changed = [gr.skip() if new == old else new for new, old in zip(pictures, last, strict=True)]
+                yield slider, *changed, history, request.seed
+                last = pictures
+        yield gr.Slider(interactive=True), gr.skip(), gr.skip(), history, request.seed
+
+    def look(number: float | None, history: list) -> tuple:
+        if not history:
+            return gr.skip(), gr.skip()
+        return step_pictures(history[min(max(int(number or 1), 1), len(history)) - 1])
+
+    button.click(lambda: gr.Column(visible=True), None, area, show_progress="hidden")
+    outputs = [step, current, prediction, steps, settings.seed]
+    watching = button.click(watch, settings.inputs, outputs, show_progress_on=[current, prediction])
+    stop.click(lambda: gr.Slider(interactive=True), None, step, cancels=[watching])
+    step.input(look, [step, steps], [current, prediction])
+
+
+def step_pictures(moment: DenoisingStep) -> tuple[Image.Image, Image.Image]:
+    """Returns enlarged grids of the current samples and of the predicted images."""
+    size = SIDE // math.ceil(math.sqrt(len(moment.current)))
+    return grid_image(moment.current, enlarge_to=size), grid_image(moment.predicted, enlarge_to=size)
+
+
+def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
+    """Adds the tab for inpainting a sampled, selected or uploaded image with a brush."""
+    import gradio as gr
+
+    gr.Markdown(
+        "Draw a new sample, click one in the first tab, or upload an image; then brush over the region to inpaint. "
+        f"Here, class *{AS_IN_DATA}* means no class and no guidance."
+    )
+    with gr.Row():
+        take, upload = gr.Button("New sample"), gr.UploadButton("Upload an image")  # gradio hides errors of file types
+        button = gr.Button("Inpaint", variant="primary")
+    with gr.Row(visible=False) as area:
+        brush = gr.Brush(default_size=40, colors=["#e4572e"], color_mode="fixed")
+        tools = {"brush": brush, "transforms": (), "layers": False, "sources": (), "type": "pil"}
+        editor = gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
+        with gr.Column():
+            results = add_results(4)
+
+    def take_sample(*values: Any) -> tuple[Image.Image, int]:
+        with show_errors():
+            play, request = settings.read(*values)
+            return enlarge_to_picture(play.draw(replace(request, count=1))[0], SIDE), request.seed
+
+    def select_image(images: list, event: gr.SelectData) -> str:
+        return images[event.index][0]
+
+    def open_upload(file: str) -> Image.Image:
+        with show_errors():
+            return to_grey_or_rgb(decode(file, name=Path(file).name))
+
+    def inpaint(canvas: dict | None, *values: Any) -> list:
+        with show_errors():
+            if canvas is None or canvas["background"] is None:
+                raise ValueError("there is no image: draw a new sample, or upload an image")
+            picture, mask = canvas["background"], Image.new("L", canvas["background"].size)
+            for layer in canvas["layers"]:
+                mask.paste(255, mask=layer.getchannel("A"))
+            play, request = settings.read(*values)
+            result = play.inpaint(request, picture, mask)
+            masked = enlarge_to_picture(result.masked_input, SIDE)
+            return [*results.show(play, request, {"image": result.results}, (masked,)), request.seed]
+
+    gr.on([take.click, upload.upload, gallery.select], lambda: gr.Row(visible=True), None, area, show_progress="hidden")
+    take.click(take_sample, settings.inputs, [editor, settings.seed], show_progress_on=editor)
+    upload.upload(open_upload, upload, editor)
+    gallery.select(select_image, gallery, editor)
+    results.fill_on(button, inpaint, [editor, *settings.inputs], settings.seed)
+
+
+def build_page(runs: Runs, most: int, seed: int) -> Any:
+    """Builds the page (gradio.Blocks); `most` is the largest number of images at once."""
+    import gradio as gr
+
+    name = runs.current.trained.run.name
+    with gr.Blocks(
+        title=f"{name}: samples", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE
+    ) as page:
+        header = add_header(runs)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=360):
+                settings = add_settings(runs, most, seed, *header)
+            with gr.Column(scale=3):
+                with gr.Tab("Sample"):
+                    gallery = add_sample_tab(settings)
+                with gr.Tab("Watch"):
+                    add_watch_tab(settings)
+                with gr.Tab("Inpaint"):
+                    add_inpaint_tab(settings, gallery)
+        page.load(settings.list_runs, None, [settings.run, settings.step], show_progress="hidden")
+    return page
