@@ -335,7 +335,10 @@ def kill_job(process: subprocess.Popen, run: Path, job: Job, rng: random.Random,
 
 
 def count_parts(run: Path, job: Job) -> int:
-    return len(list(run.glob(job.parts)))
+    try:
+        return len(list(run.glob(job.parts)))
+    except FileNotFoundError:  # the job is finished and has just deleted their folder
+        return 0
 
 
 def run_job(job: Job, logs: Path, kills: int, rng: random.Random, span: float = 0.0) -> Attempt:

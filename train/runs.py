@@ -116,7 +116,7 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
             raise ValueError(f"{folder} holds another run ({text}): pass another --log_dir, or {again}")
         data = ("data_fingerprint", "training_images")
         noted = {key: value for key, value in old.get("origin", {}).items() if key in data}
-        content["origin"] = noted | provenance
+        content["origin"] = provenance | noted | provenance  # in the order of the first start
         content |= {key: old[key] for key in ("changes",) if key in old}
     write_config(folder, content)
 

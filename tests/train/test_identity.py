@@ -306,3 +306,12 @@ def test_a_folder_without_a_checkpoint_takes_settings(tmp_path, capfd):
     with pytest.raises(SystemExit):
         call("train_sampler.py", f"{flags} --lr 0.001")
     assert "--lr 0.01 -> 0.001" in capfd.readouterr().err
+
+
+def test_a_second_start_leaves_config_yaml_byte_for_byte(samples, tmp_path):
+    origin = {"sampler_weights": "a", "ae_weights": "b", "data_fingerprint": OLD_DATA}
+    open_run(tmp_path, samples, origin, results_identity)
+    (tmp_path / "samples.npz").touch()
+    first = (tmp_path / "config.yaml").read_bytes()
+    open_run(tmp_path, samples, origin, results_identity)
+    assert (tmp_path / "config.yaml").read_bytes() == first
