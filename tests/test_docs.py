@@ -110,6 +110,7 @@ SMALL = {  # by script: flags for runs of a few seconds
     "experiments/compare_samplers.py": "--n_samples 4 --steps 2 --features pixels",
     "experiments/calc_approximate_ELBO.py": "--n_images 2 --calls 2 --train_steps 2",
     "experiments/generate_big_samples.py": "--n_samples 1 --shape 5 6 --sample_steps 2",
+    "experiments/check_classes.py": "",
     "experiments/check_digits.py": "",
 }
 ELSEWHERE = {  # words of a command, and what it needs that tests lack
@@ -150,7 +151,7 @@ class Runner:
             small = f"{PIXELS if 'ddpm' in flags else CODES} --warmup_iters 2"
         else:
             small = SMALL[script] + ("" if "--log_dir" in flags else f" --log_dir results_{self.count}")
-        if script == "experiments/check_digits.py":
+        if script in ("experiments/check_classes.py", "experiments/check_digits.py"):
             sampler = "ddpm" if "ddpm" in flags else "absorbing"
             call("experiments/get_samples.py", self.samples(sampler))
             small += f" --samples {logs / f'samples_{sampler}' / 'samples.npz'}"

@@ -42,7 +42,7 @@ def train_tiny_runs(logs: Path) -> None:
         function.__defaults__ = (logs / ".cache" / "classifiers",)
     pid = os.fork()
     if pid == 0:
-        digits.EPOCHS = 1
+        digits.RECIPE = digits.RECIPE._replace(epochs=1)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             codes = [call_script(script, [f"--logs_root={logs}", *flags.split()]) for script, flags in RUNS.values()]
             flags = f"--logs_root={logs} {COMMANDS['experiments/get_samples.py']} --log_dir samples"

@@ -251,6 +251,7 @@ def test_a_refusal_by_the_main_process_is_printed_once(logs, two):
     ("script", "flags", "message"),
     [
         ("train_sampler.py", f"--log_dir new {STAGE_2} --img_size 24", "got img_size 24, but the VQGAN"),
+        ("experiments/check_classes.py", "", "this experiment runs in a single process"),
         ("experiments/check_digits.py", "", "this experiment runs in a single process"),
     ],
 )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.metrics.image_classifier import Recipe, fit_classifier
 from train.data.transforms import to_item
 from train.datasets import Dataset, digits
 from train.files import atomic_write
@@ -18,7 +19,7 @@ from train.files import atomic_write
 METRIC = "FD(digits)"
 VERSION = 1  # increase it when a change below affects the trained weights: their cache is keyed by it, too
 SIDE = 32  # pixels; images are resized to it
-EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY, SEED = 20, 64, 4e-3, 0.05, 0
+RECIPE, SEED = Recipe(epochs=20, batch_size=64, peak_lr=4e-3, weight_decay=0.05), 0
 CACHE_DIR = Path(__file__).resolve().parents[3] / "logs" / ".cache" / "classifiers"
 
 
@@ -98,19 +99,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassif
     with torch.random.fork_rng(devices=[]):  # layers draw their initial weights from the global generator
         torch.default_generator.manual_seed(seed)
         classifier = DigitsClassifier()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * math.ceil(len(images) / BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    with torch.enable_grad():  # even if the caller has disabled it
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(images), generator=generator).split(BATCH):
-                logits = classifier(augment(images[rows], generator))
-                optimizer.zero_grad()
-                F.cross_entropy(logits, labels[rows]).backward()
-                optimizer.step()
-                schedule.step()
-    return classifier.eval()
+    return fit_classifier(classifier, images, labels, augment, RECIPE, seed)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ def test_the_second_load_reads_the_cache(classifier, cache, images, monkeypatch)
 
 
 def test_other_training_digits_give_another_classifier(tmp_path, monkeypatch):
-    monkeypatch.setattr(digit_features, "EPOCHS", 1)
+    monkeypatch.setattr(digit_features, "RECIPE", digit_features.RECIPE._replace(epochs=1))
     digit_features.load_classifier("cpu", tmp_path)
     real_build, other_split = digits.build, digits.Config(split_seed=1)
     monkeypatch.setattr(digits, "build", lambda config, split: real_build(other_split, split))
@@ -55,7 +55,7 @@ def test_other_training_digits_give_another_classifier(tmp_path, monkeypatch):
 
 
 def test_a_damaged_cache_is_reported_by_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(digit_features, "EPOCHS", 1)
+    monkeypatch.setattr(digit_features, "RECIPE", digit_features.RECIPE._replace(epochs=1))
     digit_features.load_classifier("cpu", tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"damaged")
@@ -82,7 +82,7 @@ def test_grey_images_and_other_sizes(classifier):
 
 
 def test_training_is_a_function_of_its_seed(monkeypatch):
-    monkeypatch.setattr(digit_features, "EPOCHS", 1)
+    monkeypatch.setattr(digit_features, "RECIPE", digit_features.RECIPE._replace(epochs=1))
     images = torch.randint(0, 256, (70, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     labels = torch.arange(70) % 10
     weights = []

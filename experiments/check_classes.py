@@ -1,0 +1,191 @@
+"""Checks whether generated images show the classes they were asked for, by a classifier trained on the real images.
+
+Reads a samples.npz of experiments/get_samples.py; prints a table and saves a picture of samples beside their nearest
+training images.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _root
+import torch
+from torch import Tensor
+
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.experiment import (
+    ExperimentSetup,
+    ModelConfig,
+    OutputConfig,
+    default_results_name,
+    run_experiment,
+)
+from experiments.harness.images import read_samples, save_grid
+from experiments.harness.report import table
+from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics.image_classifier import RECIPE, ImageClassifier, train_image_classifier
+from experiments.metrics.neighbours import nearest
+from train.cli.files import run_folder
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.distributed import DistContext
+from train.progress import Progress
+from train.trained_sampler import TrainedSampler
+
+PAIRS = 5  # samples of a class in the picture, each followed by its nearest training image
+BATCH = 250  # images at a time
+MAX_IMAGES = 20_000  # of a split that are loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Check."""
+
+    samples: str | None = None
+    """The samples.npz to check; if omitted, the one that get_samples.py wrote for the same model."""
+
+    EVERYDAY = ("samples",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Checks the classes of generated images; writes results.json and classes.png to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/check_classes.py --sampler {sampler} --dataset photos_laptop",
+        "python experiments/check_classes.py --load_dir {sampler}_mnist --samples samples.npz",
+    )
+
+    check: CheckConfig
+    model: ModelConfig
+    output: OutputConfig
+
+
+class LabelledImages(NamedTuple):
+    """Images with their classes."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+
+
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
+    """Finds the samples; they are measured again each time. ValueError: a model or samples without classes."""
+    folder = run_folder(config.output.logs_root, default_results_name("samples", config.model, model))
+    path = Path(config.check.samples or folder / "samples.npz")
+    if not model.sampler.n_classes:
+        raise ValueError(f"{model.run} has no classes to check: calc_FID.py measures its images")
+    samples, data = read_samples(path, model.data.n_channels), model.data
+    labels = samples.get("labels")
+    if labels is None or not (kept := labels < model.sampler.n_classes).any():
+        raise ValueError(f"{path} has no classes: write it with get_samples.py from a model with classes")
+    C = data.n_channels
+    images = samples["image"] if C != 1 else samples["image"][:, :1]  # saved as RGB
+    return ExperimentSetup((LabelledImages(images[kept], labels[kept].long()),), is_current=lambda results: False)
+
+
+def measure(samples: LabelledImages, model: TrainedSampler, batches: ResumableBatches) -> dict[str, Any]:
+    """Trains the classifier, computes all figures and saves classes.png."""
+    training, held_out = (load_labelled_images(model, split) for split in ("train", "val"))
+    n_classes, device = model.sampler.n_classes, model.device
+    flip = model.data.horizontal_flip
+    with Progress("classifier", RECIPE.epochs * len(training.labels), "image") as bar:
+        classifier = train_image_classifier(*training, n_classes, flip, batches.seed, device, bar.update)
+    names = model.captions(torch.arange(n_classes))
+    results = compute_figures(classifier, samples, held_out, training, names)
+    images, captions = nearest_pairs(samples, training.images, names)
+    save_grid(batches.folder / "classes.png", images, columns=2 * PAIRS, captions=captions)
+    return results
+
+
+def load_labelled_images(model: TrainedSampler, split: str) -> LabelledImages:
+    """Loads the readable images of a split, or a fixed random part of a large one, with their classes."""
+    dataset = model.dataset(split)
+    subset = sorted(fixed_subset(len(dataset), MAX_IMAGES))
+    parts = list(images_in_order(ImageSource(dataset, model.data), BATCH, subset))
+    images, indices = (torch.cat([part[name] for part in parts]) for name in ("image", "index"))
+    return LabelledImages(images, torch.from_numpy(dataset.labels)[indices].long())
+
+
+@torch.no_grad()
+def compute_figures(
+    classifier: ImageClassifier,
+    samples: LabelledImages,
+    held_out: LabelledImages,
+    training: LabelledImages,
+    names: list[str],
+) -> dict[str, Any]:
+    """Compares how often the classifier recognises samples and held-out real images, in total and by class.
+
+    The total for the real images weights their classes as they occur in the samples; classes without a held-out image
+    are left out of both totals. Distances are those of the classifier's features, for equal numbers of images.
+    """
+    right = {kind: recognised(classifier, each) for kind, each in (("samples", samples), ("held_out", held_out))}
+    rows = []
+    for label, name in enumerate(names):
+        row = {"class": name}
+        for kind, each in (("samples", samples), ("held_out", held_out)):
+            of_class = right[kind][each.labels == label]
+            row |= {f"n_{kind}": len(of_class), kind: of_class.mean().item() if len(of_class) else None}
+        rows.append(row)
+    both = [row for row in rows if row["n_samples"] and row["n_held_out"]]
+    total = sum(row["n_samples"] for row in both)
+    shares = {
+        kind: sum(row["n_samples"] * row[kind] for row in both) / total if total else None
+        for kind in ("samples", "held_out")
+    }
+    count = min(len(samples.images), len(held_out.images))
+    reference = feature_statistics(classifier, training.images)
+    distances = {
+        f"distance_{kind}": frechet_distance(
+            feature_statistics(classifier, each.images[fixed_subset(len(each.images), count)]), reference
+        )
+        for kind, each in (("samples", samples), ("held_out", held_out))
+    }
+    return {**shares, **distances, "n_compared": count, "classes": rows}
+
+
+def recognised(classifier: ImageClassifier, images: LabelledImages) -> Tensor:
+    """Returns which images (N,) the classifier assigns to their class, as 0.0 and 1.0 in float64."""
+    device = classifier.head.weight.device
+    predicted = [classifier(part.to(device)).argmax(1).cpu() for part in images.images.split(BATCH)]
+    return (torch.cat(predicted) == images.labels).double()
+
+
+def feature_statistics(classifier: ImageClassifier, images: Tensor) -> Statistics:
+    """Returns the statistics of the classifier's features of images (N, C, H, W)."""
+    statistics, device = Statistics(), classifier.head.weight.device
+    for part in images.split(BATCH):
+        statistics.update(classifier.features(part.to(device)))
+    return statistics
+
+
+def nearest_pairs(samples: LabelledImages, training: Tensor, names: list[str]) -> tuple[Tensor, list[str]]:
+    """Returns the first samples of each class, each followed by the training image nearest in pixels, and captions."""
+    chosen = torch.cat([(samples.labels == label).nonzero()[:PAIRS, 0] for label in range(len(names))])
+    queries = samples.images[chosen]
+    found = nearest(queries.flatten(1).float(), training.flatten(1).float()).indices[:, 0]
+    pairs = torch.stack([queries, training[found]], 1).flatten(0, 1)
+    return pairs, [caption for label in samples.labels[chosen].tolist() for caption in (names[label], "nearest")]
+
+
+def report(results: dict[str, Any], folder: Path) -> str:
+    """Formats the figures by class and in total."""
+    rows = [("class", "samples", "recognised", "held-out real images", "recognised")]
+    for row in results["classes"]:
+        shares = [row[kind] for kind in ("samples", "held_out")]
+        share, real = ("-" if value is None else f"{value:.2f}" for value in shares)
+        rows.append((row["class"], str(row["n_samples"]), share, str(row["n_held_out"]), real))
+    lines = [table(rows), "", "the higher the better; the classifier was trained on the training images"]
+    share, real = results["samples"], results["held_out"]
+    if real:
+        weighted = (
+            "recognised: {:.3f} of the samples, {:.3f} of the real images with the samples' classes: ratio {:.2f}"
+        )
+        lines.append(weighted.format(share, real, share / real))
+    count = f"{results['n_compared']:,} images against the training images, the lower the better"
+    samples, held_out = results["distance_samples"], results["distance_held_out"]
+    lines.append(f"Fréchet distance in its features: samples {samples:.1f}, real {held_out:.1f} ({count})")
+    return "\n".join([*lines, "", str(folder / "results.json"), str(folder / "classes.png")])
+
+
+if __name__ == "__main__":
+    run_experiment("check_classes", Config, measure, report, prepare=prepare, one_process=True)

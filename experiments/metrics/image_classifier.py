@@ -1,0 +1,112 @@
+"""Classifiers of real images, trained here without pretrained weights, that judge generated ones."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, ResNet
+
+SIDE = 64  # pixels; images are resized to it
+
+M = TypeVar("M", bound=nn.Module)
+Augment = Callable[[Tensor, torch.Generator], Tensor]  # uint8 (B, C, H, W) -> (B, C, H, W)
+
+
+class Recipe(NamedTuple):
+    """How a classifier is trained: AdamW with a one-cycle learning rate."""
+
+    epochs: int
+    batch_size: int
+    peak_lr: float
+    weight_decay: float
+    label_smoothing: float = 0.0
+
+
+RECIPE = Recipe(epochs=30, batch_size=64, peak_lr=3e-3, weight_decay=0.05, label_smoothing=0.1)
+
+
+class ImageClassifier(nn.Module):
+    """ResNet (He et al. 2016) of four residual blocks, one a stage; its features are the 512 means of the last map."""
+
+    def __init__(self, n_channels: int, n_classes: int) -> None:
+        super().__init__()
+        self.body = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=n_classes)
+        self.body.conv1 = nn.Conv2d(n_channels, 64, 3, stride=2, padding=1, bias=False)
+        self.head, self.body.fc = self.body.fc, nn.Identity()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Maps images (B, C, H, W) of any size, in [0, 255], to features (B, 512) float32."""
+        images = images.float() / 127.5 - 1
+        if images.shape[-2:] != (SIDE, SIDE):
+            images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (B, C, H, W) of any size, in [0, 255], to logits (B, K) float32."""
+        return self.head(self.features(images))
+
+
+def train_image_classifier(
+    images: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    flip: bool,
+    seed: int,
+    device: torch.device,
+    advance: Callable[[int], object],
+) -> ImageClassifier:
+    """Trains a classifier on images (N, C, H, W) uint8 and labels (N,), in float32; frozen, in eval mode.
+
+    `flip`: mirror images do not change class. `advance` is called with the size of each batch. The global random state
+    is unchanged.
+    """
+    with torch.random.fork_rng(devices=[]):  # layers draw their initial weights from the global generator
+        torch.default_generator.manual_seed(seed)
+        classifier = ImageClassifier(images.shape[1], n_classes).to(device)
+
+    def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
+        return move_and_scale(batch, generator, flip)
+
+    return fit_classifier(classifier, images, labels, augment, RECIPE, seed, advance)
+
+
+def fit_classifier(
+    classifier: M,
+    images: Tensor,
+    labels: Tensor,
+    augment: Augment,
+    recipe: Recipe,
+    seed: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> M:
+    """Trains a classifier on images (N, C, H, W) uint8 and labels (N,), deterministically on the CPU; returns it frozen
+    and in eval mode."""
+    device = next(classifier.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.peak_lr, weight_decay=recipe.weight_decay)
+    steps = recipe.epochs * -(-len(images) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.peak_lr, total_steps=steps)
+    with torch.enable_grad():  # even if the caller has disabled it
+        for _ in range(recipe.epochs):
+            for rows in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
+                logits = classifier(augment(images[rows], generator).to(device))
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels[rows].to(device), label_smoothing=recipe.label_smoothing).backward()
+                optimizer.step()
+                schedule.step()
+                advance(len(rows))
+    return classifier.requires_grad_(False).eval()
+
+
+def move_and_scale(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """Augments images (B, C, H, W) by shifts of up to a tenth of the side and scaling by 0.85 to 1.15, and mirrors half
+    of them if `flip`; float32, the border is repeated."""
+    uniform = torch.rand(4, len(images), generator=generator) * 2 - 1  # in [-1, 1)
+    scale, shift = 1 + 0.15 * uniform[0], 0.2 * uniform[1:3]  # affine_grid's unit is half the side
+    mirror = torch.where(uniform[3] < 0, -1.0, 1.0) if flip else torch.ones(len(images))
+    zero = torch.zeros(len(images))
+    rows = [torch.stack([scale * mirror, zero, shift[0]], 1), torch.stack([zero, scale, shift[1]], 1)]  # (B, 3) each
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)  # (B, H, W, 2)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
