@@ -289,7 +289,7 @@ def heun(
 
     Where sigma_t <= alpha_t, averages eps and integrates over sigma / alpha, as Karras et al. 2022 do everywhere; where
     sigma_t > alpha_t, averages x_0 and integrates over alpha / sigma, since sigma / alpha diverges at alpha = 0.
-    With s_churn, steps of edm first add noise (their algorithm 2).
+    With s_churn, for edm only, each step first adds noise and all average eps: their algorithm 2.
     """
     check_churn(process, s_churn, s_tmin, s_tmax, s_noise)
     for i, (t, s) in enumerate(pairwise(times)):
@@ -300,8 +300,8 @@ def heun(
         if s > 0:
             pred_s = denoise(x_s, expand(s, x))
             x0_from_eps = (x - c.sigma_t * (pred_t.eps + pred_s.eps) / 2) / c.alpha_t
-            noisy = append_dims(c.sigma_t > c.alpha_t, x).bool()  # (1, 1, 1, 1), on x's device
-            x_s = x0_step(x, torch.where(noisy, (pred_t.x0 + pred_s.x0) / 2, x0_from_eps), c)
+            averages_x0 = append_dims((c.sigma_t > c.alpha_t) & (s_churn == 0), x).bool()  # (1, 1, 1, 1), on x's device
+            x_s = x0_step(x, torch.where(averages_x0, (pred_t.x0 + pred_s.x0) / 2, x0_from_eps), c)
         x = x_s if on_step is None else on_step(i, t, s, x_s, pred_t.x0)
     return x
 
