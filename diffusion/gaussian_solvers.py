@@ -262,7 +262,8 @@ def add_noise(x: Tensor, sigma: float, sigma_hat: float, s_noise: float, rng: St
 
 
 def check_churn(process: ContinuousProcess, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
-    """Raises ValueError for churn of a process other than EDM, and for settings that would have no effect."""
+    """Raises ValueError for churn of a process other than EDM, for settings of churn without it, and for an empty range
+    of noise levels."""
     if s_churn and not isinstance(process, EDM):
         raise ValueError(f"got s_churn {s_churn} for {type(process).__name__}, wanted EDM: leave --s_churn out")
     if not s_churn and (s_tmin, s_tmax, s_noise) != (0, math.inf, 1):

@@ -180,7 +180,8 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_interval(self.guidance_interval, self.sigma_max or EDM.start)  # the longest; with its process in `guided`
+        longest = max(EDM.start, self.sigma_max or 0)  # `guided` checks again, with the process
+        check_interval(self.guidance_interval, longest)
 
 
 def make_process(config: Config, pixels: bool) -> ContinuousProcess:
@@ -352,7 +353,7 @@ class GaussianSampler(LearnedSampler):
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
         solver, solver_kwargs = select_solver(self.process, options)
-        times = self.solver_times(process, options)
+        times = self.solver_times(whole, process, options)
         if options.guidance != 1:
             check_interval_is_met(options.guidance_interval, times)
         x = solver.solve(denoise, process, x, times, rng=rng, on_step=on_step, **solver_kwargs)
@@ -360,17 +361,21 @@ class GaussianSampler(LearnedSampler):
 
     def sampling_process(self, options: Sampling) -> ContinuousProcess:
         """Returns the process between the noise levels --sigma_max and --sigma_min."""
-        ends = {"start": options.sigma_max, "end": options.sigma_min}
-        ends = {name: sigma for name, sigma in ends.items() if sigma is not None}
-        if not ends:
+        typed = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
+        typed = {name: sigma for name, sigma in typed.items() if sigma is not None}
+        if not typed:
             return self.process
+        got = " and ".join(f"{name} {sigma}" for name, sigma in typed.items())
         if not isinstance(self.process, EDM):
-            got = f"sigma_min or sigma_max for process {self.config.process}"
-            raise ValueError(f"got {got}, whose noise levels follow from its schedule: leave them out")
-        process = replace(self.process, **ends)
+            remedy = f"leave {' and '.join(f'--{name}' for name in typed)} out"
+            raise ValueError(
+                f"got {got} for process {self.config.process}, whose noise levels follow from its schedule: {remedy}"
+            )
+        start, end = typed.get("sigma_max", self.process.start), typed.get("sigma_min", self.process.end)
+        process = replace(self.process, start=start, end=end)
         if process.end >= process.start:
-            got = f"sigma_min {process.end} and sigma_max {process.start}"
-            raise ValueError(f"got {got}, wanted the lower first: pass --sigma_min LOW --sigma_max HIGH")
+            wanted = f"sigma_min (default: {EDM.end}) below sigma_max (default: {EDM.start})"
+            raise ValueError(f"got {got}, wanted {wanted}: pass --sigma_min LOW --sigma_max HIGH")
         return process
 
     def initial_state(
@@ -383,15 +388,20 @@ class GaussianSampler(LearnedSampler):
         x0 = edit.x0 if edit.strength < 1 else edit.x0.masked_fill(~edit.keep.unsqueeze(1), 0)
         return process, process.corrupt(x0, torch.tensor(process.start), noise)
 
-    def solver_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
-        """Returns the times of the steps from the start of `process`, from `sampling_process` or `from_strength`."""
+    def solver_times(self, whole: ContinuousProcess, process: ContinuousProcess, options: Sampling) -> list[float]:
+        """Returns the times of the steps from the start of `process`: that of `sampling_process`, `whole`, or what
+        `from_strength` leaves of it."""
         solver, spacing = select_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
             spacing = self.process.default_spacing
+        if spacing == "uniform" and options.sigma_min is not None:
+            raise ValueError(
+                f"got sigma_min {options.sigma_min} for spacing uniform, whose last step starts above it: pass another "
+                "--spacing, such as karras, or leave --sigma_min out"
+            )
         steps = options.sample_steps
         if steps is None:
             steps = solver.steps(self.process, math.prod(self.shape[1:]))
-        whole = self.sampling_process(options)
         if process.start < whole.start:
             steps = remaining_steps(whole, process, steps, spacing, options.rho)
         return step_times(process, steps, spacing, options.rho)

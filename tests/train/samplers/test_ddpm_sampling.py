@@ -125,8 +125,10 @@ def test_default_steps_and_spacing_follow_solver_and_process(process, solver):
     model = sampler(process=process, total_steps=30)
     steps = 30 if (solver, process) == ("ddpm", "gaussian") else 20
     spacing = "karras" if process == "edm" else "uniform"
-    assert model.solver_times(model.process, ddpm.Sampling(solver=solver)) == step_times(model.process, steps, spacing)
-    custom = model.solver_times(model.process, ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))
+    options = ddpm.Sampling(solver=solver)
+    assert model.solver_times(model.process, model.process, options) == step_times(model.process, steps, spacing)
+    options = ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr")
+    custom = model.solver_times(model.process, model.process, options)
     assert custom == step_times(model.process, 7, "logsnr")
     trajectory = []
     sample_recorded(model, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=trajectory)
@@ -174,7 +176,8 @@ def test_the_noise_levels_of_edm_are_settings_of_sampling():
     assert (sigmas[0], sigmas[-1]) == pytest.approx((50, 0.01), rel=1e-4)
     assert recorder.calls[0].x.std() == pytest.approx(1, rel=0.05)  # 50 over sqrt(50^2 + 0.5^2)
     same = ddpm.Sampling(sigma_min=EDM.end, sigma_max=EDM.start, rho=7.0)
-    assert model.solver_times(model.process, same) == model.solver_times(model.process, ddpm.Sampling())
+    by_default, same = (model.solver_times(model.process, model.process, each) for each in (ddpm.Sampling(), same))
+    assert same == by_default
     sample_recorded(model, Recorder(), sample_steps=2, guidance=2.0, guidance_interval=(0.0, 90.0), sigma_max=100.0)
 
 
@@ -190,9 +193,19 @@ def test_editing_takes_the_steps_below_its_own_noise_level():
 @pytest.mark.parametrize(
     ("process", "options", "message"),
     [
-        ("gaussian", {"sigma_max": 50.0}, "sigma_max for process gaussian.*leave them out"),
-        ("flow", {"sigma_min": 0.1}, "sigma_max for process flow.*leave them out"),
-        ("edm", {"sigma_min": 90.0}, "got sigma_min 90.0 and sigma_max 80.0, wanted the lower first"),
+        ("gaussian", {"sigma_max": 50.0}, "got sigma_max 50.0 for process gaussian.*leave --sigma_max out"),
+        ("flow", {"sigma_min": 0.1}, "got sigma_min 0.1 for process flow.*leave --sigma_min out"),
+        ("gaussian", {"sigma_max": 0.5, "guidance_interval": (0.0, 1.0)}, "got sigma_max 0.5 for process gaussian"),
+        (
+            "edm",
+            {"sigma_min": 90.0},
+            r"got sigma_min 90.0, wanted .* below sigma_max \(default: 80.0\)",
+        ),
+        (
+            "edm",
+            {"sigma_min": 0.1, "spacing": "uniform"},
+            "got sigma_min 0.1 for spacing uniform.*--sigma_min out",
+        ),
         ("edm", {"rho": 5.0, "spacing": "logsnr"}, "got rho 5.0 for spacing logsnr.*--rho"),
         ("edm", {"rho": 0.5}, r"got rho 0.5, wanted a number in \[1, 1000\]"),
         ("edm", {"s_churn": 40.0, "solver": "unipc"}, "got s_churn 40.0 for solver unipc.*--s_churn"),
