@@ -69,8 +69,16 @@ HINTS = (  # flags of other codebases, and hints, of which the first is given wh
         "--amp is on by default; pass --amp_dtype bfloat16 or float16",
         "--amp is on by default",
     ),
+    ("no_fp16 no_bf16 no_use_fp16 no_mixed_precision", "pass --no_amp"),
     ("cfg cfg_scale cond_scale guidance_scale guidance_weight scale", "pass --guidance X"),
-    ("scheduler sampling_method", "pass --solver NAME"),
+    ("lr_scheduler lr_scheduler_type", "pass --lr_schedule NAME"),
+    (
+        "scheduler",
+        "pass --lr_schedule NAME for the learning rate, --solver NAME for sampling",
+        "pass --lr_schedule NAME",
+        "pass --solver NAME",
+    ),
+    ("sampling_method", "pass --solver NAME"),
     ("temperature", "pass --temp X"),
     ("num_samples nsamples n_images num_images num_fid_samples n", "pass --n_samples N", "pass --n_images N"),
     ("class class_id class_idx class_label classes labels", "pass --label N"),
@@ -110,9 +118,9 @@ def reject_foreign_words(argv: list[str], flags: Set[str]) -> None:
         name = word[2:].partition("=")[0].replace("-", "_")
         if not word.startswith("--") or {name, name.removeprefix("no_")} & flags:
             continue
-        hints = [hint for names, *hints in HINTS if name.removeprefix("no_") in names.split() for hint in hints]
+        hints = [hint for names, *hints in HINTS if name in names.split() for hint in hints]
         for hint in hints:
-            if flags >= {*re.findall(r"--(\w+)", hint)}:
+            if flags >= {flag.removeprefix("no_") for flag in re.findall(r"--(\w+)", hint)}:
                 raise ValueError(f"unknown flag --{name}: {hint}")
 
 
@@ -131,6 +139,9 @@ def everyday_flags(config: Any) -> list[Everyday]:
     for group in iter_groups(config, left_out):
         if names := [name for name in collect(type(group), "EVERYDAY") if name not in left_out]:
             kinds, docs = typing.get_type_hints(type(group), include_extras=True), field_docs(type(group))
+            if unknown := ", ".join(name for name in names if name not in docs):
+                source = f"{type(group).__module__}.{type(group).__name__}"
+                raise ValueError(f"got {unknown} in EVERYDAY of {source}, wanted fields with a docstring below them")
             flags += [Everyday(name, kinds[name], getattr(group, name), docs[name]) for name in names]
     return flags
 

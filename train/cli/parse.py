@@ -175,6 +175,7 @@ def parse_arguments(cls: type[C], words: list[str], *, default: C, source: str |
             cls,
             args=words,
             prog=prog or None,
+            add_help=asks_for_help(words),  # whose place is taken by the line below
             description=description,
             use_underscores=True,
             config=TYRO_MARKERS,
@@ -182,8 +183,8 @@ def parse_arguments(cls: type[C], words: list[str], *, default: C, source: str |
             default=default,
         )
     except SystemExit as stop:
-        if source is not None and stop.code:
-            print(f"(in {source})", file=sys.stderr)
+        if stop.code:
+            print(f"{prog} --help_all shows every flag" if source is None else f"(in {source})", file=sys.stderr)
         raise
 
 

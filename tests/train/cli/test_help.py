@@ -139,7 +139,10 @@ def test_words_of_other_codebases_lead_to_our_flags(capsys):
         ("experiments/get_samples.py", "--num_steps 5", "pass --sample_steps N"),
         ("experiments/get_samples.py", "--cfg_scale 2", "pass --guidance X"),
         ("train_sampler.py", "--fp16", "--amp is on by default; pass --amp_dtype"),
-        ("experiments/calc_FID.py", "--no_fp16", "unknown flag --no_fp16: --amp is on by default"),
+        ("experiments/calc_FID.py", "--no_fp16", "unknown flag --no_fp16: pass --no_amp\n"),
+        ("train_vqgan.py", "--scheduler cosine", "unknown flag --scheduler: pass --lr_schedule NAME\n"),
+        ("train_sampler.py", "--scheduler cosine", "pass --lr_schedule NAME for the learning rate, --solver NAME"),
+        ("experiments/get_samples.py", "--scheduler ddim", "pass --solver NAME\n"),
         ("train_sampler.py", "--gpus 2", "torchrun"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -148,12 +151,37 @@ def test_words_of_other_codebases_lead_to_our_flags(capsys):
         assert stop.value.code == 2 and message.count("\n") == 1 and words in message, message
 
 
+def test_errors_name_the_help_that_has_every_flag(capsys):
+    for flags in ("--no_flip", "--grad_clip much", "--bert_n_headz 3"):  # the first is no --horizontal_flip
+        with pytest.raises(SystemExit) as stop:
+            call("train_sampler.py", flags)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.endswith("train_sampler.py --help_all shows every flag\n"), message
+        assert "--help " not in message and "horizontal" not in message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    """Does it."""
+
+    size: int = 3
+    """Size."""
+    bare: int = 4
+
+    EVERYDAY = ("size", "bare", "sise")
+
+
+def test_an_everyday_flag_without_a_docstring_is_named():
+    with pytest.raises(ValueError, match="got bare, sise in EVERYDAY of .*test_help.Mine, wanted fields with"):
+        format_help(Mine(), "it.py")
+
+
 def test_every_hint_is_given_somewhere(monkeypatch):
     scripts = ("train_vqgan.py", "train_sampler.py", "train_sampler.py --sampler ddpm", "experiments/get_samples.py")
     scripts += ("experiments/reconstruct.py",)
     known = [{*parse_config(*script.partition(" ")[::2], monkeypatch)} for script in scripts]
     for _, *hints in HINTS:
-        for flags in (set(re.findall(r"--(\w+)", hint)) for hint in hints):
+        for flags in (set(re.findall(r"--(?:no_)?(\w+)", hint)) for hint in hints):
             assert any(flags <= own for own in known), flags
     words = " ".join(names for names, *_ in HINTS).split()
     assert len(words) == len(set(words))
