@@ -12,6 +12,8 @@ NOT_NEGATIVE = "[0, inf)"
 SIZE = "[1, 65536]"  # of an axis of a tensor: sides, widths, channels
 MILLION = "[1, 1000000]"  # of images at once, of steps of a process or a solver
 COUNT = "[1, 1000000000]"  # of images, codes or steps
+COUNT_OR_ZERO = "[0, 1000000000]"
+SEED = "[0, 9223372036854775808)"  # 2**63
 
 
 def check_ranges(config: object) -> None:
@@ -48,7 +50,7 @@ def describe(interval: str, number: float) -> str:
     """
     low, high = interval[1:-1].split(", ")
     if high == "inf" and not is_finite(number):
-        return "a number that is finite in float32"
+        return "a whole number below 2**63" if isinstance(number, int) else "a number that is finite in float32"
     if isinstance(number, int) or high == "inf":
         if number >= float(high):
             return f"at most {high}" if interval[-1] == "]" else f"a number below {high}"

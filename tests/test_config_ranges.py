@@ -77,7 +77,10 @@ def test_senseless_values_are_outside_the_ranges():
         (absorbing.Config(), {"mlp_ratio": -1.0, "dilations": (-1,), "bert_n_emb": 10**12}),
         (absorbing.Config(), {"mlp_ratio": 1e-6}),
         (ddpm.Config(), {"dilations": (0,), "channels": 10**12, "dropout": 1.0, "channel_mults": (-1.0,)}),
-        (importlib.import_module("train.config").TrainingConfig(), {"seed": -1, "lr": math.inf, "batch_size": 10**12}),
+        (
+            importlib.import_module("train.config").TrainingConfig(),
+            {"seed": 2**63, "lr": math.inf, "train_steps": 10**12},
+        ),
     ):
         for name, value in wrong.items():
             with pytest.raises(ValueError, match=name.replace("_", "[_ ]")):
@@ -88,5 +91,6 @@ def test_a_range_is_described_by_what_was_passed():
     assert describe("[1, 65536]", 0) == "at least 1" and describe("[1, 65536]", 10**12) == "at most 65536"
     assert describe("(0, inf)", 0.0) == "a number above 0" and describe("[0, inf)", -1.0) == "at least 0"
     assert describe("[0, 1)", 1.5) == "a number in [0, 1)" and describe("[0, 1)", 1) == "a number below 1"
+    assert describe("[0, inf)", 10**40) == "a whole number below 2**63"
     for interval, number in (("(-inf, inf)", -1e39), ("[0, inf)", math.inf), ("(0, inf)", math.nan)):
         assert describe(interval, number) == "a number that is finite in float32"

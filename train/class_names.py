@@ -69,6 +69,9 @@ def with_class_numbers(config: C, n_classes: int, class_names: Sequence[str]) ->
         label = vars(group).get("label")
         if label is not None:
             several = isinstance(label, tuple)
+            if str(label).lower() in ("none", "null") and label not in class_names:
+                remedy = 'pass --condition_file FILE.json with [{"label": null}] for images of no class'
+                raise ValueError(f"got --label {label}, wanted a class: {remedy}, or leave --label out for all classes")
             numbers = [class_index(each, n_classes, class_names) for each in (label if several else [label])]
             groups[name] = replace(group, label=tuple(numbers) if several else numbers[0])
     return replace(config, **groups)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from diffusion.solvers import SolverOptions
-from models.ranges import FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SIZE, check_ranges
+from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SEED, SIZE, check_ranges
 from train.datasets import DatasetConfig
 from train.lr_schedule import learning_rate
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -169,10 +169,10 @@ class TrainingConfig:
 
     EVERYDAY = ("train_steps", "batch_size", "lr", "device")
     RANGES = {
-        **{"train_steps": "[1, inf)", "batch_size": MILLION, "accumulate": MILLION, "lr": POSITIVE},
+        **{"train_steps": COUNT, "batch_size": MILLION, "accumulate": MILLION, "lr": POSITIVE},
         **{"warmup_iters": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "grad_clip": NOT_NEGATIVE, "betas": "[0, 1)"},
         **{"decay_steps": NOT_NEGATIVE, "lr_end": "[0, 1]", "max_bad_steps": NOT_NEGATIVE, "ema_beta": "[0, 1)"},
-        **{"ema_profiles": "(0, 0.3003]", "steps_per_ema_snapshot": "[1, inf)", "seed": NOT_NEGATIVE},
+        **{"ema_profiles": "(0, 0.3003]", "steps_per_ema_snapshot": COUNT, "seed": SEED},
         **{"timeout_minutes": "(0, 30000]", "load_step": NOT_NEGATIVE, "balance_classes": "[0, 1]"},
     }
 
@@ -230,9 +230,9 @@ class LoggingConfig:
 
     EVERYDAY = ("log_dir",)
     RANGES = {
-        **{"steps_per_log": "[1, inf)", "steps_per_checkpoint": "[1, inf)", "checkpoint_minutes": NOT_NEGATIVE},
-        **{"keep_last": NOT_NEGATIVE, "keep_every": NOT_NEGATIVE, "steps_per_save_output": "[1, inf)"},
-        **{"steps_per_eval": NOT_NEGATIVE, "steps_per_FD": NOT_NEGATIVE, "FD_samples": "[2, 1000000000]"},
+        **{"steps_per_log": COUNT, "steps_per_checkpoint": COUNT, "checkpoint_minutes": NOT_NEGATIVE},
+        **{"keep_last": NOT_NEGATIVE, "keep_every": NOT_NEGATIVE, "steps_per_save_output": COUNT},
+        **{"steps_per_eval": COUNT_OR_ZERO, "steps_per_FD": COUNT_OR_ZERO, "FD_samples": "[2, 1000000000]"},
     }
 
     def __post_init__(self):

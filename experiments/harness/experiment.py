@@ -13,7 +13,7 @@ import torch
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
 from experiments.harness.folders import choose_results_folder, deleted_if_refused
 from experiments.harness.results import load_results, write_results
-from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
+from models.ranges import MILLION, NOT_NEGATIVE, SEED, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
 from train.class_names import with_class_numbers
 from train.cli.files import get_section, read_run_config, run_folder
@@ -88,7 +88,7 @@ class OutputConfig:
     """bfloat16 autocast on devices with native support."""
 
     EVERYDAY = ("log_dir", "batch_size", "seed")
-    RANGES = {"batch_size": MILLION, "seed": NOT_NEGATIVE}
+    RANGES = {"batch_size": MILLION, "seed": SEED}
 
     def __post_init__(self):
         check_ranges(self)

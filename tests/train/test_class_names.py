@@ -1,6 +1,7 @@
 """Classes by name: what a user may type, what a run records, and that renaming classes keeps a run."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 from helpers.tiny_runs import DDPM, ROOT, call
-from train.class_names import check_class_order, class_captions, class_index
+from train.class_names import ClassLabel, check_class_order, class_captions, class_index, with_class_numbers
 from train.config import DataConfig
 from train.data import loading
 from train.data.loading import build_dataset
@@ -55,6 +56,23 @@ def test_captions_are_names_or_else_numbers():
     labels = torch.tensor([2, 3, 0])
     assert class_captions(labels, 3, NAMES) == ["T-shirt/top", "no class", "bag"]
     assert class_captions(labels, 3, ()) == ["2", "no class", "0"] and class_captions(None, 3, NAMES) == []
+
+
+@dataclass(frozen=True)
+class LabelGroup:
+    label: ClassLabel | None
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    samples: LabelGroup
+
+
+def test_no_class_is_a_row_of_a_file_and_not_a_label():
+    assert with_class_numbers(LabelConfig(LabelGroup("bag")), 3, NAMES).samples.label == NAMES.index("bag")
+    assert with_class_numbers(LabelConfig(LabelGroup("none")), 3, ("bag", "hat", "none")).samples.label == 2
+    with pytest.raises(ValueError, match="got --label None, wanted a class: pass --condition_file .*, or leave"):
+        with_class_numbers(LabelConfig(LabelGroup("None")), 3, NAMES)
 
 
 def test_the_same_names_in_another_order_are_refused():
