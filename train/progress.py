@@ -68,7 +68,8 @@ class Progress:
         if done and seconds:
             rate = done / seconds
             left = (self.total - self.n) / rate
-            parts += [f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g}s/{self.unit}"]
+            per_second = f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+            parts += [per_second if rate >= 1 else f"{1 / rate:.3g}s/{self.unit}"]
             parts += [f"{format_duration(left)} left" if self.n < self.total else f"in {format_duration(seconds)}"]
         return ", ".join([*parts, *(f"{name} {self.numbers[name]:.3g}" for name in numbers)])
 
@@ -152,7 +153,8 @@ def describe_end(
     reached = [f"{name.removeprefix('val/')} {value:.4g}" for name, value in scores.items()]
     reached += [f"best {name.removeprefix('val/')} {value:.4g} at step {at}" for name, (value, at) in best.items()]
     lines += [f"validation: {', '.join(reached)}"] if reached else []
-    lines += [f"checkpoint: {run / 'checkpoints' / f'step_{step:08d}'}", f"pictures: {run / 'images'}"]
+    lines += [f"checkpoint: {run / 'checkpoints' / f'step_{step:08d}'}"]
+    lines += [f"pictures: {run / 'images'}"] if (run / "images").is_dir() else []
     return "\n".join(lines)
 
 

@@ -113,12 +113,21 @@ def test_rate_and_time_left_are_of_this_session(capsys, clock):
     assert capsys.readouterr().err == ""  # unfinished, nothing to do, or hidden
 
 
+def test_high_rates_are_written_out(capsys, clock):
+    with Progress("run", 40_000, "step") as log:
+        clock.now = 2
+        log.update(40_000)
+    assert capsys.readouterr().err == "run 100%: 40000/40000, 20,000/s, in 2s\n"
+
+
 def test_durations_have_about_two_digits():
     seconds = [0.4, 7, 59.7, 303, 1000, 7200, 40 * 3600, 9 * 86_400 + 4 * 3600, 12 * 86_400]
     assert [format_duration(each) for each in seconds] == "0s,7s,1m 0s,5m 3s,17m,2h 0m,1d 16h,9d 4h,12d".split(",")
 
 
 def test_the_end_says_what_was_reached(tmp_path):
+    assert "pictures" not in describe_end(tmp_path, 1000, 500, 66, "step 96 %", {}, {})  # none were drawn
+    (tmp_path / "images").mkdir()
     scores, best = {"val/l1": 0.0512, "val/usage": 0.98}, {"val/l1": (0.0508, 750)}
     text = describe_end(tmp_path, 1000, 500, 66, "step 96 %", scores, best)
     assert text.splitlines() == [
