@@ -19,13 +19,15 @@ C = TypeVar("C")  # a config: a dataclass of groups
 def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
     """Returns the number of a class given by name or number; None is the null class.
 
-    A string is a name if a class has it, otherwise a number. Raises ValueError or TypeError for others.
+    A string is a name if a class has it, otherwise a number. Raises ValueError or TypeError for others, and for digits
+    that could mean two classes because names are digits too.
     """
     if label is None:
         return None
     if not n_classes:
         raise ValueError(f"got label {label!r} for a sampler without classes: leave the label out")
     if isinstance(label, str):
+        check_unambiguous(label, class_names)
         if label in class_names:
             return index_of_name(label, class_names)
         if not re.fullmatch(r"-?\d+", label):
@@ -41,6 +43,20 @@ def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int |
     if not 0 <= number < n_classes:
         raise ValueError(f"got label {number}, wanted a class from 0 to {n_classes - 1}")
     return number
+
+
+def check_unambiguous(label: str, class_names: Sequence[str]) -> None:
+    """Raises ValueError for digits that are the number of a class of another name, if names are digits too."""
+    number = int(label) if label.isdecimal() else len(class_names)
+    if number >= len(class_names) or class_names[number] == label or not any(map(str.isdecimal, class_names)):
+        return
+    typed = "on the command line as a row of a JSON --condition_file"
+    if label not in class_names:
+        reason, wanted = "but not its name", f'its name, or the number {number}, {typed}: {{"label": {number}}}'
+    else:
+        named = index_of_name(label, class_names)
+        reason, wanted = f"and the name of class {named}", f'the number {named} or {number}, {typed}: {{"label": {named}}}'
+    raise ValueError(f"got label {label!r}, the number of the class {class_names[number]!r} {reason}: pass {wanted}")
 
 
 def index_of_name(name: str, class_names: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,15 @@ def read_rows(
 
     A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
     of lists of numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite
-    numbers, else strings. Of a sampler with classes, a label that is a string is a class name, or else a number. Raises
-    FileNotFoundError or ValueError if the file cannot be used.
+    numbers, else strings. Of a sampler with classes, a label that is a string is a class name, or else a number, and
+    all labels of a CSV are strings. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     if condition_file is None:
         return []
     path = Path(os.path.expanduser(condition_file))
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
-    rows = parse_rows(path)
+    rows = parse_rows(path, texts=("label",) if n_classes else ())
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     read = {name: read_column(path, name, values, data) for name, values in columns.items()}
     if n_classes and "label" in read:
@@ -125,9 +126,10 @@ def number_of(path: Path, label: Any, n_classes: int, class_names: Sequence[str]
         raise ValueError(f"{path}: {error}") from error
 
 
-def parse_rows(path: Path) -> list[Row]:
-    """Reads the rows of a file as written; ValueError unless all have the same fields."""
-    rows = {".json": read_json, ".csv": read_csv}.get(path.suffix.lower(), reject_suffix)(path)
+def parse_rows(path: Path, texts: Sequence[str] = ()) -> list[Row]:
+    """Reads the rows of a file as written; ValueError unless all have the same fields. See `read_csv` for `texts`."""
+    readers = {".json": read_json, ".csv": partial(read_csv, texts=texts)}
+    rows = readers.get(path.suffix.lower(), reject_suffix)(path)
     if not rows:
         raise ValueError(f"{path} has no rows, wanted at least one")
     for number, row in enumerate(rows):
@@ -148,14 +150,18 @@ def read_json(path: Path) -> list[Row]:
     return rows
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Reads a table with a header; a column of numbers becomes numbers."""
+def read_csv(path: Path, texts: Sequence[str] = ()) -> list[Row]:
+    """Reads a table with a header; a column of numbers becomes numbers, unless it is named in `texts`."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"{path}: row {number} does not have the same number of columns as the header")
-    columns = {name: parse_column([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    columns = {
+        name: [word.strip() for word in words] if name in texts else parse_column(words)
+        for name, words in columns.items()
+    }
     return [{name: values[number] for name, values in columns.items()} for number in range(len(rows))]
 
 

@@ -27,8 +27,8 @@ def test_a_string_is_a_name_and_otherwise_a_number():
     assert [class_index(each, 3, NAMES) for each in ("hat", "T-shirt/top", "0", 2, None)] == [1, 2, 0, 2, None]
     for names, label, number in (
         (("3", "5", "7"), "7", 2),  # folders named by numbers
-        (("0", "2", "1"), "2", 1),  # the name of one class and the number of another: the name
-        (("0", "2", "1"), 2, 2),  # but what is not a string is a number
+        (("0", "2", "1"), "0", 0),
+        (("0", "2", "1"), 2, 2),  # what is not a string is a number
         (("one", "two", "three"), "2", 2),
         ((), "2", 2),
     ):
@@ -50,6 +50,16 @@ def test_what_is_no_class_is_refused_with_the_nearest_name():
     assert len(str(error.value)) < 400
     with pytest.raises(ValueError, match="got label 'hat' for a sampler without classes: leave the label out"):
         class_index("hat", 0, ())
+
+
+def test_digits_that_may_mean_two_classes_are_refused():
+    remedy = "on the command line as a row of a JSON --condition_file"
+    for label, names, message in (
+        ("2", "021", f"'1' and the name of class 1: pass the number 1 or 2, {remedy}: {{\"label\": 1}}"),
+        ("1", "357", f"'5' but not its name: pass its name, or the number 1, {remedy}: {{\"label\": 1}}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'got label {label!r}, the number of the class {message}')}$"):
+            class_index(label, 3, tuple(names))
 
 
 def test_captions_are_names_or_else_numbers():

@@ -125,6 +125,8 @@ def test_classes_are_given_by_name_or_number(tmp_path):
     assert [row["label"] for row in json_rows] == [1, 0, 2, None] and csv_rows == json_rows[:3]
     with pytest.raises(ValueError, match="rows.csv: got label 'hat', did you mean 'hats'"):
         read_rows(str(tmp_path / "rows.csv"), DATA, 3, ("bag", "hats", "shoe"))
+    (tmp_path / "rows.csv").write_text("label\n3\n7\n")  # names, as there is no class 3 or 7
+    assert [row["label"] for row in read_rows(str(tmp_path / "rows.csv"), DATA, 3, ("3", "5", "7"))] == [0, 2]
 
 
 def test_lists_of_numbers_become_tensors(tmp_path):
