@@ -50,13 +50,15 @@ def check_unambiguous(label: str, class_names: Sequence[str]) -> None:
     number = int(label) if label.isdecimal() else len(class_names)
     if number >= len(class_names) or class_names[number] == label or not any(map(str.isdecimal, class_names)):
         return
-    typed = "on the command line as a row of a JSON --condition_file"
-    if label not in class_names:
-        reason, wanted = "but not its name", f'its name, or the number {number}, {typed}: {{"label": {number}}}'
-    else:
+    if label in class_names:
         named = index_of_name(label, class_names)
-        reason, wanted = f"and the name of class {named}", f'the number {named} or {number}, {typed}: {{"label": {named}}}'
-    raise ValueError(f"got label {label!r}, the number of the class {class_names[number]!r} {reason}: pass {wanted}")
+        reason, wanted = f"and the name of class {named}", f"the number {named} or {number}"
+    else:
+        named, reason, wanted = number, "but not its name", f"its name, or the number {number}"
+    raise ValueError(
+        f"got label {label!r}, the number of the class {class_names[number]!r} {reason}: pass {wanted}, "
+        f'on the command line as a row of a JSON --condition_file: {{"label": {named}}}'
+    )
 
 
 def index_of_name(name: str, class_names: Sequence[str]) -> int:

@@ -58,8 +58,9 @@ def test_digits_that_may_mean_two_classes_are_refused():
         ("2", "021", f"'1' and the name of class 1: pass the number 1 or 2, {remedy}: {{\"label\": 1}}"),
         ("1", "357", f"'5' but not its name: pass its name, or the number 1, {remedy}: {{\"label\": 1}}"),
     ):
-        with pytest.raises(ValueError, match=f"^{re.escape(f'got label {label!r}, the number of the class {message}')}$"):
+        with pytest.raises(ValueError) as error:
             class_index(label, 3, tuple(names))
+        assert str(error.value) == f"got label {label!r}, the number of the class {message}"
 
 
 def test_captions_are_names_or_else_numbers():
