@@ -20,6 +20,15 @@ class Order(Protocol):
     def __getitem__(self, position: int) -> int: ...
 
 
+def check_blocks(blocks: Blocks | None, n: int) -> None:
+    """Raises ValueError unless blocks, if there are any, hold n samples, none is empty and one may be read."""
+    if blocks is not None and (sum(blocks.sizes) != n or (n and min(blocks.sizes) < 1)):
+        got = f"blocks of {sum(blocks.sizes)} samples"
+        raise ValueError(f"got {got} for {n}, wanted each in one block, no block empty: mend `blocks` of the data set")
+    if blocks is not None and blocks.window < 1:
+        raise ValueError(f"got a window of {blocks.window} blocks, wanted at least 1: mend `blocks` of the data set")
+
+
 class EpochShuffle:
     """Maps positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
 
@@ -29,9 +38,8 @@ class EpochShuffle:
     """
 
     def __init__(self, n: int, seed: int, blocks: Blocks | None = None):
+        check_blocks(blocks, n)
         sizes = (n,) if blocks is None else blocks.sizes
-        if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
-            raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, no block empty")
         self.n, self.seed, self.blocks = n, seed, blocks
         self.first_indices = [0, *itertools.accumulate(sizes)]  # of each block, and the end
         self.epoch, self.permutation = -1, None  # the current epoch and, with blocks, its order of blocks and window
@@ -79,6 +87,7 @@ class BalancedShuffle:
     """
 
     def __init__(self, labels: Tensor, seed: int, balance: float, blocks: Blocks | None = None):
+        check_blocks(blocks, len(labels))
         self.n, self.labels, self.seed, self.blocks = len(labels), labels, seed, blocks
         weights = labels.bincount().double()[labels] ** -balance
         self.weights = weights * (self.n / weights.sum())  # (n,) expected times per epoch

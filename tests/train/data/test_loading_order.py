@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffusion.rng import seed_of
 from train.data.loading import PositionSampler
-from train.data.shuffle import EpochShuffle
+from train.data.shuffle import EpochShuffle, training_order
 from train.datasets import Blocks
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -69,8 +69,9 @@ def test_the_order_without_blocks_has_not_changed():
 
 @pytest.mark.parametrize("blocks", [Blocks((3, 4), 2), Blocks((3, 0, 5), 2), Blocks((3, 5), 0)])
 def test_blocks_that_do_not_cover_the_samples_are_refused(blocks):
-    with pytest.raises(ValueError, match="wanted each in one block"):
-        EpochShuffle(8, 0, blocks)
+    for balance in (0.0, 1.0):
+        with pytest.raises(ValueError, match="wanted (each in one block|at least 1).*: mend `blocks` of the data set"):
+            training_order(8, 0, blocks, labels=torch.zeros(8, dtype=torch.int64), balance=balance)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
