@@ -17,7 +17,7 @@ from train.data.shuffle import check_balance
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
-from train.runs import open_or_resume, resumed_provenance, run_context
+from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
         space = open_space(config, resumed, images["train"], world)
         frequencies, recorded = class_frequencies(images["train"]), tuple(resumed.get("class_names", ()))
         names = images["train"].class_names or recorded
-        check_class_order(names, recorded, run)
+        check_class_order(names, recorded, resumed_run(run, training.resume) or run)
         check_balance(training.balance_classes, images["train"].labels)
         sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None

@@ -98,17 +98,18 @@ def with_class_numbers(config: C, n_classes: int, class_names: Sequence[str]) ->
 def check_class_names(class_names: Sequence[str], n_classes: int) -> None:
     """Raises ValueError unless there is a name for each class, or no name at all."""
     if class_names and not n_classes:
-        raise ValueError("got --class_names for data without classes: leave them out, or see --label_from")
+        remedy = "leave --class_names out, or read the classes where the data set has a flag --label_from"
+        raise ValueError(f"got {len(class_names)} names of classes for data without classes: {remedy}")
     if class_names and len(class_names) != n_classes:
         wanted = f"{n_classes}, for the numbers 0 to {n_classes - 1}"
-        raise ValueError(f"got {len(class_names)} names of classes, wanted {wanted}: pass them as --class_names")
+        raise ValueError(f"got {len(class_names)} names of classes, wanted {wanted}: pass {n_classes} --class_names")
 
 
 def check_class_order(class_names: Sequence[str], recorded: Sequence[str], run: Path) -> None:
-    """Raises ValueError if a run recorded the same names in another order, which would exchange its classes."""
-    if list(class_names) != list(recorded) and sorted(class_names) == sorted(recorded):
-        wanted, got = (", ".join(names[:MOST_LISTED]) for names in (recorded, class_names))
-        raise ValueError(
-            f"{run} was trained with the classes {wanted}, got them in another order, {got}: pass --class_names in the "
-            "order there, or another --log_dir for other classes"
-        )
+    """Raises ValueError if a name that the resumed run recorded is now that of another class: they would be mixed."""
+    for number, name in enumerate(class_names):
+        if name in recorded and name != dict(enumerate(recorded)).get(number):
+            raise ValueError(
+                f"got {name!r} as class {number}, which is class {recorded.index(name)} in {run}: give the class "
+                "folders, or --class_names, the order there, or train a new run in another --log_dir without --resume"
+            )
