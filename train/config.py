@@ -282,7 +282,8 @@ class SamplingConfig:
     condition_file: str | None = None
     """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
     class_sampling: Literal["data", "uniform"] = "data"
-    """Classes of images for which none is given: as frequent as in the training data, or all equally frequent."""
+    """Classes of images for which neither --label nor a --condition_file gives one: as frequent as in the training
+    data, or, of the classes that have training images, all equally frequent."""
 
     EVERYDAY = ("solver", "sample_steps", "guidance")
     RANGES = {"sample_steps": MILLION, "guidance": FINITE}
