@@ -106,6 +106,10 @@ def test_typed_names_replace_those_of_the_data(monkeypatch):
         build_dataset(data, DatasetConfig(class_names=NAMES[:2]), "train")
     datasets.append(SimpleNamespace(n_classes=3))  # of a user's file, older than names of classes
     assert build_dataset(data, DatasetConfig(), "train").class_names == ()
+    for attributes in ({"__slots__": ()}, {"class_names": property(lambda self: NAMES)}):
+        datasets.append(type("Birds", (), {**attributes, "n_classes": 3})())
+        with pytest.raises(ValueError, match="Birds whose class_names cannot be set: make it an ordinary attribute"):
+            build_dataset(data, DatasetConfig(), "train")
 
 
 def test_a_run_keeps_the_names_of_its_classes(tmp_path, capfd):

@@ -70,7 +70,12 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
     dataset = build(dataclasses.replace(reader, data_dir=folder), split, **channels)
     names = reader.class_names or getattr(dataset, "class_names", ())
     check_class_names(names, dataset.n_classes)
-    object.__setattr__(dataset, "class_names", tuple(names))  # it may be frozen, or older than this attribute
+    try:
+        object.__setattr__(dataset, "class_names", tuple(names))  # it may be frozen, or older than this attribute
+    except AttributeError as error:
+        kind = f"{type(dataset).__module__}.{type(dataset).__name__}"
+        remedy = "make it an ordinary attribute, no property, and name it in __slots__ if there are any"
+        raise ValueError(f"got a data set {kind} whose class_names cannot be set: {remedy}") from error
     return dataset
 
 
@@ -172,7 +177,7 @@ class TrainingImages:
 
     `adapt` maps an item, whose image is uint8 (C, H, W) or floats in [-1, 1], to another that `collate` accepts. It may
     use the global random generators of Python, numpy and torch: they are seeded for each position. `balance` draws rare
-    classes more often, as in `BalancedShuffle`.
+    classes more often, as in `BalancedShuffle`, and replaces a broken file by the next image of its class, if any.
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
@@ -184,18 +189,27 @@ class TrainingImages:
                 f"wanted ImageSource(..., margin={wanted}) to train on"
             )
         self.source, self.seed, self.adapt = source, seed, adapt
-        blocks, labels = getattr(source.dataset, "blocks", None), source.dataset.labels if balance else None
-        self.order = training_order(len(source), seed, blocks, labels=labels, balance=balance)
+        blocks, self.labels = getattr(source.dataset, "blocks", None), source.dataset.labels if balance else None
+        self.order = training_order(len(source), seed, blocks, labels=self.labels, balance=balance)
         self.views = training_views(source.config)
         self.skipped: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def candidates(self, index: int) -> Iterator[int]:
+        """Yields `index` and all others from there on, of balanced classes first those of the same class."""
+        n = len(self.source)
+        if self.labels is None:
+            yield from ((index + offset) % n for offset in range(n))
+            return
+        yield index
+        others = (index + np.arange(1, n)) % n
+        yield from map(int, others[np.argsort(self.labels[others] != self.labels[index], kind="stable")])
+
     def load_readable(self, index: int) -> dict[str, Any]:
         """Returns the item at `index`, or the next readable one; warns once of each unreadable image."""
-        for offset in range(len(self.source)):
-            candidate = (index + offset) % len(self.source)
+        for candidate in self.candidates(index):
             try:
                 return self.source[candidate]
             except UnreadableImage as error:

@@ -185,6 +185,15 @@ def test_an_unreadable_image_is_skipped_and_reported_once():
     assert torch.cat([batch["index"] for batch in in_order]).tolist() == [0, 1, 3, 4, 5]
 
 
+def test_a_balanced_order_replaces_images_within_their_class():
+    images = dataclasses.replace(numbered(6), labels=np.array([0, 1, 2, 0, 1, 2]), n_classes=3)
+    dataset = BrokenDataset(*dataclasses.astuple(images), broken=(1, 2, 5))
+    source = TrainingImages(ImageSource(dataset, CONFIG), seed=0, balance=1.0)
+    with pytest.warns(UserWarning, match="skipped unreadable image"):
+        found = [int(source.load_readable(i)["image"].max()) for i in range(6)]
+    assert found == [0, 4, 3, 3, 4, 0]  # of class 2 none can be read
+
+
 def test_no_readable_image_is_an_error():
     dataset = BrokenDataset(*dataclasses.astuple(numbered(3)), broken=(0, 1, 2))
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
