@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.harness.batches import broadcast_object
 from experiments.harness.images import read_samples
 from train.cli.files import read_config
 from train.cli.parse import flatten_group, parse
@@ -24,8 +26,9 @@ from train.config import ROOT, DataConfig, SamplingConfig
 from train.data.loading import ImageSource, build_dataset, images_in_order
 from train.data.transforms import cover_size, resize_and_crop
 from train.datasets import ArrayDataset, Dataset, DatasetConfig, UnreadableImage, require_readable
+from train.datasets._channels import channel_axis, read_npy_header
 from train.datasets._decode import DAMAGED, open_image
-from train.datasets.folder import ImageFolder, list_images
+from train.datasets.folder import ARRAYS, ImageFolder, list_images
 from train.distributed import DistContext
 from train.registry import plugin_names
 from train.runs import read_run
@@ -134,7 +137,7 @@ def open_image_set(word: str, options: SetOptions) -> AnySet:
     if kind == "data set":
         images = open_dataset(word, options.split, options.data_dir)
     else:
-        images = replace(open_folder(path) if kind == "folder" else open_file(path), name=word)
+        images = replace(open_folder(path, options.world) if kind == "folder" else open_file(path), name=word)
     if len(images) < 2:
         raise ValueError(f"{word} has a single image, wanted at least 2: a distance compares their spread")
     return images
@@ -188,14 +191,14 @@ def open_file(path: Path) -> ImageSet:
     return ImageSet(path.name, images, plain_data(path.stem, size), size)
 
 
-def open_folder(path: Path) -> ImageSet:
-    """Opens all images below a folder."""
+def open_folder(path: Path, world: DistContext) -> ImageSet:
+    """Opens all images below a folder. All ranks must call it."""
     names, others = list_images(path)
     images = ImageFolder(path, names, (), "all")
     require_readable(images, path)
     if others:
         print(f"left out of {path}: {others}", flush=True)
-    size = find_size(images)
+    size = broadcast_object(world, find_size(images) if world.is_main else None)  # one rank opens every file
     return ImageSet(path.name, images, plain_data(path.name, size or MIXED_SIZE), size)
 
 
@@ -209,9 +212,8 @@ def find_size(images: ImageFolder) -> Size | None:
     shapes = set()
     for name in images.names:
         try:
-            with open_image(images.root / name, images.max_pixels) as image:
-                shapes.add(image.size)
-        except DAMAGED:
+            shapes.add(header_size(images.root / name, images))
+        except (*DAMAGED, tokenize.TokenError):
             continue  # left out with a warning when it is read
         if len(shapes) > 1:
             return None
@@ -223,6 +225,18 @@ def find_size(images: ImageFolder) -> Size | None:
         height, width = np.shape(image)[:2]
         return height, width
     return None
+
+
+def header_size(path: Path, images: ImageFolder) -> Size:
+    """Returns the size that the header of an image file tells."""
+    if path.suffix.lower() in ARRAYS:
+        with path.open("rb") as file:
+            shape = read_npy_header(file)[0]
+        axis = channel_axis(shape, images.n_channels)
+        height, width = (side for i, side in enumerate(shape) if i != axis)
+        return height, width
+    with open_image(path, images.max_pixels) as image:
+        return image.height, image.width
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from experiments.metrics import distances
 from experiments.metrics.features import digits, pixels
 from helpers.tiny_runs import call
 from train.data.loading import fixed_subset
+from train.distributed import DistContext
 
 FID, PRDC = "experiments/calc_FID.py", "experiments/calc_PRDC.py"
 FLAGS = "--features digits --kid_subsets 2 --batch_size 7"
@@ -138,6 +139,14 @@ def test_the_size_is_that_of_the_samples_if_they_have_one(folders, tmp_path):
     sizes = {(a, b): measure(FID, tmp_path, a, b, f"{FLAGS} --log_dir {a.name}_{b.name}")["size"]
              for a, b in ((mixed, uniform), (uniform, mixed), (uniform, uniform))}  # fmt: skip
     assert all(size == [20, 20] for size in sizes.values())
+
+
+@pytest.mark.parametrize(("shapes", "size"), [([(8, 6), (8, 6, 3)], (8, 6)), ([(8, 6), (6, 8), (3, 8, 6)], None)])
+def test_arrays_have_one_size_or_several(shapes, size, tmp_path):
+    for i, shape in enumerate(shapes):
+        np.save(tmp_path / f"{i}.npy", np.full(shape, i, np.uint8))
+    (tmp_path / "9.npy").write_bytes(b"no array")
+    assert image_sets.open_folder(tmp_path, DistContext(torch.device("cpu"))).size == size
 
 
 def test_grey_images_are_measured_as_three_equal_channels(folders, tmp_path):

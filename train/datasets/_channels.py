@@ -60,10 +60,7 @@ def read_npy(file: BinaryIO, n_channels: int, max_pixels: int) -> np.ndarray:
 
     uint8 and uint16 are kept; all other numbers are floats, whose range a --data_range gives.
     """
-    version = np.lib.format.read_magic(file)
-    if version not in NPY_HEADERS:
-        raise ValueError(f"got version {version} of the .npy format, wanted 1 or 2: save plain numbers with numpy.save")
-    shape, is_fortran, dtype = NPY_HEADERS[version](file)
+    shape, is_fortran, dtype = read_npy_header(file)
     if dtype.kind not in "iuf":
         raise ValueError(f"got an array of {dtype}, wanted numbers: save it as uint8, uint16 or float32")
     axis = channel_axis(shape, n_channels)
@@ -78,6 +75,14 @@ def read_npy(file: BinaryIO, n_channels: int, max_pixels: int) -> np.ndarray:
     pixels = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
     native = np.dtype(dtype.newbyteorder("="))
     return channels_last(pixels, n_channels).astype(native if native in ("u1", "u2") else np.float64)
+
+
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads the shape of the array, whether its order is Fortran's, and its type; ValueError for another version."""
+    version = np.lib.format.read_magic(file)
+    if version not in NPY_HEADERS:
+        raise ValueError(f"got version {version} of the .npy format, wanted 1 or 2: save plain numbers with numpy.save")
+    return NPY_HEADERS[version](file)
 
 
 def read_pages(file: BinaryIO, n_channels: int, max_pixels: int) -> np.ndarray | None:

@@ -102,11 +102,12 @@ def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
     if "train" not in splits:
         return root, None, ()
     others = [path for path in folders if path.name.lower() not in splits]
-    if siblings := [path.name for path in others if any(map(is_image, walk_files(path, skip_unreadable=True)))]:
+    suffixes = SUFFIXES if has_file(splits["train"], SUFFIXES) else (*SUFFIXES, *ARRAYS)
+    if siblings := [path.name for path in others if has_file(path, suffixes)]:
         return root, None, (f"{splits['train'].name} is not read as a split: beside it is {siblings[0]}",)
     train, val = splits["train"], next((splits[name] for name in VAL_FOLDERS if name in splits), None)
     left_out = [f"folder {path.name}" for path in folders if path not in (train, val)]
-    if stray := sum(is_image(name) and not name.startswith(".") for name in os.listdir(root)):
+    if stray := sum(name.lower().endswith(suffixes) and not name.startswith(".") for name in os.listdir(root)):
         left_out.append(f"images outside the split folders: {stray}")
     return train, val, (f"left out of {root}: {', '.join(left_out)}",) if left_out else ()
 
@@ -163,6 +164,11 @@ def list_images(root: Path, only_folders: Sequence[str] = ()) -> ImageTree:
 def is_image(name: str) -> bool:
     """Returns whether a file is an image, by its name."""
     return name.lower().endswith(SUFFIXES)
+
+
+def has_file(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    """Returns whether a file below a folder has one of these suffixes."""
+    return any(name.lower().endswith(suffixes) for name in walk_files(folder, skip_unreadable=True))
 
 
 def walk_files(root: Path, only_folders: Sequence[str] = (), skip_unreadable: bool = False) -> Iterator[str]:

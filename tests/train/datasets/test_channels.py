@@ -175,6 +175,24 @@ def test_npy_files_are_images_where_there_are_no_others(tmp_path, tiny):
     assert train.names in (["a.png"], ["b.png"]) and any("4 .npy" in note for note in train.notes)
 
 
+def test_a_class_of_arrays_called_train_is_no_split(tmp_path, tiny):
+    for name in ("bus", "train"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            np.save(tmp_path / name / f"{i}.npy", draw((6, 7, 5)))
+    train = build(Config(data_dir=str(tmp_path), label_from="folder"), "train", 5)
+    assert train.class_names == ("bus", "train")
+    (tmp_path / "bus").rename(tmp_path / "val")
+    np.save(tmp_path / "stray.npy", draw((6, 7, 5)))
+    train = build(Config(data_dir=str(tmp_path)), "train", 5)
+    assert train.root == tmp_path / "train" and "images outside the split folders: 1" in train.notes[1]
+    tiny.save_images(tmp_path, "train/a.png", "val/a.png")
+    (tmp_path / "stray.npy").rename(tmp_path / "train" / "stray.npy")
+    (tmp_path / "features").mkdir()
+    np.save(tmp_path / "features" / "0.npy", draw((6, 7, 5)))  # beside pictures no image
+    assert build(Config(data_dir=str(tmp_path)), "train").root == tmp_path / "train"
+
+
 def test_npy_members_of_shards_are_images(tmp_path, tiny):
     pytest.importorskip("webdataset", reason="needs the optional package webdataset")
     members = {f"{i}.npy": npy(draw((6, 7, 5))).getvalue() for i in range(4)}
