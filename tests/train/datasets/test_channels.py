@@ -99,6 +99,16 @@ class Secret:
         return print, ("unpickled",)
 
 
+def test_hidden_colours_do_not_bleed_when_resized():
+    for n_channels, mode in ((2, "LA"), (4, "RGBA")):
+        pixels = np.full((8, 8, n_channels), 255, np.uint8)
+        pixels[:, :3, :-1], pixels[:, :3, -1], pixels[:, 3:, :-1] = 200, 0, 40  # hidden | shown
+        image = to_item({"image": Image.fromarray(pixels, mode)}, (4, 4), n_channels)["image"]
+        colours, alpha = image[:-1], image[-1]
+        assert 0 < alpha[0, 1] < 255 and (colours[:, alpha > 0].int() - 40).abs().max() <= 2
+        assert (colours[:, alpha == 0] == 0).all()
+
+
 def test_other_channels_and_contents_are_unreadable(capsys):
     page, bits16 = draw((6, 7)), draw((6, 7), np.uint16)
     samples = (
