@@ -125,7 +125,8 @@ def measure(
     n_compared = yardsticks["real_vs_real"].statistics.count
     files = {name: content for name, content in batches.files.items() if name != "ref_stats"} | content_hashes(sets)
     sampled = sampled_features(images_of, range(count), fixed_subset(count, GRID_IMAGES), features, batches, files)
-    subset = FeatureSubset(with_grid(sampled, batches.folder / "samples.png"), fixed_subset(count, MAX_FEATURES))
+    shown = with_grid(sampled, batches.folder / "samples.png", model)
+    subset = FeatureSubset(shown, fixed_subset(count, MAX_FEATURES))
     all_samples, as_many = generated_statistics(subset, fixed_subset(count, n_compared))
     if not world.is_main:
         return None

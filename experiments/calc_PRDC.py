@@ -115,7 +115,7 @@ def measure(
     others = concatenate(real_features(held_out, subset, features, size, world, "held-out images"), same)
     chosen, files = fixed_subset(available, count), batches.files | content_hashes(sets)
     samples = sampled_features(images_of, sorted(chosen), chosen[:GRID_IMAGES], features, batches, files)
-    generated = concatenate(with_grid(samples, batches.folder / "samples.png"), count)
+    generated = concatenate(with_grid(samples, batches.folder / "samples.png", model), count)
     if not world.is_main:
         return None
     kinds = {"generated": generated["features"], "held_out": others["features"], "real": real}

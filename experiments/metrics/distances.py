@@ -250,15 +250,18 @@ def generated_statistics(batches: Batches, subset: Sequence[int]) -> tuple[Stati
     return all_statistics, subset_statistics
 
 
-def with_grid(batches: Batches, path: Path) -> Batches:
-    """Yields the batches unchanged and saves the first 64 images that they have as a grid."""
-    grid_images = []
+def with_grid(batches: Batches, path: Path, model: TrainedSampler | None = None) -> Batches:
+    """Yields the batches unchanged and saves the first 64 images that they have as a grid, with the names of their
+    classes by `model` where they have labels."""
+    grid_images, labels = [], []
     for batch in batches:
         if "image" in batch and sum(map(len, grid_images)) < GRID_IMAGES:
             grid_images.append(batch["image"])
+            labels += [batch["label"]] if "label" in batch else []
         yield batch
     if grid_images:
-        save_grid(path, torch.cat(grid_images)[:GRID_IMAGES])
+        captions = model.captions(torch.cat(labels)[:GRID_IMAGES]) if model and labels else ()
+        save_grid(path, torch.cat(grid_images)[:GRID_IMAGES], captions=captions)
 
 
 def save_reconstructions(path: Path, first_stage: FirstStage, held_out: ImageSource, count: int) -> None:

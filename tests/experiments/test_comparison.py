@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from experiments.metrics.features import digits, pixels
 from helpers.tiny_runs import call
 from train.data.loading import fixed_subset
 from train.distributed import DistContext
+from train.logging import grid_image
 
 FID, PRDC = "experiments/calc_FID.py", "experiments/calc_PRDC.py"
 FLAGS = "--features digits --kid_subsets 2 --batch_size 7"
@@ -147,6 +149,16 @@ def test_arrays_have_one_size_or_several(shapes, size, tmp_path):
         np.save(tmp_path / f"{i}.npy", np.full(shape, i, np.uint8))
     (tmp_path / "9.npy").write_bytes(b"no array")
     assert image_sets.open_folder(tmp_path, DistContext(torch.device("cpu"))).size == size
+
+
+def test_a_grid_names_the_classes_that_are_known(tmp_path):
+    image = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    model = SimpleNamespace(captions=lambda labels: ["bag", "hat", "shoe"][: len(labels)])
+    for name, fields in (("plain", {}), ("named", {"label": torch.arange(3)})):
+        list(distances.with_grid([{"image": image, **fields}], tmp_path / f"{name}.png", model))
+        captions = ["bag", "hat", "shoe"] if fields else []
+        expected = np.asarray(grid_image(image, captions=captions))
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), expected)
 
 
 def test_grey_images_are_measured_as_three_equal_channels(folders, tmp_path):
