@@ -42,7 +42,8 @@ def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> N
         picture = Image.fromarray(to_picture(image).permute(1, 2, 0).numpy())
         picture.save(scratch, format="PNG", pnginfo=metadata)
     if len(image) not in PICTURES:
-        np.save(path.with_suffix(".npy"), image.permute(1, 2, 0).numpy())
+        with atomic_write(path.with_suffix(".npy")) as scratch:
+            np.save(scratch, image.permute(1, 2, 0).numpy())
 
 
 class SampleWriter:

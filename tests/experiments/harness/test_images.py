@@ -1,9 +1,10 @@
 """Denoising strips."""
 
+import numpy as np
 import pytest
 import torch
 
-from experiments.harness.images import STRIP_STEPS, StepRecorder
+from experiments.harness.images import STRIP_STEPS, StepRecorder, save_with_settings
 
 
 class Space:
@@ -20,3 +21,21 @@ def test_recorded_steps_are_evenly_spaced_and_include_the_last(steps):
     recorded = [x.item() for x, _ in recorder.steps]
     assert recorded[0] == 0 and recorded[-1] == steps - 1 and min(steps, STRIP_STEPS) <= len(recorded) <= 65
     assert len(set(torch.tensor(recorded[:-1]).diff().tolist())) <= 1
+
+
+def test_an_interrupted_write_keeps_the_earlier_array(tmp_path, monkeypatch):
+    """Images of 4 channels are also saved as .npy."""
+    images = [torch.full((4, 2, 3), value, dtype=torch.uint8) for value in (1, 2)]
+    save_with_settings(tmp_path / "a.png", images[0], {})
+
+    def fill_the_disk(file, array):
+        with open(file, "wb") as opened:
+            opened.write(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(np, "save", fill_the_disk)
+        save_with_settings(tmp_path / "a.png", images[1], {})
+    assert (np.load(tmp_path / "a.npy") == 1).all() and {*tmp_path.iterdir()} == {
+        tmp_path / "a.png", tmp_path / "a.npy"
+    }  # fmt: skip
