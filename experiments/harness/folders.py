@@ -71,6 +71,7 @@ def setting_word(key: str, value: Any) -> str:
     """Returns a setting as a part of a folder's name; of a path, the file."""
     if isinstance(value, bool):
         return key if value else f"no_{key}"
+    value = Path(value).name if isinstance(value, str) else value  # before a long path is shortened
     return f"{key}_{Path(format_value(value)).name}"
 
 
