@@ -40,7 +40,7 @@ class DistanceConfig:
     """Distance."""
 
     n_samples: int = 10_000
-    """Number of generated images; published FIDs usually use 50,000."""
+    """Number of generated images; published FIDs usually use 50,000. Of a folder, file or data set all are measured."""
     samples: str | None = None
     """Measure these images instead of new ones: a folder, an .npz file, a data set (digits:val), a run."""
     reference: str | None = None
@@ -94,7 +94,7 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Adds the sets of images of --samples and --reference, and the cache folder of real images' statistics, which
     depends on --logs_root."""
-    sets = open_sets_beside_run(config.distance, config.output, world, config.model.allow)
+    sets = open_sets_beside_run(config.distance, config.output, model, config.model.allow)
     settings = config.distance, config.sampling, statistics_cache(config.output.logs_root), sets
     return ExperimentSetup(settings, is_current=lambda results: results.get("sets", {}) == content_hashes(sets))
 
@@ -146,6 +146,7 @@ def measure(
         "kernel": kernel_distances(distance, features, subsets, reference),
         "run": batches.run,
         **({"sets": content_hashes(sets)} | resized_to(data.size) if sets else {}),
+        **({"samples": given.name} if given else {}),
     }
 
 
@@ -234,18 +235,18 @@ def kernel_distances(
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats the table: the distances of the samples and, beside those of a run, of reconstructions and of held-out
     real images."""
-    metric, kernel = results["metric"], results.get("kernel")
+    metric, kernel, label = results["metric"], results.get("kernel"), results.get("samples", "generated")
 
     def row(label: str, count: int, value: str, kind: str = "") -> tuple[str, ...]:
         distances = [format_kernel_distance(kernel.get(kind))] if kernel else []
         return (label, str(count), f"{results[value]:.4g}", *distances)
 
     rows = [("images", "count", metric, *([kernel["metric"]] if kernel else []))]
-    rows.append(row(results.get("samples", "generated"), results["n_samples"], "value", "generated"))
+    rows.append(row(label, results["n_samples"], "value", "generated"))
     if results.get("real_vs_real") is not None:
         same = results["n_compared"]
         if same != results["n_samples"]:
-            rows.append(row("generated, as many as held-out images", same, "value_at_n_compared"))
+            rows.append(row(f"{label}, as many as held-out images", same, "value_at_n_compared"))
         if results["reconstructions"] is not None:
             rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
         rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))

@@ -85,7 +85,7 @@ class Config:
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Adds the sets of images of --samples and --reference."""
-    sets = open_sets_beside_run(config.prdc, config.output, world, config.model.allow)
+    sets = open_sets_beside_run(config.prdc, config.output, model, config.model.allow)
     settings = config.prdc, config.sampling, sets
     return ExperimentSetup(settings, is_current=lambda results: results.get("sets", {}) == content_hashes(sets))
 
@@ -119,16 +119,18 @@ def measure(
     if not world.is_main:
         return None
     kinds = {"generated": generated["features"], "held_out": others["features"], "real": real}
+    kinds = keep_equal_counts(kinds, k)
     return {
         **measure_against_real(kinds, k, model.device),
         "k": k,
         "features": features.name,
-        "n_real": len(real),
+        "n_real": len(kinds["real"]),
         "n_generated": len(kinds["generated"]),
         "n_held_out": len(kinds["held_out"]),
         "reference": reference.name,
         "run": batches.run,
         **({"sets": content_hashes(sets)} | resized_to(data.size) if sets else {}),
+        **({"samples": given.name} if given else {}),
     }
 
 
@@ -150,12 +152,13 @@ def measure_pair(
     if not world.is_main:
         return None
     kinds = {"generated": fake["features"], "held_out": fake["features"][:0], "real": real}
+    kinds = keep_equal_counts(kinds, k)
     return {
         "generated": measure_against_real(kinds, k, world.device)["generated"],
         "k": k,
         "features": features.name,
         "samples": samples.name,
-        "n_real": len(real),
+        "n_real": len(kinds["real"]),
         "n_generated": len(kinds["generated"]),
         "reference": reference.name,
         **resized_to(size),
@@ -169,6 +172,14 @@ def check_count(count: int, k: int) -> None:
         raise ValueError(
             f"got {count} generated and real images for --nearest_k {k}: pass a smaller one, or measure more images"
         )
+
+
+def keep_equal_counts(sets: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Keeps equally many "generated" and "real" features, and at most as many held-out ones: a fixed random subset, in
+    order. Images that cannot be read have none; ValueError if at most k are left."""
+    count = min(len(sets["generated"]), len(sets["real"]))
+    check_count(count, k)
+    return {name: each[sorted(fixed_subset(len(each), count))] for name, each in sets.items()}
 
 
 def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float] | None]:
@@ -193,18 +204,18 @@ def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) 
 
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats the table of all metrics."""
-    names = PRDC._fields
+    names, label = PRDC._fields, results.get("samples", "generated")
 
     def row(label: str, count: int, kind: str) -> tuple[str, ...]:
         return (label, str(count), *(f"{results[kind][name]:.3f}" for name in names))
 
     rows = [("images", "count", *names)]
-    rows.append(row(results.get("samples", "generated"), results["n_generated"], "generated"))
+    rows.append(row(label, results["n_generated"], "generated"))
     notes = ["Compare equal numbers of images only."]
     if results.get("held_out") is not None:
         notes.insert(0, "Held-out real images show what a perfect model reaches.")
         if results["n_held_out"] != results["n_generated"]:
-            rows.append(row("generated, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))
+            rows.append(row(f"{label}, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))
         rows.append(row("held-out real images", results["n_held_out"], "held_out"))
     elif "held_out" in results:
         few = f"--nearest_k {results['k']} needs more than {results['n_held_out']}"

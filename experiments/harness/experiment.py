@@ -166,13 +166,19 @@ def model_run(logs_root: str, model: ModelConfig) -> Path:
     return run_folder(logs_root, model.load_dir or f"{model.sampler}_{model.dataset}")
 
 
-def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
-    """Returns the sampler, data set and sampling settings of the run named on the command line, as flag defaults."""
+def peek_settings(argv: list[str], section: str, *flags: str) -> dict[str, Any]:
+    """Returns the values of those of the flags that the command line gives, or else the --config file."""
     content = read_config_flag(argv)
     content = content | get_section(content, section)
-    chosen = {name: peek_flag(argv, name) or content.get(name) for name in ("sampler", "dataset", "load_dir")}
-    model = ModelConfig(**{name: value for name, value in chosen.items() if value is not None})
-    root = peek_flag(argv, "logs_root") or content.get("logs_root", OutputConfig.logs_root)
+    values = {flag: peek_flag(argv, flag) or content.get(flag) for flag in flags}
+    return {flag: value for flag, value in values.items() if value is not None}
+
+
+def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
+    """Returns the sampler, data set and sampling settings of the run named on the command line, as flag defaults."""
+    chosen = peek_settings(argv, section, "sampler", "dataset", "load_dir", "logs_root")
+    root = chosen.pop("logs_root", OutputConfig.logs_root)
+    model = ModelConfig(**chosen)
     path = model_run(root, model) / "config.yaml"
     if not path.is_file():
         return {}
@@ -228,12 +234,9 @@ def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
 
 def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:
     """Returns the data set of the VQGAN run named on the command line, as a flag default."""
-    content = read_config_flag(argv)
-    content = content | get_section(content, section)
-    chosen = {name: peek_flag(argv, name) or content.get(name) for name in ("dataset", "load_dir")}
-    model = FirstStageModelConfig(**{name: value for name, value in chosen.items() if value is not None})
-    root = peek_flag(argv, "logs_root") or content.get("logs_root", FirstStageOutputConfig.logs_root)
-    path = vqgan_run(root, model) / "config.yaml"
+    chosen = peek_settings(argv, section, "dataset", "load_dir", "logs_root")
+    root = chosen.pop("logs_root", FirstStageOutputConfig.logs_root)
+    path = vqgan_run(root, FirstStageModelConfig(**chosen)) / "config.yaml"
     if not path.is_file():
         return {}
     trained_on = read_run_config(path).get("data", {}).get("dataset")

@@ -1,7 +1,7 @@
 """Sets of images to measure: a folder, an .npz file, a split of a data set, or what a trained run generates.
 
 Two sets are compared at one size, to which images are brought as in training: each is resized to cover it (bicubic,
-antialiased) and cropped at the centre. Grey images become three equal channels.
+antialiased) and cropped at the centre. Grey images become three equal channels; other channels must be equally many.
 """
 
 import hashlib
@@ -9,12 +9,15 @@ import json
 import os
 import re
 import tokenize
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from experiments.harness.batches import broadcast_object
@@ -24,12 +27,13 @@ from train.cli.parse import flatten_group, parse
 from train.condition_source import ConditionSource
 from train.config import ROOT, DataConfig, SamplingConfig
 from train.data.loading import ImageSource, build_dataset, images_in_order
-from train.data.transforms import cover_size, resize_and_crop
-from train.datasets import ArrayDataset, Dataset, DatasetConfig, UnreadableImage, require_readable
-from train.datasets._channels import channel_axis, read_npy_header
+from train.data.transforms import ValueRange, cover_size, range_for_image, resize_and_crop, to_pixels
+from train.datasets import ArrayDataset, Dataset, DatasetConfig, FloatImage, UnreadableImage, require_readable
+from train.datasets._channels import PICTURES, channel_axis, read_npy_header
 from train.datasets._decode import DAMAGED, open_image
 from train.datasets.folder import ARRAYS, ImageFolder, list_images
 from train.distributed import DistContext
+from train.files import UNREADABLE_ARRAYS
 from train.registry import plugin_names
 from train.runs import read_run
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
@@ -124,6 +128,25 @@ class SetOptions:
     amp: bool
     data_dir: str | None = None  # of a data set; None: the one in datasets.yaml
     allow: tuple[str, ...] = ()  # user code that a run may import
+    n_channels: int | None = None  # of a folder, and of a reader without a preset; None: 3
+    data_range: ValueRange | None = None  # of their 16-bit and float images
+
+
+class RangedFolder(ImageFolder):
+    """A folder whose 16-bit and float images have a known range, beside 8-bit ones."""
+
+    def __init__(self, *args: Any, data_range: ValueRange, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.data_range = data_range
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        if range_for_image(item["image"], self.data_range) is None:
+            return item
+        return item | {"image": FloatImage(np.asarray(item["image"], np.float64), self.data_range)}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} {self.data_range}".encode()).hexdigest()
 
 
 def open_image_set(word: str, options: SetOptions) -> AnySet:
@@ -135,9 +158,9 @@ def open_image_set(word: str, options: SetOptions) -> AnySet:
     if kind == "run":
         return open_run_set(path, options)
     if kind == "data set":
-        images = open_dataset(word, options.split, options.data_dir)
+        images = open_dataset(word, options)
     else:
-        images = replace(open_folder(path, options.world) if kind == "folder" else open_file(path), name=word)
+        images = replace(open_folder(path, options) if kind == "folder" else open_file(path), name=word)
     if len(images) < 2:
         raise ValueError(f"{word} has a single image, wanted at least 2: a distance compares their spread")
     return images
@@ -176,54 +199,79 @@ def resized_to(size: Size) -> dict[str, Any]:
     return {"size": list(size), "resized": "to cover, bicubic, antialiased; cropped at the centre"}
 
 
-def names_run(word: str | None, logs_root: str) -> bool:
-    """Returns whether a word names a run; what names nothing, or several things, is refused when it is opened."""
+def find_run(word: str, logs_root: str) -> Path | None:
+    """Returns the run that a word names; what names nothing, or several things, is refused when it is opened."""
     try:
-        return word is not None and find_place(word, logs_root).kind == "run"
+        kind, path = find_place(word, logs_root)
     except (FileNotFoundError, ValueError):
-        return False
+        return None
+    return path if kind == "run" else None
 
 
 def open_file(path: Path) -> ImageSet:
     """Opens the images arr_0 of an .npz file."""
-    pixels = read_samples(path)["image"].permute(0, 2, 3, 1).numpy()
-    images, size = ArrayDataset(pixels, np.zeros(len(pixels), np.int64), 0), pixels.shape[1:3]
-    return ImageSet(path.name, images, plain_data(path.stem, size), size)
+    pixels = read_samples(path, None)["image"].permute(0, 2, 3, 1).numpy()
+    size, n_channels = pixels.shape[1:3], pixels.shape[3]
+    if size[0] in PICTURES and n_channels not in PICTURES:
+        raise ValueError(f"{path}: got arr_0 {pixels.shape}, wanted (N, H, W, C): move the channels to the end")
+    images = ArrayDataset(pixels, np.zeros(len(pixels), np.int64), 0)
+    return ImageSet(path.name, images, plain_data(path.stem, size, 3 if n_channels in PICTURES else n_channels), size)
 
 
-def open_folder(path: Path, world: DistContext) -> ImageSet:
-    """Opens all images below a folder. All ranks must call it."""
+def has_shape(path: Path, shape: tuple[int, ...]) -> bool:
+    """Returns whether the images arr_0 of an .npz file are (N, *shape); also of what is no such file, which is refused
+    when it is read."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            return read_npy_header(file)[0][1:] == shape
+    except UNREADABLE_ARRAYS:
+        return True
+
+
+def open_folder(path: Path, options: SetOptions) -> ImageSet:
+    """Opens all images below a folder; ValueError for float images of unknown range. All ranks must call it."""
     names, others = list_images(path)
-    images = ImageFolder(path, names, (), "all")
+    n_channels, data_range = options.n_channels or 3, options.data_range
+    ranged = {"data_range": data_range} if data_range is not None else {}
+    images = (RangedFolder if ranged else ImageFolder)(path, names, (), "all", n_channels=n_channels, **ranged)
     require_readable(images, path)
     if others:
         print(f"left out of {path}: {others}", flush=True)
-    size = broadcast_object(world, find_size(images) if world.is_main else None)  # one rank opens every file
-    return ImageSet(path.name, images, plain_data(path.name, size or MIXED_SIZE), size)
+    size = broadcast_object(
+        options.world, find_size(images) if options.world.is_main else None
+    )  # one rank opens every file
+    return ImageSet(path.name, images, plain_data(path.name, size or MIXED_SIZE, n_channels), size)
 
 
-def plain_data(name: str, size: Size) -> DataConfig:
-    """Returns the settings of 8-bit images in colour; grey ones become three equal channels."""
-    return DataConfig(dataset=name, reader="folder", img_size=size[0], img_width=size[1], n_channels=3)
+def plain_data(name: str, size: Size, n_channels: int) -> DataConfig:
+    """Returns the settings of 8-bit images; with 3 channels, grey ones become three equal channels."""
+    return DataConfig(dataset=name, reader="folder", img_size=size[0], img_width=size[1], n_channels=n_channels)
 
 
 def find_size(images: ImageFolder) -> Size | None:
-    """Returns the size that all images share, judged by their headers; None if there are several."""
-    shapes = set()
+    """Returns the size that all images share, judged by their headers; None if there are several.
+
+    ValueError for float images of unknown range.
+    """
+    size, sizes = upright_size(images), set()
     for name in images.names:
         try:
-            shapes.add(header_size(images.root / name, images))
+            sizes.add(header_size(images.root / name, images))
         except (*DAMAGED, tokenize.TokenError):
             continue  # left out with a warning when it is read
-        if len(shapes) > 1:
+        if len(sizes) > 1:
             return None
+    return size
+
+
+def upright_size(images: ImageFolder) -> Size | None:
+    """Returns the height and width of the first image that can be read, if any, which its header may have swapped."""
     for index in range(len(images)):
         try:
-            image = images[index]["image"]  # upright, which the header may not be
+            image = to_pixels(images[index]["image"], images.n_channels, None)
         except UnreadableImage:
             continue
-        height, width = np.shape(image)[:2]
-        return height, width
+        return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[1:])
     return None
 
 
@@ -239,6 +287,14 @@ def header_size(path: Path, images: ImageFolder) -> Size:
         return image.height, image.width
 
 
+def check_channels(counts: Iterable[tuple[str, int]], remedy: str) -> None:
+    """Raises ValueError unless the named sets have as many channels as each other; grey counts as colour."""
+    counts = [(name, 3 if count in PICTURES else count) for name, count in counts]
+    if len({count for _, count in counts}) > 1:
+        got = " and ".join(f"{name} of {count} channels" for name, count in counts)
+        raise ValueError(f"got {got}, wanted equally many: {remedy}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PresetConfig:
     """Settings of a data set in its preset."""
@@ -247,15 +303,18 @@ class PresetConfig:
     reader: DatasetConfig
 
 
-def open_dataset(word: str, split: str, data_dir: str | None) -> ImageSet:
+def open_dataset(word: str, options: SetOptions) -> ImageSet:
     """Opens a split of a data set, such as mnist:val, with the size and channels of its preset."""
     name, _, own = word.partition(":")
-    place = [] if data_dir is None else ["--data_dir", data_dir]
-    preset = parse(PresetConfig, "data", ["--dataset", name, *place])
-    images = build_dataset(preset.data, preset.reader, own or split)
+    split, words = own or options.split, [] if options.data_dir is None else ["--data_dir", options.data_dir]
+    if not has_preset(name):
+        words += [] if options.n_channels is None else ["--n_channels", str(options.n_channels)]
+        words += [] if options.data_range is None else ["--data_range", *map(str, options.data_range)]
+    preset = parse(PresetConfig, "data", ["--dataset", name, *words])
+    images = build_dataset(preset.data, preset.reader, split)
     data = replace(preset.data.without_augmentation, in_memory=False, cache_images=False)
     size = data.size if has_preset(name) else None
-    return ImageSet(f"{name}:{own or split}", images, data, size)
+    return ImageSet(f"{name}:{split}", images, data, size)
 
 
 def split_of_run(model: TrainedSampler, split: str) -> ImageSet:

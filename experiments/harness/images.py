@@ -109,14 +109,18 @@ def save_image(path: Path, image: np.ndarray) -> None:
         np.save(f"{path}.npy", image)
 
 
-def read_samples(path: Path, n_channels: int = 3) -> dict[str, Tensor]:
-    """Reads a samples.npz: "image" uint8 (N, C, H, W), grey as RGB, and "codes", "values" and "labels" if present."""
+def read_samples(path: Path, n_channels: int | None = 3) -> dict[str, Tensor]:
+    """Reads a samples.npz: "image" uint8 (N, C, H, W), grey as RGB, and "codes", "values" and "labels" if present.
+
+    ValueError for other channels than `n_channels`; None: any.
+    """
     C = 3 if n_channels in PICTURES else n_channels
     names, wanted = ("arr_0", "codes", "values", "labels"), "wanted a samples.npz of experiments/get_samples.py"
     content = {name: torch.from_numpy(array) for name, array in read_arrays(path, names, wanted).items()}
     images = content.pop("arr_0", None)
-    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != C or len(images) < 2:
-        raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, {C}) with at least 2 images")
+    is_array = images is not None and images.dtype == torch.uint8 and images.ndim == 4
+    if not is_array or C not in (None, images.shape[-1]) or len(images) < 2:
+        raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, {C or 'C'}) with at least 2 images")
     return {"image": images.permute(0, 3, 1, 2), **content}
 
 
