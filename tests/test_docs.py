@@ -135,6 +135,7 @@ class Runner:
             for i in range(12):
                 pixels = np.random.default_rng(i).integers(0, 255, (16, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / split / ("hat", "shoe")[i % 2] / f"{i}.png")
+        np.savez(folder / "images.npz", arr_0=np.random.default_rng(0).integers(0, 255, (8, 16, 20, 3), np.uint8))
         samplers = plugin_names("train.samplers")
         for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in samplers)):
             self(Command(*(line + " ").split(" ", 1)))
