@@ -6,7 +6,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, ResNet
 
 SIDE = 64  # pixels; images are resized to it
 
@@ -31,6 +30,8 @@ class ImageClassifier(nn.Module):
     """ResNet (He et al. 2016) of four residual blocks, one a stage; its features are the 512 means of the last map."""
 
     def __init__(self, n_channels: int, n_classes: int) -> None:
+        from torchvision.models.resnet import BasicBlock, ResNet
+
         super().__init__()
         self.body = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=n_classes)
         self.body.conv1 = nn.Conv2d(n_channels, 64, 3, stride=2, padding=1, bias=False)

@@ -148,7 +148,9 @@ def test_arrays_have_one_size_or_several(shapes, size, tmp_path):
     for i, shape in enumerate(shapes):
         np.save(tmp_path / f"{i}.npy", np.full(shape, i, np.uint8))
     (tmp_path / "9.npy").write_bytes(b"no array")
-    assert image_sets.open_folder(tmp_path, DistContext(torch.device("cpu"))).size == size
+    world = DistContext(torch.device("cpu"))
+    options = image_sets.SetOptions(world=world, logs_root="logs", split="train", count=2, seed=0, amp=False)
+    assert image_sets.open_folder(tmp_path, options).size == size
 
 
 def test_a_grid_names_the_classes_that_are_known(tmp_path):
