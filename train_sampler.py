@@ -14,6 +14,7 @@ from train.cli.parse import Source, first_stage_data, run_script
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
+from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
@@ -76,8 +77,10 @@ def main(config: Config) -> None:
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
         model_name = f"{config.sampler.sampler} on {space.description}"
         print_start(state, training, world, model_name, len(sources["train"]), names)
-        hooks.append(("logging", 1, DurationEstimate(training, data, config.reader, world)))
-        options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
+        timer = Timer()
+        estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
+        hooks.append(("logging", 1, estimate))
+        options = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
         if world.is_main:
             name = config.sampler.sampler

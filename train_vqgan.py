@@ -9,6 +9,7 @@ from train.cli.files import run_folder
 from train.cli.parse import data_flag_names, run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
+from train.loop import Timer
 from train.progress import print_next, sampler_command
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
@@ -60,12 +61,15 @@ def main(config: Config) -> None:
         print_start(state, training, world, name, len(images), splits["train"].class_names)
         later = state.step < loss.disc_start_step < training.train_steps
         note = f"; the discriminator adds to this from step {loss.disc_start_step:,} on" if later else ""
-        hooks.append(("logging", 1, DurationEstimate(training, data, config.reader, world, note)))
+        timer = Timer()
+        estimate = DurationEstimate(training, data, config.reader, world, timer, "vqgan", note)
+        hooks.append(("logging", 1, estimate))
         options = {
             "hooks": hooks,
             "make_distance_hook": make_distance_hook,
             "workers": data.num_workers,
             "prefetch": data.prefetch,
+            "timer": timer,
         }
         train(run, training, logging, state, world, source, step, make_reports, **options)
         if world.is_main:

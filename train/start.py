@@ -1,7 +1,6 @@
 """The start of a training: what is trained and on what, when it will end, and what suits the machine better."""
 
 import shlex
-import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,15 +10,16 @@ import torch
 from train.cli.files import read_config, resolve_data_dir
 from train.cli.parse import Source
 from train.config import ROOT, DataConfig, TrainingConfig
-from train.datasets import DatasetConfig
+from train.datasets import DatasetConfig, folder
 from train.distributed import DistContext
 from train.execution import training_dtype
-from train.loop import Outputs, TrainState
+from train.loop import Outputs, Timer, TrainState
 from train.progress import format_duration, print_above
 from train.runs import resumed_run
 
 PRESET = "photos_laptop"  # in configs/: trains within an hour on a CPU
 MEASURED_STEPS, MEASURED_SECONDS = 20, 30.0  # of which the first that is reached gives the time per step
+STEP_PHASES = ("data", "step", "ema", "hooks", "logging")  # what a `Timer` counts at every step
 NAMED_CLASSES = 20  # at most
 DAY = 24 * 3600.0  # settings with which a training takes longer than this on a CPU are meant for a GPU
 
@@ -29,8 +29,8 @@ def check_warmup(run: Path, training: TrainingConfig, source: Source) -> None:
     steps, warmup = training.train_steps, training.warmup_iters
     if source == "default" and 4 * warmup > steps and resumed_run(run, training.resume) is None:
         raise ValueError(
-            f"got train_steps {steps} and the default warmup_iters {warmup}, wanted at most a quarter of the steps "
-            f"before the learning rate reaches --lr: pass --warmup_iters {steps // 20}"
+            f"the learning rate would rise for {warmup:,} steps (the default of --warmup_iters), more than a quarter "
+            f"of --train_steps {steps}: pass --warmup_iters {steps // 20}"
         )
 
 
@@ -70,42 +70,59 @@ def describe_device(world: DistContext) -> str:
 class DurationEstimate:
     """A hook for `fit` that prints, once, the time per step and when the training will end.
 
-    If a new training on a CPU would take more than a day, it also prints the flags for the same data that suit a CPU.
-    `note` is added to the estimate.
+    `timer` is that of `fit`: validation and pictures, which are rare, do not count. If a new training on a CPU would
+    take more than a day, it also prints the flags for the same data that suit a CPU. `section` is that of the script in
+    a preset, and `note` is added to the estimate.
     """
 
     def __init__(
-        self, training: TrainingConfig, data: DataConfig, reader: DatasetConfig, world: DistContext, note: str = ""
+        self,
+        training: TrainingConfig,
+        data: DataConfig,
+        reader: DatasetConfig,
+        world: DistContext,
+        timer: Timer,
+        section: str,
+        note: str = "",
     ):
-        self.steps, self.data, self.reader, self.world, self.note = training.train_steps, data, reader, world, note
+        self.steps, self.data, self.reader, self.world = training.train_steps, data, reader, world
+        self.timer, self.section, self.note = timer, section, note
         self.first: tuple[int, float] | None = None  # the first step, which is slower than others, and its end
         self.done = not world.is_main
 
     def __call__(self, state: TrainState, outputs: Outputs) -> None:
         if self.done:
             return
-        now = time.monotonic()
+        now = sum(self.timer.seconds[phase] for phase in STEP_PHASES)
         self.first = self.first or (state.step, now)
         steps, seconds = state.step - self.first[0], now - self.first[1]
         if steps < 1 or (steps < MEASURED_STEPS and seconds < MEASURED_SECONDS):
             return
         self.done, left = True, self.steps - state.step
+        if left == 0:
+            return
         rest = left * seconds / steps
         end = f", until {datetime.now() + timedelta(seconds=rest):%H:%M}" if rest < DAY else ""
         takes = f"the other {left:,} take about {format_duration(rest)}"
-        lines = [f"{seconds / steps:.3g} seconds a step: {takes}{end}{self.note}"]
-        if rest > DAY and self.first[0] == 1 and self.world.device.type != "cuda":
-            flags = preset_flags(self.data, self.reader)
-            lines.append(f"these settings are meant for a GPU: here train with {flags} (configs/{PRESET}.yaml)")
+        lines = [f"{seconds / steps:.3g} seconds a step: {takes}{end}, plus validation and pictures{self.note}"]
+        if rest > DAY and self.first[0] == 1 and self.world.device.type == "cpu":
+            flags = preset_flags(self.section, self.data, self.reader)
+            advice = f"these settings are meant for a GPU: here train with {flags} (configs/{PRESET}.yaml)"
+            lines += [] if flags is None else [advice]
         print_above("\n".join(lines))
 
 
-def preset_flags(data: DataConfig, reader: DatasetConfig) -> str:
-    """Returns the flags with which both stages train on the same images with `PRESET`."""
-    name, folder = data.reader or data.dataset, resolve_data_dir(data.dataset, reader.data_dir)
-    flags = [f"--dataset {PRESET}"]
-    if name != read_config(ROOT / "configs" / f"{PRESET}.yaml")["reader"]:
-        flags.append(f"--reader {name}")
-    if folder is not None:
-        flags.append(f"--data_dir {shlex.quote(folder)}")
+def preset_flags(section: str, data: DataConfig, reader: DatasetConfig) -> str | None:
+    """Returns the flags with which `PRESET` trains on the same images, with or without classes as now.
+
+    None if it cannot: it is in use, has no section of this name, or is for images that are read in another way.
+    """
+    preset = read_config(ROOT / "configs" / f"{PRESET}.yaml")
+    if data.dataset == PRESET or section not in preset or not isinstance(reader, folder.Config):
+        return None
+    flags = [] if section == "vqgan" else [f"--sampler {section}"]
+    path = resolve_data_dir(data.dataset, reader.data_dir)
+    flags += [f"--dataset {PRESET}", *([] if path is None else [f"--data_dir {shlex.quote(path)}"])]
+    if reader.label_from == "none":
+        flags += ["--label_from none", *([] if section == "vqgan" else ["--guidance 1"])]
     return " ".join(flags)

@@ -155,12 +155,14 @@ def train(
     workers: int = 0,
     prefetch: int = 2,
     tokens: int = 0,
+    timer: Timer | None = None,
 ) -> None:
     """Trains to the last step, with logging, checkpoints, signal handling and hooks.
 
     `source` supplies the batches; `make_reports(logger)` returns the evaluation hooks, and `make_distance_hook(logger)`
     the hook that computes Fréchet distances every --steps_per_FD steps. `workers` processes load batches, each
     `prefetch` micro-batches ahead. `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
+    `timer` records the time of each phase.
     """
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(
@@ -174,7 +176,7 @@ def train(
         prefetch=prefetch,
         timeout_minutes=training.timeout_minutes,
     )
-    timer, items_per_step = Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
+    timer, items_per_step = timer or Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     monitor = PerfMonitor(step, world, timer, items_per_step, training_dtype(training, world.device))
     start, every = state.step, logging.steps_per_log
     logger = Logger(run, world, monitor, every=every, start=start, steps=steps, bar_metrics=step.bar_metrics)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +10,13 @@ from torch import nn
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call, parse_config
 from train import start
 from train.config import DataConfig, TrainingConfig
-from train.datasets import DatasetConfig
+from train.datasets import folder, webdataset
 from train.distributed import DistContext
-from train.loop import TrainState
+from train.loop import Timer, TrainState
 from train.lr_schedule import learning_rate
 
 CPU = DistContext(torch.device("cpu"))
+FOLDER = folder.Config(data_dir="/my birds")
 
 
 # Warm-up
@@ -28,7 +28,8 @@ def test_a_default_warmup_too_long_for_a_new_run_is_refused(tmp_path, capfd, mon
     with pytest.raises(SystemExit):
         call("train_sampler.py", f"{flags} 2000")
     message = capfd.readouterr().err
-    assert message.count("\n") == 1 and message.endswith("pass --warmup_iters 100\n")
+    assert message.count("\n") == 1 and "would rise for 10,000 steps (the default of --warmup_iters)" in message
+    assert message.endswith(", more than a quarter of --train_steps 2000: pass --warmup_iters 100\n")
     for accepted in ("2000 --warmup_iters 100", "2000 --warmup_iters 10000", "40000"):
         assert parse_config("train_sampler.py", f"{flags} {accepted}", monkeypatch)
     (tmp_path / "mine.yaml").write_text("ddpm:\n  warmup_iters: 500\n")
@@ -69,29 +70,44 @@ def test_only_the_main_process_prints(capsys):
 # Estimate
 
 
-def estimate(monkeypatch, capsys, *, seconds, steps, first=1, reader="folder", note=""):
+def estimate(capsys, *, seconds, steps, first=1, section="vqgan", reader=FOLDER, device=CPU, note=""):
     """The lines that the steps `first` to `first` + 40, `seconds` long, print in a run of `steps` steps."""
-    training, data = TrainingConfig(train_steps=steps), DataConfig(dataset="birds", reader=reader)
-    hook = start.DurationEstimate(training, data, DatasetConfig(data_dir="/my birds"), CPU, note)
-    for step in range(first, first + 41):
-        monkeypatch.setattr(start, "time", SimpleNamespace(monotonic=lambda step=step: seconds * step))
+    training, timer = TrainingConfig(train_steps=steps), Timer()
+    hook = start.DurationEstimate(training, DataConfig(dataset="birds"), reader, device, timer, section, note)
+    for step in range(first, min(first + 40, steps) + 1):
+        timer.seconds.update({"step": seconds, "validation": 100})
         hook(TrainState({}, {}, step=step), {})
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_end_is_estimated_after_20_steps(monkeypatch, capsys):
-    (line,) = estimate(monkeypatch, capsys, seconds=0.5, steps=2_021, note="; more later")
+def test_the_end_is_estimated_after_20_steps(capsys):
+    (line,) = estimate(capsys, seconds=0.5, steps=2_021, note="; more later")
     assert line.startswith("0.5 seconds a step: the other 2,000 take about 17m, until ")
-    assert line.endswith("; more later")
+    assert line.endswith(", plus validation and pictures; more later")
+    assert estimate(capsys, seconds=0.5, steps=21) == []
 
 
-def test_a_run_of_days_on_a_cpu_names_the_preset(monkeypatch, capsys):
+def test_a_run_of_days_on_a_cpu_names_the_preset(capsys):
     long = {"seconds": 30, "steps": 1_000_000}
-    estimated, advice = estimate(monkeypatch, capsys, **long)
-    assert estimated == "30 seconds a step: the other 999,998 take about 347d"
-    assert "here train with --dataset photos_laptop --data_dir '/my birds' (configs/photos_laptop.yaml)" in advice
-    assert (
-        "--dataset photos_laptop --reader webdataset --data_dir"
-        in estimate(monkeypatch, capsys, reader="webdataset", **long)[1]
-    )
-    assert len(estimate(monkeypatch, capsys, first=7, **long)) == 1  # resumed
+    estimated, advice = estimate(capsys, **long)
+    assert estimated == "30 seconds a step: the other 999,998 take about 347d, plus validation and pictures"
+    assert "here train with --dataset photos_laptop --data_dir '/my birds' --label_from none (configs/" in advice
+    for other in (
+        {"first": 7},  # resumed
+        {"reader": webdataset.Config(data_dir="/my birds")},
+        {"section": "autoregressive"},  # has no section in the preset
+        {"device": dataclasses.replace(CPU, device=torch.device("mps"))},
+    ):
+        assert len(estimate(capsys, **long | other)) == 1, other
+
+
+@pytest.mark.parametrize("section", ["vqgan", "absorbing", "ddpm"])
+@pytest.mark.parametrize("label_from", ["none", "folder"])
+def test_the_advised_flags_can_be_typed(section, label_from, monkeypatch):
+    reader = folder.Config(data_dir="/birds", label_from=label_from)
+    flags = start.preset_flags(section, DataConfig(dataset="folder"), reader)
+    script = "train_vqgan.py" if section == "vqgan" else "train_sampler.py"
+    config = parse_config(script, flags, monkeypatch)
+    assert (config["dataset"], config["data_dir"]) == ("photos_laptop", "/birds")
+    assert config["label_from"] == label_from and config.get("sampler", "vqgan") == section
+    assert section == "vqgan" or config["guidance"] == (1 if label_from == "none" else 2)
