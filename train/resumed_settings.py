@@ -5,7 +5,11 @@ Every setting is taken over, so that the preset, the sampler, the data and their
 - `NOT_TAKEN_OVER`, which belong to one start or to one machine, and in a new folder `STARTING_WEIGHTS`;
 - `ae_load_dir` and `ae_load_step`, which name the VQGAN that the sampler was trained on, wherever the folders are now;
 - code: dotted paths and shell commands count only if they are given again, so that no config.yaml executes anything;
-- settings of a plug-in, solver or data set instead of which another one is given now.
+- settings of a reader, quantizer, solver or data set instead of which another one is given now.
+
+`--load_dir RUN --load_partial --log_dir NEW` takes them over from RUN in the same way, if it is of the sampler that is
+given, if any, and no data set is. `logs_root` in a file is read from the section of the sampler that is given, or of
+the default one.
 
 `data_dir`, `val_shards`, `condition_file`, `perceptual_weights` and `shard_cache` are taken over as they were typed: if
 the files have moved, the error names the flag.
@@ -17,11 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from train.cli.files import get_section, read_run_config, run_folder
-from train.cli.parse import IDENTIFYING_FLAGS, RunSettings, flatten_group, from_dict, read_config_flag
+from train.cli.parse import (
+    IDENTIFYING_FLAGS,
+    RunSettings,
+    flag_names,
+    flatten_group,
+    from_dict,
+    read_config_flag,
+    typed_flags,
+)
 from train.cli.values import first_given, peek_flag
 from train.config import LoggingConfig, SamplerConfig, TrainingConfig
+from train.datasets import DatasetConfig
 from train.datasets.webdataset.store import is_shell_command
 from train.first_stage import find_vqgan_run
+from train.identity import EXECUTION
+from train.registry import did_you_mean
 from train.runs import resumed_run
 
 NOT_TAKEN_OVER = {
@@ -33,6 +48,8 @@ NOT_TAKEN_OVER = {
     "profile": "an order for one start",
 }
 STARTING_WEIGHTS = {"load_dir", "load_step", "load_optim", "load_partial"}  # a branch starts from the checkpoint
+TELLING = {"sampler", "network"}  # groups of a config.yaml that only one of the scripts writes
+ONLY_RESUMING = EXECUTION - {"resume"} | {"train_steps"}  # flags that say nothing about what a new run would train
 DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may
 
 
@@ -40,38 +57,91 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
     """Returns the settings of the run that --log_dir or, for a new folder, --resume names; None for a new run.
 
     `cls` is the script's config, `section` its section of the config file. A folder without a checkpoint is not read.
-    ValueError: it is not a run of this script, or of another sampler than the one given.
+    ValueError: it is not a run of this script, or of another sampler than the one given, or its name is misspelled.
     """
-    log_dir, resume = peek_flag(argv, "log_dir"), peek_flag(argv, "resume")
+    log_dir, explicit = peek_flag(argv, "log_dir"), read_config_flag(argv)
     if log_dir is None:
         return None
-    in_file = read_config_flag(argv)
-    in_file = in_file | get_section(in_file, section)
-    given = {key: first_given(peek_flag(argv, key), in_file.get(key)) for key in IDENTIFYING_FLAGS | {"solver"}}
+    given = given_settings(argv, explicit, section)
     logs_root = given["logs_root"] or LoggingConfig.logs_root
     folder = run_folder(logs_root, log_dir)
-    run = resumed_run(folder, resume or "auto")
+    run = resumed_run(folder, given["resume"] or "auto") or partial_source(cls, argv, given, logs_root)
     if run is None or not (run / "config.yaml").is_file():
+        check_run_name(folder, argv)
         return None
-    content, names = read_run_config(run / "config.yaml"), [field.name for field in dataclasses.fields(cls)]
-    if missing := [name for name in names if name not in content]:
-        raise ValueError(f"{run} is a run of another script (its config.yaml has no {missing[0]}): resume it with that")
-    config = from_dict(cls, {name: content[name] for name in names}, str(run / "config.yaml"))
-    groups = [getattr(config, name) for name in names]
+    content, config = read_settings(cls, run)
+    groups = [getattr(config, field.name) for field in dataclasses.fields(cls)]
     values = {key: value for group in groups for key, value in flatten_group(group).items()}
+    given = given_settings(argv, explicit, values.get("sampler", section))
     if "sampler" in values and given["sampler"] not in (None, values["sampler"]):
         got = f"{values['sampler']}, got {given['sampler']}"
         raise ValueError(f"{run} was trained with --sampler {got}: pass that, or another --log_dir")
     if given["ae_load_dir"] is None:
         values |= find_first_stage(run, content, logs_root)
-    dropped = NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS)
-    if given["dataset"] not in (None, values["dataset"]):
-        dropped |= {"reader", *flatten_group(config.reader)}
-    if "solver" in values and given["solver"] not in (None, values["solver"]):
-        dropped |= config.sampling.solver_setting_names()
+    dropped = NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS) | replaced_settings(config, given)
     code = {key: value for key, value in find_code(groups).items() if key not in dropped}
     values = {key: value for key, value in values.items() if key not in dropped | code.keys()}
     return RunSettings(run, values | {"logs_root": logs_root}, code)  # logs_root: where the run was looked for
+
+
+def given_settings(argv: list[str], explicit: dict[str, Any], section: str) -> dict[str, Any]:
+    """Returns the settings that choose a run or its plug-ins, from the flags or else from `explicit`, the content of
+    the --config file; None for those that are not given."""
+    in_file = explicit | get_section(explicit, section)
+    keys = IDENTIFYING_FLAGS | {"solver", "resume"}
+    return {key: first_given(peek_flag(argv, key), in_file.get(key)) for key in keys}
+
+
+def partial_source(cls: type, argv: list[str], given: dict[str, Any], logs_root: str) -> Path | None:
+    """Returns the run of --load_dir if a new run is to be like it: --load_partial is typed, and no data set or other
+    sampler is given."""
+    if not any(word.replace("-", "_") == "__load_partial" for word in argv) or given["load_dir"] is None:
+        return None
+    run = run_folder(logs_root, given["load_dir"])
+    content = read_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    sampler = content.get("sampler", {}).get("sampler", given["sampler"])
+    is_like = given["dataset"] is None and given["sampler"] in (None, sampler) and not missing_group(cls, content)
+    return run if is_like else None
+
+
+def check_run_name(folder: Path, argv: list[str]) -> None:
+    """Raises ValueError if a run does not exist, but one of a similar name does, and the flags say nothing else about
+    what to train."""
+    if typed_flags(argv, ONLY_RESUMING) <= ONLY_RESUMING and not folder.exists():
+        runs = [path.parent.name for path in folder.parent.glob("*/checkpoints")]
+        if hint := did_you_mean(folder.name, runs):
+            raise ValueError(f"there is no run {folder}{hint}; for a new one type what to train: --dataset digits")
+
+
+def read_settings(cls: type, run: Path) -> tuple[dict[str, Any], Any]:
+    """Returns the content of a run's config.yaml, and the config of class `cls` in it, with defaults for groups that it
+    does not have. ValueError if it is a run of another script."""
+    path, names = run / "config.yaml", [field.name for field in dataclasses.fields(cls)]
+    content = read_run_config(path)
+    if missing := missing_group(cls, content):
+        raise ValueError(f"{run} is a run of another script (its config.yaml has no {missing}): resume it with that")
+    return content, from_dict(cls, {name: content[name] for name in names if name in content}, str(path))
+
+
+def missing_group(cls: type, content: dict[str, Any]) -> str | None:
+    """Returns the group that a config.yaml would have if it were of the script with config `cls`; None if it has it."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return next((name for name in names if name in TELLING and name not in content), None)
+
+
+def replaced_settings(config: Any, given: dict[str, Any]) -> set[str]:
+    """Returns the keys in a run's config that belong to a data set, reader, quantizer or solver that is not the given
+    one."""
+    data, keys = config.data, set()
+    if given["dataset"] not in (None, data.dataset):
+        keys |= {"reader", *flatten_group(config.reader)}
+    elif given["reader"] not in (None, data.reader or data.dataset):
+        keys |= flatten_group(config.reader).keys() - flag_names(DatasetConfig)
+    if hasattr(config, "network") and given["quantizer"] not in (None, config.network.quantizer):
+        keys |= {"emb_dim", *flatten_group(config.network.quantizer_config)}
+    if hasattr(config, "sampling") and given["solver"] not in (None, config.sampling.solver):
+        keys |= config.sampling.solver_setting_names()
+    return keys
 
 
 def find_first_stage(run: Path, content: dict[str, Any], logs_root: str) -> dict[str, Any]:

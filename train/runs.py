@@ -152,7 +152,9 @@ def resumed_config(point: "ResumePoint", old: dict[str, Any], content: dict[str,
     if refused:
         origin = old.get("origin", {}) | content["origin"]
         text = format_differences(refused, origin)
-        raise ValueError(f"{point.run} holds another run ({text}): {remedy(differences, origin, point)}")
+        network = {*content.get("sampler", {}), *content.get("network", {})} & {*refused}
+        to_type = remedy(differences, origin, point, bool(network))
+        raise ValueError(f"{point.run} holds another run ({text}): {to_type}")
     if before["accumulate"] != training["accumulate"]:
         differences["accumulate"] = Difference(before["accumulate"], training["accumulate"])
     for key, (there, now) in differences.items():
@@ -183,14 +185,19 @@ def same_again(keys: Collection[str], origin: Collection[str]) -> str:
     return " with ".join(["the values there"] * bool(values) + [inputs] * bool(inputs))
 
 
-def remedy(keys: Collection[str], origin: Collection[str], point: "ResumePoint") -> str:
-    """Returns what to type to keep the training of a run in which the settings `keys` differ."""
+def remedy(keys: Collection[str], origin: Collection[str], point: "ResumePoint", network: bool) -> str:
+    """Returns what to type to keep the training of a run in which the settings `keys` differ, with `network` one of the
+    network."""
     here = f"here with --change {' '.join(keys)}, or " if {*keys} <= {*CHANGEABLE} else ""
     branch = f"--resume {shlex.quote(str(point.path))} --log_dir NEW"
     partial = f"--load_dir {shlex.quote(str(point.run))} --load_partial --log_dir NEW"
-    network = "" if {*keys} <= {*CHANGEABLE, *origin} else f" (another network: {partial})"
+    new = f"{branch} (another network: {partial})"
+    if network:
+        new = f"{partial} (if all tensors keep their shapes: {branch})"
+    elif {*keys} <= {*CHANGEABLE, *origin}:
+        new = branch
     again = f"{same_again(keys, origin)}{'' if {*keys} <= {*origin} else ' (--log_dir alone takes them)'}"
-    return f"pass {again}, or keep the new ones: {here}in a new folder with {branch}{network}"
+    return f"pass {again}, or keep the new ones: {here}in a new folder with {new}"
 
 
 @contextmanager
@@ -258,7 +265,7 @@ def open_or_resume(
     resume_from(run, point, state, world)
     if world.is_main:
         write_config(run, content)
-        print(f"run folder: {run}", flush=True)
+        print(f"{'' if resumes else 'new '}run folder: {run}", flush=True)
     world.barrier()
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""

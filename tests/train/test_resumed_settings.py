@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import train_sampler
+import train_vqgan
 from helpers.run_asserts import assert_close, weights
 from helpers.tiny_runs import ROOT, call
 from train.checkpoint import checkpoint_path, saved_steps
@@ -133,6 +134,69 @@ def test_another_solver_has_its_own_settings(logs):
     same, other = parse(f"--log_dir {run}").config, parse(f"--log_dir {run} --solver heun").config
     assert (same.sampling.sample_steps, same.sampling.eta, same.sampling.guidance) == (7, 0.5, 3.0)
     assert other.sampling.sample_steps != 7 and other.sampling.eta is None and other.sampling.guidance == 3.0
+
+
+def test_a_file_counts_in_the_section_of_the_run_found(logs, tmp_path):
+    """Also if no sampler is typed: `absorbing`, the default, is not that of the run."""
+    run = edit(logs / "ddpm_digits", solver="ddim", sample_steps=7, eta=0.5)
+    file = tmp_path / "mine.yaml"
+    file.write_text("ddpm: {solver: heun}\n")
+    sampling = parse(f"--log_dir {run} --config {file}").config.sampling
+    assert (sampling.solver, sampling.sample_steps, sampling.eta) == ("heun", None, None)
+    file.write_text("absorbing: {ae_load_dir: other}\n")
+    first = parse(f"--log_dir {logs / 'latents_digits'} --config {file}").config.first
+    assert (first.ae_load_dir, first.ae_load_step) == (str(logs / "vqgan_digits"), 4)
+
+
+def test_resume_in_a_file_is_read(logs, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"sampler: ddpm\nddpm: {{resume: {checkpoint_path(logs / 'ddpm_digits', 4)}}}\n")
+    parsed = parse(f"--logs_root {logs} --log_dir new --config {file}")
+    assert parsed.config.training.lr == 1e-3 and parsed.sources["channels"] == "run"
+
+
+def test_another_reader_or_quantizer_has_its_own_settings(logs, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    run = edit(logs / "ddpm_digits", dataset="birds", reader="folder", data_dir="/birds", label_from="folder")
+    reader = parse(f"--log_dir {run} --reader webdataset").config.reader
+    assert (reader.data_dir, reader.label_from) == ("/birds", "none")
+    run = edit(logs / "vqgan_digits", quantizer="ema", beta=0.125, emb_dim=32)
+    for quantizer, beta, emb_dim in (("ema", 0.125, 32), ("nearest", 0.25, None)):
+        words = ["--log_dir", str(run), "--quantizer", quantizer]
+        parsed = cli.parse_with_sources(train_vqgan.Config, "vqgan", words, None, read_resumed_settings)
+        network = parsed.config.network
+        assert (network.quantizer_config.beta, network.emb_dim) == (beta, emb_dim)
+
+
+def test_weights_that_fit_are_trained_with_their_settings(logs, capfd):
+    """The command that the refusal of another network names is true as it is printed."""
+    run = edit(logs / "ddpm_digits", seed=3)
+    message = error_message("train_sampler.py", f"--log_dir {run} --channels 8", capfd)
+    (flags,) = re.findall(r"in a new folder with (--load_dir .* --load_partial --log_dir NEW)", message)
+    for sampler in ("", "--sampler ddpm"):
+        config = parse(f"--logs_root {logs} {flags} {sampler} --channels 8").config
+        assert (config.sampler.sampler, config.data.img_size, config.training.seed) == ("ddpm", 8, 3)
+        assert (config.sampler.channels, config.sampler.channel_mults) == (8, (1.0, 2.0))
+        assert config.training.load_dir == str(run) and config.training.load_partial
+    for other in ("--sampler absorbing", "--dataset mnist"):
+        assert parse(f"--logs_root {logs} {flags} {other}").config.training.seed == 0
+
+
+def test_a_misspelled_run_is_not_begun(logs, tmp_path, capfd):
+    flags = f"--logs_root {logs} --train_steps 9 --device cpu --log_dir"
+    message = error_message("train_sampler.py", f"{flags} ddpm_digts", capfd)
+    assert f"no run {logs / 'ddpm_digts'}, did you mean 'ddpm_digits'?" in message
+    for accepted in ("ddpm_digts --sampler ddpm", "ddpm_digts --seed 1", "ddpm_digts --resume never", "quite_new"):
+        assert parse(f"{flags} {accepted}").config.training.train_steps == 9
+
+
+def test_a_run_without_a_group_has_its_defaults(logs):
+    path = logs / "ddpm_digits" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["logging"], content["first"]
+    path.write_text(yaml.safe_dump(content))
+    config = parse(f"--log_dir {path.parent}").config
+    assert (config.sampler.sampler, config.sampler.channels, config.logging.keep_last) == ("ddpm", 4, 3)
 
 
 def test_runs_of_other_scripts_and_results_are_refused(logs, capfd):

@@ -137,7 +137,8 @@ def test_a_damaged_named_checkpoint_is_refused(run_copy, capfd):
 def test_a_branch_resumes_its_source_and_then_itself(uninterrupted, run_copy, capfd):
     source = checkpoint_path(run_copy, 4)
     branch = start(run_copy.parent, "branch", 6, f"--resume {source}")
-    assert "resuming from step 4 of 6" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "resuming from step 4 of 6" in printed and f"new run folder: {branch}\n" in printed
     assert weights(checkpoint_path(branch, 6)) == weights(checkpoint_path(uninterrupted, 6))
     assert saved_steps(branch) == [6] and saved_steps(run_copy) == [2, 4, 6, 8]
     assert metrics(branch) == [row for row in metrics(uninterrupted) if 4 < row["step"] <= 6]
@@ -145,7 +146,8 @@ def test_a_branch_resumes_its_source_and_then_itself(uninterrupted, run_copy, ca
     assert origin["resumed_weights"] == sha256(source / WEIGHTS)
     for flags in ("--resume auto", f"--resume {source}"):
         start(run_copy.parent, "branch", 6, flags)
-        assert "resuming from step 6 of 6 (nothing left to do)" in capfd.readouterr().out
+        printed = capfd.readouterr().out
+        assert "resuming from step 6 of 6 (nothing left to do)" in printed and f"\nrun folder: {branch}\n" in printed
     start(run_copy.parent, "branch", 8, "--resume auto")
     assert weights(checkpoint_path(branch, 8)) == weights(checkpoint_path(uninterrupted, 8))
 
