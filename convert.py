@@ -15,7 +15,7 @@ from models.ranges import NOT_NEGATIVE, check_ranges
 from train.checkpoint import save_checkpoint, saved_steps
 from train.class_names import check_class_names
 from train.cli.files import run_folder
-from train.cli.parse import first_stage_data, one_line_errors, run_script
+from train.cli.parse import BaseSettings, first_stage_data, one_line_errors, run_script
 from train.cli.values import peek_flag
 from train.config import SecondStageConfig, VQGANRunConfig
 from train.converters import FIRST_STAGE, ConvertedTensor
@@ -144,7 +144,7 @@ def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
                 "inferred from weights: pass --bert_n_head N"
             )
         flags = {"sampler": kind, "bert_n_head": int(heads)} | flags
-        return first_stage_data(["--sampler", kind, *argv], section) | flags
+        return first_stage_data(["--sampler", kind, *argv], section).values | flags
     flags = layout.pixel_sampler_settings(tensors, read_reference_flags(peek_flag(argv, "config_json")))
     typed = peek_flag(argv, "heads") or peek_flag(argv, "head_width")
     if typed is None and not {"heads", "head_width"} & set(flags):
@@ -307,4 +307,9 @@ def hash_files(files: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     with one_line_errors("convert.py"):
         config = config_class(sys.argv[1:])
-    run_script(main, config, section="convert", base_values=flags_from_weights)
+    run_script(
+        main,
+        config,
+        section="convert",
+        base_values=lambda argv, section: BaseSettings(flags_from_weights(argv, section), "the weights"),
+    )

@@ -36,7 +36,7 @@ from experiments.metrics.distances import compute_statistics, real_statistics, s
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.ranges import MILLION, check_ranges
-from train.cli.parse import parse_arguments, resolve_sampler, run_script
+from train.cli.parse import BaseSettings, parse_arguments, resolve_sampler, run_script
 from train.config import SamplingConfig
 from train.files import atomic_write
 from train.registry import load_plugin
@@ -96,11 +96,13 @@ class Config:
     output: OutputConfig
 
 
-def shared_settings(argv: list[str], section: str) -> dict:
+def shared_settings(argv: list[str], section: str) -> BaseSettings:
     """Returns the run's settings as flag defaults, without those of its solver."""
     settings = run_defaults(argv, section)
-    own = load_plugin("train.samplers", resolve_sampler(argv, settings), "sampler").Sampling.solver_setting_names()
-    return {key: value for key, value in settings.items() if key not in {"solver", *own}}
+    own = load_plugin(
+        "train.samplers", resolve_sampler(argv, settings.values), "sampler"
+    ).Sampling.solver_setting_names()
+    return settings._replace(values={k: v for k, v in settings.values.items() if k not in {"solver", *own}})
 
 
 def check_shared(sampling: SamplingConfig) -> None:

@@ -100,9 +100,9 @@ def format_differences(differences: Differences, origin: Collection[str] = ()) -
 
 
 def format_value(value: Any) -> str:
-    """Returns a value as it is typed; "none" for nothing, the beginning of a long one."""
+    """Returns a value as it is typed, but only the beginning of a long one, and "not set" for none and an empty one."""
     text = shlex.join(map(str, value)) if isinstance(value, list) else "" if value is None else shlex.quote(str(value))
-    return "none" if text in ("", "''") else text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return "not set" if text in ("", "''") else text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def comparison_identity(content: dict[str, Any]) -> dict[str, Any]:

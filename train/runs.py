@@ -113,7 +113,11 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any], identity:
         if differences := find_differences(old, content, identity):
             origin = old.get("origin", {}) | provenance
             text, again = format_differences(differences, origin), same_again(differences, origin)
-            raise ValueError(f"{folder} holds another run ({text}): pass another --log_dir, or {again}")
+            is_run = identity is run_identity and "training" in content
+            held = "another run" if is_run else "results of other settings"
+            typed = not is_run and content.get("output", {}).get("log_dir") is not None
+            other = "leave --log_dir out, pass another one" if typed else "pass another --log_dir"
+            raise ValueError(f"{folder} holds {held} ({text}): {other}, or {again}")
         data = ("data_fingerprint", "training_images")
         noted = {key: value for key, value in old.get("origin", {}).items() if key in data}
         content["origin"] = provenance | noted | provenance  # in the order of the first start

@@ -32,7 +32,7 @@ from experiments.harness.image_sets import (
     open_image_set,
 )
 from models.ranges import FINITE, SIZE, check_ranges
-from train.cli.parse import flatten_group, one_line_errors, run_script, to_dict
+from train.cli.parse import BaseSettings, flatten_group, one_line_errors, run_script, to_dict
 from train.cli.values import peek_flag_values
 from train.datasets._channels import PICTURES
 from train.distributed import DistContext
@@ -109,8 +109,9 @@ def run_comparison(
         if measures_pair(given):
             groups = get_type_hints(pair_class)
             defaults = flatten_group(groups["measurement"]()) | flatten_group(groups["sets"]())  # no data set's preset
+            base = BaseSettings(defaults, "defaults")
             main = pair_main(name, measure_pair, report, tuple(file for file in files if file != "samples"))
-            return run_script(main, pair_class, script.stem, base_values=lambda argv, section: defaults)
+            return run_script(main, pair_class, script.stem, base_values=lambda argv, section: base)
         for flag in ("n_channels", "data_range"):
             if peek_flag_values(argv, flag) is not None:
                 raise ValueError(f"got --{flag}, but images beside a run are read as its own: leave it out")

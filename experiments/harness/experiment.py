@@ -17,7 +17,7 @@ from models.ranges import MILLION, NOT_NEGATIVE, SEED, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
 from train.class_names import with_class_numbers
 from train.cli.files import get_section, read_run_config, run_folder
-from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
+from train.cli.parse import BaseSettings, flatten_group, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag
 from train.condition_source import condition_provenance
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
@@ -174,14 +174,14 @@ def peek_settings(argv: list[str], section: str, *flags: str) -> dict[str, Any]:
     return {flag: value for flag, value in values.items() if value is not None}
 
 
-def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
+def run_defaults(argv: list[str], section: str) -> BaseSettings:
     """Returns the sampler, data set and sampling settings of the run named on the command line, as flag defaults."""
     chosen = peek_settings(argv, section, "sampler", "dataset", "load_dir", "logs_root")
     root = chosen.pop("logs_root", OutputConfig.logs_root)
     model = ModelConfig(**chosen)
     path = model_run(root, model) / "config.yaml"
     if not path.is_file():
-        return {}
+        return BaseSettings({})
     content = read_run_config(path)
     named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
     sampling = content.get("sampling", {})
@@ -189,7 +189,7 @@ def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
         sampler = named["sampler"] or model.sampler
         own = load_plugin("train.samplers", sampler, "sampler").Sampling.solver_setting_names()
         sampling = {key: value for key, value in sampling.items() if key not in own}
-    return sampling | {name: value for name, value in named.items() if value is not None}
+    return BaseSettings(sampling | {name: value for name, value in named.items() if value is not None}, path)
 
 
 def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | None = None) -> TrainedSampler:
@@ -232,15 +232,15 @@ def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
     return run_folder(logs_root, model.load_dir or f"vqgan_{model.dataset}")
 
 
-def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:
+def vqgan_run_defaults(argv: list[str], section: str) -> BaseSettings:
     """Returns the data set of the VQGAN run named on the command line, as a flag default."""
     chosen = peek_settings(argv, section, "dataset", "load_dir", "logs_root")
     root = chosen.pop("logs_root", FirstStageOutputConfig.logs_root)
     path = vqgan_run(root, FirstStageModelConfig(**chosen)) / "config.yaml"
     if not path.is_file():
-        return {}
+        return BaseSettings({})
     trained_on = read_run_config(path).get("data", {}).get("dataset")
-    return {} if trained_on is None else {"dataset": trained_on}
+    return BaseSettings({} if trained_on is None else {"dataset": trained_on}, path)
 
 
 def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> FirstStage:

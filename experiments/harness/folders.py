@@ -27,14 +27,15 @@ def choose_results_folder(
 ) -> Path:
     """Returns the folder of --log_dir, or else the one of these settings: the same command finds its results again.
 
-    That is the one with results of the same settings among `default` and the folders beside it whose names begin with
-    its own; otherwise `default` if it is new, or a new one named after what differs from the settings there.
+    That is the one with results of the same settings, or in which they are being written, among `default` and the
+    folders beside it whose names begin with its own; otherwise `default` if it is free, or a free one named after what
+    differs from the settings there.
     """
     if log_dir:
         return run_folder(logs_root, log_dir)
     first, content = run_folder(logs_root, default), to_dict(config) | {"origin": provenance}
     beside = sorted(first.parent.glob(f"{glob.escape(first.name)}_*/config.yaml"))
-    folders = [folder for folder in (first, *(path.parent for path in beside)) if not is_new(folder)]
+    folders = [folder for folder in (first, *(path.parent for path in beside)) if is_taken(folder)]
     differences = {folder: results_differences(folder, config, content, identity) for folder in folders}
     folder = next((folder for folder in folders if differences[folder] == {}), None)
     if folder is None:
@@ -45,18 +46,27 @@ def choose_results_folder(
     return folder
 
 
+def is_taken(folder: Path) -> bool:
+    """Returns whether a folder belongs to the settings in its config.yaml: it has results, or a lock, as it has while
+    these are computed. So does one that cannot be read."""
+    try:
+        return not is_new(folder) or {"config.yaml", LOCK} <= {path.name for path in folder.iterdir()}
+    except OSError:
+        return folder.exists()
+
+
 def results_differences(
     folder: Path, config: object, content: dict[str, Any], identity: Identity
 ) -> Differences | None:
     """Returns how the settings of a folder of results differ from `content`; None if its config.yaml cannot be read."""
     try:
         return find_differences(read_complete_run(folder, config), content, identity)
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 
 def new_folder(first: Path, differences: Differences, provenance: dict[str, Any]) -> Path:
-    """Returns a folder without results beside `first`, named after the first few differences: <first>_guidance_3.0."""
+    """Returns a free folder beside `first`, named after the first few differences: <first>_guidance_3.0."""
     words = [setting_word(key, now) for key, (_, now) in differences.items() if key not in provenance]
     words = words or [OTHER.get(key, key).rpartition(": ")[2] for key in differences]
     words = [re.sub(r"[^\w.+-]+", "_", word) for word in words]
@@ -64,7 +74,7 @@ def new_folder(first: Path, differences: Differences, provenance: dict[str, Any]
         words.pop()
     name = "_".join([first.name, *words])
     names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-    return next(folder for folder in map(first.with_name, names) if is_new(folder))
+    return next(folder for folder in map(first.with_name, names) if not is_taken(folder))
 
 
 def setting_word(key: str, value: Any) -> str:

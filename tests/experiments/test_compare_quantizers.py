@@ -104,7 +104,7 @@ def test_other_steps_or_settings_are_another_comparison(compared, capfd):
     for flags in ("--train_steps 4", "--beta 0.5"):
         with pytest.raises(SystemExit) as stop:
             call(SCRIPT, f"--logs_root {compared.parent} {TINY} --seeds 2 {flags}")
-        assert stop.value.code == 2 and "another run" in capfd.readouterr().err
+        assert stop.value.code == 2 and "results of other settings" in capfd.readouterr().err
 
 
 class Zero(torch.nn.Module):

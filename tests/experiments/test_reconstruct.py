@@ -162,7 +162,7 @@ def test_a_repeated_run_prints_the_saved_report(trained, folder, run_folder, cap
 
 
 def test_another_experiment_in_the_folder_is_refused(trained, folder, run_folder, tmp_path, capfd):
-    assert "--overlap none -> 2" in refusal_message(
+    assert "--overlap not set -> 2" in refusal_message(
         trained, f"--images {folder} --log_dir reconstructed --compare_whole --overlap 2", capfd
     )
     copy = tmp_path / "mine"
@@ -221,7 +221,7 @@ def test_the_data_set_is_read_from_the_run(trained, tmp_path):
     text = config.read_text()
     config.write_text(text.replace("dataset: digits", "dataset: mnist").replace("reader: ''", "reader: digits"))
     argv = f"--logs_root {tmp_path} --load_dir renamed".split()
-    assert vqgan_run_defaults(argv, "reconstruct") == {"dataset": "mnist"}
+    assert vqgan_run_defaults(argv, "reconstruct").values == {"dataset": "mnist"}
     noise(8, 8, 1).save(tmp_path / "x.png")
     reconstruct(tmp_path, f"--load_dir renamed --images {tmp_path / 'x.png'}")
     assert read_results(tmp_path, "reconstructions_x_renamed_5")["vqgan"]["ae_load_dir"] == "renamed"

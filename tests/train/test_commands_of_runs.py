@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import train_sampler
 from helpers.tiny_runs import call
-from train.cli.parse import first_stage_data
+from train.cli.parse import first_stage_data, parse_with_sources
 from train.datasets.webdataset import Config
 from train.datasets.webdataset.shards import list_shards
 from train.datasets.webdataset.store import ShardStore, expand_pattern, is_shell_command
@@ -58,12 +59,20 @@ def test_an_edited_run_executes_no_command(trained, tmp_path, capsys):
     assert not canary.exists()
 
 
-def test_a_second_stage_takes_nothing_but_data_from_the_first(trained, tmp_path):
+def test_a_second_stage_takes_nothing_but_data_from_the_first(trained, tmp_path, capsys):
     shutil.copytree(trained / "vqgan_digits", tmp_path / "vqgan_digits")
     foreign = {"adapt": "my.code", "hooks": ["my.hook"], "log_dir": "../elsewhere"}
     edit_data(tmp_path / "vqgan_digits", **foreign, data_dir="{p..p}ipe:touch b")
-    kept = first_stage_data(["--logs_root", str(tmp_path)], "absorbing")
+    kept, source = first_stage_data(["--logs_root", str(tmp_path)], "absorbing")
+    assert source == tmp_path / "vqgan_digits" / "config.yaml"
     assert kept["img_size"] == 16 and not {*foreign, "data_dir"} & {*kept}
+    words = ["--logs_root", str(tmp_path)]
+    parsed = parse_with_sources(train_sampler.Config, None, words, first_stage_data)
+    assert (parsed.sources["img_size"], parsed.sources["lr"]) == ("earlier stage", "preset")
+    edit_data(tmp_path / "vqgan_digits", img_size="big")
+    with pytest.raises(SystemExit):
+        parse_with_sources(train_sampler.Config, None, words, first_stage_data)
+    assert f"digits.yaml or {source})" in capsys.readouterr().err
 
 
 def test_what_is_no_command_as_written_is_none_when_listed(tmp_path, monkeypatch):

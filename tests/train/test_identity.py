@@ -95,7 +95,7 @@ def test_a_refusal_lists_five_settings_as_they_are_typed(ddpm, tmp_path):
     five = {"channel_mults": (1, 2), "img_width": 64, "lr": 1e-3, "lr_schedule": "cosine", "batch_size": 2}
     with pytest.raises(ValueError, match="holds another run") as e:
         resume(tmp_path, ddpm, with_settings(ddpm, **five, seed=3, ema=False))
-    assert "(--channel_mults 1 2 2 2 -> 1 2, --img_width none -> 64, --batch_size 20 -> 2, --lr " in str(e.value)
+    assert "(--channel_mults 1 2 2 2 -> 1 2, --img_width not set -> 64, --batch_size 20 -> 2, --lr " in str(e.value)
     assert "--lr 0.0001 -> 0.001, --lr_schedule constant -> cosine and 2 more): " in str(e.value)
     with pytest.raises(ValueError, match=".--ema -> --no_ema.: "):
         resume(tmp_path, ddpm, with_settings(ddpm, ema=False))
@@ -212,7 +212,7 @@ def test_sampling_settings_are_of_results_but_not_batch_size(samples, tmp_path):
     moved = replace(with_settings(samples, **same), output=output)
     open_run(tmp_path, moved, {}, results_identity)
     for settings in ({"guidance": 2.0}, {"n_samples": 3}, {"ema": False}):
-        with pytest.raises(ValueError, match=f"{[*settings][0]}.* -> .*: pass another --log_dir"):
+        with pytest.raises(ValueError, match=f"{[*settings][0]}.* -> .*: pass another --log_dir, or"):
             open_run(tmp_path, with_settings(samples, **settings), {}, results_identity)
 
 
@@ -223,7 +223,7 @@ def test_moved_data_of_results_are_known_by_content(samples, tmp_path):
     open_run(tmp_path, moved, {"data_fingerprint": OLD_DATA}, results_identity)
     with pytest.raises(ValueError, match="--data_dir: other images"):
         open_run(tmp_path, moved, {"data_fingerprint": NEW_DATA}, results_identity)
-    with pytest.raises(ValueError, match="--data_dir /new -> none"):  # unknown content: the place counts
+    with pytest.raises(ValueError, match="--data_dir /new -> not set"):  # unknown content: the place counts
         open_run(tmp_path, samples, {}, results_identity)
 
 

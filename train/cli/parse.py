@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import tyro
 
@@ -38,7 +38,7 @@ OUT_OF_MEMORY = re.compile(
 )
 FORMER_DEFAULTS = {"gumbel_decay_steps": 160_000}  # in config.yaml of earlier runs with any quantizer
 C = TypeVar("C")
-Source = Literal["default", "preset", "run", "config", "flag"]  # of a value, in order of precedence
+Source = Literal["default", "preset", "earlier stage", "run", "config", "flag"]  # of a value, in order of precedence
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class RunSettings:
     run: Path
     values: dict[str, Any]
     code: dict[str, Any]  # dotted paths and shell commands, which count only if they are given again
+
+
+class BaseSettings(NamedTuple):
+    """Settings of an earlier stage, by flag, and the file that holds them or another name of where they are from."""
+
+    values: dict[str, Any]
+    source: Path | str = ""
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
@@ -194,7 +201,7 @@ def preset_path(cls, sampler: str, dataset: str) -> Path:
     return own if "sampler" in flag_names(cls) and own.exists() else ROOT / "configs" / f"{dataset}.yaml"
 
 
-BaseValues = Callable[[list[str], str], dict[str, Any]]
+BaseValues = Callable[[list[str], str], BaseSettings]
 ReadRun = Callable[[type, list[str], str], RunSettings | None]
 
 
@@ -219,7 +226,9 @@ def parse_with_sources(
     if read_run_settings is not None:
         run = read_run_settings(cls, argv, section or resolve_sampler(argv))
     section = section or resolve_sampler(argv, run and run.values)
-    base = run.values if run is not None else base_values(argv, section) if base_values is not None else {}
+    base, base_source = base_values(argv, section) if run is None and base_values is not None else BaseSettings({})
+    if run is not None:
+        base, base_source = run.values, run.run / "config.yaml"
     explicit, (file, argv) = read_config_flag(argv), split_config_flag(argv)
     given = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
     sampler = first_given(peek_flag(argv, "sampler"), given.get("sampler"), base.get("sampler"), SamplerConfig.sampler)
@@ -238,8 +247,9 @@ def parse_with_sources(
     reject_foreign_words(argv, flag_names(config))
     in_file = file_values(path, content, config, names, section) if content else {}
     own = {key: value for key, value in base.items() if key in flag_names(config)}
-    layers = {"run": own, "config": in_file} if file is not None else {"preset": in_file, "run": own}
-    source = f"{path}, or the config.yaml of the run that this one builds on" if base else str(path)
+    base_layer = "earlier stage" if run is None else "run"
+    layers = {base_layer: own, "config": in_file} if file is not None else {"preset": in_file, base_layer: own}
+    source = " or ".join(str(each) for each, values in ((path, in_file), (base_source, own)) if values) or str(path)
     parsed = merge_layers(layers, config, sampler, argv, source)
     if run is not None:
         require_code_again(parsed, run)
@@ -291,8 +301,8 @@ def require_code_again(parsed: ParsedConfig, run: RunSettings) -> None:
         print(f"without --hooks {words} of {run.run}: they are code, pass them again to call them", flush=True)
 
 
-def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
-    """Returns the data settings of a second stage's VQGAN run, by flat key; empty if there is no such run.
+def first_stage_data(argv: list[str], section: str) -> BaseSettings:
+    """Returns the data settings of a second stage's VQGAN run; empty if there is no such run.
 
     They are base values below the second stage's own --config and flags, so that data settings are not typed twice.
     `section` is the section of the config file that may name the run. If the run has another data set, only size,
@@ -304,15 +314,16 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     root = first_given(peek_flag(argv, "logs_root"), values.get("logs_root"), LoggingConfig.logs_root)
     run = peek_flag(argv, "ae_load_dir") or values.get("ae_load_dir")
     if run is None and load_plugin("train.samplers", sampler, "sampler").SPACE != "codes":
-        return {}
+        return BaseSettings({})
     path = run_folder(root, run or f"vqgan_{dataset}") / "config.yaml"
     if not path.is_file():
-        return {}
+        return BaseSettings({})
     stored = read_run_config(path)
     values = stored.get("data", {}) | stored.get("reader", {})
     image_keys = {"img_size", "img_width", "n_channels", "data_range"}
     keys = data_flag_names() if values.get("dataset") == dataset else image_keys
-    return {key: value for key, value in values.items() if key in keys and not is_shell_command(value)}
+    kept = {key: value for key, value in values.items() if key in keys and not is_shell_command(value)}
+    return BaseSettings(kept, path)
 
 
 def to_dict(config) -> dict[str, Any]:

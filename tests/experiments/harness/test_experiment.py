@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from experiments import get_samples
+from experiments.harness import folders
 from experiments.harness.batches import BATCHES_FOLDER, ResumableBatches
 from experiments.harness.experiment import (
     ExperimentSetup,
@@ -269,11 +270,41 @@ def test_other_settings_get_a_folder_of_their_own(toy, capsys):
     assert (toy.logs / "toy_absorbing_digits_3_count_6_2" / "results.json").is_file()
 
 
+def test_a_folder_that_is_being_written_is_taken(toy, capfd):
+    """Also before its first batch: by the settings in its config.yaml."""
+    toy()
+    first = toy.logs / "toy_absorbing_digits_3"
+    for path in first.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink() if path.name != "config.yaml" else None
+    with run_lock(first):
+        with pytest.raises(FileNotFoundError):  # no results in the first folder
+            toy("--count 6")
+        with pytest.raises(SystemExit):
+            toy()
+    assert "another process is writing to" in capfd.readouterr().err
+    assert (toy.logs / "toy_absorbing_digits_3_count_6" / "results.json").is_file()
+
+
+def test_a_neighbour_that_vanishes_does_not_matter(toy, monkeypatch):
+    toy(), toy("--count 6")
+    neighbour, read = toy.logs / "toy_absorbing_digits_3_count_6", folders.read_complete_run
+
+    def read_vanishing(folder, config):
+        shutil.rmtree(neighbour, ignore_errors=True)
+        return read(folder, config)
+
+    monkeypatch.setattr(folders, "read_complete_run", read_vanishing)
+    toy("--count 7")
+    assert (toy.logs / "toy_absorbing_digits_3_count_7" / "results.json").is_file()
+    assert not neighbour.exists()
+
+
 def test_other_settings_in_a_named_folder_are_refused(toy, capfd):
     toy()
     with pytest.raises(SystemExit):
         toy("--count 6 --log_dir toy_absorbing_digits_3")
-    assert "holds another run (--count 5 -> 6): pass another --log_dir" in capfd.readouterr().err
+    message = capfd.readouterr().err
+    assert "holds results of other settings (--count 5 -> 6): leave --log_dir out, pass another one, or" in message
     assert len(toy.requested) == 3
 
 

@@ -156,7 +156,7 @@ def test_a_section_cannot_name_another_sampler(tmp_path, capfd, monkeypatch):
     ("text", "words"),
     [
         ("data: 3\n", ["config.yaml", "'data'", "key: value"]),
-        ("data:\n  dataset: digits\n  img_size: .nan\n", ["img_size", "whole number", "config.yaml of the run"]),
+        ("data:\n  dataset: digits\n  img_size: .nan\n", ["img_size", "whole number", "vqgan_digits/config.yaml)"]),
         ("reader: []\n", ["'reader'"]),
         ("data: !!bool x\n", ["config.yaml", "not a YAML file"]),
         ("data: 2024-13-45\n", ["config.yaml", "not a YAML file"]),
