@@ -1,9 +1,11 @@
 """The README is short, states the size of the code correctly, and its Python runs."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from helpers.pages import README, blocks, commands, prose, words
@@ -79,22 +81,52 @@ def test_its_python_runs(tmp_path, monkeypatch):
     assert names["images"].shape == (16, 1, 16, 16) and (tmp_path / "sevens.png").is_file()
 
 
+def call_on_own_pictures(tmp_path: Path, script: str, flags: str, steps: int) -> None:
+    """A command of the section, but of `steps` training steps, and with the images in tmp_path."""
+    shorter = "--n_samples 2" if script.startswith("experiments/") else f"--train_steps {steps}"
+    flags = flags.replace("/path/to/images", str(tmp_path / "images"))
+    call(script, f"{flags} {shorter} --logs_root {tmp_path / 'logs'}")
+
+
 @pytest.mark.slow
 def test_own_pictures_become_samples(tmp_path):
     """By the commands as they are written, but of STEPS training steps, and without the page."""
     STEPS, section = 2, section_of("Train on your own pictures")
+    preset = yaml.safe_load((ROOT / "configs" / "photos_laptop.yaml").read_text())
     for i in range(40):
-        path = tmp_path / "images" / ("hat", "shoe")[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(path)
+        save_noise(tmp_path / "images" / ("hat", "shoe")[i % 2] / f"{i}.png", i)
     for script, flags in commands(section):
         if script != "demo.py":
-            steps = "--n_samples 2" if script.startswith("experiments/") else f"--train_steps {STEPS}"
-            flags = flags.replace("/path/to/images", str(tmp_path / "images"))
-            call(script, f"{flags} {steps} --logs_root {tmp_path / 'logs'}")
+            call_on_own_pictures(tmp_path, script, flags, STEPS)
     for folder in re.findall(r"`(logs/\w+)`", section):
-        folder = tmp_path / re.sub(r"_\d+$", f"_{STEPS}", folder)
-        assert list(folder.glob("images/*.png" if "samples" not in folder.name else "samples.png")), folder
+        samples = re.fullmatch(r"logs/samples_([a-z]+)_\w+_(\d+)", folder)
+        assert samples is None or int(samples[2]) == preset[samples[1]]["train_steps"], folder
+        folder = tmp_path / (folder if samples is None else re.sub(r"_\d+$", f"_{STEPS}", folder))
+        assert list(folder.glob("images/*.png" if samples is None else "samples.png")), folder
+
+
+@pytest.mark.slow
+def test_own_pictures_need_no_class_folders(tmp_path):
+    """With the flags that the section adds for them, in pixels."""
+    section = section_of("Train on your own pictures")
+    (where, sampler) = re.search(
+        r"no class\s+folders, add `(.+?)` where the folder is given, and `(.+?)` to `train_sampler.py`", section
+    ).groups()
+    for i in range(40):
+        save_noise(tmp_path / "images" / f"{i}.png", i)
+    ddpm = [(script, flags) for script, flags in commands(section) if "ddpm" in flags and script != "demo.py"]
+    assert len(ddpm) == 2
+    for script, flags in ddpm:
+        flags += f" {where}" if "--data_dir" in flags else ""
+        flags += f" {sampler}" if script == "train_sampler.py" else ""
+        call_on_own_pictures(tmp_path, script, flags, 2)
+    assert (tmp_path / "logs" / "samples_ddpm_photos_laptop_2" / "samples.png").is_file()
+
+
+def save_noise(path: Path, seed: int) -> None:
+    """Saves an image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(path)
 
 
 @pytest.mark.parametrize("heading", ("Start", "Train on your own pictures", "From Python", "Results", "Cite"))
