@@ -70,16 +70,16 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
         check_run_name(folder, argv)
         return None
     content, config = read_settings(cls, run)
-    groups = [getattr(config, field.name) for field in dataclasses.fields(cls)]
-    values = {key: value for group in groups for key, value in flatten_group(group).items()}
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
+    values = {key: value for group in groups.values() for key, value in flatten_group(group).items()}
     given = given_settings(argv, explicit, values.get("sampler", section))
     if "sampler" in values and given["sampler"] not in (None, values["sampler"]):
         got = f"{values['sampler']}, got {given['sampler']}"
         raise ValueError(f"{run} was trained with --sampler {got}: pass that, or another --log_dir")
     if given["ae_load_dir"] is None:
         values |= find_first_stage(run, content, logs_root)
-    dropped = NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS) | replaced_settings(config, given)
-    code = {key: value for key, value in find_code(groups).items() if key not in dropped}
+    dropped = NOT_TAKEN_OVER.keys() | (set() if run == folder else STARTING_WEIGHTS) | replaced_settings(groups, given)
+    code = {key: value for key, value in find_code(groups.values()).items() if key not in dropped}
     values = {key: value for key, value in values.items() if key not in dropped | code.keys()}
     return RunSettings(run, values | {"logs_root": logs_root}, code)  # logs_root: where the run was looked for
 
@@ -129,18 +129,18 @@ def missing_group(cls: type, content: dict[str, Any]) -> str | None:
     return next((name for name in names if name in TELLING and name not in content), None)
 
 
-def replaced_settings(config: Any, given: dict[str, Any]) -> set[str]:
-    """Returns the keys in a run's config that belong to a data set, reader, quantizer or solver that is not the given
-    one."""
-    data, keys = config.data, set()
+def replaced_settings(groups: dict[str, Any], given: dict[str, Any]) -> set[str]:
+    """Returns the keys in the groups of a run's config that belong to a data set, reader, quantizer or solver that is
+    not the given one."""
+    data, network, sampling, keys = groups["data"], groups.get("network"), groups.get("sampling"), set()
     if given["dataset"] not in (None, data.dataset):
-        keys |= {"reader", *flatten_group(config.reader)}
+        keys |= {"reader", *flatten_group(groups["reader"])}
     elif given["reader"] not in (None, data.reader or data.dataset):
-        keys |= flatten_group(config.reader).keys() - flag_names(DatasetConfig)
-    if hasattr(config, "network") and given["quantizer"] not in (None, config.network.quantizer):
-        keys |= {"emb_dim", *flatten_group(config.network.quantizer_config)}
-    if hasattr(config, "sampling") and given["solver"] not in (None, config.sampling.solver):
-        keys |= config.sampling.solver_setting_names()
+        keys |= flatten_group(groups["reader"]).keys() - flag_names(DatasetConfig)
+    if network is not None and given["quantizer"] not in (None, network.quantizer):
+        keys |= {"emb_dim", *flatten_group(network.quantizer_config)}
+    if sampling is not None and given["solver"] not in (None, sampling.solver):
+        keys |= sampling.solver_setting_names()
     return keys
 
 
