@@ -16,19 +16,16 @@ from typing import Any
 
 from PIL import Image
 
+from experiments.harness.controls import Control, ControlKey, flags_to_labels, make_controls
 from experiments.harness.images import SampleWriter
 from experiments.playground import (
     AS_IN_DATA,
-    Control,
-    ControlKey,
     DenoisingStep,
     Playground,
     Request,
     Runs,
     enlarge_to_picture,
     escape_markdown,
-    flags_to_labels,
-    make_controls,
 )
 from train.datasets._decode import decode, to_grey_or_rgb
 from train.logging import grid_image

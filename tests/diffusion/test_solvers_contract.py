@@ -18,7 +18,7 @@ from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, SolverOptions, all_solvers, solver_options_for, solvers_for
 from diffusion.types import Prediction
-from experiments.playground import make_controls
+from experiments.harness.controls import make_controls
 from helpers.solving import solve_in_steps
 from train.cli import parse as cli
 from train.samplers import absorbing, select_solver

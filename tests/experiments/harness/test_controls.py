@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from experiments.playground import flags_to_labels, make_controls, parse_value
+from experiments.harness.controls import flags_to_labels, make_controls, parse_value
 from train.cli.help import field_docs
 from train.config import SamplingConfig
 from train.registry import load_plugin, plugin_names

@@ -1,0 +1,139 @@
+"""The controls of the demo page: one for each sampling setting, with its label, hint, limits and value."""
+
+import re
+import types
+import typing
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple
+
+from models.ranges import FINITE, describe, is_inside
+from train.cli.help import field_docs
+from train.config import SamplingConfig
+
+LABELS = {  # of flags whose names are not the usual terms
+    "sample_steps": "steps",
+    "temp": "temperature",
+    "last_temp": "last temperature",
+    "choice_temp": "choice temperature",
+    "guidance": "guidance scale",
+    "top_k": "top-k",
+    "top_p": "top-p",
+}
+HINTS = {  # of the main settings, shorter than the help texts of their flags
+    "solver": "How images are drawn.",
+    "sample_steps": "More take longer.",
+    "temp": "Lower: safer, less varied.",
+    "guidance": "Higher: more typical.",
+}
+CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
+LARGE = 1e5  # an upper limit from here on only catches slips of the keyboard
+
+
+class ControlKey(NamedTuple):
+    """What the settings of two samplers have in common that share a control."""
+
+    name: str
+    kind: str
+    optional: bool
+
+
+class Control(NamedTuple):
+    """A control of the page for one sampling setting."""
+
+    name: str
+    label: str
+    help: str  # help text of the flag
+    kind: Literal["choice", "switch", "integer", "number", "numbers"]  # numbers: several, separated by spaces
+    value: Any  # initial value
+    choices: tuple[str, ...] = ()
+    optional: bool = False  # may be empty, meaning None
+    count: int = 1  # how many numbers
+    interval: str = FINITE  # of numbers, as in RANGES
+    placeholder: str = "default"  # what an empty control means
+    editable: bool = True
+    visible: bool = True
+
+    @property
+    def key(self) -> ControlKey:
+        return ControlKey(self.name, self.kind, self.optional)
+
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """The lowest and the highest number, where the interval includes one."""
+        low, high = self.interval[1:-1].split(", ")
+        return float(low) if self.interval[0] == "[" else None, float(high) if self.interval[-1] == "]" else None
+
+    @property
+    def hint(self) -> str:
+        """What the setting does, and the limits of a number that may be empty."""
+        low, high = self.interval[1:-1].split(", ")
+        text = HINTS.get(self.name, flags_to_labels(" ".join(self.help.split())))
+        if not self.optional or low == "-inf" or self.name in HINTS:
+            return text
+        above = f"above {low}" if self.interval[0] == "(" else f"{low} or more"
+        return f"{text} {low} to {high}." if float(high) < LARGE else f"{text} {above.capitalize()}."
+
+
+def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
+    """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
+    conditional models."""
+    kinds, helps, controls = typing.get_type_hints(type(options)), field_docs(type(options)), []
+    ranges = {k: v for base in reversed(type(options).__mro__) for k, v in vars(base).get("RANGES", {}).items()}
+    for field in fields(options):
+        name, value, (kind, optional) = field.name, getattr(options, field.name), split_optional(kinds[field.name])
+        own = {"name": name, "label": label_of(name), "help": helps.get(name, "")}
+        own |= {"value": value, "optional": optional, "interval": ranges.get(name, FINITE)}
+        if name in ("condition_file", "class_sampling") or (name.startswith("guidance") and not conditional):
+            continue  # the source of conditions is opened once, with the page
+        if name == "solver":
+            controls.append(Control(**own, kind="choice", choices=tuple(solvers)))
+        elif typing.get_origin(kind) is Literal:
+            controls.append(Control(**own, kind="choice", choices=typing.get_args(kind)))
+        elif typing.get_origin(kind) is tuple:
+            own["value"] = None if value is None else " ".join(f"{each:g}" for each in value)
+            controls.append(Control(**own, kind="numbers", count=len(typing.get_args(kind))))
+        elif kind in CONTROL_KINDS:
+            controls.append(Control(**own, kind=CONTROL_KINDS[kind]))
+    return controls
+
+
+def split_optional(kind: Any) -> tuple[Any, bool]:
+    """Splits an optional type into the type and whether it may be None."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind, False
+    rest = [each for each in typing.get_args(kind) if each is not types.NoneType]
+    return rest[0], len(rest) < len(typing.get_args(kind))
+
+
+def parse_value(control: Control, value: Any) -> Any:
+    """Converts the content of a control to a value of its field; ValueError if it is not valid."""
+    if value is None or value == "":
+        if not control.optional:
+            raise ValueError(f"{control.label} is empty: enter a value")
+        return None
+    if control.kind in ("choice", "switch"):
+        return value
+    try:
+        numbers = tuple(float(word) for word in str(value).split())
+    except ValueError:
+        numbers = ()
+    if control.kind == "integer":
+        numbers = tuple(int(number) for number in numbers if number.is_integer())
+    if len(numbers) != control.count:
+        kinds = {"integer": "an integer", "number": "a number"}
+        wanted = kinds.get(control.kind, f"{control.count} numbers separated by spaces")
+        raise ValueError(f"got {value!r} for {control.label}, wanted {wanted}")
+    for number in numbers:
+        if not is_inside(number, control.interval):
+            raise ValueError(f"got {value} for {control.label}, wanted {describe(control.interval, number)}")
+    return numbers if control.kind == "numbers" else numbers[0]
+
+
+def flags_to_labels(message: str) -> str:
+    """Replaces flags in an error message by labels of the page: `pass --temp T` becomes `pass temperature T`."""
+    return re.sub(r"--(\w+)", lambda flag: label_of(flag[1]), message)
+
+
+def label_of(name: str) -> str:
+    """Returns the label of a setting on the page."""
+    return LABELS.get(name, name.replace("_", " "))
