@@ -20,6 +20,7 @@ from experiments.harness.controls import Control, ControlKey, flags_to_labels, m
 from experiments.harness.images import SampleWriter
 from experiments.playground import (
     AS_IN_DATA,
+    DECISIVE,
     DenoisingStep,
     Playground,
     Request,
@@ -131,16 +132,25 @@ class Settings:
         with show_errors():
             play = self.runs.open(run)
             step = gr.update(choices=self.runs.steps(run), value=play.trained.step)
-        controls = {each.key: component(each) for each in play.controls_of(play.options.solver)}
+        controls = {each.key: component(each) for each in play.controls_of()}
         hidden = gr.update(visible=False)
         return [title(play), step, class_dropdown(play), *(controls.get(key, hidden) for key in self.controls)]
 
-    def pick_solver(self, run: str, step: int, solver: str) -> list:
-        """Returns updates of the controls: hides the options of other solvers, and sets steps that are not free."""
+    @property
+    def decisive(self) -> dict[ControlKey, Any]:
+        """The controls on which it depends which others are visible."""
+        return {key: each for key, each in self.controls.items() if key.name in DECISIVE}
+
+    def show_controls(self, run: str, step: int, *values: Any) -> list:
+        """Returns updates of the controls: hides settings without effect beside the values of the decisive ones, and
+        sets steps that are not free."""
         import gradio as gr
 
         with show_errors():
-            controls = {each.key: each for each in self.runs.open(run, step).controls_of(solver)}
+            play = self.runs.open(run, step)
+            keys = {each.key for each in play.controls}
+            choices = {key.name: value for key, value in zip(self.decisive, values, strict=True) if key in keys}
+            controls = {each.key: each for each in play.controls_of(**choices)}
         updates = {key: {"visible": key in controls and controls[key].visible} for key in self.controls}
         for key, control in controls.items():
             if key.name == "sample_steps":
@@ -154,7 +164,7 @@ def all_controls(play: Playground) -> dict[ControlKey, Control]:
     modules = [load_plugin("train.samplers", name, "sampler") for name in plugin_names("train.samplers")]
     controls = [each for module in modules for each in make_controls(module.Sampling(), [], conditional=True)]
     controls = {each.key: each._replace(visible=False) for each in controls}
-    controls |= {each.key: each for each in play.controls_of(play.options.solver)}
+    controls |= {each.key: each for each in play.controls_of()}
     order = {name: i for i, name in enumerate(MAIN_SETTINGS)}
     return dict(sorted(controls.items(), key=lambda item: order.get(item[0].name, len(order))))
 
@@ -192,8 +202,8 @@ def add_settings(runs: Runs, most: int, seed: int, heading: Any, run: Any, step:
     updated = list(settings.controls.values())
     seed_box.input(None, None, fixed, js="() => true")
     run.input(settings.pick_run, run, [heading, step, label, *updated])
-    solver = next(each for key, each in main.items() if key.name == "solver")
-    solver.input(settings.pick_solver, [run, step, solver], updated)
+    decisive = [*settings.decisive.values()]
+    gr.on([each.input for each in decisive], settings.show_controls, [run, step, *decisive], updated)
     return settings
 
 

@@ -29,6 +29,7 @@ from train.loop import Batch
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
 
+DECISIVE = ("solver", "spacing")  # choices on which it depends which other settings there are
 AS_IN_DATA, NO_CLASS = "random (data frequencies)", "none (unconditional)"
 GREY = 128
 
@@ -95,11 +96,13 @@ class Playground:
         solvers = sorted(solvers_for(self.trained.sampler.process))
         return make_controls(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
 
-    def controls_of(self, solver: str) -> list[Control]:
-        """The controls with a solver: the options of others are not visible, steps that are not free not editable."""
-        entry = get_solver(self.trained.sampler.process, solver)
-        others = {*self.options.option_names()} - {*entry.option_names}
-        controls = [each._replace(visible=each.name not in others) for each in self.controls]
+    def controls_of(self, **choices: Any) -> list[Control]:
+        """The controls beside these choices, such as of a solver: settings without effect are not visible, steps that
+        are not free not editable."""
+        options, process = replace(self.options, **choices), self.trained.sampler.process
+        entry = get_solver(process, options.solver)
+        hidden = {*options.option_names()} - {*entry.option_names} | options.names_without_effect(process)
+        controls = [each._replace(visible=each.name not in hidden) for each in self.controls]
         steps = {"placeholder": str(self.default_steps(entry)), "editable": entry.takes_any_steps}
         steps |= {} if entry.takes_any_steps else {"value": None}
         return [each._replace(**steps) if each.name == "sample_steps" else each for each in controls]
@@ -112,10 +115,11 @@ class Playground:
     def settings(self, values: dict[str, Any]) -> SamplingConfig:
         """Returns the options with the values of controls, by name; ValueError if one is not valid.
 
-        Options of other solvers are left out, and steps that are empty or not free are those of the solver.
+        Settings without effect are left out, and steps that are empty or not free are those of the solver.
         """
         entry = get_solver(self.trained.sampler.process, values.get("solver", self.options.solver))
-        controls = {each.name: each for each in self.controls_of(entry.name)}
+        choices = {name: value for name, value in values.items() if name in DECISIVE}
+        controls = {each.name: each for each in self.controls_of(**choices)}
         options = {name: None for name, control in controls.items() if not control.visible}
         options |= {name: parse_value(controls[name], value) for name, value in values.items() if name not in options}
         if options.get("sample_steps", self.options.sample_steps) is None or not entry.takes_any_steps:

@@ -298,6 +298,11 @@ class SamplingConfig:
         own = [base for base in bases if not issubclass(base, SamplingConfig)]
         return list(dict.fromkeys(field.name for base in own for field in fields(base)))
 
+    def names_without_effect(self, process: object) -> set[str]:
+        """Returns the names of the settings that a process does not have, or not beside the other settings; solver
+        options aside."""
+        return set()
+
     @classmethod
     def solver_setting_names(cls) -> set[str]:
         """Returns the names of the settings that belong to the chosen solver, and are reset for another one."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.edm import EDM
 from diffusion.solvers import solvers_for
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.playground import (
@@ -95,10 +96,30 @@ def test_steps_left_out_are_those_of_the_solver(play, gaussian):
 
 
 def test_options_of_other_solvers_have_no_control_and_no_value(play):
-    names = {each.name for each in play.controls_of("remask") if each.visible}
+    names = {each.name for each in play.controls_of(solver="remask") if each.visible}
     assert {"remasking", "remask_eta", "sample_steps", "top_k"} <= names and "choice_temp" not in names
     options = play.settings({"solver": "remask", "remask_eta": "0.5", "choice_temp": "3"})
     assert (options.remask_eta, options.choice_temp) == (0.5, None)
+
+
+def test_settings_of_another_process_or_spacing_have_no_control(gaussian):
+    of_edm = {"sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise", "rho"}
+    sampler = type("Edm", (), {"process": EDM(), "conditions": ()})()
+    edm = replace(gaussian, trained=replace(gaussian.trained, sampler=sampler))
+    cases = [
+        (gaussian, {}, set()),
+        (gaussian, {"solver": "heun"}, set()),
+        (gaussian, {"spacing": "karras"}, {"rho"}),
+        (edm, {}, {"sigma_min", "sigma_max", "rho"}),
+        (edm, {"solver": "heun"}, of_edm),
+        (edm, {"spacing": "uniform"}, {"sigma_min", "sigma_max"}),
+    ]
+    for playground, choices, wanted in cases:
+        assert {each.name for each in playground.controls_of(**choices) if each.visible} & of_edm == wanted, choices
+    values = {"sigma_max": "80", "s_churn": "1", "rho": "5", "solver": "heun"}
+    options = gaussian.settings(values)
+    assert options.sigma_max is options.s_churn is options.rho is None
+    assert gaussian.settings(values | {"spacing": "karras"}).rho == 5 and edm.settings(values).sigma_max == 80
 
 
 def test_classes_are_named_in_choices_requests_and_captions(play):

@@ -12,7 +12,7 @@ from diffusion.denoisers import check_interval, check_interval_is_met, guided, t
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
-from diffusion.gaussian_solvers import from_strength, remaining_steps, step_times
+from diffusion.gaussian_solvers import ChurnOptions, from_strength, remaining_steps, step_times
 from diffusion.likelihood import bits_per_dimension, flow_bits_per_dimension
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams
@@ -44,6 +44,7 @@ PROCESS_FLAGS = {  # flags that only some processes have
     "edm": {"sigma_data", "time_mean", "time_deviation"},
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
+SAMPLING_OF_EDM = {"sigma_min", "sigma_max"} | {field.name for field in fields(ChurnOptions)}  # settings of sampling
 HALF_LEVEL = 1 / 255  # half the distance of 8-bit levels in [-1, 1]
 
 
@@ -182,6 +183,11 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
         super().__post_init__()
         longest = max(EDM.start, self.sigma_max or 0)  # `guided` checks again, with the process
         check_interval(self.guidance_interval, longest)
+
+    def names_without_effect(self, process: ContinuousProcess) -> set[str]:
+        spacing = process.default_spacing if self.spacing == "auto" else self.spacing
+        of_edm = set() if isinstance(process, EDM) else SAMPLING_OF_EDM
+        return of_edm if spacing == "karras" else of_edm | {"rho"}
 
 
 def make_process(config: Config, pixels: bool) -> ContinuousProcess:
