@@ -25,7 +25,6 @@ FONTS = ("Roboto", "system-ui", "sans-serif")  # installed ones: nothing is down
 STYLE = """
 img {image-rendering: pixelated}
 footer {display: none !important}
-input:out-of-range {outline: 2px solid var(--error-border-color, #dc2626)}
 """
 
 
@@ -44,6 +43,14 @@ class PageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PageOutputConfig(OutputConfig):
+    """Output."""
+
+    seed: int | None = None
+    """Seed that the page begins with, fixed; if omitted, each press draws one. Image i of a seed is always the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Opens a page in the browser to sample from a trained model, watch the denoising steps, and inpaint images."""
 
@@ -56,7 +63,7 @@ class Config:
     page: PageConfig
     model: ModelConfig
     sampling: SamplingConfig
-    output: OutputConfig
+    output: PageOutputConfig
 
 
 class LocalRequests:
@@ -122,10 +129,13 @@ def main(config: Config) -> None:
     except ImportError as error:
         raise ValueError("the page needs gradio: pip install -r requirements-extra.txt") from error
 
-    first = load_playground(config, model_run(output.logs_root, model), model.load_step)
+    load_run = partial(load_playground, config)  # no name here holds the first run, which others replace
+    runs = Runs(
+        Path(output.logs_root).expanduser(), load_run, load_run(model_run(output.logs_root, model), model.load_step)
+    )
     limit_upload_formats()
     print(f"http://{HOST}:{config.page.port}  (press Ctrl-C to stop)", flush=True)
-    open_page(Runs(Path(output.logs_root).expanduser(), partial(load_playground, config), first), config)
+    open_page(runs, config)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ class ConfidenceOptions(SolverOptions):
     """Options of `confidence`."""
 
     choice_temp: float | None = None
-    """confidence: scale of the Gumbel noise added to the confidences; decreases linearly to 0 (4.5)."""
+    """confidence: scale of the Gumbel noise added to the confidences; decreases linearly to 0; default: 4.5."""
 
     RANGES = {"choice_temp": "[0, inf)"}
 
@@ -267,9 +267,10 @@ class RemaskOptions(SolverOptions):
     """Options of `remask`."""
 
     remasking: Remasking | None = None
-    """remask: how the remasking probability is set (rescale)."""
+    """remask: how the remasking probability is set; default: rescale."""
     remask_eta: float | None = None
-    """remask: the largest probability per step (cap), or a fraction of the largest possible one (0.05)."""
+    """remask: the largest probability per step (cap), or a fraction of the largest possible one; default:
+    0.05."""
 
     RANGES = {"remask_eta": "[0, 1]"}
 

@@ -25,9 +25,11 @@ from experiments.playground import (
     Playground,
     Request,
     Runs,
+    WatchedSteps,
     enlarge_to_picture,
     escape_markdown,
 )
+from train.cli.parse import is_out_of_memory
 from train.datasets._decode import decode, to_grey_or_rgb
 from train.logging import grid_image
 from train.loop import Batch
@@ -37,6 +39,7 @@ MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # always visible
 IMAGES, COLUMNS = 12, 6  # default number of images, and columns of the gallery
 SEEDS = 1_000_000  # seeds that the page draws from
 DELETE_CACHE = (600, 3600)  # seconds: how often the page's image files are cleaned up, and their age then
+TAB_TITLE = ": samples"  # of the browser's tab, after the name of the run
 SIDE = 384  # pixels to which images are enlarged
 
 
@@ -49,6 +52,10 @@ def show_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise gr.Error(html.escape(flags_to_labels(str(error)), quote=False), print_exception=False) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise gr.Error("out of memory: enter fewer images", print_exception=False) from error
 
 
 def component(control: Control) -> Any:
@@ -69,8 +76,7 @@ def component(control: Control) -> Any:
     if control.optional or control.kind == "numbers":
         common |= {"value": "" if control.value is None else str(control.value)}
         return gr.Textbox(**common, placeholder=control.placeholder, interactive=control.editable)
-    low, high = control.limits
-    return gr.Number(**common, minimum=low, maximum=high, step=1 if control.kind == "integer" else 0.1)
+    return gr.Number(**common, step=1 if control.kind == "integer" else 0.1)
 
 
 def class_dropdown(play: Playground) -> Any:
@@ -79,6 +85,14 @@ def class_dropdown(play: Playground) -> Any:
 
     visible = {"visible": bool(play.classes), "min_width": 240}
     return gr.Dropdown(play.classes, value=AS_IN_DATA, label="class", allow_custom_value=True, **visible)
+
+
+def class_note(play: Playground) -> Any:
+    """Returns what the class means in the tab Inpaint, for a model with classes, not rendered, or the update of it."""
+    import gradio as gr
+
+    text = f"Here, class *{AS_IN_DATA}* means no class and no guidance."
+    return gr.Markdown(text, visible=bool(play.classes), render=False)
 
 
 def title(play: Playground) -> str:
@@ -92,26 +106,43 @@ class Settings:
     """The components of the settings: those of all samplers, of which those of the run and its solver are visible."""
 
     runs: Runs
+    most: int  # images at once
     run: Any
     step: Any
     label: Any
     count: Any
     seed: Any
     fixed: Any
+    shown: Any  # hidden: the run whose settings are shown, which is another one than chosen while that is loaded
+    note: Any  # on the class in the tab Inpaint, which renders it
     controls: dict[ControlKey, Any]
 
     @property
     def inputs(self) -> list:
         """The components whose values `read` takes."""
-        return [self.run, self.step, self.label, self.count, self.seed, self.fixed, *self.controls.values()]
+        first = [self.run, self.step, self.label, self.count, self.seed, self.fixed, self.shown]
+        return [*first, *self.controls.values()]
 
     def read(
-        self, run: str, step: int, label: str | int, count: int | None, seed: int | None, fixed: bool, *values: Any
+        self,
+        run: str,
+        step: int | str,
+        label: str | int,
+        count: int | None,
+        seed: int | None,
+        fixed: bool,
+        shown: str,
+        *values: Any,
     ) -> tuple[Playground, Request]:
         """Returns the sampler and the request that the values of `inputs` ask for; draws the seed unless it is
         fixed."""
-        if count is None or (fixed and seed is None):
-            raise ValueError("images or seed is empty: enter a number")
+        if run != shown:
+            raise ValueError(f"the settings are still those of {shown}: wait until {run} is loaded, or choose it again")
+        for name, value in {"images": count, "seed": seed if fixed else 0}.items():
+            if value is None:
+                raise ValueError(f"{name} is empty: enter a number")
+        if not 1 <= count <= self.most:
+            raise ValueError(f"got {count} for images, wanted 1 to {self.most}")
         play = self.runs.open(run, step)
         keys = {each.key for each in play.controls}
         options = {key.name: value for key, value in zip(self.controls, values, strict=True) if key in keys}
@@ -125,23 +156,27 @@ class Settings:
         steps = self.runs.steps(self.runs.name(self.runs.first))
         return [gr.update(choices=[*self.runs.folders]), gr.update(choices=steps)]
 
-    def pick_run(self, run: str) -> list:
-        """Loads the newest checkpoint of a run; returns updates of title, step, class and controls."""
+    def pick_run(self, run: str, picked: str) -> list:
+        """Loads the newest checkpoint of a run, unless it was picked last; returns updates of title, step, class, note,
+        shown and picked run, and controls."""
         import gradio as gr
 
+        if run == picked:  # gradio tells a choice again when another field is clicked
+            return [gr.skip()] * (6 + len(self.controls))
         with show_errors():
             play = self.runs.open(run)
             step = gr.update(choices=self.runs.steps(run), value=play.trained.step)
         controls = {each.key: component(each) for each in play.controls_of()}
         hidden = gr.update(visible=False)
-        return [title(play), step, class_dropdown(play), *(controls.get(key, hidden) for key in self.controls)]
+        first = [title(play), step, class_dropdown(play), class_note(play), run, run]
+        return [*first, *(controls.get(key, hidden) for key in self.controls)]
 
     @property
     def decisive(self) -> dict[ControlKey, Any]:
         """The controls on which it depends which others are visible."""
         return {key: each for key, each in self.controls.items() if key.name in DECISIVE}
 
-    def show_controls(self, run: str, step: int, *values: Any) -> list:
+    def show_controls(self, run: str, step: int | str, *values: Any) -> list:
         """Returns updates of the controls: hides settings without effect beside the values of the decisive ones, and
         sets steps that are not free."""
         import gradio as gr
@@ -173,7 +208,7 @@ def add_header(runs: Runs) -> tuple[Any, Any, Any]:
     """Adds the title of the page and the choice of a run and a step; returns the line below the title and these."""
     import gradio as gr
 
-    name, custom = runs.name(runs.first), {"allow_custom_value": True}  # what is there by the time the page is opened
+    name, custom = runs.name(runs.first), {"allow_custom_value": True}  # `list_runs` adds those that begin later
     with gr.Row(equal_height=True):
         with gr.Column(scale=3, min_width=320):
             gr.Markdown("# Discrete and continuous diffusion")
@@ -183,8 +218,9 @@ def add_header(runs: Runs) -> tuple[Any, Any, Any]:
     return heading, run, step
 
 
-def add_settings(runs: Runs, most: int, seed: int, heading: Any, run: Any, step: Any) -> Settings:
-    """Adds the settings of the run that the page opens with; another `run` changes them and the line `heading`."""
+def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any, step: Any) -> Settings:
+    """Adds the settings of the run that the page opens with; another `run` changes them and the line `heading`. A given
+    seed is fixed."""
     import gradio as gr
 
     play, controls = runs.current, all_controls(runs.current)
@@ -192,24 +228,33 @@ def add_settings(runs: Runs, most: int, seed: int, heading: Any, run: Any, step:
         label = class_dropdown(play)
         main = {key: component(each) for key, each in controls.items() if key.name in MAIN_SETTINGS}
         whole = {"precision": 0, "min_width": 150}
-        limits = {"minimum": 1, "maximum": most, "info": f"Up to {most} at once."}
-        count = gr.Number(min(IMAGES, most), label="images", **limits, **whole)
-        seed_box = gr.Number(seed, label="seed", info="Same again if fixed.", minimum=0, **whole)
-    fixed = gr.Checkbox(False, label="fix the seed", info="Otherwise each press draws a new one.")
+        count = gr.Number(min(IMAGES, most), label="images", info=f"Up to {most} at once.", **whole)
+        seed_box = gr.Number(seed or 0, label="seed", info="The same seed gives the same images.", **whole)
+    fixed = gr.Checkbox(seed is not None, label="fix the seed", info="Otherwise each press draws a new one.")
+    shown, note = gr.Textbox(runs.name(runs.first), visible=False), class_note(play)
     with gr.Accordion("more settings", open=False):
         others = {key: component(each) for key, each in controls.items() if key not in main}
-    settings = Settings(runs, run, step, label, count, seed_box, fixed, main | others)
-    updated = list(settings.controls.values())
+    settings = Settings(runs, most, run, step, label, count, seed_box, fixed, shown, note, main | others)
+    updated, picked = list(settings.controls.values()), gr.State(runs.name(runs.first))
     seed_box.input(None, None, fixed, js="() => true")
-    run.input(settings.pick_run, run, [heading, step, label, *updated])
+    outputs = [heading, step, label, note, shown, picked, *updated]
+    loaded = run.input(settings.pick_run, [run, picked], outputs, show_progress_on=heading)
+    loaded.success(None, run, None, js=f"run => {{ document.title = run + '{TAB_TITLE}' }}")
     decisive = [*settings.decisive.values()]
-    gr.on([each.input for each in decisive], settings.show_controls, [run, step, *decisive], updated)
+    gr.on(
+        [each.input for each in decisive],
+        settings.show_controls,
+        [run, step, *decisive],
+        updated,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     return settings
 
 
 @dataclass(frozen=True)
 class Results:
-    """A gallery of images, with buttons to download them; `area`, which holds them, is hidden until there are some."""
+    """A gallery of images, with buttons to download them; `area`, which holds them, is hidden while there are none."""
 
     area: Any
     gallery: Any
@@ -217,20 +262,43 @@ class Results:
     npz: Any
 
     def fill_on(self, button: Any, draw: Callable[..., list], inputs: list, seed: Any) -> None:
-        """Makes a button show the area, and then what `draw` returns: what `show` does, and the seed."""
+        """Makes a button show what `draw` returns: what `show` does, and the seed."""
+        outputs, style = [self.gallery, self.png, self.npz, seed], {"show_progress_on": self.gallery}
+        fill_on([button.click], draw, inputs, outputs, self.area, self.npz, **style, api_name=draw.__name__)
+
+    def show(
+        self, play: Playground, request: Request, batch: Batch, first: tuple[Image.Image, ...] = (), kind: str = ""
+    ) -> list:
+        """Returns the values that show a batch after other pictures, and let it be downloaded as files that are named
+        after the run and the kind of result."""
         import gradio as gr
 
-        button.click(lambda: gr.Column(visible=True), None, self.area, show_progress="hidden")
-        outputs = [self.gallery, self.png, self.npz, seed]
-        button.click(draw, inputs, outputs, show_progress_on=self.gallery, api_name=draw.__name__)
-
-    def show(self, play: Playground, request: Request, batch: Batch, first: tuple[Image.Image, ...] = ()) -> list:
-        """Returns the values that show a batch after other pictures, and let it be downloaded."""
         pictures = [enlarge_to_picture(image, SIDE) for image in batch["image"]]
         folder = Path(self.gallery.GRADIO_CACHE) / secrets.token_hex(8)
-        files = write_files(folder, f"{play.trained.run.name}_{play.trained.step}_seed{request.seed}", batch)
+        name = f"{play.trained.run.name}_{play.trained.step}{kind}_seed{request.seed}"
+        files = [gr.DownloadButton(value=str(file), visible=True) for file in write_files(folder, name, batch)]
         images = [*first, *zip(pictures, play.captions(batch), strict=True)]
-        return [images, *map(str, files)]
+        return [images, *files]
+
+
+def fill_on(
+    events: list[Callable],
+    work: Callable,
+    inputs: Any,
+    outputs: list,
+    area: Any,
+    content: Any,
+    is_filled: Callable[[Any], bool] = bool,
+    **keywords: Any,
+) -> Any:
+    """Makes events show an area while `work` fills it; if that fails, hides it again unless its `content` is filled."""
+    import gradio as gr
+
+    shown = gr.on(events, lambda: gr.update(visible=True), None, area, show_progress="hidden", api_visibility="private")
+    working = shown.then(work, inputs, outputs, **keywords)
+    quietly = {"show_progress": "hidden", "api_visibility": "private"}
+    working.failure(lambda value: gr.update(visible=is_filled(value)), content, area, **quietly)
+    return working
 
 
 def write_files(folder: Path, name: str, batch: Batch) -> tuple[Path, Path]:
@@ -250,8 +318,8 @@ def add_results(columns: int) -> Results:
     with gr.Column(visible=False) as area:
         gallery = gr.Gallery(columns=columns, **style)
         with gr.Row():
-            png = gr.DownloadButton("Download PNG files (.zip)", size="sm")
-            npz = gr.DownloadButton("Download array (.npz)", size="sm")
+            png = gr.DownloadButton("Download PNG files (.zip)", size="sm", visible=False)
+            npz = gr.DownloadButton("Download array (.npz)", size="sm", visible=False)
     return Results(area, gallery, png, npz)
 
 
@@ -287,30 +355,28 @@ def add_watch_tab(settings: Settings) -> None:
             with gr.Column():
                 gr.Markdown("predicted final image x0")
                 prediction = gr.Image(**style)
-    steps = gr.State([])  # kept small: a session's state stays in memory
+    steps = gr.State(None)  # WatchedSteps
 
     def watch(*values: Any) -> Iterator[tuple]:
-        history, last = [], (None, None)
+        history, last = WatchedSteps(), (None, None)
         with show_errors():
             play, request = settings.read(*values)
             for moment in play.watch(request):
-                history.append(moment)
-                slider = gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=False)
+                history.add(moment)
+                slider = gr.Slider(maximum=max(2, moment.step), value=moment.step, info="", interactive=False)
                 pictures = step_pictures(moment)
                 # the same picture again would be written, by its content's name, while the browser reads it
                 changed = [gr.skip() if new == old else new for new, old in zip(pictures, last, strict=True)]
                 yield slider, *changed, history, request.seed
                 last = pictures
-        yield gr.Slider(interactive=True), gr.skip(), gr.skip(), history, request.seed
+        info = f"Of every {history.stride} steps, one is kept." if history.stride > 1 else ""
+        yield gr.Slider(info=info, interactive=True), gr.skip(), gr.skip(), history, request.seed
 
-    def look(number: float | None, history: list) -> tuple:
-        if not history:
-            return gr.skip(), gr.skip()
-        return step_pictures(history[min(max(int(number or 1), 1), len(history)) - 1])
+    def look(number: float | None, history: WatchedSteps | None) -> tuple:
+        return (gr.skip(), gr.skip()) if history is None else step_pictures(history.nearest(number or 1))
 
-    button.click(lambda: gr.Column(visible=True), None, area, show_progress="hidden")
-    outputs = [step, current, prediction, steps, settings.seed]
-    watching = button.click(watch, settings.inputs, outputs, show_progress_on=[current, prediction])
+    outputs, style = [step, current, prediction, steps, settings.seed], {"show_progress_on": [current, prediction]}
+    watching = fill_on([button.click], watch, settings.inputs, outputs, area, steps, **style)
     stop.click(lambda: gr.Slider(interactive=True), None, step, cancels=[watching])
     step.input(look, [step, steps], [current, prediction])
 
@@ -326,9 +392,9 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
     import gradio as gr
 
     gr.Markdown(
-        "Draw a new sample, click one in the first tab, or upload an image; then brush over the region to inpaint. "
-        f"Here, class *{AS_IN_DATA}* means no class and no guidance."
+        "Draw a new sample, click one in the first tab, or upload an image; then brush over the region to inpaint."
     )
+    settings.note.render()
     with gr.Row():
         take, upload = gr.Button("New sample"), gr.UploadButton("Upload an image")  # gradio hides errors of file types
         button = gr.Button("Inpaint", variant="primary")
@@ -353,7 +419,7 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
 
     def inpaint(canvas: dict | None, *values: Any) -> list:
         with show_errors():
-            if canvas is None or canvas["background"] is None:
+            if not has_picture(canvas):
                 raise ValueError("there is no image: draw a new sample, or upload an image")
             picture, mask = canvas["background"], Image.new("L", canvas["background"].size)
             for layer in canvas["layers"]:
@@ -361,23 +427,27 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
             play, request = settings.read(*values)
             result = play.inpaint(request, picture, mask)
             masked = enlarge_to_picture(result.masked_input, SIDE)
-            return [*results.show(play, request, {"image": result.results}, (masked,)), request.seed]
+            return [*results.show(play, request, result.results, (masked,), "_inpainted"), request.seed]
 
-    gr.on([take.click, upload.upload, gallery.select], lambda: gr.Row(visible=True), None, area, show_progress="hidden")
-    take.click(take_sample, settings.inputs, [editor, settings.seed], show_progress_on=editor)
-    upload.upload(open_upload, upload, editor)
+    filled, style = (area, editor, has_picture), {"show_progress_on": editor}
+    fill_on([take.click], take_sample, settings.inputs, [editor, settings.seed], *filled, **style)
+    fill_on([upload.upload], open_upload, upload, [editor], *filled, **style)
+    gallery.select(lambda: gr.Row(visible=True), None, area, show_progress="hidden")
     gallery.select(select_image, gallery, editor)
     results.fill_on(button, inpaint, [editor, *settings.inputs], settings.seed)
 
 
-def build_page(runs: Runs, most: int, seed: int) -> Any:
-    """Builds the page (gradio.Blocks); `most` is the largest number of images at once."""
+def has_picture(canvas: dict | None) -> bool:
+    """Whether there is a picture in the content of an editor."""
+    return canvas is not None and canvas["background"] is not None
+
+
+def build_page(runs: Runs, most: int, seed: int | None) -> Any:
+    """Builds the page (gradio.Blocks); `most` is the largest number of images at once, a given seed is fixed."""
     import gradio as gr
 
     name = runs.current.trained.run.name
-    with gr.Blocks(
-        title=f"{name}: samples", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE
-    ) as page:
+    with gr.Blocks(title=name + TAB_TITLE, analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as page:
         header = add_header(runs)
         with gr.Row():
             with gr.Column(scale=1, min_width=360):

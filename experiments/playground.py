@@ -7,9 +7,10 @@ import queue
 import re
 import string
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from diffusion.solvers import Solver, get_solver, solvers_for
 from experiments.harness.controls import Control, make_controls, parse_value
-from train.checkpoint import saved_steps
+from train.checkpoint import resolve_step, saved_steps
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item, to_picture
@@ -32,6 +33,8 @@ from train.trained_sampler import TrainedSampler
 DECISIVE = ("solver", "spacing")  # choices on which it depends which other settings there are
 AS_IN_DATA, NO_CLASS = "random (data frequencies)", "none (unconditional)"
 GREY = 128
+MOST_WATCHED = 100  # steps of sampling that are kept to look at them again
+MOST_NAMED, MOST_NEAREST = 20, 5  # choices that a message names, and nearest ones if there are more
 
 
 def escape_markdown(text: str) -> str:
@@ -48,11 +51,30 @@ class DenoisingStep(NamedTuple):
     predicted: Tensor  # the network's prediction of x0
 
 
+class WatchedSteps:
+    """Evenly spaced steps of sampling, at most MOST_WATCHED, and the last one."""
+
+    def __init__(self):
+        self.steps: list[DenoisingStep] = []
+        self.stride = 1
+
+    def add(self, moment: DenoisingStep) -> None:
+        """Adds the next step; drops every second one when there are too many."""
+        self.steps = [each for each in self.steps if (each.step - 1) % self.stride == 0]
+        if len(self.steps) == MOST_WATCHED:
+            self.steps, self.stride = self.steps[::2], 2 * self.stride
+        self.steps.append(moment)
+
+    def nearest(self, number: float) -> DenoisingStep:
+        """Returns the kept step whose number is nearest."""
+        return min(self.steps, key=lambda each: abs(each.step - number))
+
+
 class InpaintingResult(NamedTuple):
     """Inpainted images and their input."""
 
     masked_input: Tensor  # uint8 (C, H, W): the input, grey where it is inpainted
-    results: Tensor  # uint8 (B, C, H, W)
+    results: Batch  # as `Playground.sample` returns them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +155,7 @@ class Playground:
         if label == AS_IN_DATA:
             return source.draw(request.seed, range(request.count))
         if label not in classes.values():
-            raise ValueError(
-                f"got class {label!r}, wanted one of: {', '.join(classes) or '(the model has no classes)'}"
-            )
+            raise ValueError(f"got class {label!r}, wanted {describe_choices(str(label), classes)}")
         if label == NO_CLASS and {*source.fields} == {"label"}:
             return None
         return source.with_values(label=None if label == NO_CLASS else label).draw(request.seed, range(request.count))
@@ -189,15 +209,19 @@ class Playground:
         start = self.trained.space.encode_masked(image[None].to(device), pixel_mask[None].to(device))
         repeated = [each.expand(request.count, *each.shape[1:]) for each in (start.x0, start.keep)]
         masked = torch.where(expand_mask(~start.keep[0].cpu(), pixel_mask.shape), GREY, image)
-        return InpaintingResult(masked, self.draw(request, edit=EditInput(*repeated)))
+        return InpaintingResult(masked, self.sample(request, edit=EditInput(*repeated)))
 
 
 class Runs:
-    """The runs of samplers that the page can choose from; only the one used last is in memory."""
+    """The runs of samplers that the page can choose from.
+
+    The one used last stays in memory; one before it, until the next is loaded and what is being drawn from it is done.
+    """
 
     def __init__(self, logs_root: Path, load: Callable[[Path, int | None], Playground], first: Playground):
         self.root, self.load, self.lock = str(logs_root), load, threading.Lock()
         self.first, self.current = first.trained.run, first
+        self.listed = self.folders
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -213,24 +237,35 @@ class Runs:
 
     def folder(self, name: str) -> Path:
         """Returns the folder of a run; ValueError if it is not in `folders`."""
-        if name not in (folders := self.folders):
-            raise ValueError(f"got run {name!r}, wanted one of: {', '.join(folders)}")
-        return folders[name]
+        if name not in self.listed:
+            self.listed = self.folders
+        if name not in self.listed:
+            raise ValueError(f"got run {name!r}, wanted {describe_choices(name, self.listed)}")
+        return self.listed[name]
 
     def steps(self, name: str) -> list[int]:
         """Returns the steps of a run's checkpoints, the newest first."""
         return saved_steps(self.folder(name))[::-1]
 
-    def open(self, name: str, step: int | None = None) -> Playground:
+    def open(self, name: str, step: int | str | None = None) -> Playground:
         """Returns the sampler of a run at a step, the newest if None; loads it unless it was used last."""
         with self.lock:
-            folder = self.folder(name)
-            if (folder, step) != (self.current.trained.run, self.current.trained.step):
-                steps = self.steps(name)
-                if step not in (None, *steps):
-                    raise ValueError(f"got step {step!r} of {name}, wanted one of: {', '.join(map(str, steps))}")
-                self.current = self.load(folder, step)
+            folder, current = self.folder(name), self.current.trained
+            step = str(resolve_step(folder, None, "step") if step is None else step)
+            if (folder, step) != (current.run, str(current.step)):
+                steps = {str(each): each for each in self.steps(name)}
+                if step not in steps:
+                    raise ValueError(f"got step {step} of {name}, wanted {describe_choices(step, steps)}")
+                self.current = self.load(folder, steps[step])
             return self.current
+
+
+def describe_choices(got: str, choices: Collection[str]) -> str:
+    """Returns in words which choices there are: all, or of many the number and the nearest."""
+    if len(choices) <= MOST_NAMED:
+        return f"one of: {', '.join(choices)}"
+    nearest = get_close_matches(got, choices, MOST_NEAREST, cutoff=0)
+    return f"one of {len(choices)}, such as: {', '.join(nearest)}"
 
 
 def stream(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:

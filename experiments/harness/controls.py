@@ -18,9 +18,14 @@ LABELS = {  # of flags whose names are not the usual terms
     "guidance": "guidance scale",
     "top_k": "top-k",
     "top_p": "top-p",
+    "sigma_min": "smallest sigma",
+    "sigma_max": "largest sigma",
+    "s_churn": "churn",
+    "s_tmin": "smallest sigma of churn",
+    "s_tmax": "largest sigma of churn",
+    "s_noise": "noise factor of churn",
 }
 HINTS = {  # of the main settings, shorter than the help texts of their flags
-    "solver": "How images are drawn.",
     "sample_steps": "More take longer.",
     "temp": "Lower: safer, less varied.",
     "guidance": "Higher: more typical.",
@@ -58,20 +63,17 @@ class Control(NamedTuple):
         return ControlKey(self.name, self.kind, self.optional)
 
     @property
-    def limits(self) -> tuple[float | None, float | None]:
-        """The lowest and the highest number, where the interval includes one."""
-        low, high = self.interval[1:-1].split(", ")
-        return float(low) if self.interval[0] == "[" else None, float(high) if self.interval[-1] == "]" else None
-
-    @property
     def hint(self) -> str:
-        """What the setting does, and the limits of a number that may be empty."""
+        """What the setting does, and the limits of a number, unless the help text has them."""
         low, high = self.interval[1:-1].split(", ")
         text = HINTS.get(self.name, flags_to_labels(" ".join(self.help.split())))
-        if not self.optional or low == "-inf" or self.name in HINTS:
+        if low == "-inf" or re.search(rf"in \[{low}, {high}\]|\b{low}( \([^)]*\))? to {high}\b", text):
             return text
-        above = f"above {low}" if self.interval[0] == "(" else f"{low} or more"
-        return f"{text} {low} to {high}." if float(high) < LARGE else f"{text} {above.capitalize()}."
+        if self.interval[0] == "(":
+            limits = f"above {low}" if float(high) >= LARGE else f"above {low}, up to {high}"
+        else:
+            limits = f"at least {low}" if float(high) >= LARGE else f"{low} to {high}"
+        return f"{text} Allowed: {limits}."
 
 
 def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
@@ -130,8 +132,10 @@ def parse_value(control: Control, value: Any) -> Any:
 
 
 def flags_to_labels(message: str) -> str:
-    """Replaces flags in an error message by labels of the page: `pass --temp T` becomes `pass temperature T`."""
-    return re.sub(r"--(\w+)", lambda flag: label_of(flag[1]), message)
+    """Replaces flags and names of settings in a message by labels of the page: `pass --top_k K` becomes `pass top-k K`,
+    and `with s_churn` becomes `with churn`."""
+    names = "|".join(name for name in LABELS if "_" in name)
+    return re.sub(rf"--(\w+)|\b({names})\b", lambda found: label_of(found[1] or found[2]), message)
 
 
 def label_of(name: str) -> str:

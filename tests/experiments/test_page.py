@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from experiments.page import show_errors
@@ -38,6 +39,18 @@ def test_errors_on_the_page_are_escaped():
     with pytest.raises(gr.Error) as error, show_errors():
         raise ValueError("got <img src=x>: pass --temp T")
     assert error.value.message == "got &lt;img src=x&gt;: pass temperature T"
+
+
+@needs_gradio
+def test_out_of_memory_is_one_line():
+    import gradio as gr
+
+    for failure in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB")):
+        with pytest.raises(gr.Error) as error, show_errors():
+            raise failure
+        assert error.value.message == "out of memory: enter fewer images" and not error.value.print_exception
+    with pytest.raises(RuntimeError, match="another fault"), show_errors():
+        raise RuntimeError("another fault")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +158,12 @@ def test_only_the_fields_of_the_solver_are_there(tab):
 
 @in_browser
 def test_numbers_out_of_their_limits_are_named(tab):
-    assert (field(tab, "images").get_attribute("min"), field(tab, "images").get_attribute("max")) == ("1", "9")
+    enter(tab, "images", 500)
+    press(tab, "Sample")
+    tab.get_by_text("got 500 for images, wanted 1 to 9").wait_for()
+    tab.get_by_text("Download").first.wait_for(state="hidden")  # nor an empty gallery
+    assert tab.locator(".thumbnail-item").count() == 0
+    enter(tab, "images", 2)
     enter(tab, "steps", 0)
     press(tab, "Sample")
     tab.get_by_text("got 0 for steps, wanted at least 1").wait_for()
@@ -192,6 +210,7 @@ def test_another_run_and_step_are_chosen_on_the_page(tab):
     choose(tab, "run", other)
     field(tab, fields[0]).wait_for()
     assert not field(tab, fields[1]).is_visible()
+    tab.wait_for_function("title => document.title === title", arg=f"{other}: samples")
     press(tab, "Sample")
     _, sources = new_images(tab, 2, sources)
     if was_absorbing:

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.playground import (
     AS_IN_DATA,
     NO_CLASS,
+    DenoisingStep,
     Playground,
     Request,
     Runs,
+    WatchedSteps,
+    describe_choices,
     enlarge_to_picture,
     escape_markdown,
     preprocess,
@@ -147,11 +151,35 @@ def test_runs_are_those_with_a_sampler_and_a_checkpoint(play, trained, tmp_path)
     assert [*runs.folders] == [str(first), "absorbing_digits"] and runs.name(first) == str(first)
     assert runs.open(str(first), 3) is play and loaded == []
     other = runs.open("absorbing_digits")
-    assert runs.open("absorbing_digits", 3) is other and loaded == [(logs / "absorbing_digits", None)]
+    assert loaded == [(logs / "absorbing_digits", 3)]
+    assert all(runs.open("absorbing_digits", step) is other for step in (3, "3", None)) and len(loaded) == 1
+    assert runs.open(str(first)) is not other and len(loaded) == 2
     with pytest.raises(ValueError, match="got run '/etc', wanted one of: "):
         runs.open("/etc")
-    with pytest.raises(ValueError, match="got step 2 of absorbing_digits, wanted one of: 3"):
-        runs.open("absorbing_digits", 2)
+    for wrong in (2, "two"):
+        with pytest.raises(ValueError, match=f"got step {wrong} of absorbing_digits, wanted one of: 3"):
+            runs.open("absorbing_digits", wrong)
+
+
+def test_a_press_lists_no_runs_unless_one_is_new(play, trained, monkeypatch):
+    logs, listings = trained, []
+    runs = Runs(logs, lambda *_: play, replace(play, trained=replace(play.trained, run=logs / "absorbing_digits")))
+    monkeypatch.setattr(
+        Path, "glob", lambda path, pattern, glob=Path.glob: listings.append(pattern) or glob(path, pattern)
+    )
+    runs.open("absorbing_digits", 3)
+    assert listings == []
+    with pytest.raises(ValueError, match="got run 'new', wanted one of: absorbing_digits"):
+        runs.open("new", 3)
+    assert "*/config.yaml" in listings
+
+
+def test_of_many_choices_a_message_names_the_nearest():
+    assert describe_choices("x", ["a", "b"]) == "one of: a, b"
+    names = [f"class {i}" for i in range(1000)]
+    message = describe_choices("clas 123", names)
+    assert message.startswith("one of 1000, such as: class 123, class ") and message.count(",") == 5
+    assert describe_choices("??", names).startswith("one of 1000, such as: ")
 
 
 def test_images_are_those_that_the_experiments_draw(playground):
@@ -237,6 +265,14 @@ def test_errors_while_watching_are_raised(play):
         list(play.watch(make_request(play, options={"solver": "first_hitting"})))  # not made by `settings`
 
 
+def test_at_most_a_hundred_watched_steps_are_kept():
+    watched, image = WatchedSteps(), torch.zeros(1, 1, 1, 1)
+    for step in range(1, 1001):
+        watched.add(DenoisingStep(step, 0.0, image, image))
+        assert len(watched.steps) <= 100 and watched.steps[-1].step == step and watched.steps[0].step == 1
+    assert watched.stride == 16 and [watched.nearest(number).step for number in (1, 20, 999)] == [1, 17, 1000]
+
+
 def test_closing_the_stream_stops_the_work():
     put_so_far, more, ended = [], threading.Event(), threading.Event()
 
@@ -271,16 +307,16 @@ def test_unmasked_pixels_are_kept(playground):
     half = side // 2
     assert inpainted.masked_input[:, :half].unique().tolist() == [128]
     assert torch.equal(inpainted.masked_input[:, half:], image[:, half:])
-    assert inpainted.results.shape == (4, *image.shape)
-    assert len(inpainted.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
+    assert inpainted.results["image"].shape == (4, *image.shape)
+    assert len(inpainted.results["image"][:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
     repeated = playground.inpaint(make_request(playground, count=2), picture, mask)
-    assert torch.equal(repeated.results, inpainted.results[:2])
+    assert torch.equal(repeated.results["image"], inpainted.results["image"][:2])
     start = playground.trained.space.encode_masked(
         image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side)
     )
     assert start.keep.float().mean() == 0.5
     if playground.trained.space.first_stage is None:
-        assert torch.equal(inpainted.results[:, :, half:], image[None, :, half:].expand(4, -1, -1, -1))
+        assert torch.equal(inpainted.results["image"][:, :, half:], image[None, :, half:].expand(4, -1, -1, -1))
 
 
 def test_kept_codes_never_change(play, monkeypatch):
@@ -305,11 +341,12 @@ def test_kept_codes_never_change(play, monkeypatch):
     ]  # five of 16 pixels touch two cells per side
     assert torch.equal(codes[start.keep], start.x0[start.keep])
     assert kwargs["conditions"]["label"].tolist() == [3, 3, 3]
+    assert play.captions(inpainted.results) == ["3"] * 3
 
 
 def test_random_classes_mean_none_when_inpainting(playground, monkeypatch):
     requests = []
-    monkeypatch.setattr(Playground, "draw", lambda self, request, **kwargs: requests.append(request))
+    monkeypatch.setattr(Playground, "sample", lambda self, request, **kwargs: requests.append(request))
     picture = Image.new("L", playground.trained.data.size)
     options = {"guidance": 3.0}
     playground.inpaint(make_request(playground, options=options), picture, brush(picture.size, (0, 0, 4, 4)))

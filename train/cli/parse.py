@@ -379,10 +379,17 @@ def run_main(main: Callable[[C], None], config: C) -> None:
     main(config)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is not enough memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
 def describe_error(error: Exception) -> str | None:
     """Returns the message, on one line, of an error that a user can fix; None for other errors of torch."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
+    if is_out_of_memory(error):
         reason = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory ({reason}): pass a smaller --batch_size, a smaller network or smaller images"
     if isinstance(error, RuntimeError):

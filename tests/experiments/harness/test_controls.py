@@ -1,5 +1,6 @@
 """The controls of the demo page: one per sampling setting, and the values they accept."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -85,12 +86,25 @@ def test_control_contents_are_converted_to_field_values():
     assert parse_value(controls["top_k"], "5") == 5 and parse_value(controls["temp"], " 1e-1 ") == 0.1
 
 
-def test_limits_and_hints_come_from_the_ranges():
-    controls = by_name(load_plugin("train.samplers", "absorbing", "sampler").Sampling())
-    assert controls["temp"].limits == (0, None) and controls["remask_eta"].limits == (0, 1)
-    assert controls["top_p"].limits == (None, 1) and controls["guidance"].limits == (None, None)
-    assert controls["remask_eta"].hint.endswith("(0.05). 0 to 1.") and controls["top_k"].hint.endswith("1 or more.")
-    assert "--" not in "".join(each.hint for each in controls.values())
+def test_hints_say_what_a_setting_does_and_its_limits_once():
+    samplers = [load_plugin("train.samplers", name, "sampler").Sampling() for name in ("ddpm", "absorbing")]
+    controls = {name: control for options in samplers for name, control in by_name(options).items()}
+    endings = {
+        "solver": "for few steps halton, confidence, remask.",
+        "sample_steps": "More take longer. Allowed: at least 1.",
+        "temp": "Lower: safer, less varied. Allowed: at least 0.",
+        "guidance": "Higher: more typical.",
+        "top_p": "(nucleus sampling). Allowed: above 0, up to 1.",
+        "remask_eta": "default: 0.05. Allowed: 0 to 1.",
+        "sigma_min": "default: 0.002. Allowed: above 0.",
+        "rho": "default: 7. Allowed: 1 to 1000.",
+        "guidance_rescale": "to the conditional's.",  # both begin with their limits
+        "eta": "1 for dpmpp_2m_sde.",
+    }
+    for name, ending in endings.items():
+        assert controls[name].hint.endswith(ending), controls[name].hint
+    assert controls["s_tmin"].hint.startswith("with churn: smallest sigma")
+    assert not re.search(r"--|_(min|max|churn|temp|steps)\b", "".join(each.hint for each in controls.values()))
 
 
 @pytest.mark.parametrize(
@@ -114,4 +128,5 @@ def test_invalid_control_values_are_refused(name, value, message):
 def test_errors_name_controls_instead_of_flags():
     message = "got 0 for solver ddim, which has none: leave --eta out, or pass --sample_steps 3"
     assert flags_to_labels(message) == "got 0 for solver ddim, which has none: leave eta out, or pass steps 3"
+    assert flags_to_labels("got top_k 0 with s_churn 1, for temp t") == "got top-k 0 with churn 1, for temp t"
     assert flags_to_labels("--guidance_schedule") == "guidance schedule"
