@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SIDE = 64  # pixels; images are resized to it
+SIDE = 64  # pixels; larger images are reduced to it
 
 M = TypeVar("M", bound=nn.Module)
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # uint8 (B, C, H, W) -> (B, C, H, W)
@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
     label_smoothing: float = 0.0
 
 
-RECIPE = Recipe(epochs=30, batch_size=64, peak_lr=3e-3, weight_decay=0.05, label_smoothing=0.1)
+RECIPE = Recipe(epochs=20, batch_size=64, peak_lr=3e-3, weight_decay=0.05, label_smoothing=0.1)
 
 
 class ImageClassifier(nn.Module):
@@ -40,7 +40,7 @@ class ImageClassifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Maps images (B, C, H, W) of any size, in [0, 255], to features (B, 512) float32."""
         images = images.float() / 127.5 - 1
-        if images.shape[-2:] != (SIDE, SIDE):
+        if max(images.shape[-2:]) > SIDE:
             images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         return self.body(images)
 
