@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from experiments.harness.controls import Control, ControlKey, flags_to_labels, make_controls
+from experiments.harness.controls import Control, ControlKey, component, flags_to_labels, make_controls
 from experiments.harness.images import SampleWriter
 from experiments.playground import (
     AS_IN_DATA,
@@ -58,27 +58,6 @@ def show_errors() -> Iterator[None]:
         raise gr.Error("out of memory: enter fewer images", print_exception=False) from error
 
 
-def component(control: Control) -> Any:
-    """Returns the gradio component of a control, or the update of one.
-
-    A number that may be empty is a text: gradio turns an empty number into 0 when it appears.
-    """
-    import gradio as gr
-
-    common = {"label": control.label, "info": control.hint, "value": control.value}
-    common |= {"visible": control.visible, "min_width": 150}
-    if control.kind == "choice":
-        choices = [("default", ""), *control.choices] if control.optional else control.choices
-        common |= {"value": "" if control.value is None else control.value}
-        return gr.Dropdown(choices, **common, allow_custom_value=control.name == "solver")  # not the same for all runs
-    if control.kind == "switch":
-        return gr.Checkbox(**common)
-    if control.optional or control.kind == "numbers":
-        common |= {"value": "" if control.value is None else str(control.value)}
-        return gr.Textbox(**common, placeholder=control.placeholder, interactive=control.editable)
-    return gr.Number(**common, step=1 if control.kind == "integer" else 0.1)
-
-
 def class_dropdown(play: Playground) -> Any:
     """Returns the dropdown of a model's classes, or the update of it."""
     import gradio as gr
@@ -113,14 +92,14 @@ class Settings:
     count: Any
     seed: Any
     fixed: Any
-    shown: Any  # hidden: the run whose settings are shown, which is another one than chosen while that is loaded
+    settings_run: Any  # hidden: the run whose settings these are, which is another one than chosen while that is loaded
     note: Any  # on the class in the tab Inpaint, which renders it
     controls: dict[ControlKey, Any]
 
     @property
     def inputs(self) -> list:
         """The components whose values `read` takes."""
-        first = [self.run, self.step, self.label, self.count, self.seed, self.fixed, self.shown]
+        first = [self.run, self.step, self.label, self.count, self.seed, self.fixed, self.settings_run]
         return [*first, *self.controls.values()]
 
     def read(
@@ -131,13 +110,13 @@ class Settings:
         count: int | None,
         seed: int | None,
         fixed: bool,
-        shown: str,
+        settings_run: str,
         *values: Any,
     ) -> tuple[Playground, Request]:
         """Returns the sampler and the request that the values of `inputs` ask for; draws the seed unless it is
         fixed."""
-        if run != shown:
-            raise ValueError(f"the settings are still those of {shown}: wait until {run} is loaded, or choose it again")
+        if run != settings_run:
+            raise ValueError(f"the settings are those of {settings_run}: wait until {run} is loaded, or choose it again")
         for name, value in {"images": count, "seed": seed if fixed else 0}.items():
             if value is None:
                 raise ValueError(f"{name} is empty: enter a number")
@@ -156,12 +135,12 @@ class Settings:
         steps = self.runs.steps(self.runs.name(self.runs.first))
         return [gr.update(choices=[*self.runs.folders]), gr.update(choices=steps)]
 
-    def pick_run(self, run: str, picked: str) -> list:
-        """Loads the newest checkpoint of a run, unless it was picked last; returns updates of title, step, class, note,
-        shown and picked run, and controls."""
+    def pick_run(self, run: str, last_choice: str) -> list:
+        """Loads the newest checkpoint of a run, unless it was chosen last; returns updates of title, step, class, note,
+        its name twice, and controls."""
         import gradio as gr
 
-        if run == picked:  # gradio tells a choice again when another field is clicked
+        if run == last_choice:  # gradio reports a choice again when another field is clicked
             return [gr.skip()] * (6 + len(self.controls))
         with show_errors():
             play = self.runs.open(run)
@@ -231,14 +210,14 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
         count = gr.Number(min(IMAGES, most), label="images", info=f"Up to {most} at once.", **whole)
         seed_box = gr.Number(seed or 0, label="seed", info="The same seed gives the same images.", **whole)
     fixed = gr.Checkbox(seed is not None, label="fix the seed", info="Otherwise each press draws a new one.")
-    shown, note = gr.Textbox(runs.name(runs.first), visible=False), class_note(play)
+    settings_run, note = gr.Textbox(runs.name(runs.first), visible=False), class_note(play)
     with gr.Accordion("more settings", open=False):
         others = {key: component(each) for key, each in controls.items() if key not in main}
-    settings = Settings(runs, most, run, step, label, count, seed_box, fixed, shown, note, main | others)
-    updated, picked = list(settings.controls.values()), gr.State(runs.name(runs.first))
+    settings = Settings(runs, most, run, step, label, count, seed_box, fixed, settings_run, note, main | others)
+    updated, last_choice = list(settings.controls.values()), gr.State(runs.name(runs.first))
     seed_box.input(None, None, fixed, js="() => true")
-    outputs = [heading, step, label, note, shown, picked, *updated]
-    loaded = run.input(settings.pick_run, [run, picked], outputs, show_progress_on=heading)
+    outputs = [heading, step, label, note, settings_run, last_choice, *updated]
+    loaded = run.input(settings.pick_run, [run, last_choice], outputs, show_progress_on=heading)
     loaded.success(None, run, None, js=f"run => {{ document.title = run + '{TAB_TITLE}' }}")
     decisive = [*settings.decisive.values()]
     gr.on(
@@ -294,9 +273,9 @@ def fill_on(
     """Makes events show an area while `work` fills it; if that fails, hides it again unless its `content` is filled."""
     import gradio as gr
 
-    shown = gr.on(events, lambda: gr.update(visible=True), None, area, show_progress="hidden", api_visibility="private")
-    working = shown.then(work, inputs, outputs, **keywords)
     quietly = {"show_progress": "hidden", "api_visibility": "private"}
+    visible = gr.on(events, lambda: gr.update(visible=True), None, area, **quietly)
+    working = visible.then(work, inputs, outputs, **keywords)
     working.failure(lambda value: gr.update(visible=is_filled(value)), content, area, **quietly)
     return working
 

@@ -141,3 +141,24 @@ def flags_to_labels(message: str) -> str:
 def label_of(name: str) -> str:
     """Returns the label of a setting on the page."""
     return LABELS.get(name, name.replace("_", " "))
+
+
+def component(control: Control) -> Any:
+    """Returns the gradio component of a control, or the update of one.
+
+    A number that may be empty is a text: gradio turns an empty number into 0 when it appears.
+    """
+    import gradio as gr
+
+    common = {"label": control.label, "info": control.hint, "value": control.value}
+    common |= {"visible": control.visible, "min_width": 150}
+    if control.kind == "choice":
+        choices = [("default", ""), *control.choices] if control.optional else control.choices
+        common |= {"value": "" if control.value is None else control.value}
+        return gr.Dropdown(choices, **common, allow_custom_value=control.name == "solver")  # not the same for all runs
+    if control.kind == "switch":
+        return gr.Checkbox(**common)
+    if control.optional or control.kind == "numbers":
+        common |= {"value": "" if control.value is None else str(control.value)}
+        return gr.Textbox(**common, placeholder=control.placeholder, interactive=control.editable)
+    return gr.Number(**common, step=1 if control.kind == "integer" else 0.1)
