@@ -116,7 +116,7 @@ class Settings:
         """Returns the sampler and the request that the values of `inputs` ask for; draws the seed unless it is
         fixed."""
         if run != settings_run:
-            raise ValueError(f"the settings are those of {settings_run}: wait until {run} is loaded, or choose it again")
+            raise ValueError(f"the settings are those of {settings_run}: wait until {run} is loaded, or choose again")
         for name, value in {"images": count, "seed": seed if fixed else 0}.items():
             if value is None:
                 raise ValueError(f"{name} is empty: enter a number")
