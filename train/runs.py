@@ -228,17 +228,18 @@ def run_lock(run: Path) -> Iterator[None]:
     The file is deleted at the end, and so are folders created here in which nothing was written.
     """
     created = missing_folders(run)
-    run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / LOCK, timeout=0)  # the operating system releases it when the process dies
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"another process is writing to {run}: wait for it, or pass another --log_dir") from error
-    try:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"another process is writing to {run}: wait for it, or pass another --log_dir") from error
         yield
     finally:
-        (run / LOCK).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            (run / LOCK).unlink(missing_ok=True)  # filelock refuses the deleted file, if a process has it open
+            lock.release()
         with suppress(OSError):  # those that are not empty stay
             for folder in created:
                 folder.rmdir()

@@ -212,6 +212,16 @@ def test_the_lock_leaves_nothing_where_nothing_was_written(tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
+def test_a_lock_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(lock):
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr("train.runs.FileLock.acquire", fail)
+    with pytest.raises(OSError, match="no locks"), run_lock(tmp_path / "new" / "run"):
+        pass
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_a_damaged_newest_checkpoint_is_skipped(uninterrupted, run_copy):
     for step in (6, 8):
         damage(checkpoint_path(run_copy, step))
