@@ -56,14 +56,14 @@ def test_each_sample_stands_before_its_nearest_image():
 def test_the_command_judges_the_samples_of_a_run(trained, capsys, monkeypatch):
     monkeypatch.setattr(image_classifier, "RECIPE", image_classifier.RECIPE._replace(epochs=1))
     monkeypatch.setattr(check_classes, "MAX_IMAGES", 64)
-    call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 12")
-    call("experiments/check_classes.py", f"--logs_root {trained}")
+    call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 12 --log_dir classes")
+    samples = trained / "classes" / "samples.npz"
+    call("experiments/check_classes.py", f"--logs_root {trained} --samples {samples} --log_dir judged")
     out = capsys.readouterr().out
     assert "ratio" in out and "Fréchet distance in its features" in out
-    (folder,) = trained.glob("check_classes_*")
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((trained / "judged" / "results.json").read_text())
     assert sum(row["n_samples"] for row in results["classes"]) == 12
-    assert (folder / "classes.png").is_file()
+    assert (trained / "judged" / "classes.png").is_file()
 
 
 def test_samples_without_classes_are_refused(trained, tmp_path, capfd):
