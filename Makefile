@@ -53,7 +53,7 @@ test: $(VENV)/dev  ## run the test suite (under 8 minutes on 2 CPU cores)
 test-all: $(VENV)/dev  ## run all tests, including slow ones
 	$(RUN) -m pytest -m ""
 
-fuzz: $(VENV)/dev  ## throw 10,000 generated command lines, files and runs at the scripts (under an hour on 2 CPU cores)
+fuzz: $(VENV)/dev  ## throw 10,000 generated command lines, files and runs at the scripts (half an hour on 2 CPU cores)
 	$(RUN) tests/fuzz
 
 test-oldest: $(OLDEST)/ready  ## run the test suite with the oldest supported torch, in a separate environment

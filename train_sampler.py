@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from experiments.metrics.training_distance import sample_distance
-from train.class_names import check_class_order
+from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, first_stage_data, run_script
 from train.config import SecondStageConfig
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
         config = replace(config, data=data)
         resumed = resumed_provenance(run, training.resume)
         space = open_space(config, resumed, images["train"], world)
-        frequencies, recorded = class_frequencies(images["train"]), tuple(resumed.get("class_names", ()))
+        frequencies, recorded = class_frequencies(images["train"]), recorded_class_names(resumed, run)
         names = images["train"].class_names or recorded
         check_class_order(names, recorded, resumed_run(run, training.resume) or run)
         check_balance(training.balance_classes, images["train"].labels)

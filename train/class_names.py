@@ -105,6 +105,14 @@ def check_class_names(class_names: Sequence[str], n_classes: int) -> None:
         raise ValueError(f"got {len(class_names)} names of classes, wanted {wanted}: pass {n_classes} --class_names")
 
 
+def recorded_class_names(origin: dict[str, Any], run: Path) -> tuple[str, ...]:
+    """Returns the names of classes in the origin of a run's config.yaml, () without; ValueError if it is damaged."""
+    names = origin.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{run / 'config.yaml'} has no list of names as class_names in its origin: is it damaged?")
+    return tuple(names)
+
+
 def check_class_order(class_names: Sequence[str], recorded: Sequence[str], run: Path) -> None:
     """Raises ValueError if a name that the resumed run recorded is now that of another class: they would be mixed."""
     for number, name in enumerate(class_names):

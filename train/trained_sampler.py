@@ -24,7 +24,7 @@ from train.checkpoint import (
     saved_steps,
     verify_checkpoint,
 )
-from train.class_names import class_captions
+from train.class_names import class_captions, recorded_class_names
 from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
@@ -298,7 +298,7 @@ def load_sampler(
     check_allowed(run, config.reader, allow, config.sampler)
     origin = content.get("origin", {})
     frequencies = origin.get("class_frequencies")
-    if frequencies is None:
+    if not isinstance(frequencies, list):
         raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
     module = load_plugin("train.samplers", config.sampler.sampler, "sampler")
     sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
@@ -309,7 +309,7 @@ def load_sampler(
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length)
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-    names = tuple(origin.get("class_names", ())) if sampler.n_classes else ()
+    names = recorded_class_names(origin, run) if sampler.n_classes else ()
     world, data, reader = DistContext(device), config.data, config.reader
     return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, names)
 

@@ -11,7 +11,14 @@ import torch
 import yaml
 
 from helpers.tiny_runs import DDPM, ROOT, call
-from train.class_names import ClassLabel, check_class_order, class_captions, class_index, with_class_numbers
+from train.class_names import (
+    ClassLabel,
+    check_class_order,
+    class_captions,
+    class_index,
+    recorded_class_names,
+    with_class_numbers,
+)
 from train.config import DataConfig
 from train.data import loading
 from train.data.loading import build_dataset
@@ -84,6 +91,14 @@ def test_no_class_is_a_row_of_a_file_and_not_a_label():
     assert with_class_numbers(LabelConfig(LabelGroup("none")), 3, ("bag", "hat", "none")).samples.label == 2
     with pytest.raises(ValueError, match="got --label None, wanted a class: pass --condition_file .*, or leave"):
         with_class_numbers(LabelConfig(LabelGroup("None")), 3, NAMES)
+
+
+def test_damaged_names_of_a_run_are_refused():
+    assert recorded_class_names({}, Path("run")) == ()
+    assert recorded_class_names({"class_names": [*NAMES]}, Path("run")) == NAMES
+    for damaged in (3, "bag", None, [1, 2, 3]):
+        with pytest.raises(ValueError, match="run/config.yaml has no list of names .* is it damaged"):
+            recorded_class_names({"class_names": damaged}, Path("run"))
 
 
 def test_a_name_of_another_class_is_refused():
