@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches, broadcast_object
 from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
+from experiments.harness.images import match_data_channels
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
 from experiments.metrics import image_pairs
@@ -34,7 +35,7 @@ from experiments.metrics.nearest_neighbours import (
 )
 from models.ranges import COUNT, SIZE, check_ranges
 from train.class_names import class_captions
-from train.config import DataConfig, SamplingConfig
+from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
 from train.datasets import Dataset
@@ -173,18 +174,6 @@ def data_captions(dataset: Dataset, indices: Tensor) -> list[str]:
     if dataset.labels is None:
         return [""] * len(indices)
     return class_captions(torch.from_numpy(dataset.labels)[indices], dataset.n_classes, dataset.class_names)
-
-
-def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
-    """Converts uint8 images (N, C, H, W) to the channels of the training data; ValueError if their size differs."""
-    if tuple(images.shape[2:]) != data.size:
-        got, wanted = ("x".join(map(str, each)) for each in (images.shape[2:], data.size))
-        raise ValueError(f"got samples of {got} pixels, wanted {wanted}, as in training: pass other --samples")
-    if images.shape[1] == data.n_channels:
-        return images
-    if data.n_channels == 3:
-        return images.expand(-1, 3, -1, -1)
-    return images.float().mean(1, keepdim=True).round().byte()
 
 
 def code_copies(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import (
-    ExperimentSetup,
-    ModelConfig,
-    OutputConfig,
-    default_results_name,
-    run_experiment,
-)
-from experiments.harness.images import read_samples, save_grid
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.images import CheckConfig, match_data_channels, read_samples, samples_path, save_grid
 from experiments.harness.report import table
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.image_classifier import RECIPE, ImageClassifier, train_image_classifier
 from experiments.metrics.neighbours import nearest
-from train.cli.files import run_folder
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.distributed import DistContext
 from train.progress import Progress
@@ -34,16 +27,6 @@ from train.trained_sampler import TrainedSampler
 PAIRS = 5  # samples of a class in the picture, each followed by its nearest training image
 BATCH = 250  # images at a time
 MAX_IMAGES = 20_000  # of a split that are loaded
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """Check."""
-
-    samples: str | None = None
-    """The samples.npz to check; if omitted, the one that get_samples.py wrote for the same model."""
-
-    EVERYDAY = ("samples",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +51,18 @@ class LabelledImages(NamedTuple):
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Finds the samples; they are measured again each time. ValueError: a model or samples without classes."""
-    folder = run_folder(config.output.logs_root, default_results_name("samples", config.model, model))
-    path = Path(config.check.samples or folder / "samples.npz")
+    """Reads the samples; they are measured again each time.
+
+    ValueError: a model or samples without classes, or samples of another size than the model's.
+    """
     if not model.sampler.n_classes:
         raise ValueError(f"{model.run} has no classes to check: calc_FID.py measures its images")
-    samples, data = read_samples(path, model.data.n_channels), model.data
+    path = samples_path(config.check, config.model, config.output, model)
+    samples = read_samples(path, model.data.n_channels)
     labels = samples.get("labels")
     if labels is None or not (kept := labels < model.sampler.n_classes).any():
         raise ValueError(f"{path} has no classes: write it with get_samples.py from a model with classes")
-    C = data.n_channels
-    images = samples["image"] if C != 1 else samples["image"][:, :1]  # saved as RGB
+    images = match_data_channels(samples["image"], model.data)
     return ExperimentSetup((LabelledImages(images[kept], labels[kept].long()),), is_current=lambda results: False)
 
 

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import (
-    ExperimentSetup,
-    ModelConfig,
-    OutputConfig,
-    default_results_name,
-    run_experiment,
-)
-from experiments.harness.images import read_samples, save_grid
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.images import CheckConfig, read_samples, samples_path, save_grid
 from experiments.harness.report import table
 from experiments.metrics.classifier import (
     class_balance,
@@ -30,7 +24,6 @@ from experiments.metrics.classifier import (
 )
 from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
 from experiments.metrics.neighbours import coverage
-from train.cli.files import run_folder
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import training_views
 from train.distributed import DistContext
@@ -70,16 +63,6 @@ GOALS = {  # by key of results.json
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """Check."""
-
-    samples: str | None = None
-    """The samples.npz to check; if omitted, the one that get_samples.py wrote for the same model."""
-
-    EVERYDAY = ("samples",)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Checks generated digits; writes results.json and digits.png to <logs_root>/<log_dir>."""
 
@@ -95,8 +78,8 @@ class Config:
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Finds the samples; they are measured again each time."""
-    folder = run_folder(config.output.logs_root, default_results_name("samples", config.model, model))
-    return ExperimentSetup((Path(config.check.samples or folder / "samples.npz"),), is_current=lambda results: False)
+    path = samples_path(config.check, config.model, config.output, model)
+    return ExperimentSetup((path,), is_current=lambda results: False)
 
 
 def measure(path: Path, model: TrainedSampler, batches: ResumableBatches) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from experiments.harness.experiment import ModelConfig, OutputConfig, default_results_name
+from train.cli.files import run_folder
+from train.config import DataConfig
 from train.data.transforms import grey_to_rgb, to_picture
 from train.datasets._channels import PICTURES
 from train.files import atomic_write, read_arrays
@@ -23,6 +27,16 @@ from train.trained_sampler import TrainedSampler
 
 GRID_IMAGES = 64  # images in a grid
 STRIP_IMAGES, STRIP_STEPS = 6, 10  # images shown as denoising strips, and steps in each strip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Check."""
+
+    samples: str | None = None
+    """The samples.npz to check; if omitted, the one that get_samples.py wrote for the same model."""
+
+    EVERYDAY = ("samples",)
 
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None, captions: Sequence[str] = ()) -> None:
@@ -109,6 +123,12 @@ def save_image(path: Path, image: np.ndarray) -> None:
         np.save(f"{path}.npy", image)
 
 
+def samples_path(check: CheckConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:
+    """Returns the samples.npz to check, which need not exist."""
+    folder = run_folder(output.logs_root, default_results_name("samples", model, trained))
+    return Path(check.samples or folder / "samples.npz")
+
+
 def read_samples(path: Path, n_channels: int | None = 3) -> dict[str, Tensor]:
     """Reads a samples.npz: "image" uint8 (N, C, H, W), grey as RGB, and "codes", "values" and "labels" if present.
 
@@ -122,6 +142,18 @@ def read_samples(path: Path, n_channels: int | None = 3) -> dict[str, Tensor]:
     if not is_array or C not in (None, images.shape[-1]) or len(images) < 2:
         raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, {C or 'C'}) with at least 2 images")
     return {"image": images.permute(0, 3, 1, 2), **content}
+
+
+def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
+    """Converts uint8 images (N, C, H, W) to the channels of the training data; ValueError if their size differs."""
+    if tuple(images.shape[2:]) != data.size:
+        got, wanted = ("x".join(map(str, each)) for each in (images.shape[2:], data.size))
+        raise ValueError(f"got samples of {got} pixels, wanted {wanted}, as in training: pass other --samples")
+    if images.shape[1] == data.n_channels:
+        return images
+    if data.n_channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    return images.float().mean(1, keepdim=True).round().byte()
 
 
 class StepRecorder:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.calc_nearest_neighbours import match_data_channels
 from experiments.harness.batches import BATCHES_FOLDER
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.images import match_data_channels
 from experiments.metrics import nearest_neighbours
 from experiments.metrics.nearest_neighbours import PictureRow, display_size, save_neighbour_picture
 from helpers.tiny_runs import call, run

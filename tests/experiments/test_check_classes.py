@@ -66,8 +66,16 @@ def test_the_command_judges_the_samples_of_a_run(trained, capsys, monkeypatch):
     assert (trained / "judged" / "classes.png").is_file()
 
 
-def test_samples_without_classes_are_refused(trained, tmp_path, capfd):
-    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
-    with pytest.raises(SystemExit) as stop:
-        call("experiments/check_classes.py", f"--logs_root {trained} --samples {tmp_path / 'x.npz'}")
-    assert stop.value.code == 2 and "has no classes: write it with get_samples.py" in capfd.readouterr().err
+def test_samples_that_cannot_be_judged_are_refused(trained, tmp_path, capfd):
+    files = {
+        "has no classes: write it with get_samples.py": {"arr_0": np.zeros((3, 16, 16, 3), np.uint8)},
+        "got samples of 8x8 pixels, wanted": {
+            "arr_0": np.zeros((3, 8, 8, 3), np.uint8),
+            "labels": np.zeros(3, np.int64),
+        },
+    }
+    for message, arrays in files.items():
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(SystemExit) as stop:
+            call("experiments/check_classes.py", f"--logs_root {trained} --samples {tmp_path / 'x.npz'}")
+        assert stop.value.code == 2 and message in capfd.readouterr().err
