@@ -382,7 +382,7 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
         tools = {"brush": brush, "transforms": (), "layers": False, "sources": (), "type": "pil"}
         editor = gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
         with gr.Column():
-            results = add_results(4)
+            results = add_results(3)
 
     def take_sample(*values: Any) -> tuple[Image.Image, int]:
         with show_errors():
