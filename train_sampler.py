@@ -12,7 +12,7 @@ from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, first_stage_data, run_script
 from train.config import SecondStageConfig
-from train.data.loading import build_splits, with_declared_range
+from train.data.loading import WithNoise, build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
@@ -75,6 +75,8 @@ def main(config: Config) -> None:
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
+        if loading["workers"] and sampler.noise_shape is not None:
+            sources["train"] = WithNoise(sources["train"], training.seed, sampler.noise_shape)
         model_name = f"{config.sampler.sampler} on {space.description}"
         print_start(state, training, world, model_name, len(sources["train"]), names)
         timer = Timer()

@@ -107,15 +107,18 @@ class Logger:
     def __call__(self, state: TrainState, outputs: Outputs) -> None:
         means = state.counters["metrics"]
         for name, value in outputs.items():
-            if value.ndim == 0:
+            if value.ndim == 0 and name != "finite":
                 value = value.detach().float()
                 sum_and_count = torch.stack([value, torch.ones_like(value)])  # some metrics start later than others
+                if "finite" in outputs:
+                    sum_and_count = sum_and_count.where(outputs["finite"], 0)
                 means.add(name, sum_and_count / self.world.size)
         if self.world.is_main:
             self.progress.update()
         if state.step % self.every and state.step != self.steps:
             return
-        values = {name: (total / count).item() for name, (total, count) in means.reduce_and_reset().items()}
+        state.settle()
+        values = read_means(means.reduce_and_reset())
         values |= {f"ema_distance/{name}": self.ema_distance(state, name) for name in state.averages}
         if state.bad_steps:
             values["skipped_steps"] = float(len(state.bad_steps))
@@ -192,6 +195,15 @@ class Logger:
         if self.world.is_main:
             self.progress.close()
             self.writer.close()
+
+
+def read_means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the means of named sums and counts (2,), all in one copy from the device; without those of count 0."""
+    if not sums:
+        return {}
+    totals, counts = torch.stack(list(sums.values()), 1)
+    pairs = torch.stack([totals / counts, counts], 1).tolist()
+    return {name: mean for name, (mean, count) in zip(sums, pairs, strict=True) if count}
 
 
 def compare(name: str) -> list[str | list[str]]:

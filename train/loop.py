@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -91,9 +92,18 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
+@dataclass(frozen=True)
+class PendingStep:
+    """A step of which only the device knows yet whether it was taken."""
+
+    finite: Tensor  # () bool: its loss and gradients were finite, else no weight has changed
+    on_skipped: Callable[[], None]
+
+
 @dataclass
 class TrainState:
-    """Everything that training changes. A checkpoint holds all of it except `replicas`, which wrap the modules."""
+    """Everything that training changes. A checkpoint holds all of it except `replicas`, which wrap the modules, and
+    `pending`, which is settled first."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
@@ -106,6 +116,18 @@ class TrainState:
     best: dict[str, tuple[float, int]] = field(default_factory=dict)  # lowest value of each metric, and its step
     unfinished: list[str] = field(default_factory=list)  # hooks of this step that a signal kept from running
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
+    pending: PendingStep | None = None  # the last step, until `settle` is called
+
+    def settle(self) -> bool:
+        """Waits for the device to finish the pending step, if there is one; returns whether it was taken.
+
+        A step that was not taken is recorded in `bad_steps`, so read those only after this call.
+        """
+        pending, self.pending = self.pending, None
+        taken = pending is None or bool(pending.finite)
+        if not taken:
+            pending.on_skipped()
+        return taken
 
     def eval_module(self, name: str) -> nn.Module:
         """Returns the module to evaluate: its EMA copy if there is one, otherwise the module itself."""
@@ -118,6 +140,7 @@ class TrainState:
 
 Hook = Callable[[TrainState, Outputs], None]
 StepFn = Callable[[TrainState, Sequence[Batch]], Outputs | None]
+SETTLE_THEMSELVES = {"profile", "logging", "checkpoints"}  # hooks that most often need not know if a step was taken
 
 
 def fit(
@@ -129,17 +152,20 @@ def fit(
     world: DistContext,
     seed: int = 0,
     hooks: Sequence[tuple[str, int, Hook]] = (),
-    on_skipped: Callable[[TrainState, Sequence[Batch]], None] = lambda state, micro_batches: None,
+    on_skipped: Callable[[TrainState, int, Sequence[Batch]], None] = lambda state, step, micro_batches: None,
     timer: Timer | None = None,
 ) -> None:
     """Trains until `state.step == steps`.
 
     `batches` starts at `state.step` and yields the micro-batches of one step at a time. `step_fn` runs backward and the
     optimizers; it returns None if it left the weights unchanged because a loss or gradient was not finite, and
-    `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps (0: never) and after the last step,
-    with the outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase, for a hook
-    under its name. A signal to stop raises Interrupted while the loop waits for data, or in a hook that allows it; the
-    hooks that a saved state lists as `unfinished` are called first, without outputs.
+    `on_skipped` is called with the step and its batch. If only the device knows yet, its outputs have "finite" () bool,
+    which is read after the next step has been queued, so that the device never waits for the host. Each
+    `(name, every, hook)` is called every `every` steps (0: never) and after the last step, with the outputs of the step
+    (an empty dict if it was skipped); those of `SETTLE_THEMSELVES` may be called before it is known. `timer` records
+    the time of each phase, for a hook under its name. A signal to stop raises Interrupted while the loop waits for
+    data, or in a hook that allows it; the hooks that a saved state lists as `unfinished` are called first, without
+    outputs.
     """
     timer = timer or Timer()
     run_hooks(state, {}, [hook for hook in hooks if hook[1] and hook[0] in state.unfinished], timer)
@@ -149,13 +175,21 @@ def fit(
         reseed(seed, state.step, world.rank)
         with timer("step"):
             outputs = step_fn(state, micro_batches)
+            state.settle()  # the step before this one
+        skipped = partial(on_skipped, state, state.step, micro_batches)
         if outputs is None:
-            on_skipped(state, micro_batches)
+            skipped()
+        elif "finite" in outputs:
+            state.pending = PendingStep(outputs["finite"], skipped)
         state.step += 1
         with timer("ema"):
             update_averages(state)
         due = [hook for hook in hooks if hook[1] and (state.step % hook[1] == 0 or state.step == steps)]
+        if not SETTLE_THEMSELVES.issuperset(name for name, *_ in due):
+            with timer("step"):
+                outputs = outputs if state.settle() else None
         run_hooks(state, outputs or {}, due, timer)
+    state.settle()
 
 
 def run_hooks(state: TrainState, outputs: Outputs, hooks: Sequence[tuple[str, int, Hook]], timer: Timer) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import NAdam, Optimizer, RAdam
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from train.data.collate import field_to_tensor, pad
 from train.distributed import DistContext, grad_norm, is_sharded, local_grads
@@ -110,8 +111,8 @@ def adafactor(parameters: list[nn.Parameter], lr: float, decay: float, betas: tu
 
 OptimizerFactory = Callable[[list[nn.Parameter], float, float, tuple[float, float]], Optimizer]
 OPTIMIZERS: dict[str, OptimizerFactory] = {
-    "adamw": lambda p, lr, decay, betas: torch.optim.AdamW(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
-    "adam": lambda p, lr, decay, betas: torch.optim.Adam(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
+    "adamw": lambda p, lr, decay, betas: AdamW(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
+    "adam": lambda p, lr, decay, betas: Adam(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
     "radam": lambda p, lr, decay, betas: RAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
     "nadam": lambda p, lr, decay, betas: NAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
     "sgd": sgd,
@@ -132,37 +133,70 @@ def match_parameter_strides(optimizer: Optimizer) -> None:
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+class StepResult(NamedTuple):
+    """What `clip_and_step` did: norms () of each optimizer's gradients, and whether all are finite, () bool."""
+
+    norms: list[Tensor]
+    finite: Tensor
+
+
 def clip_and_step(
     state: TrainState, names: list[str], world: DistContext, *, lr: float, clip: float
-) -> list[Tensor] | None:
+) -> StepResult | None:
     """Clips the gradients of each named optimizer to norm `clip` (0: no clipping), then takes a step with each.
 
-    Returns the norms before clipping. If one of them is not finite, no weight changes and None is returned; the norms
-    are global, so all processes decide alike.
+    Returns the norms before clipping. If one of them is not finite, no weight or moment changes; the norms are global,
+    so all processes decide alike. Fused Adam decides on the device, so the host need not wait for it. With other
+    optimizers and with a loss scale it waits, and None is returned for a step that was not taken.
     """
     scale: LossScale | None = state.extras.get("loss_scale")
-    parameters = {name: [p for g in state.optimizers[name].param_groups for p in g["params"]] for name in names}
-    norms = torch.stack([grad_norm(group, world) for group in parameters.values()])
+    optimizers = [state.optimizers[name] for name in names]
+    parameters = [[p for g in optimizer.param_groups for p in g["params"]] for optimizer in optimizers]
+    norms = torch.stack([grad_norm(group, world) for group in parameters])
     if scale is not None:
         norms = norms / scale.value
-    finite = bool(norms.isfinite().all())
-    for name, norm in zip(names, norms, strict=True):
-        optimizer = state.optimizers[name]
-        if finite:
-            factor = torch.ones_like(norm) if clip == 0 else (clip / (norm + 1e-6)).clamp(max=1)
-            if scale is not None:
-                factor = factor / scale.value
-            if clip > 0 or scale is not None:
-                torch._foreach_mul_(local_grads(parameters[name]), factor)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+    finite = norms.isfinite().all()
+    waits = scale is not None or not all(map(can_skip_on_device, optimizers))
+    taken = not waits or bool(finite)
+    for norm, optimizer, group in zip(norms, optimizers, parameters, strict=True):
+        if taken:
+            set_learning_rate(optimizer, lr)
+            divisor = torch.ones_like(norm) if clip == 0 else ((norm + 1e-6) / clip).clamp(min=1)
+            if waits:
+                divide_grads(group, divisor if scale is None else divisor * scale.value)
+                optimizer.step()
+            else:
+                step_if_finite(optimizer, finite, divisor)
         optimizer.zero_grad()
     if scale is not None:
-        scale.record_finite() if finite else scale.record_overflow()
-    if not finite:
-        return None
-    return list(norms)
+        scale.record_finite() if taken else scale.record_overflow()
+    return StepResult(list(norms), finite) if taken else None
+
+
+def can_skip_on_device(optimizer: Optimizer) -> bool:
+    """Returns whether `step_if_finite` supports an optimizer: fused Adam or AdamW of unsharded parameters."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and type(optimizer) in (Adam, AdamW) and not any_sharded(optimizer.param_groups[0]["params"])
+
+
+def step_if_finite(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> None:
+    """Takes a step with the gradients divided by `divisor` () if `finite` () is true; it does not synchronise.
+
+    These are the two attributes by which torch's GradScaler tells a fused optimizer to divide and to skip.
+    """
+    optimizer.grad_scale, optimizer.found_inf = divisor, (~finite).float()
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def divide_grads(parameters: list[nn.Parameter], divisor: Tensor) -> None:
+    """Divides the gradients of the parameters by `divisor` (), in place."""
+    torch._foreach_div_(local_grads(parameters), divisor)
 
 
 class BadStepRecorder:
@@ -171,19 +205,19 @@ class BadStepRecorder:
     def __init__(self, run: Path, world: DistContext, max_bad_steps: int):
         self.run, self.world, self.max_bad_steps = run, world, max_bad_steps
 
-    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> None:
-        """Saves the global batch as bad_steps/step_<step>.safetensors; ValueError after too many bad steps.
+    def __call__(self, state: TrainState, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Saves the global batch of a step as bad_steps/step_<step>.safetensors; ValueError after too many bad steps.
 
         An overflow of the float16 loss scale is not a bad step: the scale is lowered.
         """
         if "loss_scale" in state.extras and not state.extras["loss_scale"].exhausted:
             return
-        state.bad_steps.append(state.step)
-        recent = [step for step in state.bad_steps if step > state.step - WINDOW]
-        path = self.run / "bad_steps" / f"step_{state.step:08d}.safetensors"
+        state.bad_steps.append(step)
+        recent = [bad for bad in state.bad_steps if bad > step - WINDOW]
+        path = self.run / "bad_steps" / f"step_{step:08d}.safetensors"
         self.save_batch(path, micro_batches)
         if self.world.is_main:
-            print_above(f"step {state.step} skipped, loss or gradient not finite ({len(recent)} recently): {path}")
+            print_above(f"step {step} skipped, loss or gradient not finite ({len(recent)} recently): {path}")
         if len(recent) > self.max_bad_steps:
             raise ValueError(
                 f"{len(recent)} of the last {WINDOW} steps were not finite, --max_bad_steps allows "

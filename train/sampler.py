@@ -50,8 +50,8 @@ def build_state(
 class SamplerStep:
     """One training step of a sampler's network. A `step_fn` for `fit`.
 
-    Returns loss, grad_norm, lr and the sampler's metrics, losses (B,) and t (B,) per example, and with `keep_outputs`
-    also x0, x_t, prediction and x0_hat.
+    Returns loss, grad_norm, lr, finite and the sampler's metrics, losses (B,) and t (B,) per example, and with
+    `keep_outputs` also x0, x_t, prediction and x0_hat.
     """
 
     def __init__(
@@ -84,13 +84,14 @@ class SamplerStep:
                 means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
             examples.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
         lr = learning_rate(state.step, **self.training.schedule)
-        norms = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
-        if norms is None:
+        result = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
+        if result is None or self.sampler.extras and not result.finite:  # the sampler's times depend on the losses
             return None
         tensors = {name: torch.cat([outputs[name] for outputs in examples]) for name in examples[0]}
         tensors["losses"] = tensors.pop("loss")
-        self.observe(state, tensors)
-        return tensors | means | {"grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
+        self.observe(state, tensors, result.finite)
+        lr = torch.full((), lr, device=self.world.device)
+        return tensors | means | {"grad_norm": result.norms[0], "lr": lr, "finite": result.finite}
 
     def loss(self, network: torch.nn.Module, batch: Batch, validation_size: int | None = None):
         """Returns the sampler's loss on a micro-batch, or on a validation batch of `validation_size`, whose random
@@ -104,8 +105,11 @@ class SamplerStep:
             return self.sampler.loss(network, batch, streams, control=self.control)
 
     @torch.no_grad()
-    def observe(self, state: TrainState, outputs: Outputs) -> None:
-        """Passes t and losses to the sampler, whose times may depend on them, and sums losses by noise level."""
+    def observe(self, state: TrainState, outputs: Outputs, finite: Tensor) -> None:
+        """Passes t and losses to the sampler, whose times may depend on them, and sums losses by noise level.
+
+        The sums do not change unless `finite` () is true.
+        """
         if self.sampler.extras:
             device = self.world.device
             t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "losses"))
@@ -113,7 +117,7 @@ class SamplerStep:
         level = (NOISE_LEVELS * self.sampler.noise_level(outputs["t"])).long().clamp(max=NOISE_LEVELS - 1)
         one_hot = F.one_hot(level.to(self.world.device), NOISE_LEVELS).float()  # (B, NOISE_LEVELS), without a sync
         sums = torch.stack([(outputs["losses"].float().unsqueeze(1) * one_hot).sum(0), one_hot.sum(0)])
-        state.counters["loss_by_level"].add("loss", sums)
+        state.counters["loss_by_level"].add("loss", sums.where(finite, 0))
         if self.keep_outputs:
             outputs["x0_hat"] = self.sampler.x0_hat(outputs)
 

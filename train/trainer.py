@@ -283,6 +283,7 @@ class Checkpointer:
     def save(self, state: TrainState, checkpoint: bool, ema_snapshot: bool) -> None:
         """Copies the state and starts writing it in the background."""
         self.wait()
+        state.settle()
         self.flush()
         data = collect_checkpoint(state, self.world)
         self.last_save_time = time.monotonic() if checkpoint else self.last_save_time

@@ -114,25 +114,25 @@ class VQGANStep:
                     accumulate(totals, self.discriminator_backward(state, batch, fake, weight), weight)
         lr = learning_rate(state.step, **self.training.schedule)
         names = ["autoencoder", "discriminator"] if discriminates else ["autoencoder"]
-        norms = clip_and_step(state, names, self.world, lr=lr, clip=self.training.grad_clip)
-        if norms is None:
-            quantizer.update_codebook(None)
-            for buffer, old in zip(buffers, old_buffers, strict=True):
-                buffer.copy_(old)  # the bad batch has updated the running statistics of batch norms
-            return None
+        result = clip_and_step(state, names, self.world, lr=lr, clip=self.training.grad_clip)
         prefixes = self.training.train_only
         learns = any(is_selected(f"quantizer.{name}", prefixes) for name in quantizer.state_dict())
-        quantizer.update_codebook(self.step_context(state, None) if learns else None)
+        quantizer.update_codebook(self.step_context(state, None) if learns and result is not None else None)
+        finite = torch.zeros((), dtype=torch.bool, device=self.world.device) if result is None else result.finite
+        for buffer, old in zip(buffers, old_buffers, strict=True):  # of the codebook, and statistics of batch norms
+            torch.where(finite, buffer, old, out=buffer)
+        if result is None:
+            return None
         if "lecam" in state.extras and discriminates:
-            state.extras["lecam"].update_averages(
-                *self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]]))
-            )
-        totals |= dict(zip(["grad_norm", "disc_grad_norm"][: len(norms)], norms, strict=True))
-        totals["lr"] = torch.tensor(lr, device=self.world.device)
+            lecam = state.extras["lecam"]
+            means = self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]]))
+            lecam.update_averages(*means.where(finite, torch.stack([lecam.real, lecam.fake])))  # else unchanged
+        totals |= dict(zip(["grad_norm", "disc_grad_norm"][: len(names)], result.norms, strict=True))
+        totals |= {"lr": torch.full((), lr, device=self.world.device), "finite": finite}
         for batch, (_, codes) in zip(micro_batches, outputs, strict=True):
-            chosen = count_codes(codes.ids, quantizer.codebook_size)
+            chosen = count_codes(codes.ids, quantizer.codebook_size) * finite
             state.counters["codes"].add("chosen", chosen)
-            state.counters["codes"].add("images", torch.full_like(chosen[0], len(batch["image"])))
+            state.counters["codes"].add("images", torch.full_like(chosen[0], len(batch["image"])) * finite)
         return totals | self.hook_outputs(micro_batches, outputs) if self.keep_outputs else totals
 
     def hook_outputs(self, micro_batches: Sequence[Batch], outputs: list[tuple[Tensor, Quantized]]) -> Outputs:

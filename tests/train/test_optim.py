@@ -9,8 +9,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from train.optim import OPTIMIZERS, make_optimizer
+from train.distributed import DistContext
+from train.loop import TrainState
+from train.optim import OPTIMIZERS, clip_and_step, make_optimizer
 
+WORLD = DistContext(torch.device("cpu"))
 LR, DECAY, BETAS = 0.01, 0.1, (0.8, 0.95)
 START, GRADIENT = 2.0, 0.5
 
@@ -135,3 +138,50 @@ def test_shards_are_updated_like_full_parameters(name, one_process):
 def test_adafactor_refuses_shards(one_process):
     with pytest.raises(ValueError, match="pass --optimizer adamw or --parallel ddp"):
         make_optimizer("adafactor", sharded(nn.Linear(6, 4)).parameters(), lr=LR)
+
+
+def take_steps(name, norms, clip, fused):
+    """Takes a step at each of these gradient norms; returns the weights, the moments and the reported norms."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 4)
+    optimizer = make_optimizer(name, network.parameters(), lr=LR, weight_decay=DECAY, betas=BETAS)
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    state, reported = TrainState({}, {"network": optimizer}), []
+    for norm in norms:
+        for i, parameter in enumerate(network.parameters()):
+            gradient = torch.linspace(-1, 1 + i, parameter.numel()).view_as(parameter)
+            parameter.grad = gradient
+        total = nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        for parameter in network.parameters():
+            parameter.grad = parameter.grad / total * norm
+        result = clip_and_step(state, ["network"], WORLD, lr=LR, clip=clip)
+        reported.append(result and (result.norms[0].item(), result.finite.item()))
+    moments = [value for p in network.parameters() for _, value in sorted(optimizer.state[p].items())]
+    return [p.detach() for p in network.parameters()], moments, reported
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_the_fused_kernel_clips_like_the_formula(name, clip):
+    fused, plain = (take_steps(name, [0.5, 3.0, 2.0], clip, fused) for fused in (True, False))
+    for a, b in zip(fused[0] + fused[1], plain[0] + plain[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert [norm for norm, _ in fused[2]] == pytest.approx([0.5, 3.0, 2.0])
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bad_step_changes_nothing_on_the_device(bad, first):
+    norms = [0.5, 2.0]
+    expected = take_steps("adamw", norms, 1.0, fused=True)
+    norms.insert(0 if first else 1, bad)
+    actual = take_steps("adamw", norms, 1.0, fused=True)
+    assert all(map(torch.equal, expected[0] + expected[1], actual[0] + actual[1]))
+    assert [finite for _, finite in actual[2]] == [norm != bad and norm == norm for norm in norms]
+
+
+@pytest.mark.parametrize("name", ["radam", "sgd"])
+def test_other_optimizers_wait_and_take_no_bad_step(name):
+    expected, actual = (take_steps(name, norms, 1.0, fused=None) for norms in ([0.5, 2.0], [0.5, torch.inf, 2.0]))
+    assert all(map(torch.equal, expected[0], actual[0])) and actual[2][1] is None

@@ -148,25 +148,24 @@ def test_too_many_bad_steps_end_every_process_in_one_line(tmp_path, two):
 
 
 def test_bad_steps_are_counted_over_the_last_thousand(tmp_path):
-    state = SimpleNamespace(step=1000, bad_steps=[0, 3, 5], extras={})
+    state = SimpleNamespace(bad_steps=[0, 3, 5], extras={})
     parts = [{"position": torch.arange(2), "image": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)}] * 2
     bad = BadStepRecorder(tmp_path, DistContext(torch.device("cpu")), max_bad_steps=3)
-    bad(state, parts)  # step 0 is no longer counted
+    bad(state, 1000, parts)  # step 0 is no longer counted
     assert state.bad_steps == [0, 3, 5, 1000]
     assert load_file(tmp_path / "bad_steps" / "step_00001000.safetensors")["image"].shape == (4, 3, 4, 4)
-    state.step = 1001
     with pytest.raises(ValueError, match="4 of the last 1000 steps"):
-        bad(state, parts)
+        bad(state, 1001, parts)
 
 
 def test_strings_and_padded_fields_are_saved(tmp_path):
-    state = SimpleNamespace(step=3, bad_steps=[], extras={})
+    state = SimpleNamespace(bad_steps=[], extras={})
     parts = [
         {"position": torch.tensor([i]), "ids": torch.full((1, n), 17), "ids_mask": torch.ones(1, n, dtype=torch.bool)}
         | {"caption": ["é" * n], "words": [["a"] * n]}
         for i, n in enumerate((2, 0, 3))
     ]
-    BadStepRecorder(tmp_path, DistContext(torch.device("cpu")), max_bad_steps=3)(state, parts)
+    BadStepRecorder(tmp_path, DistContext(torch.device("cpu")), max_bad_steps=3)(state, 3, parts)
     batch = load_file(tmp_path / "bad_steps" / "step_00000003.safetensors")
     assert batch["ids"].tolist() == [[17, 17, 0], [0, 0, 0], [17, 17, 17]]
     assert batch["ids_mask"].sum(1).tolist() == [2, 0, 3]

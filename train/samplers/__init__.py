@@ -44,6 +44,7 @@ class LearnedSampler(ABC):
     unit: str  # of `log_likelihood`
     likelihood: str  # exact, variational bound or probability flow
     extras: dict[str, Stateful]  # state saved in checkpoints beside the weights
+    noise_shape: tuple[int, ...] | None = None  # of one example, if the loss takes `streams.noise`
 
     @property
     @abstractmethod

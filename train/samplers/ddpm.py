@@ -231,7 +231,7 @@ class GaussianSampler(LearnedSampler):
     unit = "bits per dimension"
 
     def __init__(self, config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
-        self.config, self.shape, self.pixels = config, shape, pixels
+        self.config, self.shape, self.pixels, self.noise_shape = config, shape, pixels, shape
         self.n_classes = n_classes if config.class_conditional else 0
         self.process = make_process(config, pixels)
         self.network = make_network(config, self.process, shape[0], self.n_classes)
@@ -289,7 +289,7 @@ class GaussianSampler(LearnedSampler):
     ) -> Loss:
         """Returns the loss of {"x0": (B, C, H, W)} with the fields of the conditions, with importance weights of t."""
         x0, (t, weight) = batch["x0"], self.times(streams, len(batch["x0"]), network.training)
-        noise = streams("noise").normal(x0.shape)
+        noise = streams.noise(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
         raw = raw_conditions(self.fields_of, batch)
         drop = draw_drops(self.config, raw, streams, len(x0))

@@ -15,6 +15,8 @@ from train.data.loading import (
     ImageSource,
     TrainingCodes,
     TrainingImages,
+    TrainingStreams,
+    WithNoise,
     build_splits,
     describe_splits,
     fixed_subset,
@@ -163,6 +165,17 @@ def test_streams_depend_on_the_position_not_the_batch():
     numbers = sample_streams(0, "mask", batch, CPU).uniform((2, 3))
     assert torch.equal(numbers[1:], sample_streams(0, "mask", {"position": torch.tensor([9])}, CPU).uniform((1, 3)))
     assert not torch.equal(numbers, sample_streams(0, "time", batch, CPU).uniform((2, 3)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_noise_drawn_ahead_is_that_of_the_step(workers):
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
+    noisy = batches(WithNoise(source, 5, (1, 4, 4)), start=2, workers=workers)
+    for plain, batch in zip(batches(source, start=2), noisy, strict=True):
+        expected = TrainingStreams(5, plain, 4, CPU).noise((4, 1, 4, 4))
+        assert torch.equal(TrainingStreams(5, batch, 4, CPU).noise((4, 1, 4, 4)), expected)
+        assert torch.equal(batch["noise"], expected) and torch.equal(batch["image"], plain["image"])
+    assert len(WithNoise(source, 5, (1, 4, 4))) == 10
 
 
 def test_indivisible_batches_are_refused():
