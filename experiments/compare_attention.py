@@ -189,7 +189,7 @@ class Bench:
         )
         step = SamplerStep(sampler, self.space, training, self.world)
         with Progress(name, steps, "step") as bar:
-            hooks = [("bar", 1, lambda state, outputs: bar.update())]
+            hooks = [("logging", 1, lambda state, outputs: bar.update())]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks)
 
 

@@ -216,7 +216,7 @@ class Bench:
         bad = BadStepRecorder(self.folder, self.world, training.max_bad_steps)
         ends = [time.perf_counter()]
         with Progress(name, steps, "step") as bar:
-            hooks = [("bar", 1, lambda *_: bar.update()), ("time", 1, lambda *_: ends.append(time.perf_counter()))]
+            hooks = [("logging", 1, lambda *_: (bar.update(), ends.append(time.perf_counter())))]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks, on_skipped=bad)
         return [after - before for before, after in pairwise(ends)]
 

@@ -184,7 +184,7 @@ def step_if_finite(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> Non
 
     These are the two attributes by which torch's GradScaler tells a fused optimizer to divide and to skip.
     """
-    optimizer.grad_scale, optimizer.found_inf = divisor, (~finite).float()
+    optimizer.grad_scale, optimizer.found_inf = divisor.float(), (~finite).float()
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
 

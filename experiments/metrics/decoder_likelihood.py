@@ -113,7 +113,7 @@ class TrainedHead:
 
 
 class HeadStep:
-    """One training step of the head: a `step_fn` for `fit` that returns the loss (bits/dim), grad_norm and lr."""
+    """One training step of the head: a `step_fn` for `fit` that returns loss (bits/dim), grad_norm, lr and finite."""
 
     def __init__(self, first_stage: FirstStage, training: TrainingConfig, world: DistContext):
         self.first_stage, self.training, self.world = first_stage, training, world
@@ -129,10 +129,11 @@ class HeadStep:
                 nan_grads_if_nonfinite(loss).backward()
             total = total + loss.detach()
         lr = learning_rate(state.step, **self.training.schedule)
-        norms = clip_and_step(state, ["head"], self.world, lr=lr, clip=self.training.grad_clip)
-        if norms is None:
+        result = clip_and_step(state, ["head"], self.world, lr=lr, clip=self.training.grad_clip)
+        if result is None:
             return None
-        return {"loss": total, "grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
+        lr = torch.full((), lr, device=self.world.device)
+        return {"loss": total, "grad_norm": result.norms[0], "lr": lr, "finite": result.finite}
 
 
 class HeadReports:
