@@ -1,9 +1,13 @@
+import math
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from scipy import linalg
 
-from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics import frechet
+from experiments.metrics.frechet import Statistics, factor, frechet_distance
 
 
 @pytest.fixture
@@ -62,6 +66,25 @@ def test_merged_parts_equal_the_whole(rng):
     assert torch.equal(parts[0].covariance, before)  # adding does not change the operands
     assert_same_statistics(Statistics() + parts[0], parts[0])
     assert_same_statistics(parts[0] + Statistics(), parts[0])
+
+
+def test_small_batches_enter_the_scatter_together(rng, monkeypatch):
+    monkeypatch.setattr(frechet, "ROWS", 16)
+    monkeypatch.setattr(frechet, "COLUMNS", 3)
+    features, stream = normal(101, 7, rng=rng) + 5, Statistics()
+    for rows in features.split([3] * 30 + [11]):
+        batch = rows.clone()
+        stream.update(batch)
+        batch.zero_()  # features that wait are copies
+    assert stream.count == 101
+    pickled, more = pickle.loads(pickle.dumps(stream)), normal(4, 7, rng=rng)
+    for statistics in (stream, pickled):
+        torch.testing.assert_close(statistics.mean, features.mean(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(statistics.covariance, torch.cov(features.T), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(statistics.covariance, statistics.covariance.T, rtol=1e-12, atol=1e-14)
+    both = torch.cat([features, more])
+    torch.testing.assert_close((pickled + Statistics().update(more)).covariance, torch.cov(both.T), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stream.update(more).covariance, torch.cov(both.T), rtol=1e-12, atol=0)
 
 
 def test_save_and_load(tmp_path, rng):
@@ -154,6 +177,47 @@ def test_matches_the_matrix_square_root(tmp_path, seed):
     expected = (means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * root.trace()
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
     assert frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-8)
+
+
+def plain_distance(a, b):
+    """By eigenvectors of both covariances, whatever they are."""
+    factors = []
+    for covariance in (a.covariance, b.covariance):
+        values, vectors = torch.linalg.eigh(covariance)
+        factors.append(vectors * values.clamp(min=0).sqrt())
+    return distance_by_factors(a, b, *factors)
+
+
+def distance_by_factors(a, b, factor_a, factor_b):
+    overlap = torch.linalg.svdvals(factor_a.T @ factor_b).sum()
+    return ((a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace() - 2 * overlap).item()
+
+
+def centred(features):
+    """A factor (D, n) of the covariance, with no more columns than images."""
+    return (features - features.mean(0)).T / (len(features) - 1) ** 0.5
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-8])
+@pytest.mark.parametrize("counts", [(40, 40), (40, 60), (40, 500), (60, 60), (500, 500)])
+def test_equals_the_formula_by_eigenvectors(rng, smallest, counts):
+    """Deviations of the features over 3 to 8 orders of magnitude; of 40 images, singular covariances."""
+    deviations = torch.logspace(0, math.log10(smallest), 50, dtype=torch.float64)
+    x, y = (normal(n, 50, rng=rng) * deviations * scale + scale for n, scale in zip(counts, (1, 1.3), strict=True))
+    a, b = Statistics().update(x), Statistics().update(y)
+    assert frechet_distance(a, b) == pytest.approx(plain_distance(a, b), rel=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(distance_by_factors(a, b, centred(x), centred(y)), rel=1e-12)
+    assert [factor(each.covariance).shape[1] for each in (a, b)] == [min(50, n - 1) for n in counts]
+
+
+def test_eigenvalues_that_are_noise_do_not_bias_the_distance(rng):
+    """Of few images, eigenvalues that are positive by rounding overlap with the features of the other set."""
+    mixing = normal(20, 300, rng=rng)
+    x, y = (normal(100, 20, rng=rng) @ mixing).relu(), (1.1 * normal(1000, 20, rng=rng) @ mixing + 0.1).relu()
+    a, b = Statistics().update(x), Statistics().update(y)
+    exact = distance_by_factors(a, b, centred(x), centred(y))
+    assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-12)
+    assert plain_distance(a, b) != pytest.approx(exact, rel=1e-9)
 
 
 def test_fewer_images_than_features(rng):
