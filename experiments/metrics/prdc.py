@@ -1,25 +1,25 @@
 """Precision, recall, density and coverage: fidelity and diversity of generated features against real ones."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from experiments.metrics.neighbours import (
-    BLOCK,
-    CHUNK,
-    SquaredDistances,
+    SIDE,
+    Advance,
+    Factor,
+    bound_squares,
     check_points,
+    left_factor,
     mean_point,
     nearest,
     pair_distances,
-    squared_distances,
-    to_float64,
+    product_dtype,
+    right_factor,
 )
 
-PAIRS = 1024  # pairs compared exactly at a time
-Advance = Callable[[int], object]
+SURE = 64  # of so many pairs of a float32 block, at most one is compared exactly; else the block is one of float64
 
 
 class PRDC(NamedTuple):
@@ -51,35 +51,66 @@ def prdc(
     check_points(real, fake, 1)
     real_radii = knn_radii(real, k, advance) if real_radii is None else real_radii
     fake_radii = knn_radii(fake, k, advance)
-    centre = mean_point(real)
+    centre, dtype = mean_point(real), product_dtype(real, fake)
     here = centre.device  # one with float64
+    real_radii, fake_radii = real_radii.to(here), fake_radii.to(here)
     balls = torch.zeros(len(fake), dtype=torch.long, device=here)  # real ones around each fake feature
     covered, recalled = torch.zeros(2, len(real), dtype=torch.bool, device=here)
-    for first in range(0, len(real), CHUNK):
-        rows = slice(first, first + CHUNK)
-        x = to_float64(real[rows])
-        for start in range(0, len(fake), BLOCK):
-            columns = slice(start, start + BLOCK)
-            y = fake[columns]
-            squares = squared_distances(x, y, centre)
-            inside = strictly_closer(squares, real_radii[rows, None].to(here), x, y)
-            balls[columns] += inside.sum(0)
-            covered[rows] |= inside.any(1)
-            recalled[rows] |= strictly_closer(squares, fake_radii[columns].to(here), x, y).any(1)
-        advance(len(x))
+    for first in range(0, len(real), SIDE):
+        rows = slice(first, first + SIDE)
+        x = Block(real[rows], real_radii[rows])
+        left = left_factor(x.points, centre, dtype)
+        for start in range(0, len(fake), SIDE):
+            columns = slice(start, start + SIDE)
+            y = Block(fake[columns], fake_radii[columns])
+            pairs = find_inside(x, y, left, right_factor(y.points, centre, dtype), centre)
+            balls[columns] += pairs.columns[pairs.in_x].bincount(minlength=len(y.points))
+            covered[first + pairs.rows[pairs.in_x]] = True
+            recalled[first + pairs.rows[pairs.in_y]] = True
+        advance(len(x.points))
     shares = [(balls > 0).double(), recalled.double(), balls.double() / k, covered.double()]
     return PRDC(*(each.mean().item() for each in shares))
 
 
-def strictly_closer(squares: SquaredDistances, limits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Returns whether x_i (n, D) and y_j (m, D) are strictly closer than `limits`, broadcast to (n, m): bool (n, m).
+class Block(NamedTuple):
+    """Features and the radii of their balls."""
 
-    `squares` are their squared distances; pairs within the error bound are compared exactly.
+    points: Tensor  # (n, D)
+    radii: Tensor  # (n,) float64
+
+
+class Inside(NamedTuple):
+    """Pairs of features of two blocks x and y, of which at least one may be inside the ball of the other."""
+
+    rows: Tensor  # (p,) in x
+    columns: Tensor  # (p,) in y
+    in_x: Tensor  # (p,) bool: the feature of y is inside the ball around that of x
+    in_y: Tensor  # (p,) bool: the other way round
+
+
+def find_inside(x: Block, y: Block, left: Factor, right: Factor, centre: Tensor) -> Inside:
+    """Finds the pairs of features strictly inside each other's balls, by the factors of the points.
+
+    Pairs within the error of the product are compared exactly; if these are many, as among near duplicates, those of a
+    product in float64.
     """
-    within = squares.values < limits.square() - squares.error
-    unsure = (squares.values < limits.square() + squares.error) ^ within
-    rows, columns = unsure.nonzero(as_tuple=True)
-    limits = limits.expand_as(within)
-    for i, j in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
-        within[i, j] = pair_distances(x[i], y[j.to(y.device)]) < limits[i, j]
-    return within
+    bounds, x_limits, y_limits = bound_squares(left, right), x.radii.square(), y.radii.square()
+    near = (bounds < round_up(x_limits, bounds.dtype)[:, None]) | (bounds < round_up(y_limits, bounds.dtype))
+    rows, columns = near.nonzero(as_tuple=True)
+    x_limits, y_limits = x_limits[rows], y_limits[columns]
+    low = bounds[rows, columns].double()
+    high = low + 2 * (left.error[rows] + right.error[columns])
+    in_x, in_y = high < x_limits, high < y_limits
+    unsure = ((low < x_limits) & ~in_x) | ((low < y_limits) & ~in_y)
+    if bounds.dtype == torch.float32 and unsure.sum() * SURE > bounds.numel():
+        factors = left_factor(x.points, centre, torch.float64), right_factor(y.points, centre, torch.float64)
+        return find_inside(x, y, *factors, centre)
+    i, j = rows[unsure], columns[unsure]
+    distances = pair_distances(x.points, y.points, i, j)
+    in_x[unsure], in_y[unsure] = distances < x.radii[i], distances < y.radii[j]
+    return Inside(rows, columns, in_x, in_y)
+
+
+def round_up(limits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts float64 limits to a number type so that no value of that type below a limit is lost."""
+    return limits.to(dtype).nextafter(torch.tensor(torch.inf, dtype=dtype, device=limits.device))

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -14,35 +15,43 @@ def points(count, width, seed, grid=3):
     return torch.randint(0, grid, (count, width), generator=torch.Generator().manual_seed(seed)).double()
 
 
+@contextlib.contextmanager
+def blocks_of(side):
+    """Blocks of so many points on each side."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "SIDE", side)
+        yield
+
+
 def sorted_distances(point, others):
     return sorted(math.dist(point.tolist(), other.tolist()) for other in others)
 
 
-@given(n=st.integers(1, 9), m=st.integers(4, 9), k=st.integers(1, 4), chunk=st.integers(1, 10), seed=st.integers(0, 99))
-def test_matches_a_brute_force_search(n, m, k, chunk, seed):
+@given(n=st.integers(1, 9), m=st.integers(4, 9), k=st.integers(1, 4), side=st.integers(1, 10), seed=st.integers(0, 99))
+def test_matches_a_brute_force_search(n, m, k, side, seed):
     queries, references = points(n, 3, seed), points(m, 3, seed + 1000)
     expected = [sorted_distances(query, references)[k - 1] for query in queries]
-    assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(expected, abs=1e-12)
+    with blocks_of(side):
+        assert nearest_distances(queries, references, k).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@given(n=st.integers(5, 12), k=st.integers(1, 4), chunk=st.integers(1, 13), seed=st.integers(0, 99))
-def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
+@given(n=st.integers(5, 12), k=st.integers(1, 4), side=st.integers(1, 13), seed=st.integers(0, 99))
+def test_a_point_is_not_its_own_neighbour(n, k, side, seed):
     data = points(n, 3, seed)
     expected = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
-    assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(
-        expected, abs=1e-12
-    )
+    with blocks_of(side):
+        assert nearest_distances(data, data, k, exclude_self=True).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("block", [1, 5, 100])
+@pytest.mark.parametrize("side", [1, 5, 100])
 @pytest.mark.parametrize("own", [False, True])
-def test_nearest_does_not_depend_on_the_block_size(monkeypatch, block, own):
+def test_nearest_does_not_depend_on_the_block_size(side, own):
     """There are more references than in a block and than the matrix product proposes as candidates."""
-    monkeypatch.setattr(neighbours, "BLOCK", block)
     rng, counts = torch.Generator().manual_seed(0), []
     references = torch.randn(40, 3, generator=rng)
     queries = references if own else torch.randn(9, 3, generator=rng)
-    result = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=counts.append)
+    with blocks_of(side):
+        result = nearest(queries, references, 6, exclude_self=own, advance=counts.append)
     expected = (queries[:, None] - references).double().norm(dim=-1)
     if own:
         expected.fill_diagonal_(torch.inf)
@@ -66,6 +75,22 @@ def test_near_ties_are_resolved_exactly():
     result = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
     assert result.indices.tolist() == [[9, 8, 7]]
     torch.testing.assert_close(result.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_more_near_ties_than_candidates(own):
+    """Points of which float32 sees no difference: a first product in it cannot tell which are candidates."""
+    references = torch.randn(60, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    references[:50] = references[50] + 1e-5 * references[:50]
+    queries = references if own else references[:7] + 1e-6
+    with blocks_of(16):
+        result = nearest(queries, references, 3, exclude_self=own)
+    expected = (queries[:, None] - references).norm(dim=-1)
+    if own:
+        expected.fill_diagonal_(torch.inf)
+    values, indices = expected.sort(1)
+    assert torch.equal(result.indices, indices[:, :3])
+    torch.testing.assert_close(result.distances, values[:, :3], rtol=1e-8, atol=0)
 
 
 def test_duplicates_have_distance_exactly_zero():

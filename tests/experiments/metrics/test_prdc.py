@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from experiments.metrics import neighbours
 from experiments.metrics import prdc as prdc_module
-from experiments.metrics.neighbours import coverage, squared_distances
-from experiments.metrics.prdc import PRDC, knn_radii, prdc, strictly_closer
+from experiments.metrics.neighbours import bound_squares, coverage, left_factor, right_factor
+from experiments.metrics.prdc import PRDC, knn_radii, prdc
 
 
 def reference_prdc(real, fake, k):
@@ -31,9 +31,8 @@ def small_blocks():
     """Several blocks of rows and columns, and several pieces of pairs, with few points."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (neighbours, prdc_module):
-            patch.setattr(module, "CHUNK", 16)
-            patch.setattr(module, "BLOCK", 11)
-        patch.setattr(prdc_module, "PAIRS", 3)
+            patch.setattr(module, "SIDE", 11)
+        patch.setattr(neighbours, "PAIRS", 3)
         yield
 
 
@@ -100,27 +99,71 @@ def test_numbers_do_not_depend_on_the_blocks(monkeypatch):
     real, fake = (torch.randint(0, 3, (40, 3), generator=rng) * 0.1 + 7 for _ in range(2))  # ties up to rounding
     result = prdc(real, fake, 3)
     for size in (1, 64):
-        monkeypatch.setattr(prdc_module, "CHUNK", size)
-        monkeypatch.setattr(prdc_module, "BLOCK", size)
+        monkeypatch.setattr(prdc_module, "SIDE", size)
+        monkeypatch.setattr(neighbours, "SIDE", size)
         assert prdc(real, fake, 3) == result
 
 
-def test_comparisons_within_the_error_are_exact():
-    x, y = normal(6, 64).double() + 1000, normal(5, 64, seed=1).double() + 1000
-    squares = squared_distances(x, y, torch.zeros(64).double())
-    exact = (x[:, None] - y).square().sum(-1)
-    assert 0 < (squares.values - exact).abs().max() < squares.error  # rounding errors, within the reported bound
-    limits = exact.sqrt()
-    assert not strictly_closer(squares, limits, x, y).any()
-    assert strictly_closer(squares, limits * (1 + 1e-12), x, y).all()
+def plain_prdc(real, fake, k):
+    """The four metrics by their definitions, from all differences in float64."""
+    sets = (real, real), (fake, fake), (real, fake)
+    within_real, within_fake, between = ((x.double()[:, None] - y.double()).square().sum(-1).sqrt() for x, y in sets)
+    real_radii, fake_radii = (each.sort(1).values[:, k] for each in (within_real, within_fake))
+    inside = between < real_radii[:, None]
+    shares = inside.any(0), (between < fake_radii).any(1), inside.sum(0).double() / k, inside.any(1)
+    return PRDC(*(share.double().mean().item() for share in shares))
 
 
-def test_the_error_bound_holds():
-    for seed, scale, width in ((0, 1.0, 3), (1, 1e4, 200), (2, 1e-3, 50)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_equal_to_the_plain_formula(dtype):
+    real, fake = ((30 * normal(150, 80, seed=seed) + 128).to(dtype) for seed in (0, 1))
+    assert prdc(real, fake, 4) == plain_prdc(real, fake, 4)
+
+
+@pytest.mark.parametrize("spread", [10, 1e-2, 1e-4, 1e-5])
+def test_clusters_closer_than_float32_resolves(spread, monkeypatch):
+    modes, which = 10 * normal(3, 40).double(), torch.arange(60) % 3
+    real, fake = (modes[which] + spread * normal(60, 40, seed=seed) for seed in (1, 2))
+    dtypes, find = set(), prdc_module.find_inside
+
+    def find_and_note(x, y, left, *others):
+        dtypes.add(left.matrix.dtype)
+        return find(x, y, left, *others)
+
+    monkeypatch.setattr(prdc_module, "find_inside", find_and_note)
+    result = prdc(real, fake, 4)
+    assert result == plain_prdc(real, fake, 4) and result.coverage > 0.5
+    assert (torch.float64 in dtypes) == (spread < 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bounds_hold(dtype):
+    for seed, scale, width in ((0, 1.0, 1), (1, 1.0, 3), (2, 1e4, 200), (3, 1e-3, 50), (4, 1e-21, 50), (5, 1, 3000)):
         x, y = normal(30, width, seed=seed) * scale, normal(20, width, seed=seed + 9) * scale
-        squares = squared_distances(x.double(), y, torch.full((width,), 5 * scale).double())
+        y[:10] = x[:10] * (1 + 1e-6)
+        centre = torch.full((width,), 5 * scale).double()
+        left, right = left_factor(x, centre, dtype), right_factor(y, centre, dtype)
+        bounds = bound_squares(left, right).double()
         exact = (x.double()[:, None] - y.double()).square().sum(-1)
-        assert (squares.values - exact).abs().max() <= squares.error < 1e-9 * exact.max()
+        highest = bounds + 2 * (left.error[:, None] + right.error)
+        assert (bounds < exact).all() and (exact < highest).all()
+
+
+def test_comparisons_within_the_bounds_are_exact():
+    x, y = normal(6, 64).double() + 1000, normal(6, 64, seed=1).double() + 1000
+    exact, centre = (x - y).square().sum(-1).sqrt(), torch.zeros(64).double()
+    for dtype in (torch.float32, torch.float64):
+        factors = left_factor(x, centre, dtype), right_factor(y, centre, dtype)
+        for radii, expected in ((exact, 0), (exact.nextafter(torch.tensor(torch.inf).double()), 6)):
+            blocks = prdc_module.Block(x, radii), prdc_module.Block(y, radii)
+            pairs = prdc_module.find_inside(*blocks, *factors, centre)
+            own = pairs.rows == pairs.columns
+            assert pairs.in_x[own].sum() == pairs.in_y[own].sum() == expected
+
+
+def test_huge_features_do_not_overflow():
+    real, fake = 1e25 * normal(40, 6), 1e25 * normal(40, 6, seed=1)
+    assert prdc(real, fake, 3) == plain_prdc(real, fake, 3)
 
 
 def test_given_radii_are_used_and_rows_are_counted():
