@@ -16,7 +16,7 @@ from vq.quantizer import full_precision_matmul
 
 SIDE = 4096  # points on each side of a block
 SPARE = 8  # extra candidates that the product proposes: its rounding errors may change their order
-PAIRS = 256  # pairs compared exactly at a time: few enough for the processor's cache
+PAIRS = 64  # pairs compared exactly at a time: few enough for the cache of a core
 LARGEST = 1e12  # of the values whose squared distances float32 can hold, for up to 10^12 features
 UNDERFLOW = 1e-37  # error of a float32 product of numbers near zero
 

@@ -20,7 +20,7 @@ from train.config import ROOT
 from train.data.annotations import Records, RecordWriter, pack
 from train.data.transforms import ValueRange, to_item
 from train.data.workers import load_batches
-from train.datasets import Dataset, UnreadableImage
+from train.datasets import Dataset, UnreadableImage, read_item
 from train.files import print_removable
 from train.progress import Progress
 
@@ -52,7 +52,8 @@ class DecodedDataset:
 
     def __getitem__(self, index: int) -> DecodedItem | str:
         try:
-            item = to_item(self.dataset[index], self.shape[1:], self.shape[0], self.data_range)
+            item = read_item(self.dataset, index, self.shape[1:])
+            item = to_item(item, self.shape[1:], self.shape[0], self.data_range)
         except UnreadableImage as error:
             return str(error)
         image = np.ascontiguousarray(item.pop("image").numpy())

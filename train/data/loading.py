@@ -29,7 +29,7 @@ from train.data.image_cache import load_or_decode
 from train.data.shuffle import training_order
 from train.data.transforms import as_uint8, to_item, to_pixels, training_views, warn_if_dark
 from train.data.workers import load_batches
-from train.datasets import SPLITS, Dataset, DatasetConfig, FloatImage, UnreadableImage
+from train.datasets import SPLITS, Dataset, DatasetConfig, FloatImage, UnreadableImage, read_item
 from train.distributed import DistContext
 from train.loop import Batch
 from train.registry import load_plugin
@@ -163,7 +163,8 @@ class ImageSource:
         if self.disk_cache is not None:
             item = self.disk_cache[index]
         else:
-            item = to_item(self.dataset[index], self.size, self.config.n_channels, self.config.data_range)
+            item = read_item(self.dataset, index, self.size)
+            item = to_item(item, self.size, self.config.n_channels, self.config.data_range)
         if self.config.in_memory:
             self.memory_cache[index] = item
         return item

@@ -128,7 +128,8 @@ def to_8_bit_pixels(pixels: Image.Image | np.ndarray, n_channels: int) -> Image.
         pixels = Image.fromarray(pixels)
     if n_channels not in PIL_MODES:
         raise ValueError(f"got an image of mode {pixels.mode}, wanted an array of {n_channels} channels")
-    return pixels.convert(PIL_MODES[n_channels])
+    mode = PIL_MODES[n_channels]
+    return pixels if pixels.mode == mode else pixels.convert(mode)  # which would copy it
 
 
 def warn_if_dark(image: Any) -> None:

@@ -89,7 +89,8 @@ class Dataset(Protocol):
     A data set that is fast to read only block by block has an attribute `blocks: Blocks` as well: the shuffle then
     reads a few blocks at a time. One that leaves out files, or chooses how to read them, says so in `notes`, lines that
     a training prints when it starts. One whose fingerprint depends on modification times or paths has a method
-    `content_fingerprint() -> str` as well, which does not: it identifies the data of a run.
+    `content_fingerprint() -> str` as well, which does not: it identifies the data of a run. One that can decode fewer
+    pixels than a file has, for images of `size` (height, width), has a method `read_at_size(index, size)` as well.
     """
 
     n_classes: int
@@ -171,6 +172,11 @@ def files_fingerprint(root: Path, names: Iterable[str], *context: str, times: bo
 def content_fingerprint(dataset: Dataset) -> str:
     """Returns a fingerprint that a copy of the data in another folder shares, whatever its modification times."""
     return dataset.content_fingerprint() if hasattr(dataset, "content_fingerprint") else dataset.fingerprint()
+
+
+def read_item(dataset: Dataset, index: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Returns an item that will be resized to `size` (height, width): its image may have fewer pixels than the file."""
+    return dataset.read_at_size(index, size) if hasattr(dataset, "read_at_size") else dataset[index]
 
 
 def limit_context(max_pixels: int) -> tuple[str, ...]:

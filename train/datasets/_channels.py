@@ -22,18 +22,23 @@ GREY_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")
 
 
 def decode_channels(
-    file: str | Path | BinaryIO, n_channels: int, name: str = "", max_pixels: int = MAX_PIXELS
+    file: str | Path | BinaryIO,
+    n_channels: int,
+    name: str = "",
+    max_pixels: int = MAX_PIXELS,
+    least_side: int | None = None,
 ) -> Image.Image | np.ndarray:
     """Decodes an image of `n_channels` channels.
 
     A .npy file becomes an array (H, W, C), or (H, W) of one channel; so does a TIFF file with `n_channels` grey pages.
     Other files are pictures: `decode` reads them for 1 and 3 channels, with their alpha they are LA for 2 and RGBA for
-    4. Raises `UnreadableImage` for other channels, and as `decode` does.
+    4. `least_side` lets JPEG files be reduced, see `decode`. Raises `UnreadableImage` for other channels, and as
+    `decode` does.
     """
     if isinstance(file, str | Path):
         try:
             with open(file, "rb") as opened:
-                return decode_channels(opened, n_channels, name or str(file), max_pixels)
+                return decode_channels(opened, n_channels, name or str(file), max_pixels, least_side)
         except OSError as error:
             raise UnreadableImage(f"{name or file}: {error}") from error
     signature = file.read(len(NPY_SIGNATURE))
@@ -51,7 +56,7 @@ def decode_channels(
         hint = f"; if it has other channels than pictures, {REMEDY}" if is_unknown else ""
         raise UnreadableImage(f"{name}: {error}{hint}") from error
     convert = to_supported_mode if n_channels in PICTURES else partial(with_alpha, n_channels=n_channels)
-    image = decode(file, name, max_pixels, convert)
+    image = decode(file, name, max_pixels, convert, least_side)
     return np.asarray(image) if image.mode == "RGBX" else image
 
 

@@ -35,17 +35,22 @@ Convert = Callable[[Image.Image], Image.Image]
 
 
 def decode(
-    file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_PIXELS, convert: Convert | None = None
+    file: str | Path | BinaryIO,
+    name: str = "",
+    max_pixels: int = MAX_PIXELS,
+    convert: Convert | None = None,
+    least_side: int | None = None,
 ) -> Image.Image:
     """Decodes an image to mode L, I;16 (grey of more than 8 bits) or RGB, rotated upright by its EXIF orientation.
 
-    Transparent pixels are composited on white. `convert` is another conversion of the upright image. Raises
+    Transparent pixels are composited on white. `convert` is another conversion of the upright image. With `least_side`,
+    a JPEG is decoded to a half, a quarter or an eighth of its size, but to no side shorter than that. Raises
     `UnreadableImage` for a file that is missing, truncated, larger than `max_pixels` or not an image; `name` names an
     open file in its message.
     """
     convert = convert or to_supported_mode
     try:
-        return decode_upright(file, max_pixels, convert)
+        return decode_upright(file, max_pixels, convert, least_side)
     except DAMAGED as error:
         try:  # the pixels of a PNG may be intact
             return decode_upright(io.BytesIO(without_metadata(file)), max_pixels, convert)
@@ -76,9 +81,13 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def decode_upright(file: str | Path | BinaryIO, max_pixels: int, convert: Convert) -> Image.Image:
+def decode_upright(
+    file: str | Path | BinaryIO, max_pixels: int, convert: Convert, least_side: int | None = None
+) -> Image.Image:
     """Decodes an image, rotated by its EXIF orientation if that can be read, and converts it."""
     with open_image(file, max_pixels) as image:
+        if least_side is not None:
+            image.draft(None, (least_side, least_side))  # of other formats than JPEG this does nothing
         image.load()
         try:
             ImageOps.exif_transpose(image, in_place=True)
@@ -123,7 +132,7 @@ def to_grey_or_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def to_16_bits(image: Image.Image) -> Image.Image:

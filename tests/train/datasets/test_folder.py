@@ -4,9 +4,16 @@ import os
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from train.config import DataConfig
+from train.data.image_cache import image_cache_key, load_or_decode
+from train.data.loading import ImageSource
+from train.data.transforms import to_item
 from train.datasets import UnreadableImage
 from train.datasets.folder import Config, build
+from train.identity import run_identity
 
 
 def splits(root, **options):
@@ -176,6 +183,50 @@ def test_a_broken_image_is_reported_on_access(tmp_path, tiny):
     with pytest.raises(UnreadableImage, match="train/0.png: "):
         train[0]
     assert train[1]["image"].size == (6, 5)
+
+
+def save_photographs(folder, size=(320, 240)):
+    """A smooth picture as a JPEG, as one that EXIF rotates, and as a PNG."""
+    wave = np.sin(np.linspace(0, 9, size[0])) * np.cos(np.linspace(0, 7, size[1]))[:, None]
+    image = Image.fromarray((128 + 100 * np.stack([wave, -wave, wave * wave], -1)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        image.save(folder / split / "0.jpg", quality=95)
+        image.save(folder / split / "1.jpg", quality=95, exif=exif)
+        image.save(folder / split / "2.png")
+
+
+@pytest.mark.parametrize("size, decoded", [((16, 16), (80, 60)), ((16, 32), (160, 120)), ((64, 64), (320, 240))])
+def test_jpeg_draft_decodes_twice_the_size_or_more(tmp_path, size, decoded):
+    save_photographs(tmp_path)
+    plain, drafted = (splits(tmp_path, jpeg_draft=flag)[0] for flag in (False, True))
+    sizes = [drafted.read_at_size(i, size)["image"].size for i in range(3)]
+    assert sizes == [decoded, decoded[::-1], (320, 240)]
+    for i in range(3):
+        assert plain.read_at_size(i, size)["image"].size == plain[i]["image"].size == drafted[i]["image"].size
+        whole, reduced = (to_item(each.read_at_size(i, size), size, 3)["image"].int() for each in (plain, drafted))
+        assert (whole - reduced).abs().max() <= 6
+
+
+def test_drafted_pixels_have_caches_of_their_own(tmp_path):
+    save_photographs(tmp_path)
+    (plain, _), (drafted, _) = splits(tmp_path), splits(tmp_path, jpeg_draft=True)
+    assert plain.content_fingerprint() == drafted.content_fingerprint()  # the flag itself identifies the run
+    assert run_identity({"reader": {"jpeg_draft": True}}) == {"jpeg_draft": True}
+    assert image_cache_key(plain, (3, 16, 16)) != image_cache_key(drafted, (3, 16, 16))
+    data = DataConfig(img_size=16, crop_margin=4)
+    for source in (ImageSource(drafted, data, margin=4), load_or_decode(drafted, "a", (3, 20, 20), folder=tmp_path)):
+        assert torch.equal(source[0]["image"], to_item(drafted.read_at_size(0, (20, 20)), (20, 20), 3)["image"])
+        assert not torch.equal(source[0]["image"], to_item(plain[0], (20, 20), 3)["image"])
+
+
+def test_a_jpeg_is_resized_once_as_pillow_does(tmp_path):
+    save_photographs(tmp_path)
+    image = Image.open(tmp_path / "train/0.jpg").convert("RGB").resize((85, 64), Image.Resampling.BICUBIC)
+    expected = np.asarray(image.crop((10, 0, 74, 64))).transpose(2, 0, 1)
+    assert np.array_equal(ImageSource(splits(tmp_path)[0], DataConfig(img_size=64))[0]["image"], expected)
 
 
 def test_changed_files_or_labels_change_the_fingerprint(tmp_path, tiny):
