@@ -1,19 +1,79 @@
 """Index backpropagation quantizer, in which every code gets a gradient (Shi et al. 2024, IBQ, arXiv 2412.02692)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from models.sdpa import upcast
 from vq.entropy import EntropyConfig, entropy, mean_over_processes
 from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mean_square_per_example, nearest
 from vq.quantizers import Quantized, Quantizer, StepContext
 
+BLOCK_SCORES = 2**20  # scores of positions and codes in a block: 4 MB in float32, which a CPU's cache holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EntropyConfig):
     """IBQ; --beta weights the codebook loss, and the commitment loss has weight 1."""
+
+
+class SoftAssignment(torch.autograd.Function):
+    """Maps z (N, D) and C (K, D) to s C (N, D), H(p) (N,) and the sum of p over positions (K,), N x K never in memory.
+
+    s = softmax(z C^T) and p = softmax(z C^T / temperature). The C that s multiplies counts as constant. Positions go
+    through in blocks of BLOCK_SCORES scores, whose s and p the backward pass computes again.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        soft, entropies, p_sum = [], [], codebook.new_zeros(len(codebook))
+        with float32_matmul(z.device):
+            for (block,) in split_positions(codebook, z):
+                logits = block @ codebook.t()
+                soft.append(logits.softmax(1) @ codebook)
+                log_p = (logits / temperature).log_softmax(1)
+                p = log_p.exp()
+                entropies.append(-(p * log_p).sum(1))
+                p_sum += p.sum(0)
+        outputs = torch.cat(soft), torch.cat(entropies), p_sum
+        ctx.save_for_backward(z, codebook, *outputs[:2])
+        ctx.temperature = temperature
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g_soft: Tensor, g_entropy: Tensor, g_p: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, codebook, soft, entropies = ctx.saved_tensors
+        z_grads, codebook_grad = [], torch.zeros_like(codebook)
+        means = (g_soft * soft).sum(1), g_entropy * entropies  # of the gradients of s and p, under s and p
+        with float32_matmul(z.device):
+            for block, g_s, g_h, s_mean, h_mean in split_positions(codebook, z, g_soft, g_entropy, *means):
+                logits = block @ codebook.t()
+                grad = logits.softmax(1) * (g_s @ codebook.t() - s_mean[:, None])
+                log_p = (logits / ctx.temperature).log_softmax(1)
+                p = log_p.exp()
+                g = g_p - g_h[:, None] * log_p
+                grad += p * (g - (p @ g_p + h_mean)[:, None]) / ctx.temperature
+                z_grads.append(grad @ codebook)
+                codebook_grad.addmm_(grad.t(), block)
+        return torch.cat(z_grads), codebook_grad, None
+
+
+@contextmanager
+def float32_matmul(device: torch.device) -> Iterator[None]:
+    """Computes matrix products of float32 in full precision, even under autocast."""
+    with torch.autocast(device.type, enabled=False), full_precision_matmul():
+        yield
+
+
+def split_positions(codebook: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields blocks of the rows of tensors (N, ...), of at most BLOCK_SCORES scores of K codes."""
+    size = max(1, BLOCK_SCORES // len(codebook))
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 class IBQQuantizer(Quantizer):
@@ -24,7 +84,7 @@ class IBQQuantizer(Quantizer):
     over positions and channels, p = softmax(z C^T / temperature), E[H] over the positions of an example, and H(E[p])
     over the whole batch on all processes. The paper uses entropy_weight 0.05 and temperature 0.01.
 
-    `forward` allocates several tensors of positions x K; `assign` works in chunks.
+    Forward, backward and `assign` work in blocks of positions.
     """
 
     def __init__(
@@ -46,22 +106,17 @@ class IBQQuantizer(Quantizer):
         z = z.to(torch.promote_types(z.dtype, codebook.dtype))
         codebook = codebook.to(z.dtype)
         e = lookup(ids, codebook)
-        with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
-            logits = z.movedim(1, -1) @ codebook.t()  # (B, h, w, K)
-            soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1).contiguous()
+        flat = z.movedim(1, -1).flatten(0, 2)  # (B h w, D)
+        soft, entropies, p_sum = SoftAssignment.apply(flat, codebook, self.temperature)
+        soft = soft.unflatten(0, ids.shape).movedim(-1, 1).contiguous()
         z_q = e + (soft - soft.detach())  # Ind C, without the K-wide Ind
         commitment = mean_square_per_example(z - e.detach())
-        code_entropy, codebook_entropy = self.entropies(logits / self.temperature, context)
+        code_entropy = entropies.view_as(ids).mean((1, 2))
+        codebook_entropy = entropy(mean_over_processes(p_sum / len(flat), context))
         squares = mean_square_per_example(z_q - z) + commitment + self.beta * mean_square_per_example(e - z.detach())
         loss = squares + self.entropy_weight * (code_entropy - codebook_entropy)
         metrics = {"commitment": commitment, "entropy": code_entropy, "codebook_entropy": codebook_entropy}
         return Quantized(ids, z_q, loss, {name: metric.detach().mean() for name, metric in metrics.items()})
-
-    def entropies(self, logits: Tensor, context: StepContext | None) -> tuple[Tensor, Tensor]:
-        """Returns E[H(p)] of each example (B,) and H(E[p]) () of logits (B, h, w, K)."""
-        log_p = logits.log_softmax(-1)
-        p = log_p.exp()
-        return -(p * log_p).sum(-1).mean((1, 2)), entropy(mean_over_processes(p.mean((0, 1, 2)), context))
 
     def assign(self, z: Tensor) -> Tensor:
         return argmax_linear(z, self.codebook.weight, self.codebook.weight.new_zeros(self.codebook_size))

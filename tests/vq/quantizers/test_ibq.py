@@ -55,8 +55,10 @@ def test_ids_and_vectors_are_inverse_for_all_codes():
     assert not torch.equal(q.assign(q.vectors(ids)), ids), "longer codes have the larger product, not the distance 0"
 
 
+@pytest.mark.parametrize("block", [2**20, 7 * K + 1, 1], ids=["whole", "blocks of 7", "single positions"])
 @pytest.mark.parametrize("part", ["vectors", "loss"])
-def test_gradients_through_the_index_are_those_of_the_formula(part):
+def test_gradients_through_the_index_are_those_of_the_formula(part, block, monkeypatch):
+    monkeypatch.setattr(ibq, "BLOCK_SCORES", block)  # of 36 positions, the last block is smaller
     q, z = quantizer().double(), z_for()
     z_q, squares, code_entropy, codebook_entropy = reference(q, z)
     expected = {"vectors": z_q, "loss": squares + WEIGHT * (code_entropy - codebook_entropy)}[part]
@@ -140,14 +142,26 @@ def test_products_are_float32_under_autocast():
     assert torch.equal(q(z).loss, q.float()(z).loss)
 
 
-def test_only_forward_holds_positions_times_codes(monkeypatch):
-    q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16)
+def test_blocks_are_as_exact_as_the_whole_in_float32(monkeypatch):
+    q, z = IBQQuantizer(512, 16, entropy_weight=WEIGHT), torch.randn(2, 16, 8, 8, requires_grad=True)
+    results = []
+    for dtype, block in ((torch.float64, 2**20), (torch.float32, 2**20), (torch.float32, 2**12)):
+        monkeypatch.setattr(ibq, "BLOCK_SCORES", block)
+        codes = q.to(dtype)(z.to(dtype))
+        results.append(torch.autograd.grad(codes.loss.sum() + codes.vectors.square().sum(), (z, q.codebook.weight)))
+    for expected, whole, blocks in zip(*results, strict=True):
+        scale = expected.abs().max()
+        assert (blocks - whole).abs().max() < 1e-6 * scale and (blocks - expected).abs().max() < 1e-5 * scale
+
+
+def test_nothing_holds_positions_times_codes(monkeypatch):
+    q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16, requires_grad=True)
     monkeypatch.setattr(vq.quantizer, "MAX_SCORES", 2**12)
-    with LargestTensor() as assign_peak:
-        q.assign(z)
-    with LargestTensor() as forward_peak:
-        q(z)
-    assert assign_peak.made == 2**12 and forward_peak.made == 2**16
+    monkeypatch.setattr(ibq, "BLOCK_SCORES", 2**12)
+    with LargestTensor() as peak:
+        codes = q(z)
+        (codes.loss.sum() + codes.vectors.sum()).backward()
+    assert peak.made == 2**12 and q.codebook.weight.grad.abs().sum() > 0
 
 
 def test_codes_start_spread():
