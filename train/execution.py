@@ -1,14 +1,16 @@
-"""How a network is executed: activation checkpointing, compilation, memory format, precision, determinism.
+"""How a network is executed: activation checkpointing, compilation, memory format, precision, denormals, determinism.
 
 Nothing here changes what is computed beyond rounding, nor the names and values of a `state_dict`.
 """
 
 import os
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -163,7 +165,30 @@ def set_deterministic(enabled: bool) -> ExitStack:
     return stack
 
 
+@contextmanager
+def flush_denormals() -> Iterator[None]:
+    """Lets the CPU round denormal numbers (in float32 those below 1.2e-38) to zero: it computes with them many
+    times slower.
+
+    The state belongs to a thread, and threads and forked processes that it starts take it over: enter it before the
+    first computation, which starts torch's threads. At the end the state of the calling thread is restored.
+    """
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)  # NumPy before 2.4 warns if it finds these constants without denormals
+    before = sys.float_info.min / 2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
 HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def has_amx(device: torch.device) -> bool:
+    """Returns whether `device` is a CPU with matrix units for bfloat16 (Intel AMX)."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -171,7 +196,7 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_avx512_bf16_supported() or has_amx(device)
     return False
 
 

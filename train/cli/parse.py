@@ -27,6 +27,7 @@ from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_forei
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
 from train.datasets.webdataset.store import is_shell_command
+from train.execution import flush_denormals
 from train.progress import close_bars
 from train.registry import did_you_mean, load_plugin, plugin_names
 
@@ -429,7 +430,8 @@ def run_script(
     """Parses the command line and calls main(config), after check(config, sources), which may refuse it.
 
     Under torchrun only rank 0 prints errors of the command line, which are the same for all; later errors, which may
-    concern one machine only, are printed by the first process that has them (`init_distributed`).
+    concern one machine only, are printed by the first process that has them (`init_distributed`). In main
+    denormal numbers count as zero.
     """
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     with contextlib.ExitStack() as quiet:
@@ -440,5 +442,5 @@ def run_script(
             parsed = parse_with_sources(cls, section, sys.argv[1:], base_values, read_run_settings)
             if check is not None:
                 check(parsed.config, parsed.sources)
-    with one_line_errors(script if rank == "0" else f"{script} (rank {rank})"):
+    with one_line_errors(script if rank == "0" else f"{script} (rank {rank})"), flush_denormals():
         run_main(main, parsed.config)
