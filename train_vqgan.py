@@ -9,14 +9,22 @@ from train.cli.files import run_folder
 from train.cli.parse import data_flag_names, run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
+from train.execution import uses_channels_last
 from train.loop import Timer
 from train.progress import print_next, sampler_command
 from train.resumed_settings import read_resumed_settings
-from train.runs import open_or_resume, perceptual_provenance, read_continued_network, run_context
+from train.runs import (
+    open_or_resume,
+    perceptual_provenance,
+    read_continued_network,
+    read_provenance,
+    resumed_run,
+    run_context,
+)
 from train.spaces import PixelSpace
 from train.start import DurationEstimate, print_start
 from train.trainer import make_hooks, train
-from train.vqgan import VQGANReports, VQGANStep, build_state
+from train.vqgan import VQGANReports, VQGANStep, build_state, choose_memory_format
 from vq.perceptual import load_perceptual, net_for_channels
 
 
@@ -34,6 +42,8 @@ def main(config: Config) -> None:
     training, logging = config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
     with run_context(run, training) as world:
+        resumed = resumed_run(run, training.resume)
+        training = choose_memory_format(training, world, None if resumed is None else read_provenance(resumed))
         splits = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, splits["train"])
         margins = {"train": data.crop_margin, "val": 0}
@@ -53,7 +63,8 @@ def main(config: Config) -> None:
                 run, images.dataset, validation, config.reader, training, logging, world
             )
         source = TrainingImages(images, training.seed, balance=training.balance_classes)
-        open_or_resume(run, config, state, world, perceptual_provenance(weights), splits["train"])
+        provenance = perceptual_provenance(weights) | {"channels_last": uses_channels_last(training, world.device)}
+        open_or_resume(run, config, state, world, provenance, splits["train"])
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         make_reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         height, width = network.grid(*data.size)

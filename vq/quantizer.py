@@ -58,7 +58,7 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
 def lookup(ids: Tensor, codebook: Tensor) -> Tensor:
     """Looks up ids (B, h, w) in codebook (K, D) -> (B, D, h, w), contiguous.
 
-    A decoder keeps the memory format of its input, and channels-last convolutions are much slower on a CPU.
+    Without the copy a decoder whose weights are contiguous would compute in the channels-last format of its input.
     """
     return nn.functional.embedding(ids, codebook).movedim(-1, 1).contiguous()
 

@@ -34,7 +34,7 @@ from train.distributed import DistContext
 from train.files import fsync, nearest_folder, print_removable, write_text
 from train.progress import Progress
 
-VERSION = 3  # raise it when the same images and weights give different codes: it is part of the cache key
+VERSION = 4  # raise it when the same images and weights give different codes: it is part of the cache key
 KEY_LENGTH = 16  # hexadecimal digits of the key in file names
 CHUNK_SIZE = 512  # images; uint16 codes on a grid with even sides: no two chunks share a 4096-byte page
 
@@ -43,7 +43,7 @@ Note = dict[str, Any]
 
 
 def code_cache_key(**inputs: object) -> str:
-    """Returns the hexadecimal key of everything that the codes depend on: weights, data, size, views."""
+    """Returns the hexadecimal key of everything that the codes depend on: weights, data, views, precision, format."""
     return hashlib.sha256(json.dumps({"version": VERSION} | inputs, sort_keys=True).encode()).hexdigest()
 
 

@@ -270,6 +270,7 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
         stage.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
     make_first_stage(tmp_path, weights="abd").encode_dataset(IMAGES, "train", DATA, 3, world)
     make_first_stage(tmp_path, amp=True).encode_dataset(IMAGES, "train", DATA, 3, world)
+    make_first_stage(tmp_path, channels_last=True).encode_dataset(IMAGES, "train", DATA, 3, world)
     other = make_first_stage(tmp_path)
     other.vqgan.config = dataclasses.replace(NETWORK, unit_range=True)
     other.encode_dataset(IMAGES, "train", DATA, 3, world)
@@ -279,7 +280,7 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
     monkeypatch.setattr(first_stage, "training_views", training_views)
     monkeypatch.setattr(first_stage, "CHUNK_SIZE", 513)
     stage.encode_dataset(IMAGES, "train", DATA, 3, world)
-    assert len({key for key, _ in keys}) == len({path for _, path in keys}) == len(keys) == 19
+    assert len({key for key, _ in keys}) == len({path for _, path in keys}) == len(keys) == 20
 
 
 def test_the_key_ignores_what_does_not_change_codes(tmp_path, monkeypatch):
