@@ -262,6 +262,8 @@ class FirstStageConfig:
     """Run folder of the VQGAN. If omitted: vqgan_<dataset> for samplers of codes; other samplers work on pixels."""
     ae_load_step: int | None = None
     """Step of the VQGAN; the newest by default."""
+    cache_latents: bool = False
+    """Samplers of latents: encode all images once, in all training views, into a file in the VQGAN's folder."""
 
     EVERYDAY = ("ae_load_dir",)
     RANGES = {"ae_load_step": NOT_NEGATIVE}

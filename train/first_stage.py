@@ -14,7 +14,8 @@ from train.cli.files import run_folder
 from train.cli.parse import from_dict
 from train.config import DataConfig, LoggingConfig
 from train.data import image_cache
-from train.data.code_cache import CHUNK_SIZE, CodeFile, CodeTable, code_cache_key, load_or_encode
+from train.data.code_cache import code_cache_key, load_or_encode
+from train.data.code_file import CHUNK_SIZE, CodeFile, CodeTable
 from train.data.loading import ImageSource
 from train.data.transforms import from_unit_range, to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
@@ -80,9 +81,11 @@ class FirstStage:
 
     @torch.no_grad()
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Encodes float images (B, C, H, W) in [-1, 1] to latents before quantization (B, D, h, w) float32."""
+        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to latents before quantization (B, D, h, w)
+        float32."""
+        floats = images if images.is_floating_point() else to_float(images)
         with autocast(self.device, self.amp):
-            return self.vqgan.latents(images.to(self.device)).float().contiguous()
+            return self.vqgan.latents(floats.to(self.device)).float().contiguous()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -100,9 +103,10 @@ class FirstStage:
                 )
 
     def encode_dataset(
-        self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext
+        self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext, latents: bool = False
     ) -> CodeTable:
-        """Returns the codes of a split in all views of `data`, from the cache or encoded by all ranks together."""
+        """Returns the codes, or `latents`, of a split in all views of `data`, from the cache or encoded by all ranks
+        together."""
         if split != "train":
             data = data.without_augmentation
         views, margin = training_views(data), data.crop_margin
@@ -115,13 +119,17 @@ class FirstStage:
             amp=self.amp and has_native_bf16(self.device),
             channels_last=self.channels_last,
             chunk=CHUNK_SIZE,
+            **({"kind": "latents"} if latents else {}),
         )
-        codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(views), *self.vqgan.grid)
+        quantizer, grid = self.vqgan.quantizer, self.vqgan.grid
+        codebook_size = None if latents else quantizer.codebook_size
+        shape = (len(views), *((quantizer.dim,) if latents else ()), *grid)
+        encode = self.encode_latents if latents else self.encode
         folder, name, options = self.run / "codes", f"{data.dataset}_{split}", {"fallback": self.code_cache}
         return load_or_encode(
             CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(views), **options),
             lambda: ImageSource(dataset, data, margin=margin),
-            lambda images: torch.stack([self.encode(view(images)) for view in views], 1),
+            lambda images: torch.stack([encode(view(images)) for view in views], 1),
             batch_size,
             world,
         )

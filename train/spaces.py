@@ -1,9 +1,10 @@
 """Spaces that learned samplers work in: pixels, or codes or latents of a VQGAN, with maps from and to images."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,9 @@ from diffusion.rng import Streams
 from train.cli.files import run_folder
 from train.cli.parse import from_dict
 from train.config import DataConfig, SecondStageConfig
-from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages
+from train.data.code_file import CodeTable
+from train.data.collate import collate
+from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, merge_fields
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
@@ -130,6 +133,11 @@ def any_in_cells(mask: Tensor, factor: int) -> Tensor:
     return mask.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
 
 
+def encoding_batch(data: DataConfig) -> int:
+    """Returns how many images are encoded into a cache at once: about 16 MB of floats."""
+    return max(1, 2**22 // math.prod(data.shape))
+
+
 class ContinuousSpace:
     """Base class of pixels and latents, whose training batches are images."""
 
@@ -198,12 +206,40 @@ class PixelSpace(ContinuousSpace):
         return EditInput(to_float(images.masked_fill(mask.unsqueeze(1), 128)), ~mask)
 
 
+class TrainingLatents:
+    """Latents of training images, in the order and the views of `images`, which are not read."""
+
+    def __init__(self, images: TrainingImages, table: CodeTable, labels: np.ndarray | None):
+        self.images, self.table = images, table
+        self.labels = None if labels is None else torch.from_numpy(labels)[table.index]
+        self.rows = {image: row for row, image in enumerate(table.index.tolist())}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def row(self, position: int) -> int:
+        """Returns the row of the image at a position, or of the next readable one."""
+        candidates = self.images.candidates(self.images.order[position])
+        return next(self.rows[image] for image in candidates if image in self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        views, rows = [self.images.view_index(each) for each in positions], [self.row(each) for each in positions]
+        batch: Batch = {"latents": self.table.ids[torch.tensor(views), torch.tensor(rows)]}
+        batch["position"] = torch.tensor(positions)
+        if self.labels is not None:
+            batch["label"] = self.labels[rows]
+        if self.table.annotations is None:
+            return batch
+        return merge_fields(collate([self.table.annotations[key] for key in zip(views, rows, strict=True)]), batch)
+
+
 @dataclass(frozen=True)
 class LatentSpace(ContinuousSpace):
     """A VQGAN's latents before quantization, times `scale` for unit variance: (B, D, h, w)."""
 
     first_stage: FirstStage
     scale: float
+    cached: bool = False  # whether training reads latents from a file
 
     @property
     def description(self) -> str:
@@ -223,8 +259,32 @@ class LatentSpace(ContinuousSpace):
     def provenance(self) -> dict[str, Any]:
         return self.first_stage.provenance | {"latent_scale": self.scale}
 
+    def source(
+        self,
+        images: Dataset,
+        split: str,
+        data: DataConfig,
+        seed: int,
+        world: DistContext,
+        adapt: Adapt | None,
+        balance: float = 0.0,
+    ) -> BatchSource:
+        """Returns the training images, or their latents from the cache or newly encoded."""
+        if not self.cached:
+            return super().source(images, split, data, seed, world, adapt, balance)
+        if adapt is not None:
+            raise ValueError("got --cache_latents and --adapt, which changes images anew each time: leave one out")
+        table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world, latents=True)
+        unread = replace(data, cache_images=False, in_memory=False)
+        ordered = super().source(images, split, unread, seed, world, None, balance)
+        return TrainingLatents(ordered, table, images.labels if images.n_classes else None)
+
+    def workers(self, data: DataConfig) -> int:
+        return 0 if self.cached else data.num_workers
+
     def encode_batch(self, batch: Batch) -> Batch:
-        return batch | {"x0": self.first_stage.encode_latents(batch["image"]) * self.scale}
+        latents = batch["latents"] if "latents" in batch else self.first_stage.encode_latents(batch["image"])
+        return batch | {"x0": latents * self.scale}
 
     def decode(self, x: Tensor) -> Tensor:
         return self.first_stage.decode_latents(x / self.scale)
@@ -276,8 +336,7 @@ class CodeSpace:
         balance: float = 0.0,
     ) -> TrainingCodes:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
-        batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
-        table = self.first_stage.encode_dataset(images, split, data, batch_size, world)
+        table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
         return TrainingCodes(table.ids, labels, seed, table.annotations, balance)
 
@@ -318,6 +377,9 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     """
     of_codes = load_plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes"
     name = config.first.ae_load_dir or (f"vqgan_{config.data.dataset}" if of_codes else None)
+    if config.first.cache_latents and (of_codes or name is None):
+        what = "codes, which are always cached" if of_codes else "pixels (--cache_images caches these)"
+        raise ValueError(f"got --cache_latents for a sampler of {what}: leave it out, or pass --ae_load_dir RUN")
     if name is None:
         return PixelSpace(config.data)
     run = run_folder(config.logging.logs_root, name)
@@ -331,7 +393,8 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     scale = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
     scale = world.sum(torch.tensor(scale if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
-    return LatentSpace(first_stage, scale or measure_latent_scale(first_stage, source, world))
+    scale = scale or measure_latent_scale(first_stage, source, world)
+    return LatentSpace(first_stage, scale, config.first.cache_latents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from helpers.annotated_images import AnnotatedDataset
 from helpers.process_pool import free_port, variables
 from train.config import DataConfig
 from train.data import code_cache
-from train.data.code_cache import CodeFile, CodeTable, load_or_encode
+from train.data.code_cache import load_or_encode
+from train.data.code_file import CodeFile, CodeTable
 from train.data.loading import ImageSource
 from train.data.transforms import View
 from train.datasets import ArrayDataset, UnreadableImage

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 
+from helpers.annotated_images import annotated_dataset, assert_same_fields
+from helpers.run_asserts import assert_equal_bits, weights
 from helpers.tiny_runs import GAN, SAMPLER, UNET, VQGAN, call
+from helpers.toy_encoding import BrokenDataset
 from train import spaces
 from train.config import DataConfig, FirstStageConfig
-from train.data.code_cache import CodeTable
+from train.data.code_file import CodeTable
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import to_float
 from train.distributed import DistContext
@@ -105,6 +108,75 @@ def test_codes_are_those_of_the_images(first_stage, digits, data):
     assert torch.equal(batch["label"], expected["label"])
     assert torch.equal(space.decode(batch["codes"]), first_stage.decode(first_stage.encode(images)))
     assert torch.equal(space.extra_arrays(batch["codes"])["codes"], batch["codes"])
+
+
+@pytest.fixture
+def cached_space(first_stage, tmp_path):
+    """Latents in a file in a folder of their own."""
+    return spaces.LatentSpace(dataclasses.replace(first_stage, run=tmp_path), 3.0, cached=True)
+
+
+@pytest.mark.parametrize("views", [{"shift": 0}, {"shift": 1, "horizontal_flip": True}, {"shift": 0, "crop_margin": 4}])
+def test_cached_latents_are_those_of_the_images(first_stage, cached_space, digits, data, views):
+    data, positions = dataclasses.replace(data, cache_images=False, **views), [*range(40), len(digits) + 3, 5]
+    sources = [
+        space.source(digits, "train", data, 3, DistContext(CPU), None)
+        for space in (spaces.LatentSpace(first_stage, 3.0), cached_space)
+    ]
+    assert len(sources[0]) == len(sources[1]) and cached_space.workers(dataclasses.replace(data, num_workers=2)) == 0
+    plain, cached = (cached_space.encode_batch(source[positions]) for source in sources)
+    torch.testing.assert_close(cached["x0"], plain["x0"], rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(cached[name], plain[name]) for name in ("label", "position")) and "image" not in cached
+    assert cached["x0"].dtype == torch.float32 and not cached["x0"].requires_grad
+
+
+def test_latents_are_encoded_once_and_scaled_when_read(cached_space, digits, data, monkeypatch):
+    world, positions = DistContext(CPU), list(range(9))
+    first = cached_space.encode_batch(cached_space.source(digits, "train", data, 3, world, None)[positions])["x0"]
+    (path,) = (cached_space.first_stage.run / "codes").glob("*.latents")
+    assert path.stat().st_size == len(digits) * 9 * 4 * 4 * 4 * 4  # 9 views of 4x4x4 floats
+    monkeypatch.setattr(type(cached_space.first_stage), "encode_latents", lambda *args: 1 / 0)
+    other = dataclasses.replace(cached_space, scale=6.0)  # a file of raw latents serves any scale
+    again = other.encode_batch(other.source(digits, "train", data, 3, world, None)[positions])["x0"]
+    assert torch.equal(again, 2 * first)
+
+
+def test_an_unreadable_image_has_the_latents_of_the_next(first_stage, cached_space, data):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16), np.uint8)
+    dataset = BrokenDataset(pixels, np.arange(12), 12, broken=(0, 4, 5))
+    data, batches = dataclasses.replace(data, shift=0), []
+    for space in (spaces.LatentSpace(first_stage, 3.0), cached_space):
+        with pytest.warns(UserWarning, match="skipped"):
+            batch = space.source(dataset, "train", data, 1, DistContext(CPU), None)[[*range(12)]]
+        batches.append(space.encode_batch(batch))
+    torch.testing.assert_close(batches[1]["x0"], batches[0]["x0"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(batches[1]["label"], batches[0]["label"]) and {0, 4, 5}.isdisjoint(batches[1]["label"].tolist())
+
+
+def test_cached_latents_keep_annotations_in_their_view(cached_space, data):
+    dataset, data = annotated_dataset(5, 16), dataclasses.replace(data, shift=0, horizontal_flip=True)
+    plain, cached = (
+        space.source(dataset, "train", data, 3, DistContext(CPU), None)[[*range(10)]]
+        for space in (spaces.PixelSpace(data), cached_space)
+    )
+    assert plain.pop("image").shape == (10, 1, 16, 16) and cached.pop("latents").shape == (10, 4, 4, 4)
+    assert_same_fields(cached, plain)
+
+
+def test_latents_and_codes_have_files_of_their_own(first_stage, tmp_path, digits, data):
+    stage, world = dataclasses.replace(first_stage, run=tmp_path), DistContext(CPU)
+    codes = stage.encode_dataset(digits, "val", data, 50, world)
+    latents = stage.encode_dataset(digits, "val", data, 50, world, latents=True)
+    assert torch.equal(stage.vqgan.quantizer.assign(latents.ids[0]), codes.ids[0])
+    assert len({path.stem for path in (tmp_path / "codes").iterdir() if path.suffix != ".lock"}) == 2
+
+
+def test_latents_that_cannot_be_cached_are_refused(cached_space, digits, data, trained):
+    with pytest.raises(ValueError, match="--cache_latents and --adapt"):
+        cached_space.source(digits, "train", data, 3, DistContext(CPU), lambda item: item)
+    for sampler, what in ((absorbing.Config, "codes, which"), (ddpm.Config, "pixels")):
+        with pytest.raises(ValueError, match=f"got --cache_latents for a sampler of {what}"):
+            spaces.open_space(config(data, sampler, trained, cache_latents=True), {}, digits, DistContext(CPU))
 
 
 def test_masked_codes_are_shown_as_grey_squares(first_stage):
@@ -213,6 +285,14 @@ def test_codes_without_labels_have_none(first_stage, digits, data, monkeypatch):
 
 
 # end to end
+
+
+def test_a_run_of_cached_latents_resumes_bit_by_bit(trained):
+    flags = f"{LATENT} --logs_root {trained} --ae_load_dir vqgan_digits --cache_latents"
+    call("train_sampler.py", f"{flags} --train_steps 3 --log_dir straight")
+    for steps in (1, 3):
+        call("train_sampler.py", f"{flags} --train_steps {steps} --log_dir stopped")
+    assert_equal_bits(weights(trained / "straight", 3), weights(trained / "stopped", 3))
 
 
 def test_the_scale_is_stored_and_reused_on_resume(trained, latent_run, monkeypatch, capfd):

@@ -219,10 +219,14 @@ class TrainingImages:
                     warnings.warn(f"skipped unreadable image {len(self.skipped)}: {error}", stacklevel=2)
         raise ValueError("no image can be read any more: does the data folder still exist?")
 
+    def view_index(self, position: int) -> int:
+        """Returns the view, of all training views, in which the sample at a position is seen."""
+        return seed_of(self.seed, "view", position) % len(self.views)
+
     def __getitem__(self, positions: list[int]) -> Batch:
         items = []
         for position in positions:
-            view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
+            view = self.views[self.view_index(position)]
             item = self.load_readable(self.order[position])
             if self.adapt is not None or not view.is_identity:  # an unchanged item needs no copy
                 item = view(item)

@@ -20,7 +20,7 @@ from helpers.annotated_images import (
 from helpers.toy_encoding import COUNT, captions, load_codes, run_two_ranks
 from train.config import DataConfig
 from train.data.annotations import Records, pack, unpack, write_records
-from train.data.code_cache import CodeFile
+from train.data.code_file import CodeFile
 from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext

@@ -26,6 +26,7 @@ from helpers.toy_encoding import (
     table_matches,
 )
 from train.data import code_cache
+from train.data import code_file as code_file_module
 from train.data.loading import TrainingCodes
 
 # interruptions
@@ -102,7 +103,7 @@ def test_encoding_resumes_after_a_kill_at_any_moment(tmp_path, annotated):
 
 
 def test_a_chunk_is_flushed_before_its_note(tmp_path, monkeypatch):
-    events, fsync, write_text = [], os.fsync, code_cache.write_text
+    events, fsync, write_text = [], os.fsync, code_file_module.write_text
 
     def record_fsync(handle):
         events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
@@ -115,7 +116,7 @@ def test_a_chunk_is_flushed_before_its_note(tmp_path, monkeypatch):
     if not Path("/proc/self/fd").exists():
         pytest.skip("no /proc here to identify the flushed file")
     monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(code_cache, "write_text", record_note)
+    monkeypatch.setattr(code_file_module, "write_text", record_note)
     load_codes(tmp_path)
     for chunk in range(4):
         position = events.index(f"{chunk:08d}.note")
@@ -217,7 +218,7 @@ def test_codes_of_other_weights_are_refused(tmp_path):
 
 def test_codes_of_earlier_versions_are_listed_once_as_removable(tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
-        patch.setattr(code_cache, "VERSION", 1)
+        patch.setattr(code_file_module, "VERSION", 1)
         load_codes(tmp_path)
     old = code_file(tmp_path)
     capfd.readouterr()
