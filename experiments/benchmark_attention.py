@@ -1,7 +1,6 @@
 """Benchmarks the backends of neighbourhood attention by grid size: a table and a plot of time, memory and error.
 
-All backends of models/neighborhood.py, forward and forward+backward, are timed in turn; on CUDA, PyTorch's compiled
-flex_attention as well.
+The backends of models/neighborhood.py, forward and forward+backward, are timed in turn; flex on CUDA only.
 """
 
 import dataclasses
@@ -316,11 +315,9 @@ def unsupported_errors(name: str) -> tuple[type[Exception], ...]:
 def backends(case: Case, device: torch.device) -> dict[str, Callable[[], Attention]]:
     """Returns the factory of each backend's attention function, by name."""
     names = ["dense", "tiled"] + ["natten"] * (importlib.util.find_spec("natten") is not None)
+    names += ["flex"] * (device.type == "cuda")  # elsewhere it computes all pairs, uncompiled
     window = {"kernel_size": case.kernel, "dilation": case.dilation}
-    factories = {name: partial(partial, neighborhood_attention_2d, **window, backend=name) for name in names}
-    if device.type == "cuda":
-        factories["flex"] = partial(flex, case, device)
-    return factories
+    return {name: partial(partial, neighborhood_attention_2d, **window, backend=name) for name in names}
 
 
 def is_quadratic(name: str, device: torch.device) -> bool:
@@ -355,36 +352,6 @@ def reference(case: Case, inputs: Inputs) -> Tensor:
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """Returns the largest absolute error over the largest absolute value."""
     return ((out.cpu().double() - expected).abs().max() / expected.abs().max()).item()
-
-
-def flex(case: Case, device: torch.device) -> Attention:
-    """Returns PyTorch's flex_attention compiled for this case, with the window as its mask."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    blocks = create_block_mask(window_mask(case), None, None, case.side**2, case.side**2, device=str(device))
-    torch.compiler.reset()  # beyond a recompilation limit PyTorch would run it uncompiled
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
-        return compiled(q, k, v, block_mask=blocks).transpose(1, 2).unflatten(1, query.shape[1:3])
-
-    return attention
-
-
-def window_mask(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Returns the window as a `mask_mod` of flex_attention: whether a query attends to a key, by flattened indices."""
-    side, kernel, step = case
-
-    def visible_on_axis(query: Tensor, key: Tensor) -> Tensor:
-        count = (side - 1 - query % step) // step + 1  # positions congruent to the query's
-        start = torch.minimum((query // step - kernel // 2).clamp(min=0), count - kernel)
-        return (query % step == key % step) & (key // step >= start) & (key // step < start + kernel)
-
-    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible_on_axis(query // side, key // side) & visible_on_axis(query % side, key % side)
-
-    return mask
 
 
 if __name__ == "__main__":

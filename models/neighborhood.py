@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy import ndarray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from models.embeddings import RelativeBias
+from models.neighborhood_flex import flex_attention
 from models.neighborhood_tiles import Window, in_window, keys_per_tile, tiled_attention
 from models.sdpa import attend, attention_map
 from models.tables import cached_tables, kron, mixed_radix
 
-Backend = Literal["auto", "dense", "tiled", "natten"]
+Backend = Literal["auto", "dense", "tiled", "natten", "flex"]
 PerAxis = int | Sequence[int]
 
 
@@ -95,15 +97,13 @@ def attend_by_group(
 ) -> Tensor:
     """Attention of (B, *grid, heads, d) with one window per group of heads.
 
-    One backend call per group, or a single one if all are dense.
+    One backend call per group, or a single one if all are dense or flex.
     """
     queries_per_key = query.shape[-2] // key.shape[-2]
     for group in groups:
         check_bias(group, queries_per_key)
     names = [resolve_backend(backend, query, group, dropout) for group in groups]
-    if set(names) == {"dense"}:
-        return attend_dense(query, key, value, groups, scale=scale, dropout=dropout)
-    if len(groups) == 1:
+    if len(groups) == 1 or set(names) in ({"dense"}, {"flex"}):
         return BACKENDS[names[0]](query, key, value, groups, scale=scale, dropout=dropout)
     counts = [group.heads for group in groups]
     splits = zip(
@@ -282,7 +282,39 @@ def attend_natten(query, key, value, groups: Sequence[Group], *, scale: float | 
         raise ValueError('backend "natten" does not support this: choose "tiled", "dense" or "auto"') from error
 
 
-BACKENDS = {"dense": attend_dense, "tiled": attend_tiled, "natten": attend_natten}
+def attend_flex(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
+    """Attention of (B, *grid, heads, d) by PyTorch's FlexAttention, all groups in one kernel (no backward on a CPU)."""
+    check_flex(query, key, value, groups, dropout)
+    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
+        # a mode that sees every operation, such as one that counts FLOPs, sees none of a compiled kernel
+        return attend_by_group(query, key, value, groups, scale=scale, backend="tiled", dropout=dropout)
+    windows, biases = [group.window for group in groups], [group.bias for group in groups]
+    heads = [group.heads * (query.shape[-2] // key.shape[-2]) for group in groups]
+    return flex_attention(query, key, value, windows, heads, scale=scale, biases=biases)
+
+
+def check_flex(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], dropout: float) -> None:
+    """ValueError for what FlexAttention does not support."""
+    biases = [group.bias for group in groups if group.bias is not None]
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *biases))
+    narrowest, problem = min(query.shape[-1], value.shape[-1]), None
+    if dropout > 0:
+        problem = "has no dropout of weights"
+    elif training and not query.is_cuda:
+        problem = f"has no backward on {query.device.type}"
+    elif query.is_cuda and narrowest < 16:
+        problem = f"needs heads of at least 16 channels on CUDA, not {narrowest}"
+    elif query.is_cuda and query.dtype == torch.float64:
+        problem = "has no float64 on CUDA"
+    elif training and biases and torch.are_deterministic_algorithms_enabled():
+        problem = "adds up the gradient of a bias in no fixed order, which --deterministic forbids"
+    elif query.is_cuda and not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
+        problem = "needs the package triton"
+    if problem is not None:
+        raise ValueError(f'backend "flex" {problem}: choose "tiled", "dense" or "auto"')
+
+
+BACKENDS = {"dense": attend_dense, "tiled": attend_tiled, "natten": attend_natten, "flex": attend_flex}
 
 
 def hydra_attention(
@@ -303,7 +335,7 @@ def hydra_attention(
 
     Group i has kernel i, dilation i (a list of length one applies to all groups) and the next heads[i] key heads
     (default: `head_groups`). `biases` holds one table per group. Each group is one backend call, or all groups together
-    if every one is dense. Other arguments as in `neighborhood_attention_2d`.
+    if every one is dense or flex. Other arguments as in `neighborhood_attention_2d`.
     """
     grid = check_tensors(query, key, value, query.ndim - 3)
     pairs = pair_windows(kernel_sizes, dilations)

@@ -7,13 +7,11 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from torch.nn.attention.flex_attention import create_mask
 
 from experiments import benchmark_attention
-from experiments.benchmark_attention import Case, Cost, backends, compare, make_inputs, relative_error, window_mask
+from experiments.benchmark_attention import Case, Cost, backends, compare, make_inputs, relative_error
 from experiments.metrics.cost import peak_extra_bytes
 from helpers.tiny_runs import call
-from models.neighborhood import dense_visible, make_window
 
 SCRIPT = "experiments/benchmark_attention.py"
 TINY = "--sizes 8 12 --kernel_size 3 --heads 2 --head_width 8 --repeats 1 --device cpu"
@@ -140,14 +138,6 @@ def test_peak_memory_includes_freed_allocations():
         assert peak_extra_bytes(lambda n=count, s=size: allocate(n, s), CPU) == pytest.approx(64 * MIB, rel=0.2)
     allocated = torch.ones(16 * MIB // 4)
     assert peak_extra_bytes(lambda: allocated.add_(1), CPU) < 6 * MIB  # memory already in use does not count
-
-
-@pytest.mark.parametrize("case", [Case(8, 3, 1), Case(8, 3, 2), Case(11, 3, 3), Case(9, 9, 1)], ids=lambda c: c.name)
-def test_flex_attention_is_given_the_same_window(case):
-    tokens = case.side**2
-    mask = create_mask(window_mask(case), None, None, tokens, tokens, device="cpu")[0, 0]
-    window = make_window((case.side, case.side), case.kernel, case.dilation)
-    assert torch.equal(mask, torch.from_numpy(dense_visible((case.side, case.side), window)[0]))
 
 
 @pytest.mark.cuda

@@ -28,7 +28,7 @@ class TransformerConfig(ConditionsConfig):
     """Neighbourhood attention: window size in codes per side (odd), one number per group of heads or one for all."""
     dilations: tuple[int, ...] = (1,)
     """Neighbourhood attention: spacing of the codes in a window, one number per group of heads or one for all."""
-    na_backend: Literal["auto", "dense", "tiled", "natten"] = "auto"
+    na_backend: Literal["auto", "dense", "tiled", "natten", "flex"] = "auto"
     """Neighbourhood attention: implementation; all are equivalent."""
     attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
     """Softmax or differential attention; diff_v1 pairs the heads, diff_v2 gives each a second query."""

@@ -117,7 +117,7 @@ class Config(ConditionsConfig):
     """Neighbourhood attention: window size in pixels per side (odd), one number per group of heads or one for all."""
     dilations: tuple[int, ...] = (1,)
     """Neighbourhood attention: spacing of the pixels in a window."""
-    na_backend: Literal["auto", "dense", "tiled", "natten"] = "auto"
+    na_backend: Literal["auto", "dense", "tiled", "natten", "flex"] = "auto"
     """Neighbourhood attention: implementation; all are equivalent."""
     transformer_attention: str = "softmax"
     """attn_block_type transformer: type of self-attention."""
