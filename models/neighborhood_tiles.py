@@ -124,7 +124,7 @@ def attend_tiles(
     else:
         mask = pattern_bias.index_select(0, tables.patterns[chunk])  # (T, G heads, q, u)
         mask = rearrange(mask, "t (heads g) q u -> t heads (g q) u", g=G).repeat(B, 1, 1, 1)  # (B T, heads, G q, u)
-    out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
+    out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout, some_visible=True)
     return rearrange(out, "(b t) heads (g q) d -> b (t q) (heads g) d", t=T, g=G)
 
 

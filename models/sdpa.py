@@ -16,11 +16,12 @@ def attend(
     scale: float | None = None,
     dropout: float = 0.0,
     causal: bool = False,
+    some_visible: bool = False,
 ) -> Tensor:
     """softmax(q k^T scale + mask) v: q (B, heads, N, d), k (B, heads, M, d), v (B, heads, M, e) -> (B, heads, N, e).
 
     `mask`, broadcastable to (B, heads, N, M), is bool (True: attend) or float, added to the logits. The output of a
-    query whose keys are all masked is zero. `scale` defaults to 1/sqrt(d).
+    query whose keys are all masked is zero; `some_visible` promises that there is none. `scale` defaults to 1/sqrt(d).
 
     Uses PyTorch's fused attention, except for bfloat16 on a CPU with at most MAX_UNFUSED_KEYS keys: there the backward
     pass of the fused kernel does not use bfloat16 instructions. Forward and backward of 8 heads of width 64, fused
@@ -29,7 +30,7 @@ def attend(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cpu and q.dtype == torch.bfloat16 and k.shape[-2] <= MAX_UNFUSED_KEYS:
-        weights, fully_masked = masked_softmax((q * scale) @ k.transpose(-1, -2), mask, causal)
+        weights, fully_masked = masked_softmax((q * scale) @ k.transpose(-1, -2), mask, causal, some_visible)
         out = F.dropout(weights, dropout) @ v
         return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)
     if mask is not None and mask.ndim < 2:
@@ -50,11 +51,14 @@ def attention_map(q: Tensor, k: Tensor, *, mask: Tensor | None, scale: float | N
     return weights if fully_masked is None else weights.masked_fill(fully_masked, 0.0)
 
 
-def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
+def masked_softmax(
+    logits: Tensor, mask: Tensor | None, causal: bool, some_visible: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Returns the masked softmax of logits (..., N, M), and (..., N, 1) bool, True where all keys are masked.
 
-    Weights of fully masked rows are meaningless: the caller zeroes them. The second value is None without a mask.
-    For bfloat16 logits PyTorch's kernel accumulates in float32; casting to float32 first takes ten times as long.
+    Weights of fully masked rows are meaningless: the caller zeroes them. The second value is None without a mask, or
+    if `some_visible` promises that no row is fully masked. For bfloat16 logits PyTorch's kernel accumulates in
+    float32; casting to float32 first takes ten times as long.
     """
     if causal:
         all_visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
@@ -63,6 +67,8 @@ def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[T
         return logits.softmax(-1), None
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, float("-inf"))
+    if some_visible:
+        return (logits + mask.to(logits.dtype)).softmax(-1), None
     fully_masked = (mask == float("-inf")).all(-1, keepdim=True)
     return (logits + mask.masked_fill(fully_masked, 0.0).to(logits.dtype)).softmax(-1), fully_masked
 
