@@ -28,6 +28,7 @@ from models.tables import cached_tables, kron, mixed_radix
 
 Backend = Literal["auto", "dense", "tiled", "natten", "flex"]
 PerAxis = int | Sequence[int]
+TILE_OVERHEAD = 64  # keys that cost as much as gathering those of a tile, on a CPU: see `resolve_backend`
 
 
 class Group(NamedTuple):
@@ -172,11 +173,13 @@ def check_bias(group: Group, queries_per_key: int) -> None:
 def resolve_backend(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) -> str:
     """Returns the backend's name, with "auto" resolved for this query (B, *grid, heads, d).
 
-    "auto" is "natten" on CUDA, if its fused kernels are installed and support the inputs. Otherwise it is "tiled" if
-    tiles compare a small enough fraction of all pairs, else "dense". Forward and backward by tiles took, relative to
-    dense on 2 cores (in brackets the fraction of pairs compared): in float32 0.95 (0.86), 0.85 (0.77), 0.35 (0.39),
-    0.16 (0.19), and 1.1 to 1.2 (1.0); in bfloat16, where dense is unfused, 1.7 (0.77), 1.2 (0.42), 0.92 (0.34), 0.35
-    (0.19). Other devices were not measured and use the lower threshold.
+    "auto" is "natten" on CUDA, if its fused kernels are installed and support the inputs. Otherwise it is "tiled" where
+    tiles clearly save work, else "dense"; never "flex", which takes long to compile. On a CPU, gathering the keys of a
+    tile costs about as much as TILE_OVERHEAD more keys. Forward and backward by tiles took, relative to dense, on one
+    core of an AMD with AVX2 in float32 (in brackets keys and overhead over all keys): 1.3 (1.1), 1.0 (1.0), 0.9 (0.9),
+    0.8 (0.8), 0.7 (0.7), 0.6 (0.6), 0.4 (0.45), 0.3 (0.3), 0.16 (0.25); the limit leaves room for machines on which
+    tiles take a third longer. In bfloat16, where dense is unfused, on 2 cores with AMX: 1.7 (1.0), 1.2 (0.6), 0.92
+    (0.45), 0.35 (0.25). Other devices were not measured.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"got backend {backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
@@ -186,8 +189,11 @@ def resolve_backend(backend: Backend, query: Tensor, group: Group, dropout: floa
     if query.is_cuda and supported and group.bias is None and dropout == 0 and natten_is_compiled():
         return "natten"
     grid = tuple(query.shape[1:-2])
-    frac = keys_per_tile(grid, group.window) / math.prod(grid)
-    return "tiled" if frac < (1.0 if query.is_cpu and query.dtype == torch.float32 else 0.4) else "dense"
+    keys, tokens = keys_per_tile(grid, group.window), math.prod(grid)
+    if not query.is_cpu:
+        return "tiled" if keys < 0.4 * tokens else "dense"
+    limit = 0.75 if query.dtype == torch.float32 else 0.5
+    return "tiled" if keys + TILE_OVERHEAD < limit * tokens else "dense"
 
 
 @cache
@@ -208,7 +214,7 @@ def attend_dense(
     mask = dense_mask(grid, groups, queries_per_key, query.device)
     q, k, v = (rearrange(x, "b ... heads d -> b heads (...) d") for x in (query, key, value))
     k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
-    out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
+    out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout, some_visible=True)
     return out.transpose(1, 2).unflatten(1, grid)
 
 

@@ -100,13 +100,20 @@ def test_images_are_rejected_by_1d_attention():
     "grid, kernel, single, half",
     [
         ((8, 8), 7, "dense", "dense"),
-        ((16, 16), 7, "tiled", "dense"),  # the unfused dense kernel of bfloat16 is fast up to larger grids
+        ((12, 12), 3, "dense", "dense"),  # gathering its 64 keys costs as much as the 80 that a tile saves
+        ((14, 14), 7, "dense", "dense"),
+        ((16, 16), 3, "tiled", "dense"),  # the unfused dense kernel of bfloat16 is fast up to larger grids
+        ((16, 16), 5, "dense", "dense"),
+        ((16, 16), 7, "dense", "dense"),
+        ((20, 20), 7, "tiled", "dense"),
+        ((24, 24), 11, "tiled", "dense"),
         ((32, 32), 7, "tiled", "tiled"),
         ((64,), 3, "dense", "dense"),
-        ((130,), 3, "tiled", "tiled"),
+        ((130,), 3, "dense", "dense"),
+        ((260,), 3, "tiled", "tiled"),
     ],
 )
-def test_auto_chooses_tiles_if_they_compare_fewer_pairs(grid, kernel, single, half):
+def test_auto_chooses_tiles_where_they_clearly_save_work(grid, kernel, single, half):
     group, q = Group(make_window(grid, kernel, 1), 1), torch.zeros(1, *grid, 1, 1)
     assert (resolve_backend("auto", q, group), resolve_backend("auto", q.bfloat16(), group)) == (single, half)
     assert keys_per_tile(grid, group.window) == TileTables(*build_tables(grid, group.window)).offsets.shape[-1]
