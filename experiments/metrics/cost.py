@@ -1,20 +1,39 @@
-"""The cost of a computation: time and memory on this machine, and network evaluations (NFE), equal on any machine."""
+"""The cost of a computation: time and memory on this machine; on any machine alike, network evaluations (NFE), the
+operations launched on a device, and the host's waits for it."""
 
 import ctypes
 import gc
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WARM_UPS = 2
 PROCESS = Path("/proc/self")
+WAITING = {  # operations whose result, or its size, the host reads from the device
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+NOT_LAUNCHED = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "is_pinned",
+    "_pin_memory",
+}
 
 
 def device_name(device: torch.device) -> str:
@@ -105,3 +124,65 @@ def count_nfe(network: nn.Module) -> Iterator[NFE]:
         yield nfe
     finally:
         handle.remove()
+
+
+@dataclass
+class Launches:
+    """The operations on a device so far, by name."""
+
+    operations: Counter[str] = field(default_factory=Counter)  # views and allocations do not count
+    waiting: Counter[str] = field(default_factory=Counter)  # those that the host waits for
+
+    @property
+    def count(self) -> int:
+        """The number of operations, about that of the kernels that a GPU launches."""
+        return self.operations.total()
+
+    @property
+    def waits(self) -> int:
+        """The number of times that the host waits for the device."""
+        return self.waiting.total()
+
+
+@contextmanager
+def count_launches(device: torch.device) -> Iterator[Launches]:
+    """Counts the operations on a device within a `with` block: `with count_launches(device) as launches: ...`.
+
+    The host waits where it reads a value or a size that the device computes, indexes by a mask, or copies without
+    `non_blocking`. On the CPU the counts hold the arithmetic on numbers that stay there, but no copies. Compiled code
+    counts as nothing.
+    """
+    launches = Launches()
+    with _LaunchesMode(launches, device.type):
+        yield launches
+
+
+class _LaunchesMode(TorchDispatchMode):
+    """Adds the operations on a type of device to `launches`."""
+
+    def __init__(self, launches: Launches, device: str):
+        super().__init__()
+        self.launches, self.device = launches, device
+
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        if any(tensor.device.type == self.device for tensor in tensors):
+            name = function.overloadpacket.__name__
+            if not function.is_view and name not in NOT_LAUNCHED:
+                self.launches.operations[name] += 1
+            if waits_for_device(name, args, kwargs, result):
+                self.launches.waiting[name] += 1
+        return result
+
+
+def waits_for_device(name: str, args: tuple, kwargs: dict, result: object) -> bool:
+    """Whether the host waits in the operation `name` of ATen on tensors of a device."""
+    if name in INDEXING:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if name == "_to_copy":
+        return args[0].device != result.device and not kwargs.get("non_blocking")
+    if name == "copy_":
+        return args[0].device != args[1].device and not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+    return name in WAITING
