@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess
+from diffusion.process import ContinuousProcess, repeat_times
+from diffusion.rng import to_device
 from diffusion.types import Denoiser, Prediction
 
 
@@ -65,21 +66,39 @@ def guided(
         raise ValueError(f"got guidance schedule {schedule!r}: choose one of {', '.join(GUIDANCE_SCHEDULES)}")
     needed = interval is not None or schedule != "constant" or rescale > 0
     conditions, scales = drop_unused(list(conditions), list(scales), keep_last=needed)
+    take_last = LastResult(lambda rows: take_rows(conditions[-1], rows))
     if not scales:
-        return lambda x, t, rows=None: denoise(x, t, take_rows(conditions[0], rows))
+        return lambda x, t, rows=None: denoise(x, t, take_last(rows))
+    stack = LastResult(lambda rows: cat_conditions([take_rows(condition, rows) for condition in conditions]))
 
     def guided_denoise(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor | Prediction:
         inside = None if interval is None else (interval[0] <= t) & (t <= interval[1])
         if inside is not None and not inside.any():
-            return denoise(x, t, take_rows(conditions[-1], rows))
-        preds = batched_call(denoise, x, t, [take_rows(condition, rows) for condition in conditions])
+            return denoise(x, t, take_last(rows))
+        preds = batched_call(denoise, x, t, stack(rows), len(conditions))
         frac = None if schedule == "constant" else GUIDANCE_SCHEDULES[schedule](t)
         result = lerp_chain(preds, [scale if frac is None else 1 + (scale - 1) * frac for scale in scales])
         if rescale:
             result = process.with_x0(result, rescale_deviation(result.x0, preds[-1].x0, rescale), x, t)
-        return result if inside is None else lerp_chain([preds[-1], result], [inside.float()])
+        return result if inside is None or inside.all() else lerp_chain([preds[-1], result], [inside.float()])
 
     return guided_denoise
+
+
+class LastResult:
+    """Calls a function again only if its argument is another object than in the last call.
+
+    A solver passes the same rows in most of its steps; the conditions of these rows are then selected and concatenated
+    once.
+    """
+
+    def __init__(self, fn: Callable[[Tensor | None], C]):
+        self.fn, self.arguments = fn, ()
+
+    def __call__(self, argument: Tensor | None) -> C:
+        if not self.arguments or self.arguments[0] is not argument:
+            self.arguments, self.result = (argument,), self.fn(argument)
+        return self.result
 
 
 def rescale_deviation(x0: Tensor, reference: Tensor, fraction: float) -> Tensor:
@@ -130,10 +149,9 @@ def cat_conditions(conditions: Sequence[C]) -> C:
     return torch.cat(list(conditions)) if isinstance(conditions[0], Tensor) else type(conditions[0]).cat(conditions)
 
 
-def batched_call(denoise: Callable, x: Tensor, t: Tensor, conditions: list[C]) -> list[Tensor] | list[Prediction]:
-    """Evaluates x (B, ...) under each condition, in one call of n B examples."""
-    n = len(conditions)
-    stacked = denoise(torch.cat([x] * n), torch.cat([t] * n), cat_conditions(conditions))
+def batched_call(denoise: Callable, x: Tensor, t: Tensor, condition: C, n: int) -> list[Tensor] | list[Prediction]:
+    """Evaluates x (B, ...) under each of n conditions, in one call of n B examples; `condition` is all of them."""
+    stacked = denoise(torch.cat([x] * n), repeat_times(t, n), condition)
     if isinstance(stacked, Tensor):
         return list(stacked.chunk(n))
     chunks = [[None] * n if field is None else field.chunk(n) for field in stacked]
@@ -152,8 +170,10 @@ def lerp_chain(preds: Sequence[Tensor | Prediction], weights: Sequence[float | T
 
 
 def expand_weight(weight: float | Tensor, x: Tensor) -> float | Tensor:
-    """Appends dimensions to a weight (B,) to broadcast with x (B, ...); a number stays as it is."""
-    return weight.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(weight, Tensor) else weight
+    """Appends dimensions to a weight (B,) to broadcast with x (B, ...), on its device; a number stays as it is."""
+    if not isinstance(weight, Tensor):
+        return weight
+    return to_device(weight.to(x.dtype), x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 def thresholded(denoise: Denoiser, process: ContinuousProcess, percentile: float | None = None) -> Denoiser:
@@ -167,10 +187,10 @@ def thresholded(denoise: Denoiser, process: ContinuousProcess, percentile: float
 
     def thresholded_denoise(x: Tensor, t: Tensor) -> Prediction:
         pred = denoise(x, t)
-        bound = torch.ones_like(pred.x0[:, :1].flatten(1)[:, 0])
-        if percentile is not None:
-            magnitudes = pred.x0.abs().flatten(1)
-            bound = magnitudes.kthvalue(math.ceil(percentile * magnitudes.shape[1]), dim=1).values.clamp(min=1)
+        if percentile is None:
+            return process.with_x0(pred, pred.x0.clamp(-1, 1), x, t)
+        magnitudes = pred.x0.abs().flatten(1)
+        bound = magnitudes.kthvalue(math.ceil(percentile * magnitudes.shape[1]), dim=1).values.clamp(min=1)
         bound = bound.view(-1, *[1] * (x.ndim - 1))
         return process.with_x0(pred, torch.clamp(pred.x0, -bound, bound) / bound, x, t)
 
@@ -200,22 +220,24 @@ def windowed(
     The probabilities of all windows that cover a position are averaged (Bond-Taylor et al. 2022, section 3.4,
     "mixture"). The inner denoiser is called on up to `batch` windows at a time, (n, h, w), with `rows` (n,), the index
     of the canvas of each. With `may_change`, (B, H, W) -> (B, H, W) bool, windows in which nothing may change are
-    skipped.
+    skipped; to know them, the host then waits for the device in each call.
     """
     h, w = window
 
     def windowed_denoise(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         B, H, W = x.shape
-        rows = torch.arange(B, device=x.device) if rows is None else rows
         offsets = [(i, j) for i in window_starts(H, h, stride) for j in window_starts(W, w, stride)]
         crops = torch.stack([x[:, i : i + h, j : j + w] for i, j in offsets])  # (n, B, h, w)
-        changing = torch.ones_like(x, dtype=torch.bool) if may_change is None else may_change(x)
-        needed = torch.stack([changing[:, i : i + h, j : j + w].flatten(1).any(1) for i, j in offsets])  # (n, B)
-        needed[0, 0] |= not needed.any()  # one call is needed to learn K
+        needed = torch.ones(len(offsets), B, dtype=torch.bool)
+        if may_change is not None:
+            changing = may_change(x)
+            needed = torch.stack([changing[:, i : i + h, j : j + w].flatten(1).any(1) for i, j in offsets]).cpu()
+            needed[0, 0] |= not needed.any()  # one call is needed to learn K
         total, count = None, x.new_zeros(B, H, W, 1, dtype=torch.float32)
         for chunk in needed.nonzero().split(batch):  # (window, canvas)
-            canvases = chunk[:, 1]
-            logits = denoise(crops[chunk[:, 0], canvases], t[canvases], rows[canvases])  # (n, h, w, K)
+            windows, canvases = to_device(chunk.t().contiguous(), x.device)
+            which = canvases if rows is None else rows[canvases]
+            logits = denoise(crops[windows, canvases], t[chunk[:, 1]], which)  # (n, h, w, K)
             probs = logits.float().softmax(-1)
             total = probs.new_zeros(B, H, W, probs.shape[-1]) if total is None else total
             for p, (window_index, canvas) in zip(probs, chunk.tolist(), strict=True):

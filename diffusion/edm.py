@@ -50,13 +50,13 @@ class EDM(ContinuousProcess):
         return x_t / append_dims(self.marginal_std(t), x_t)
 
     def marginal_std(self, t: Tensor) -> Tensor:
-        """Standard deviation of x_t: t (B,) -> (B,) float64."""
-        return (self.sigma(t) ** 2 + self.sigma_data**2).sqrt()
+        """Standard deviation of x_t: t (B,) -> (B,) float64, () for a shared time."""
+        return (self.scales(t).sigma ** 2 + self.sigma_data**2).sqrt()
 
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         output, x_t = upcast(output), upcast(x_t)
         std = self.marginal_std(t)
-        c_skip, c_out = (self.sigma_data / std) ** 2, self.sigma(t) * self.sigma_data / std
+        c_skip, c_out = (self.sigma_data / std) ** 2, self.scales(t).sigma * self.sigma_data / std
         x0 = append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * output
         return self.with_x0(Prediction(x0, x0), x0, x_t, t)
 
@@ -64,5 +64,5 @@ class EDM(ContinuousProcess):
         """Squared error of x_0 with EDM's weight, for a network's output (B, C, H, W) at corrupt(x0, t, noise)."""
         squares = (self.to_prediction(output, self.corrupt(x0, t, noise), t).x0 - x0).square()
         error = apply_loss_weight(squares, loss_weight).flatten(1).mean(1)
-        weight = (self.marginal_std(t) / (self.sigma(t) * self.sigma_data)) ** 2
+        weight = (self.marginal_std(t) / (self.scales(t).sigma * self.sigma_data)) ** 2
         return Loss(error * append_dims(weight, error), {"mse": squares.detach().flatten(1).mean(1)})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess, append_dims, apply_loss_weight, upcast
+from diffusion.process import ContinuousProcess, apply_loss_weight, upcast
 from diffusion.types import Loss, Prediction
 
 
@@ -45,7 +45,7 @@ class RectifiedFlow(ContinuousProcess):
 
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         output, x_t = upcast(output), upcast(x_t)
-        alpha, sigma = append_dims(self.alpha(t), x_t), append_dims(self.sigma(t), x_t)
+        alpha, sigma = self.scales_like(t, x_t)
         return Prediction(x_t - sigma * output, x_t + alpha * output)
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:

@@ -131,7 +131,8 @@ class GaussianDiffusion(ContinuousProcess):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Returns the network's target (B, C, H, W): eps, x0 or v (Salimans & Ho 2022)."""
         if self.prediction == "v":
-            return append_dims(self.alpha(t), x0) * noise - append_dims(self.sigma(t), x0) * x0
+            alpha, sigma = self.scales_like(t, x0)
+            return alpha * noise - sigma * x0
         return noise if self.prediction == "eps" else x0
 
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
@@ -144,7 +145,7 @@ class GaussianDiffusion(ContinuousProcess):
         if self.variance == "learned_range":
             output, frac = output.chunk(2, dim=1)
             frac = (frac + 1) / 2
-        alpha, sigma = append_dims(self.alpha(t), x_t), append_dims(self.sigma(t), x_t)
+        alpha, sigma = self.scales_like(t, x_t)
         if self.prediction == "v":
             return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output, frac)
         if self.prediction == "eps":
@@ -154,7 +155,7 @@ class GaussianDiffusion(ContinuousProcess):
     def clipped_posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Posterior variance; at s = 0, where it is zero, that of the step from 2/T to 1/T."""
         second_last = self.posterior_variance(torch.tensor(2 / self.steps), torch.tensor(1 / self.steps))
-        return torch.where(self.sigma(s) > 0, self.posterior_variance(t, s), second_last)
+        return torch.where(self.scales(s).sigma > 0, self.posterior_variance(t, s), second_last)
 
     def loss(
         self,
@@ -206,7 +207,7 @@ class GaussianDiffusion(ContinuousProcess):
 
         With zero terminal SNR it equals min(max(SNR, 1), gamma).
         """
-        alpha, sigma = self.alpha(t), self.sigma(t)
+        alpha, sigma = self.scales(t)
         x0_per_output = {"eps": sigma / alpha, "x0": torch.ones_like(alpha), "v": sigma}[self.prediction]
         floor = 1 if self.alpha_bar[-1] == 0 else 0
         return (alpha / sigma).square().clamp(floor, gamma) * x0_per_output**2

@@ -1,8 +1,9 @@
 """Solvers of continuous processes: from noise x to data, written in alpha, sigma and a Prediction only.
 
-`denoise(x, t (B,))` returns a Prediction. Each solver takes decreasing times that end at 0, from `step_times`, and
-`on_step(i, t, s, x_s, x0) -> x_s`, which may return another tensor to continue from but must not modify x_s in place.
-All are finite at alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: the last mean).
+`denoise(x, t (B,))` returns a Prediction; t is on the CPU. Each solver takes decreasing times that end at 0, from
+`step_times`, and `on_step(i, t, s, x_s, x0) -> x_s`, which may return another tensor to continue from but must not
+modify x_s in place. Coefficients are numbers on the CPU, so that no step waits for the device. All solvers are finite
+at alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: the last mean).
 
 Notation: t -> s is a step (s < t); x is x_t (B, C, H, W); x0, eps the prediction at x_t; c the step's coefficients,
 with h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t), the step in half log-SNR; eta the amount of added noise.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.edm import EDM
-from diffusion.process import ContinuousProcess, append_dims, expand
+from diffusion.process import ContinuousProcess, expand
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, SolverOptions
 from diffusion.types import OnStep, Prediction
@@ -131,11 +132,7 @@ class StepCoefficients(NamedTuple):
     sigma_t: Tensor
     alpha_s: Tensor
     sigma_s: Tensor
-
-    @property
-    def exp_neg_h(self) -> Tensor:
-        """exp(-h); 0 if alpha_t = 0 or sigma_s = 0."""
-        return self.sigma_s * self.alpha_t / (self.sigma_t * self.alpha_s)
+    exp_neg_h: Tensor  # exp(-h); 0 if alpha_t = 0 or sigma_s = 0
 
     @property
     def h(self) -> Tensor:
@@ -146,7 +143,8 @@ class StepCoefficients(NamedTuple):
 def step_coefficients(process: ContinuousProcess, t: float, s: float) -> StepCoefficients:
     """Returns alpha and sigma at both ends of the step from t to s."""
     t, s = torch.tensor(t), torch.tensor(s)  # float32, as given to the network; the process computes in float64
-    return StepCoefficients(process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s))
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.scales(t), process.scales(s)
+    return StepCoefficients(alpha_t, sigma_t, alpha_s, sigma_s, sigma_s * alpha_t / (sigma_t * alpha_s))
 
 
 def x0_step(x: Tensor, x0: Tensor, c: StepCoefficients, eta: float = 0.0) -> Tensor:
@@ -207,10 +205,10 @@ def ddim(
     check_eta(eta)
     for i, (t, s) in enumerate(pairwise(times)):
         pred, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
-        variance = eta**2 * process.posterior_variance(torch.tensor(t), torch.tensor(s)).clamp(min=0)
+        variance = eta**2 * process.posterior_variance(torch.tensor(t), torch.tensor(s)).clamp(min=0) if eta else 0.0
         eps_coef = (c.sigma_s**2 - variance).clamp(min=0).sqrt()
-        noise = variance.sqrt() * rng.normal(x.shape).to(x.dtype) if eta else 0
-        x = c.alpha_s * pred.x0 + eps_coef * pred.eps + noise
+        x = c.alpha_s * pred.x0 + eps_coef * pred.eps
+        x = x + variance.sqrt() * rng.normal(x.shape).to(x.dtype) if eta else x
         x = x if on_step is None else on_step(i, t, s, x, pred.x0)
     return x
 
@@ -300,9 +298,11 @@ def heun(
         x_s = x0_step(x, pred_t.x0, c)
         if s > 0:
             pred_s = denoise(x_s, expand(s, x))
-            x0_from_eps = (x - c.sigma_t * (pred_t.eps + pred_s.eps) / 2) / c.alpha_t
-            averages_x0 = append_dims((c.sigma_t > c.alpha_t) & (s_churn == 0), x).bool()  # (1, 1, 1, 1), on x's device
-            x_s = x0_step(x, torch.where(averages_x0, (pred_t.x0 + pred_s.x0) / 2, x0_from_eps), c)
+            if c.sigma_t > c.alpha_t and not s_churn:
+                x0 = (pred_t.x0 + pred_s.x0) / 2
+            else:
+                x0 = (x - c.sigma_t * (pred_t.eps + pred_s.eps) / 2) / c.alpha_t
+            x_s = x0_step(x, x0, c)
         x = x_s if on_step is None else on_step(i, t, s, x_s, pred_t.x0)
     return x
 

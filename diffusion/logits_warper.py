@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.rng import to_device
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsWarper:
@@ -37,10 +39,11 @@ class LogitsWarper:
             raise ValueError(f"got top_p {self.top_p}, wanted a probability in (0, 1]: pass --top_p P")
 
     def warp(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Returns the logits to sample from: (B, ..., K), t (B,) -> (B, ..., K)."""
+        """Returns the logits to sample from: (B, ..., K), t (B,) on any device -> (B, ..., K)."""
         first, last = self.temperature, self.temperature if self.final_temperature is None else self.final_temperature
         if (first, last) != (1, 1):
-            temperature = (last + (first - last) * t.float()).view(-1, *[1] * (logits.ndim - 1))  # (B, 1, ...)
+            temperature = to_device(last + (first - last) * t.float(), logits.device)
+            temperature = temperature.view(-1, *[1] * (logits.ndim - 1))  # (B, 1, ...)
             logits = logits.float() - logits.float().amax(-1, keepdim=True)  # at most 0, which avoids inf - inf
             scaled = logits / temperature.clamp(min=torch.finfo(torch.float32).tiny)
             logits = scaled if min(first, last) > 0 else torch.where(temperature > 0, scaled, greedy_logits(logits))

@@ -4,25 +4,31 @@ Each process defines its own time t: 0 is data; at `start` (continuous) or 1 (di
 any t > s >= 0, so respaced sampling needs no special case. Times are (B,), or a scalar for the whole batch.
 
 Continuous processes compute their coefficients on the CPU in float64 (Metal has no float64) and cast them to x's type
-and device. Keep t on the CPU in training, so that nothing waits for the device.
+and device. Keep t on the CPU, as solvers do, so that nothing waits for the device.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion.rng import Streams
+from diffusion.rng import Streams, to_device
 from diffusion.types import Loss, Normal, Prediction
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+MAX_KNOWN_SCALES = 4096  # more shared times than a sampler has
 
 
 def append_dims(values: Tensor, x: Tensor) -> Tensor:
-    """Appends dimensions to values (B,) or () to broadcast with x: (B or 1, 1, ...), in x's type and on its device."""
-    return values.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
+    """Casts values (B,) or () to x's type, to broadcast with x (B, ...): (B, 1, ...) on x's device, or ().
+
+    A scalar stays where it is: PyTorch multiplies tensors on any device by a scalar on the CPU, and copies nothing.
+    """
+    if values.ndim == 0:
+        return values.to(x.dtype)
+    return to_device(values.to(x.dtype), x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -31,8 +37,18 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def expand(t: float, x: Tensor) -> Tensor:
-    """Expands t to one time per example of x: (B,) float32."""
-    return torch.full((len(x),), t, device=x.device)
+    """Expands t to one time per example of x: (B,) float32, on the CPU whatever x's device; see `is_shared`."""
+    return torch.tensor(t).expand(x.shape[0])
+
+
+def is_shared(t: Tensor) -> bool:
+    """Whether t, () or (B,), is known to be one time for all examples without reading it, as from `expand`."""
+    return t.ndim == 0 or t.shape[0] == 1 or t.stride(0) == 0
+
+
+def repeat_times(t: Tensor, count: int) -> Tensor:
+    """Repeats times (B,) `count` times: (count B,); what is shared stays shared."""
+    return t[:1].expand(count * t.shape[0]) if is_shared(t) else t.repeat(count)
 
 
 def apply_loss_weight(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
@@ -50,6 +66,13 @@ def apply_loss_weight(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
         wanted = f"({len(losses)},), or a shape that broadcasts to {tuple(losses.shape)} axis by axis"
         raise ValueError(f"got a loss_weight {tuple(loss_weight.shape)}, wanted {wanted}")
     return losses * weight
+
+
+class Scales(NamedTuple):
+    """Coefficients of x_t: alpha of x_0, and sigma of the noise."""
+
+    alpha: Tensor
+    sigma: Tensor
 
 
 class ContinuousProcess(ABC):
@@ -85,6 +108,29 @@ class ContinuousProcess(ABC):
         """Returns the image input of the network (B, C, H, W)."""
         return x_t
 
+    def scales(self, t: Tensor) -> Scales:
+        """Returns alpha and sigma at t (B,) or (), in float64 on the CPU: () each if all examples share t, else (B,).
+
+        Those of a shared time are computed once: each is needed several times in a step of a solver, which takes
+        dozens of small operations.
+        """
+        if not is_shared(t):
+            return Scales(self.alpha(t), self.sigma(t))
+        number = t.item() if t.ndim == 0 else t[0].item()
+        known = vars(self).setdefault("_known_scales", {})  # of a frozen dataclass
+        scales = known.get(number)
+        if scales is None:
+            if len(known) >= MAX_KNOWN_SCALES:
+                known.clear()
+            scalar = torch.tensor(number, dtype=torch.float64)
+            scales = known[number] = Scales(self.alpha(scalar), self.sigma(scalar))
+        return scales
+
+    def scales_like(self, t: Tensor, x: Tensor) -> Scales:
+        """Returns alpha and sigma at t in x's type, to broadcast with x; see `append_dims`."""
+        alpha, sigma = self.scales(t)
+        return Scales(append_dims(alpha, x), append_dims(sigma, x))
+
     def times(self, rng: Streams) -> Tensor:
         """Samples training times t (B,), one from each stream."""
         return self.quantile(1 - rng.uniform((len(rng),)))  # (0, 1]
@@ -96,7 +142,8 @@ class ContinuousProcess(ABC):
 
     def corrupt(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t = alpha x_0 + sigma noise: (B, C, H, W)."""
-        return append_dims(self.alpha(t), x0) * x0 + append_dims(self.sigma(t), x0) * noise
+        alpha, sigma = self.scales_like(t, x0)
+        return alpha * x0 + sigma * noise
 
     def half_logsnr(self, t: Tensor) -> Tensor:
         """log(alpha / sigma), decreasing in t; infinite where alpha or sigma is 0."""
@@ -113,21 +160,23 @@ class ContinuousProcess(ABC):
 
     def with_x0(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Replaces the prediction's x0 and recomputes eps to match."""
-        eps = (x_t - append_dims(self.alpha(t), x_t) * x0) / append_dims(self.sigma(t), x_t)
-        return Prediction(x0, eps, prediction.frac)
+        alpha, sigma = self.scales_like(t, x_t)
+        return Prediction(x0, (x_t - alpha * x0) / sigma, prediction.frac)
 
     def forward_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Variance of q(x_t | x_s), which is beta_t for adjacent steps; float64."""
-        return self.sigma(t) ** 2 - (self.alpha(t) / self.alpha(s) * self.sigma(s)) ** 2
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scales(t), self.scales(s)
+        return sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
 
     def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Variance of q(x_s | x_t, x_0), beta-tilde; float64."""
-        return self.forward_variance(t, s) * (self.sigma(s) / self.sigma(t)) ** 2
+        return self.forward_variance(t, s) * (self.scales(s).sigma / self.scales(t).sigma) ** 2
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Mean of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7; for any alpha and sigma, Kingma et al. 2021)."""
-        x_t_coef = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t)) ** 2
-        x0_coef = self.alpha(s) * self.forward_variance(t, s) / self.sigma(t) ** 2
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scales(t), self.scales(s)
+        x_t_coef = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
+        x0_coef = alpha_s * self.forward_variance(t, s) / sigma_t**2
         return append_dims(x_t_coef, x_t) * x_t + append_dims(x0_coef, x_t) * x0
 
     def clipped_posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
@@ -145,14 +194,17 @@ class ContinuousProcess(ABC):
             log_small, log_large = append_dims(small.log(), x_t), append_dims(forward.log(), x_t)
             return Normal(mean, prediction.frac * log_large + (1 - prediction.frac) * log_small)
         if self.variance == "fixed_large":  # but the posterior's at s = 0: better likelihood (Ho et al.'s code)
-            small = torch.where(self.sigma(s) > 0, forward, small)
+            small = torch.where(self.scales(s).sigma > 0, forward, small)
         return Normal(mean, append_dims(small.log(), x_t))
 
     def reverse(self, x_t: Tensor, prediction: Prediction, t: Tensor, s: Tensor, rng: Streams) -> Tensor:
         """Samples x_s from the reverse kernel; at s = 0 returns its mean."""
         mean, log_variance = self.reverse_kernel(x_t, prediction, t, s)
-        noise = rng.normal(x_t.shape).to(x_t.dtype)
-        return torch.where(append_dims(self.sigma(s), x_t) > 0, mean + (0.5 * log_variance).exp() * noise, mean)
+        noise, sigma_s = rng.normal(x_t.shape).to(x_t.dtype), self.scales(s).sigma
+        if sigma_s.ndim == 0 and sigma_s == 0:
+            return mean
+        x_s = mean + (0.5 * log_variance).exp() * noise
+        return x_s if sigma_s.ndim == 0 else torch.where(append_dims(sigma_s, x_t) > 0, x_s, mean)
 
 
 class DiscreteProcess(ABC):

@@ -11,7 +11,7 @@ from diffusion.denoisers import guided, thresholded
 from diffusion.discrete_solvers import even_times
 from diffusion.gaussian_solvers import step_times as continuous_step_times
 from diffusion.process import ContinuousProcess, DiscreteProcess
-from diffusion.rng import Streams, seed_of
+from diffusion.rng import Streams, seed_of, to_device
 from diffusion.solvers import Solver, solvers_for
 from diffusion.types import Denoiser, OnStep, Prediction
 
@@ -25,14 +25,16 @@ def predictor(network: Network, process: Process) -> Callable[..., Prediction | 
     Continuous processes: the network is called with `process.network_input(x, t)` (B, C, H, W) and
     `process.network_time(t)`; returns a Prediction.
     Discrete processes: it is called with ids (B, H, W), and with the keyword t if predictions depend on the time;
-    returns logits (B, H, W, K). A condition is the last positional argument.
+    returns logits (B, H, W, K). A condition is the last positional argument. t may be on the CPU, where solvers keep
+    it; the network gets its times on x's device.
     """
 
     def evaluate(x: Tensor, t: Tensor, condition: Any = None) -> Prediction | Tensor:
         conditions = () if condition is None else (condition,)
         if not isinstance(process, ContinuousProcess):
-            return network(x, *conditions, **({"t": t} if process.prediction_depends_on_time else {}))
-        time = process.network_time(t).to(x.device)
+            time = {"t": to_device(t, x.device)} if process.prediction_depends_on_time else {}
+            return network(x, *conditions, **time)
+        time = to_device(process.network_time(t), x.device)
         return process.to_prediction(network(process.network_input(x, t), time, *conditions), x, t)
 
     return evaluate

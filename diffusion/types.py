@@ -47,5 +47,5 @@ class Likelihood(NamedTuple):
 
 OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, prediction of x_0) -> next x
 # Continuous: (x_t, t (B,)) -> Prediction. Codes: (x_t, t (B,), rows (B,) or None) -> logits (B, H, W, K), where `rows`
-# are the indices in the whole batch of the examples in x_t; None means all of them in order.
+# are the indices in the whole batch of the examples in x_t; None means all of them in order. Solvers keep t on the CPU.
 Denoiser = Callable[..., Any]

@@ -8,7 +8,7 @@ import torch
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.process import append_dims, apply_loss_weight, upcast
+from diffusion.process import append_dims, apply_loss_weight, expand, is_shared, repeat_times, upcast
 from diffusion.types import Prediction
 from helpers.toy_gaussians import NORMAL, TWO, Circle
 
@@ -200,3 +200,32 @@ def test_a_weight_that_would_meet_other_axes_is_refused(shape):
     for losses in (torch.rand(3, 3, 4, 4), torch.rand(3, 4, 4)):
         with pytest.raises(ValueError, match="got a loss_weight"):
             apply_loss_weight(losses, torch.rand(shape))
+
+
+@every_process
+def test_scales_of_a_shared_time_are_those_of_every_example(process):
+    x = torch.ones(3, 1, 2, 2)
+    for t in (process.start, 0.3, 1 / 3, process.end):
+        shared, each = expand(t, x), torch.full((3,), t)
+        assert is_shared(shared) and not is_shared(each) and is_shared(each[:1]) and is_shared(torch.tensor(t))
+        assert shared.device.type == "cpu" and torch.equal(shared, each)
+        for alone, for_each in zip(process.scales(shared), process.scales(each), strict=True):
+            assert alone.shape == () and alone.dtype == torch.float64
+            assert torch.allclose(alone.expand(3), for_each, rtol=1e-15, atol=0)
+        assert process.scales(shared) is process.scales(torch.tensor(t))  # looked up
+        assert torch.equal(process.scales(each).alpha, process.alpha(each))
+        assert torch.equal(process.corrupt(x, shared, 2 * x), process.corrupt(x, each, 2 * x))
+
+
+def test_shared_times_that_are_kept_are_limited(monkeypatch):
+    monkeypatch.setattr("diffusion.process.MAX_KNOWN_SCALES", 3)
+    process = RectifiedFlow()
+    for i in range(10):
+        assert process.scales(torch.tensor(i / 10)).sigma == pytest.approx(i / 10)
+    assert 0 < len(process._known_scales) <= 3 and process == RectifiedFlow()
+
+
+def test_repeated_times_stay_shared():
+    x = torch.ones(2, 1)
+    assert is_shared(repeat_times(expand(0.5, x), 3)) and repeat_times(expand(0.5, x), 3).tolist() == [0.5] * 6
+    assert repeat_times(torch.tensor([0.5, 0.25]), 2).tolist() == [0.5, 0.25, 0.5, 0.25]

@@ -29,6 +29,28 @@ def test_the_numbers_of_a_seed_do_not_depend_on_its_neighbours(method):
     assert not torch.equal(batched[0], batched[1])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (15,), (16,), (17,), (3, 40), (2, 8, 8)])
+def test_numbers_are_those_of_a_generator_per_example(shape):
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (4, 9)]
+
+    for dtype in (torch.float32, torch.float64):
+        rng, plain = Streams([4, 9]), generators()
+        for _ in range(2):
+            expected = torch.stack([torch.rand(shape, generator=generator, dtype=dtype) for generator in plain])
+            assert torch.equal(rng.uniform((2, *shape), dtype), expected)
+    rng, plain = Streams([4, 9]), generators()
+    for _ in range(2):
+        expected = torch.stack([torch.randn(shape, generator=generator) for generator in plain])
+        assert torch.equal(rng.normal((2, *shape)), expected)
+
+
+def test_numbers_on_the_cpu_are_those_of_the_device():
+    rng = Streams([1, 2], "meta")
+    assert torch.equal(rng.uniform_on_cpu((2, 5)), Streams([1, 2]).uniform((2, 5)))
+    assert rng.uniform((2, 5)).device.type == "meta" and rng.move_uniform(torch.zeros(3)).device.type == "meta"
+
+
 def test_a_stream_goes_on():
     rng = Streams([1, 2])
     assert not torch.equal(rng.uniform((2, 9)), rng.uniform((2, 9)))

@@ -15,7 +15,7 @@ from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_
 from diffusion.gaussian_solvers import ChurnOptions, from_strength, remaining_steps, step_times
 from diffusion.likelihood import bits_per_dimension, flow_bits_per_dimension
 from diffusion.process import ContinuousProcess
-from diffusion.rng import Streams
+from diffusion.rng import Streams, to_device
 from diffusion.solvers import solver_options_for
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
@@ -266,10 +266,10 @@ class GaussianSampler(LearnedSampler):
     ) -> Tensor:
         """Returns the network's output at x (B, C, H, W), t (B,) on any device; `kwargs` go to its `forward`."""
         if self.config.time_embedding == "noise_level":
-            network_t = self.process.alpha(t).float()
+            network_t = self.process.scales(t).alpha.float().expand(len(x))
         else:
             network_t = self.process.network_time(t)
-        x, network_t = self.process.network_input(x, t), network_t.to(x.device)
+        x, network_t = self.process.network_input(x, t), to_device(network_t, x.device)
         if control is not None:
             kwargs["skip_residuals"] = control(x, network_t, condition, kwargs.get("drop"))
         return network(x, network_t, condition, **kwargs)
