@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.process import DiscreteProcess, apply_loss_weight
-from diffusion.rng import Streams, sample_categorical
+from diffusion.rng import Streams, sample_categorical, to_device
 from diffusion.types import Loss
 
 
@@ -201,16 +201,17 @@ class AbsorbingDiffusion(DiscreteProcess):
 
     def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:
         """Samples x_s (B, H, W) from `reverse_probabilities` with sigma 0."""
-        revealed = (x_t == self.mask) & (rng.uniform(x_t.shape, torch.float64) >= self.stay_masked_prob(t, s, 0.0))
-        return sample_at(x_t, revealed, logits, rng)
+        may_reveal = rng.uniform_on_cpu(x_t.shape, torch.float64) >= self.stay_masked_prob(t, s, 0.0)
+        if x_t.device.type == "cpu":  # elsewhere the host does not know which codes are masked
+            may_reveal &= x_t == self.mask
+        places = may_reveal.flatten().nonzero()[:, 0]
+        u = rng.move_uniform(rng.uniform_on_cpu(x_t.shape, torch.float64).take(places))
+        places, x_t_flat = to_device(places, x_t.device), x_t.flatten()
+        before = x_t_flat[places]
+        codes = torch.where(before == self.mask, sample_categorical(logits.flatten(0, -2)[places], u), before)
+        return x_t_flat.index_copy(0, places, codes).view_as(x_t)
 
 
 def mask_at_random(x0: Tensor, prob: float, mask: int, rng: Streams) -> Tensor:
     """Replaces each code of x0 (B, H, W) by the id `mask`, independently with probability `prob`."""
     return torch.where(rng.uniform(x0.shape) < prob, mask, x0)
-
-
-def sample_at(x: Tensor, positions: Tensor, logits: Tensor, rng: Streams) -> Tensor:
-    """Samples the codes of x (B, H, W) at `positions` (B, H, W) bool from logits (B, H, W, K)."""
-    u = rng.uniform(x.shape, torch.float64)
-    return x.masked_scatter(positions, sample_categorical(logits[positions], u[positions]))

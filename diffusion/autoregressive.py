@@ -4,9 +4,9 @@ Training predicts all codes in one pass, the likelihood is exact, and sampling t
 Oord et al. 2016; Esser et al. 2021, "Taming Transformers", for codes of a VQGAN).
 
 The denoiser of this process is `denoise(x (n, m), t (n,), rows (n,)) -> logits (n, K)` of code m, given the m codes x
-before it; `rows` are the indices in the whole batch of the examples that x holds. t = 1 - m/N falls from 1 to 1/N, for
-schedules of guidance and temperature. m grows from call to call and rows that drop out never return, so a denoiser may
-keep a KV cache. Guidance wraps it like any other denoiser.
+before it; `rows` are the indices in the whole batch of the examples that x holds. t = 1 - m/N, on the CPU, falls from 1
+to 1/N, for schedules of guidance and temperature. m grows from call to call and rows that drop out never return, so a
+denoiser may keep a KV cache. Guidance wraps it like any other denoiser.
 """
 
 import math
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.discrete_solvers import select_rows
 from diffusion.logits_warper import NO_WARP, LogitsWarper
-from diffusion.process import apply_loss_weight
-from diffusion.rng import Streams, sample_categorical
+from diffusion.process import apply_loss_weight, expand
+from diffusion.rng import Streams, sample_categorical, to_device
 from diffusion.solvers import Solver, one_per_code
 from diffusion.types import Bound, Denoiser, Loss, OnStep
 
@@ -85,26 +86,40 @@ def raster(
             f"raster takes {count} steps on this grid, got {steps}: pass --sample_steps {count}, or leave it out"
         )
     u = rng.uniform(shape, torch.float64).flatten(1)
-    x = x.flatten(1)
-    unknown = x == process.mask
-    last_unknown = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # (B,), -1 without any
+    x, unknown = x.flatten(1).clone(), (x == process.mask).flatten(1).cpu()
+    last_unknown = (unknown * torch.arange(1, count + 1)).amax(1) - 1  # (B,), -1 without any
     positions, all_logits = unknown.any(0).nonzero()[:, 0].tolist(), None
+    rows, everyone = None, torch.arange(len(x), device=x.device)
     for i, m in enumerate(positions):
-        rows = (last_unknown >= m).nonzero()[:, 0]
-        x_rows = x[rows]
-        t = torch.full((len(rows),), 1 - m / count, device=x.device)
-        logits = denoise(x_rows[:, :m], t, rows)
-        to_sample = x_rows[:, m] == process.mask
-        x_rows[to_sample, m] = sample_categorical(warper.warp(logits, t)[to_sample], u[rows[to_sample], m])
-        x = x.index_copy(0, rows, x_rows)
+        rows = select_rows(last_unknown >= m, x, rows)
+        x_rows, index = rows.take(x), everyone if rows.index is None else rows.index
+        t = expand(1 - m / count, x_rows)
+        logits = denoise(x_rows[:, :m], t, index)
+        x = x if on_step is None else x.clone()  # on_step may have kept it
+        sample_column(x[:, m], unknown[:, m], rows.numbers, warper.warp(logits, t), u[:, m])
         if on_step is not None:
             if all_logits is None:
                 all_logits = logits.new_zeros(len(x), count, logits.shape[-1])
-            all_logits[rows, m:] = logits[:, None]
-            t, s = 1 - i / len(positions), 1 - (i + 1) / len(positions)
-            changed = on_step(i, t, s, x.view(shape), all_logits.view(*shape, -1)).flatten(1)
-            x = check_only_unknown_changed(x, changed, process.mask)
+            all_logits[index, m:] = logits[:, None]
+            t, s, before = 1 - i / len(positions), 1 - (i + 1) / len(positions), x.view(shape)
+            changed = on_step(i, t, s, before, all_logits.view(*shape, -1))
+            if changed is not before:
+                x = check_only_unknown_changed(x, changed.flatten(1), process.mask)
+                unknown = (x == process.mask).cpu()
     return x.view(shape)
+
+
+def sample_column(column: Tensor, unknown: Tensor, rows: list[int], logits: Tensor, u: Tensor) -> None:
+    """Samples the codes of a column (B,) that are `unknown` (B,), on the CPU, from logits (n, K) of the examples `rows`
+    and u (B,) uniform in [0, 1); in place."""
+    if len(rows) == len(column) and unknown.all():
+        column.copy_(sample_categorical(logits, u))
+        return
+    numbers = torch.tensor(rows)
+    local = unknown[numbers].nonzero()[:, 0]
+    if len(local):
+        local, index = to_device(torch.stack([local, numbers[local]]), column.device)
+        column[index] = sample_categorical(logits[local], u[index])
 
 
 def check_only_unknown_changed(x: Tensor, changed: Tensor, mask: int) -> Tensor:

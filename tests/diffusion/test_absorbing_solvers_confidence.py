@@ -39,6 +39,13 @@ def one_per_step_distribution(joint, denoise, choice_temperature):
     return p
 
 
+def keep_most_confident(x, mask, logits, count, noise_scale, rng):
+    """x (B, H, W) after one step of `confidence` with logits (B, H, W, K)."""
+    places = (x == mask).flatten().nonzero()[:, 0]
+    logits = logits.reshape(-1, logits.shape[-1])[places]
+    return unmask_most_confident(x, places, logits, logits, count, noise_scale, rng)[0]
+
+
 @pytest.mark.parametrize("choice_temperature", slow_after(2, [4.5, 0.0, 0.5]))
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choice_temperature, denoiser):
@@ -74,7 +81,7 @@ def test_without_noise_the_surest_are_kept_in_order():
     x = torch.full((4, 1, 6), 5)
     x[1, 0, 5], x[2, 0, 0] = 0, 0  # known
     rng = Streams([1, 2, 3, 4])
-    out = unmask_most_confident(x, x == 5, *[logits.view(4, 1, 6, 5)] * 2, torch.tensor([2, 2, 6, 0]), 0.0, rng)
+    out = keep_most_confident(x, 5, logits, torch.tensor([2, 2, 6, 0]), 0.0, rng)
     assert out[:, 0].tolist() == [
         [5, 5, 5, 5, 2, 2],
         [5, 5, 5, 2, 2, 0],
@@ -84,14 +91,8 @@ def test_without_noise_the_surest_are_kept_in_order():
 
 
 def test_codes_that_are_as_sure_are_kept_from_the_first_on():
-    out = unmask_most_confident(
-        torch.full((1, 2, 3), 1),
-        torch.ones(1, 2, 3).bool(),
-        *[torch.zeros(1, 2, 3, 1)] * 2,
-        torch.tensor([4]),
-        0.0,
-        Streams([0]),
-    )
+    x, logits = torch.full((1, 2, 3), 1), torch.zeros(1, 2, 3, 1)
+    out = keep_most_confident(x, 1, logits, torch.tensor([4]), 0.0, Streams([0]))
     assert out.tolist() == [[[0, 0, 0], [0, 1, 1]]]
 
 
@@ -99,7 +100,7 @@ def test_confidence_is_the_probability_of_the_sampled_code(streams, p_value):
     """Of two equal positions with different samples, the one with the more likely code is kept."""
     logits, n = torch.tensor([0.8, 0.2]).log(), 4000
     x = torch.full((n, 1, 2), 2)
-    out = unmask_most_confident(x, x == 2, *[logits.expand(n, 1, 2, 2)] * 2, torch.ones(n).long(), 0.0, streams(n))
+    out = keep_most_confident(x, 2, logits.expand(n, 1, 2, 2), torch.ones(n).long(), 0.0, streams(n))
     expected = {(0, 2): 0.8 * 0.8 + 0.8 * 0.2, (2, 0): 0.2 * 0.8, (1, 2): 0.2 * 0.2, (2, 1): 0.0}
     result = torch.tensor([list(expected).index(tuple(row)) for row in out[:, 0].tolist()])
     assert p_value(result, torch.tensor(list(expected.values()))) > 1e-4
@@ -114,7 +115,7 @@ def test_the_noise_is_gumbel_s_and_not_its_mirror_image(streams, p_value, noise)
         p = torch.where(torch.tensor(codes) == 0, likely, 1 - likely)
         expected += p.prod() * (p.log() / noise).softmax(0)
     x = torch.full((n, 1, 4), 2)
-    out = unmask_most_confident(x, x == 2, *[logits.expand(n, 1, 4, 2)] * 2, torch.ones(n).long(), noise, streams(n))
+    out = keep_most_confident(x, 2, logits.expand(n, 1, 4, 2), torch.ones(n).long(), noise, streams(n))
     assert p_value((out[:, 0] != 2).int().argmax(1), expected) > 1e-4
 
 
@@ -122,7 +123,7 @@ def test_large_noise_keeps_places_at_random(streams, p_value):
     logits, n = torch.zeros(4000, 1, 4, 3), 4000
     logits[:, 0, 2, 0] = 9.0
     x = torch.full((n, 1, 4), 3)
-    out = unmask_most_confident(x, x == 3, *[logits] * 2, torch.ones(n).long(), 1e4, streams(n))
+    out = keep_most_confident(x, 3, logits, torch.ones(n).long(), 1e4, streams(n))
     assert p_value((out[:, 0] != 3).int().argmax(1), torch.full((4,), 0.25)) > 1e-4
 
 

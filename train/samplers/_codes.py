@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import check_interval, check_interval_is_met, guided, windowed
+from diffusion.denoisers import LastResult, check_interval, check_interval_is_met, guided, windowed
 from diffusion.discrete_solvers import even_times
 from diffusion.likelihood import bits_per_code
 from diffusion.logits_warper import LogitsWarper
 from diffusion.process import DiscreteProcess
-from diffusion.rng import Streams
+from diffusion.rng import Streams, to_device
 from diffusion.solvers import Solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
 from models.conditioning import Condition
@@ -103,9 +103,9 @@ class CodeSampler(LearnedSampler):
     ) -> Tensor:
         """Returns the network's logits at x (B, ...), t (B,); `kwargs` go to its `forward`."""
         if self.network.takes_time:
-            kwargs["t"] = t
+            kwargs["t"] = to_device(t, x.device)
         if control is not None:
-            kwargs["residual"] = control(x, t, condition, kwargs.get("drop"))
+            kwargs["residual"] = control(x, to_device(t, x.device), condition, kwargs.get("drop"))
         return network(x, condition, **kwargs)
 
     # Sampling
@@ -264,24 +264,33 @@ class DiscreteSampler(CodeSampler):
     ) -> Denoiser:
         """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once.
 
-        Guidance depends on the solver's t; the network and the control branch get that of training.
+        Guidance depends on the solver's t; the network and the control branch get that of training. On devices other
+        than the CPU equal rows are looked for in the first call only, in which most of them are: the host waits for the
+        answer.
         """
         conditions = self.guidance_chain(network, batch, options, x)
+        process = self.sampling_process(select_solver(self.process, options)[0], options)
         ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
+        may_repeat = ids is None or len(ids.unique()) < len(ids)
         condition_rows = torch.arange(2 * len(x), device=x.device)
+        select = LastResult(lambda rows: (conditions[rows], None if ids is None else ids[rows]))
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
-            t = self.training_time(t, options)
-            first, inverse = unique_rows(x, None if ids is None else ids[rows], t if uses_time else None)
-            if len(first) == len(x):
-                return self.predict(network, x, t, conditions[rows], control)
-            return self.predict(network, x[first], t[first], conditions[rows[first]], control)[inverse]
+            nonlocal may_repeat
+            t, (condition, row_ids) = self.training_time(t, process) if uses_time else t, select(rows)
+            if may_repeat:
+                may_repeat = x.device.type == "cpu"
+                first, inverse = unique_rows(x, row_ids, t if uses_time else None)
+                if len(first) < len(x):
+                    return self.predict(network, x[first], t[first.cpu()], condition[first], control)[inverse]
+            return self.predict(network, x, t, condition, control)
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
         return guided(denoise, condition_rows.chunk(2), [options.guidance], **kwargs)
 
-    def training_time(self, t: Tensor, options: DiscreteSampling) -> Tensor:
-        """Returns the time (B,) in training at which codes are as corrupted as at t (B,) in sampling."""
+    def training_time(self, t: Tensor, process: DiscreteProcess) -> Tensor:
+        """Returns the time (B,) in training at which codes are as corrupted as at t (B,) of the process that sampling
+        runs on."""
         return t
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
@@ -305,8 +314,13 @@ def unique_rows(x: Tensor, condition_ids: Tensor | None, t: Tensor | None) -> tu
     if condition_ids is not None:
         columns.append(condition_ids[:, None])
     if t is not None:
-        columns.append(t.float().view(torch.int32).long()[:, None])  # compared bit by bit
-    _, inverse = torch.cat(columns, 1).unique(dim=0, return_inverse=True)
-    indices = torch.arange(len(x), device=x.device)
+        bits = t.float().contiguous().view(torch.int32).long()  # compared bit by bit
+        columns.append(to_device(bits, x.device)[:, None])
+    rows, indices = torch.cat(columns, 1), torch.arange(len(x), device=x.device)
+    if len(x) == 1:
+        return indices, indices
+    if rows.device.type == "cpu" and len({row.tobytes() for row in rows.numpy()}) == len(rows):
+        return indices, indices  # as most of the time: they need not be sorted
+    _, inverse = rows.unique(dim=0, return_inverse=True)
     first = torch.full_like(inverse, len(x)).scatter_reduce(0, inverse, indices, "amin")
     return first[first < len(x)], inverse

@@ -11,7 +11,6 @@ from diffusion.solvers import Solver, solver_options_for
 from diffusion.timesteps import low_discrepancy_times
 from models.ranges import MILLION
 from train.data.loading import TrainingStreams
-from train.samplers import select_solver
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._conditions import make_encoders
 from train.samplers._transformer import TransformerConfig, make_network
@@ -85,8 +84,7 @@ class AbsorbingSampler(DiscreteSampler):
         default = self.process.schedule if solver.schedule is None else solver.schedule
         return replace(self.process, schedule=default if options.reveal == "auto" else options.reveal)
 
-    def training_time(self, t: Tensor, options: Sampling) -> Tensor:
-        process = self.sampling_process(select_solver(self.process, options)[0], options)
+    def training_time(self, t: Tensor, process: AbsorbingDiffusion) -> Tensor:
         if process.schedule == self.process.schedule:
             return t
         return self.process.t_from_mask_prob(process.mask_prob(t).clamp(max=1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import guided
+from diffusion.denoisers import LastResult, guided
 from diffusion.rng import Streams
 from diffusion.solvers import solver_options_for
 from diffusion.types import Bound, Denoiser, Loss
@@ -101,10 +101,10 @@ class AutoregressiveSampler(CodeSampler):
         """
         refuse_control(control)
         conditions, kv_cache = self.guidance_chain(network, batch, options, x), KVCache(self.grid)
-        sequences = torch.arange(2 * len(x), device=x.device)
+        sequences, select = torch.arange(2 * len(x), device=x.device), LastResult(lambda rows: conditions[rows])
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            return self.predict(network, x, t, conditions[rows], kv_cache=kv_cache.keep_rows(rows))
+            return self.predict(network, x, t, select(rows), kv_cache=kv_cache.keep_rows(rows))
 
         return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 
