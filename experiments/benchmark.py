@@ -3,6 +3,7 @@
 python experiments/benchmark.py --dataset ffhq --batch_size 4
 python experiments/benchmark.py --dataset ffhq --stage vqgan
 python experiments/benchmark.py --dataset ffhq --batch_size 4 --measure sampling --solver halton --sample_steps 12
+python experiments/benchmark.py --dataset digits --batch_size 1 --measure solver_loop
 
 Weights and batches are random, with the preset's shapes: only the images whose loading is measured are read, and
 nothing is written.
@@ -45,7 +46,7 @@ from train.loop import Batch
 from train.registry import import_callable
 from vq.config import VQGANConfig, VQGANLossConfig
 
-MEASURES = ("step", "sampling", "loading")
+MEASURES = ("step", "sampling", "loading", "solver_loop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,9 @@ class BenchmarkConfig:
 
     stage: Literal["sampler", "vqgan"] = "sampler"
     """What to benchmark; the other flags are those of train_sampler.py or train_vqgan.py."""
-    measure: tuple[Literal["step", "sampling", "loading"], ...] = MEASURES
-    """What to measure; for a VQGAN, sampling means encoding and decoding."""
+    measure: tuple[Literal["step", "sampling", "loading", "solver_loop"], ...] = MEASURES[:3]
+    """What to measure; for a VQGAN, sampling means encoding and decoding. solver_loop: each step of every solver of the
+    sampler, apart from its network."""
     repeats: int = 7
     """Timed repetitions of each measurement, after two warm-ups; sampling is not repeated after a minute."""
     full_steps: int = 256
@@ -151,6 +153,8 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> None:
         consumed = report_steps(works, benchmark.repeats, training.batch_size, space.tokens, world)
     if "sampling" in benchmark.measure:
         report_sampling(trainees, batch, sampling, benchmark)
+    if "solver_loop" in benchmark.measure:
+        report_solver_loops(trainees[0], batch, sampling)
     if "loading" in benchmark.measure:
         if space.tokens:
             source = workloads.code_batches(space, n_classes, training.seed)
@@ -237,6 +241,17 @@ def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConf
         steps += time_full_steps(exact, batch, options, repeats)
         ends = [decoded[exact.name], decoded[trainee.name]]
         print(full_steps_report(steps, benchmark.full_steps, seconds, ends, size), flush=True)
+
+
+def report_solver_loops(trainee: Trainee, batch: Batch, options: SamplingConfig) -> None:
+    """Prints what a step of each solver costs, apart from its network."""
+    sampler, device = trainee.step.sampler, trainee.step.world.device
+    rows = [("solver", "ms between network calls", "operations", "waits")]
+    for name, settings in workloads.solver_loop_options(sampler, options).items():
+        cost = workloads.solver_loop_cost(sampler, batch, settings, device)
+        waits = "-" if device.type == "cpu" else three_digits(cost.waits)
+        rows.append((name, three_digits(1e3 * cost.seconds), three_digits(cost.launches), waits))
+    print(f"\n{table(rows)}\n", flush=True)
 
 
 def report_loading(

@@ -1,5 +1,6 @@
 """The workloads of the benchmark: real training steps, sampling and loading, on random weights and random data."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
-from experiments.metrics.cost import WARM_UPS
+from diffusion.solvers import solvers_for
+from experiments.metrics.cost import WARM_UPS, count_launches
 from experiments.metrics.throughput import Workload, time_repeatedly
 from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, build_dataset, to_device
@@ -24,6 +26,7 @@ from train.loop import Batch, TrainState, fit
 from train.registry import load_plugin
 from train.sampler import SamplerStep
 from train.sampler import build_state as build_sampler_state
+from train.samplers import LearnedSampler
 from train.spaces import CodeSpace, EditInput, LatentSpace, PixelSpace, Space
 from train.vqgan import VQGANStep
 from train.vqgan import build_state as build_vqgan_state
@@ -198,6 +201,64 @@ def time_full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, rep
     options = options.with_solver("ancestral", WARM_UPS + repeats)
     draw_samples(trainee, batch, options, edit=edit, on_step=clock)
     return [after - before for before, after in pairwise(ends)][WARM_UPS - 1 :]
+
+
+class ConstantNetwork(nn.Module):
+    """Takes the place of a sampler's network and returns the same output in each call with a batch of the same size."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.outputs = network, {}
+        self.encode = network.encode
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) not in self.outputs:
+            self.outputs[len(x)] = self.network(x, *args, **kwargs).clone()
+        return self.outputs[len(x)]
+
+
+@dataclass(frozen=True)
+class LoopCost:
+    """What a solver costs from one call of its network to the next, apart from the network itself."""
+
+    seconds: float
+    launches: float  # operations on the device
+    waits: float  # of the host for the device
+
+
+@torch.no_grad()
+def solver_loop_cost(sampler: LearnedSampler, batch: Batch, options: SamplingConfig, device: torch.device) -> LoopCost:
+    """Measures the loop of a solver by sampling one example per row of the batch with a ConstantNetwork; the seconds
+    are medians over three samplings, after one to warm up."""
+    network, marks, seconds = ConstantNetwork(sampler.network), [], []
+    conditions = {name: batch[name] for name in sampler.conditions} or None
+    network.register_forward_hook(lambda *_: marks.append((time.perf_counter(), launches.count, launches.waits)))
+
+    def draw() -> None:
+        marks.clear()
+        rng = Streams([seed_of(0, "show", i) for i in range(len(batch["position"]))], device)
+        sampler.sample(network, rng, batch=conditions, options=options)
+
+    with count_launches(device) as launches:
+        draw()  # fills the network's outputs
+        draw()
+    calls = max(1, len(marks) - 1)
+    counts = [(last - first) / calls for first, last in zip(marks[0][1:], marks[-1][1:], strict=True)]
+    for _ in range(1 + 3):
+        draw()
+        seconds.append((marks[-1][0] - marks[0][0]) / calls)
+    return LoopCost(statistics.median(seconds[1:]), *counts)
+
+
+def solver_loop_options(sampler: LearnedSampler, options: SamplingConfig) -> dict[str, SamplingConfig]:
+    """Returns the settings of each solver of a sampler, with its default steps, unguided and, if the sampler has
+    conditions, guided."""
+    settings = {}
+    for solver in solvers_for(sampler.process):
+        settings[solver] = replace(options.with_solver(solver), guidance=1.0)
+        if sampler.conditions:
+            settings[f"{solver}, guided"] = replace(settings[solver], guidance=2.0)
+    return settings
 
 
 @torch.no_grad()

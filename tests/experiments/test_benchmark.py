@@ -142,6 +142,14 @@ def test_the_baseline_is_optional_and_for_absorbing_only(run_benchmark):
     assert "sampling with raster" in out and "baseline" not in out
 
 
+@pytest.mark.parametrize("sampler, solver", [("absorbing", "halton"), ("ddpm", "unipc")])
+def test_the_loop_of_every_solver_has_a_row(run_benchmark, sampler, solver):
+    out, (heading, _, *rows) = run_benchmark(f"--sampler {sampler} --measure solver_loop --batch_size 1 --no_amp")
+    assert heading == ["solver", "ms between network calls", "operations", "waits"]
+    assert {solver, f"{solver}, guided"} <= {row[0] for row in rows} and "sampling with" not in out
+    assert all(float(row[1]) > 0 and float(row[2]) > 9 and row[3] == "-" for row in rows)
+
+
 def test_nonsquare_images_are_timed_at_their_size(run_benchmark):
     for flags in ("--measure sampling loading", "--stage vqgan --measure sampling loading"):
         out, _ = run_benchmark(f"{flags} --img_width 24 --crop_margin 2 --no_amp")
