@@ -13,7 +13,8 @@ from vq.entropy import EntropyConfig, entropy, mean_over_processes
 from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mean_square_per_example, nearest
 from vq.quantizers import Quantized, Quantizer, StepContext
 
-BLOCK_SCORES = 2**20  # scores of positions and codes in a block: 4 MB in float32, which a CPU's cache holds
+WHOLE_SCORES = 2**24  # scores of positions and codes up to which all are held in memory: 64 MB a tensor in float32
+BLOCK_SCORES = 2**20  # and those of a block beyond: 4 MB, which a CPU's cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,43 +22,47 @@ class Config(EntropyConfig):
     """IBQ; --beta weights the codebook loss, and the commitment loss has weight 1."""
 
 
-class SoftAssignment(torch.autograd.Function):
-    """Maps z (N, D) and C (K, D) to s C (N, D), H(p) (N,) and the sum of p over positions (K,), N x K never in memory.
+def soft_assignment(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps z (N, D) and C (K, D) to s C (N, D), H(p) (N,) and the sum of p over positions (K,).
 
-    s = softmax(z C^T) and p = softmax(z C^T / temperature). The C that s multiplies counts as constant. Positions go
-    through in blocks of BLOCK_SCORES scores, whose s and p the backward pass computes again.
+    s = softmax(z C^T) and p = softmax(z C^T / temperature). The C that s multiplies counts as constant.
     """
+    logits = z @ codebook.t()
+    log_p = (logits / temperature).log_softmax(1)
+    p = log_p.exp()
+    return logits.softmax(1) @ codebook.detach(), -(p * log_p).sum(1), p.sum(0)
+
+
+class SoftAssignment(torch.autograd.Function):
+    """`soft_assignment` in blocks of positions, which the backward pass computes again: N x K is never in memory."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         soft, entropies, p_sum = [], [], codebook.new_zeros(len(codebook))
-        with float32_matmul(z.device):
-            for (block,) in split_positions(codebook, z):
-                logits = block @ codebook.t()
-                soft.append(logits.softmax(1) @ codebook)
-                log_p = (logits / temperature).log_softmax(1)
-                p = log_p.exp()
-                entropies.append(-(p * log_p).sum(1))
-                p_sum += p.sum(0)
-        outputs = torch.cat(soft), torch.cat(entropies), p_sum
-        ctx.save_for_backward(z, codebook, *outputs[:2])
+        for (block,) in split_positions(codebook, z):
+            block_soft, block_entropies, block_sum = soft_assignment(block, codebook, temperature)
+            soft.append(block_soft)
+            entropies.append(block_entropies)
+            p_sum += block_sum
+        ctx.save_for_backward(z, codebook)
         ctx.temperature = temperature
-        return outputs
+        return torch.cat(soft), torch.cat(entropies), p_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, g_soft: Tensor, g_entropy: Tensor, g_p: Tensor) -> tuple[Tensor, Tensor, None]:
-        z, codebook, soft, entropies = ctx.saved_tensors
+        (z, codebook), t = ctx.saved_tensors, ctx.temperature
         z_grads, codebook_grad = [], torch.zeros_like(codebook)
-        means = (g_soft * soft).sum(1), g_entropy * entropies  # of the gradients of s and p, under s and p
         with float32_matmul(z.device):
-            for block, g_s, g_h, s_mean, h_mean in split_positions(codebook, z, g_soft, g_entropy, *means):
+            for block, g_s, g_h in split_positions(codebook, z, g_soft, g_entropy):
                 logits = block @ codebook.t()
-                grad = logits.softmax(1) * (g_s @ codebook.t() - s_mean[:, None])
-                log_p = (logits / ctx.temperature).log_softmax(1)
+                s = logits.softmax(1)
+                grad = (g_s @ codebook.t()).mul_(s)
+                grad.addcmul_(s, grad.sum(1, keepdim=True), value=-1)
+                log_p = logits.div_(t).log_softmax(1)
                 p = log_p.exp()
-                g = g_p - g_h[:, None] * log_p
-                grad += p * (g - (p @ g_p + h_mean)[:, None]) / ctx.temperature
+                p_grad = log_p.mul_(-g_h[:, None]).add_(g_p).mul_(p)
+                grad.add_(p_grad.addcmul_(p, p_grad.sum(1, keepdim=True), value=-1), alpha=1 / t)
                 z_grads.append(grad @ codebook)
                 codebook_grad.addmm_(grad.t(), block)
         return torch.cat(z_grads), codebook_grad, None
@@ -84,7 +89,7 @@ class IBQQuantizer(Quantizer):
     over positions and channels, p = softmax(z C^T / temperature), E[H] over the positions of an example, and H(E[p])
     over the whole batch on all processes. The paper uses entropy_weight 0.05 and temperature 0.01.
 
-    Forward, backward and `assign` work in blocks of positions.
+    With more than WHOLE_SCORES scores forward and backward work in blocks of positions, as `assign` does.
     """
 
     def __init__(
@@ -107,7 +112,10 @@ class IBQQuantizer(Quantizer):
         codebook = codebook.to(z.dtype)
         e = lookup(ids, codebook)
         flat = z.movedim(1, -1).flatten(0, 2)  # (B h w, D)
-        soft, entropies, p_sum = SoftAssignment.apply(flat, codebook, self.temperature)
+        is_small = flat.shape[0] * len(codebook) <= WHOLE_SCORES
+        with float32_matmul(z.device):
+            assign_softly = soft_assignment if is_small else SoftAssignment.apply
+            soft, entropies, p_sum = assign_softly(flat, codebook, self.temperature)
         soft = soft.unflatten(0, ids.shape).movedim(-1, 1).contiguous()
         z_q = e + (soft - soft.detach())  # Ind C, without the K-wide Ind
         commitment = mean_square_per_example(z - e.detach())

@@ -35,6 +35,12 @@ def reference(q, z):
     return z_q.mT.view_as(z), squares, *entropies
 
 
+def set_block(monkeypatch, scores):
+    """Makes ibq work in blocks if there are more scores of positions and codes."""
+    monkeypatch.setattr(ibq, "WHOLE_SCORES", scores)
+    monkeypatch.setattr(ibq, "BLOCK_SCORES", scores)
+
+
 def test_the_code_is_that_of_the_largest_product():
     q, z = quantizer(), z_for(50, dtype=torch.float32)
     codes = q(z)
@@ -58,7 +64,7 @@ def test_ids_and_vectors_are_inverse_for_all_codes():
 @pytest.mark.parametrize("block", [2**20, 7 * K + 1, 1], ids=["whole", "blocks of 7", "single positions"])
 @pytest.mark.parametrize("part", ["vectors", "loss"])
 def test_gradients_through_the_index_are_those_of_the_formula(part, block, monkeypatch):
-    monkeypatch.setattr(ibq, "BLOCK_SCORES", block)  # of 36 positions, the last block is smaller
+    set_block(monkeypatch, block)  # of 36 positions, the last block is smaller
     q, z = quantizer().double(), z_for()
     z_q, squares, code_entropy, codebook_entropy = reference(q, z)
     expected = {"vectors": z_q, "loss": squares + WEIGHT * (code_entropy - codebook_entropy)}[part]
@@ -146,7 +152,7 @@ def test_blocks_are_as_exact_as_the_whole_in_float32(monkeypatch):
     q, z = IBQQuantizer(512, 16, entropy_weight=WEIGHT), torch.randn(2, 16, 8, 8, requires_grad=True)
     results = []
     for dtype, block in ((torch.float64, 2**20), (torch.float32, 2**20), (torch.float32, 2**12)):
-        monkeypatch.setattr(ibq, "BLOCK_SCORES", block)
+        set_block(monkeypatch, block)
         codes = q.to(dtype)(z.to(dtype))
         results.append(torch.autograd.grad(codes.loss.sum() + codes.vectors.square().sum(), (z, q.codebook.weight)))
     for expected, whole, blocks in zip(*results, strict=True):
@@ -157,7 +163,7 @@ def test_blocks_are_as_exact_as_the_whole_in_float32(monkeypatch):
 def test_nothing_holds_positions_times_codes(monkeypatch):
     q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16, requires_grad=True)
     monkeypatch.setattr(vq.quantizer, "MAX_SCORES", 2**12)
-    monkeypatch.setattr(ibq, "BLOCK_SCORES", 2**12)
+    set_block(monkeypatch, 2**12)
     with LargestTensor() as peak:
         codes = q(z)
         (codes.loss.sum() + codes.vectors.sum()).backward()
