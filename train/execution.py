@@ -167,8 +167,8 @@ def set_deterministic(enabled: bool) -> ExitStack:
 
 @contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Lets the CPU round denormal numbers (in float32 those below 1.2e-38) to zero: it computes with them many
-    times slower.
+    """Lets the CPU round denormal numbers (in float32 those below 1.2e-38) to zero, with which some
+    processors compute many times slower.
 
     The state belongs to a thread, and threads and forked processes that it starts take it over: enter it before the
     first computation, which starts torch's threads. At the end the state of the calling thread is restored.
