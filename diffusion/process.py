@@ -9,6 +9,7 @@ and device. Keep t on the CPU, as solvers do, so that nothing waits for the devi
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -112,10 +113,15 @@ class ContinuousProcess(ABC):
         """Returns alpha and sigma at t (B,) or (), in float64 on the CPU: () each if all examples share t, else (B,).
 
         Those of a shared time are computed once: each is needed several times in a step of a solver, which takes
-        dozens of small operations.
+        dozens of small operations. So are those of the last two tensors t, for a training loss with several terms.
         """
         if not is_shared(t):
-            return Scales(self.alpha(t), self.sigma(t))
+            recent = vars(self).setdefault("_recent_scales", deque(maxlen=2))  # of a frozen dataclass
+            for earlier, version, scales in recent:
+                if earlier is t and version == t._version:
+                    return scales
+            recent.append((t, t._version, Scales(self.alpha(t), self.sigma(t))))
+            return recent[-1][2]
         number = t.item() if t.ndim == 0 else t[0].item()
         known = vars(self).setdefault("_known_scales", {})  # of a frozen dataclass
         scales = known.get(number)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
+from diffusion.rng import to_device as copy_to_device
 from diffusion.types import OnStep
 from train.class_names import class_captions
 from train.condition_source import ConditionSource, Row
@@ -115,7 +116,7 @@ class SamplerStep:
             t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "losses"))
             self.sampler.observe(t, losses)
         level = (NOISE_LEVELS * self.sampler.noise_level(outputs["t"])).long().clamp(max=NOISE_LEVELS - 1)
-        one_hot = F.one_hot(level.to(self.world.device), NOISE_LEVELS).float()  # (B, NOISE_LEVELS), without a sync
+        one_hot = F.one_hot(copy_to_device(level, self.world.device), NOISE_LEVELS).float()  # (B, NOISE_LEVELS)
         sums = torch.stack([(outputs["losses"].float().unsqueeze(1) * one_hot).sum(0), one_hot.sum(0)])
         state.counters["loss_by_level"].add("loss", sums.where(finite, 0))
         if self.keep_outputs:

@@ -1,5 +1,6 @@
 """DiffAugment: differentiable augmentation of the discriminator's inputs (Zhao et al. 2020)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ class Augmentation(NamedTuple):
         """Draws an augmentation for images (B, C, H, W); `rng.uniform(shape)` draws from U[0, 1)."""
         B, _, H, W = images.shape
         u = rng.uniform((B, 5))
-        max_shift = torch.tensor([H, W], device=u.device).div(8).add(0.5).floor()  # (2,)
-        shift = (u[:, 3:] * (2 * max_shift + 1)).floor() - max_shift
+        most = [math.floor(side / 8 + 0.5) for side in (H, W)]
+        shift = torch.stack([(u[:, 3 + i] * (2 * m + 1)).floor() - m for i, m in enumerate(most)], 1)
         brightness, saturation, contrast = u[:, :3].view(B, 3, 1, 1, 1).unbind(1)
         return cls(brightness - 0.5, 2 * saturation, contrast + 0.5, shift.long())
 

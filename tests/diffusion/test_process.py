@@ -229,3 +229,13 @@ def test_repeated_times_stay_shared():
     x = torch.ones(2, 1)
     assert is_shared(repeat_times(expand(0.5, x), 3)) and repeat_times(expand(0.5, x), 3).tolist() == [0.5] * 6
     assert repeat_times(torch.tensor([0.5, 0.25]), 2).tolist() == [0.5, 0.25, 0.5, 0.25]
+
+
+@every_process
+def test_scales_of_recent_times_are_kept_until_they_change(process):
+    t, s = torch.tensor([0.5, 0.25, 0.125]) * process.start, torch.tensor([0.25, 0.125, 0.1]) * process.start
+    first = process.scales(t), process.scales(s)
+    assert process.scales(t) is first[0] and process.scales(s) is first[1]
+    t.mul_(0.5)
+    assert torch.equal(process.scales(t).sigma, process.sigma(t)) and not torch.equal(process.sigma(t), first[0].sigma)
+    assert torch.equal(process.scales(s.clone()).alpha, process.alpha(s))

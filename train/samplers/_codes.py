@@ -230,7 +230,7 @@ class DiscreteSampler(CodeSampler):
     ) -> Loss:
         """Returns the loss of a batch {"codes": (B, h, w)} with the fields of the conditions."""
         x0 = batch["codes"]
-        t = self.times(streams, len(x0)).to(x0.device)
+        t = to_device(self.times(streams, len(x0)), x0.device)
         x_t = self.corrupt(x0, t, streams("mask"))
         raw = raw_conditions(self.fields_of, batch)
         logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, streams, len(x0)))

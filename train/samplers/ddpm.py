@@ -295,7 +295,7 @@ class GaussianSampler(LearnedSampler):
         drop = draw_drops(self.config, raw, streams, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
         loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
-        weight = weight.to(x0.device)
+        weight = to_device(weight, x0.device)
         outputs = {"x0": x0, "x_t": x_t, "t": t, "noise": noise, "prediction": output, "loss": loss.per_example}
         outputs = {name: value.detach() for name, value in outputs.items()}
         return Loss(loss.per_example * weight, {k: v * weight for k, v in loss.metrics.items()}, outputs)

@@ -101,7 +101,7 @@ class EMAQuantizer(Quantizer):
         """
         m, dist = len(z), context.dist
         order = torch.randperm(m * dist.size, generator=torch.Generator().manual_seed(context.seed))
-        index = order[torch.arange(self.codebook_size) % len(order)].to(z.device)
+        index = order[torch.arange(self.codebook_size) % len(order)].to(z.device, non_blocking=z.device.type != "mps")
         return z[index % m].where((index // m == dist.rank)[:, None], 0)
 
     def jitter_repeats(self, candidates: Tensor, total: int, context: StepContext) -> Tensor:

@@ -85,7 +85,7 @@ class GumbelQuantizer(Quantizer):
                 vectors = self.vectors(ids)
             else:
                 tau = self.temperature(context.step)
-                metrics["temperature"] = torch.tensor(tau, device=z.device)
+                metrics["temperature"] = torch.full((), tau, device=z.device)
                 ids, y = self.sample_codes(logits, tau, context)
                 vectors = (y @ self.codebook.weight).movedim(-1, 1).contiguous()
         return Quantized(ids, vectors, self.kl_weight * kl, metrics)
