@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vq.quantizer import full_precision_matmul
 
-SIDE = 4096  # points on each side of a block
+SIDE = 2048  # points on each side of a block: 16 MiB of bounds
 SPARE = 8  # extra candidates that the product proposes: its rounding errors may change their order
 PAIRS = 64  # pairs compared exactly at a time: few enough for the cache of a core
 LARGEST = 1e12  # of the values whose squared distances float32 can hold, for up to 10^12 features
