@@ -34,6 +34,7 @@ from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual, net_for_channels
 
+LOOP_STEPS = 32  # enough steps to measure what one costs
 SOME_CODES = 4096  # code grids to load batches from: their number does not matter, as codes stay in memory
 
 
@@ -251,11 +252,12 @@ def solver_loop_cost(sampler: LearnedSampler, batch: Batch, options: SamplingCon
 
 
 def solver_loop_options(sampler: LearnedSampler, options: SamplingConfig) -> dict[str, SamplingConfig]:
-    """Returns the settings of each solver of a sampler, with its default steps, unguided and, if the sampler has
-    conditions, guided."""
+    """Returns the settings of each solver of a sampler, in LOOP_STEPS steps or one per code, unguided and, if the
+    sampler has conditions, guided."""
     settings = {}
-    for solver in solvers_for(sampler.process):
-        settings[solver] = replace(options.with_solver(solver), guidance=1.0)
+    for solver, entry in solvers_for(sampler.process).items():
+        steps = LOOP_STEPS if entry.takes_any_steps else None
+        settings[solver] = replace(options.with_solver(solver, steps), guidance=1.0)
         if sampler.conditions:
             settings[f"{solver}, guided"] = replace(settings[solver], guidance=2.0)
     return settings
