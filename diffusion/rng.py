@@ -15,7 +15,7 @@ def seed_of(*words: int | str) -> int:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copies values (n, ...) from the CPU to a device without waiting for it; for CUDA, from pinned memory."""
-    if device.type == "cuda" and values.device.type == "cpu" and torch.cuda.is_available():
+    if values.is_cpu and device.type not in ("cpu", "mps") and torch.cuda.is_available():
         values = values.pin_memory()
     return values.to(device, non_blocking=device.type != "mps")
 

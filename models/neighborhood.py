@@ -300,7 +300,7 @@ def attend_flex(query, key, value, groups: Sequence[Group], *, scale: float | No
 
 
 def check_flex(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], dropout: float) -> None:
-    """ValueError for what FlexAttention does not support."""
+    """ValueError for what FlexAttention does not support: query and key (..., d), value (..., d_v), biases."""
     biases = [group.bias for group in groups if group.bias is not None]
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *biases))
     narrowest, problem = min(query.shape[-1], value.shape[-1]), None

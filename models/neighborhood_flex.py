@@ -70,7 +70,7 @@ def flex_attention(
 
 
 def join_biases(windows: Sequence[Window], heads: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor:
-    """Returns the bias tables of all heads, one after another; zeros for a group without a bias."""
+    """Returns the bias tables of all heads, one after another (rows,); zeros for a group without a bias."""
     like = next(bias for bias in biases if bias is not None)
     tables = [
         like.new_zeros(count * bias_size(window)) if bias is None else bias.flatten()
@@ -86,7 +86,7 @@ def bias_size(window: Window) -> int:
 
 @cache
 def compiled_attend_blocks() -> Callable[..., Tensor]:
-    """Returns `attend_blocks`, compiled at its first call with a shape."""
+    """Returns `attend_blocks`, (B, heads, N, d) -> (B, heads, N, d_v), compiled at its first call with a shape."""
     from torch._dynamo import config
 
     compiled = torch.compile(attend_blocks, dynamic=False, fullgraph=True)

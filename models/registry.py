@@ -15,7 +15,6 @@ MOVED = {
     "diffusion.Drawing": "diffusion.LogitsWarper",
     "diffusion.absorbing.MASKINGS": "diffusion.absorbing.MASK_SCHEDULES",
     "diffusion.absorbing.Masking": "diffusion.absorbing.MaskSchedule",
-    "diffusion.absorbing.filled": "diffusion.absorbing.sample_at",
     "diffusion.absorbing.forgotten": "diffusion.absorbing.mask_at_random",
     "diffusion.absorbing_solvers.dealt": "diffusion.absorbing_solvers.conf_remask_probs",
     "diffusion.absorbing_solvers.surest": "diffusion.absorbing_solvers.unmask_most_confident",

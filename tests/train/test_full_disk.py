@@ -153,7 +153,7 @@ def test_saving_a_bad_batch_to_a_full_disk_is_an_oserror(mounted_disk):
     fill_disk(mounted_disk, 8_192)
     bad = BadStepRecorder(mounted_disk, DistContext(torch.device("cpu")), max_bad_steps=1)
     with pytest.raises(OSError, match="No space left"):
-        bad(state_of(), [{"position": torch.arange(4), "image": torch.zeros(4, 3, 64, 64)}])
+        bad(state_of(), 0, [{"position": torch.arange(4), "image": torch.zeros(4, 3, 64, 64)}])
 
 
 def test_saving_an_ema_snapshot_to_a_full_disk_is_an_oserror(mounted_disk):

@@ -453,5 +453,5 @@ class WithNoise:
 
     def __getitem__(self, positions: list[int]) -> Batch:
         batch = self.source[positions]
-        streams = sample_streams(self.seed, "noise", batch, torch.device("cpu"))
+        streams = Streams([seed_of(self.seed, "noise", position) for position in positions])
         return merge_fields(batch, {"noise": streams.normal((len(positions), *self.shape))})

@@ -73,11 +73,14 @@ class ImageFolder:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.read_at_size(index)
+        return self.read(index)
 
-    def read_at_size(self, index: int, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    def read_at_size(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         """Returns an item; with `jpeg_draft`, a JPEG that will be resized to `size` may be decoded to fewer pixels."""
-        least_side = DRAFT * max(size) if self.jpeg_draft and size is not None else None
+        return self.read(index, DRAFT * max(size)) if self.jpeg_draft else self[index]
+
+    def read(self, index: int, least_side: int | None = None) -> dict[str, Any]:
+        """Reads an item; see `decode` for `least_side`."""
         options = {"max_pixels": self.max_pixels, "least_side": least_side}
         item: dict[str, Any] = {"image": decode_channels(self.root / self.names[index], self.n_channels, **options)}
         if self.labels is not None:
