@@ -15,6 +15,14 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def three_digits(value: float | None, unit: float = 1.0) -> str:
+    """Formats value * unit to three significant digits, without exponents or digits after 100; "-" for None."""
+    if value is None:
+        return "-"
+    value *= unit
+    return f"{value:.0f}" if value >= 100 else f"{float(f'{value:.3g}'):g}"
+
+
 def mean_and_deviation(values: list[float]) -> str:
     """Formats values as mean ± sample standard deviation; a single value as itself."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

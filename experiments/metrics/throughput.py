@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from experiments.metrics.cost import WARM_UPS, peak_extra_bytes
+from experiments.metrics.cost import WARM_UPS, Launches, count_launches, peak_extra_bytes
 from train.config import DataConfig, TrainingConfig
 from train.data.loading import BatchSource, training_batches
 from train.distributed import DistContext
@@ -23,6 +23,7 @@ class Workload:
     name: str
     run: Callable[[], object]
     dtype: torch.dtype  # of its matrix products
+    compiled: bool = False  # its operations cannot be counted
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Speed:
     flops: int  # floating-point operations of one run
     peak: float | None  # FLOP/s of the device's matrix products
     extra_bytes: int | None  # peak memory above what was in use
+    launches: int | None = None  # operations on the device
+    waits: int | None = None  # of the host for the device
 
     @property
     def median(self) -> float:
@@ -55,7 +58,7 @@ def matmul_peaks(works: Sequence[Workload], device: torch.device) -> dict[torch.
 
 def measure_speeds(works: Sequence[Workload], repeats: int, device: torch.device) -> list[Speed]:
     """Times `repeats` runs of each workload after warm-ups, interleaved so that disturbances affect all alike; then
-    counts operations and memory.
+    counts FLOPs, launches, waits and memory.
 
     Peaks are the better of two measurements, before and after: on a shared machine either may be disturbed.
     """
@@ -67,34 +70,17 @@ def measure_speeds(works: Sequence[Workload], repeats: int, device: torch.device
     peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks(works, device).items()}
     speeds = []
     for work, times in zip(works, seconds, strict=True):
-        flops, extra_bytes = count_flops(work.run), peak_extra_bytes(work.run, device)
-        speeds.append(Speed(work.name, work.dtype, times, flops, peaks.get(work.dtype), extra_bytes))
+        with count_launches(device) as launches:
+            flops = count_flops(work.run)
+        counts = {} if work.compiled else launch_counts(launches, device)
+        extra_bytes = peak_extra_bytes(work.run, device)
+        speeds.append(Speed(work.name, work.dtype, times, flops, peaks.get(work.dtype), extra_bytes, **counts))
     return speeds
 
 
-def speed_rows(speeds: Sequence[Speed], images: int, tokens: int) -> Iterator[tuple[str, ...]]:
-    """Yields the rows of a table of training steps on `images` images of `tokens` tokens each (0: no tokens)."""
-    yield (
-        *("training step", "median s", "min s", "max s", "speedup", "images/s", *(["tokens/s"] if tokens else [])),
-        *("TFLOP", "TFLOP/s", "% of peak", "peak extra MiB"),
-    )
-    for speed in speeds:
-        yield (
-            speed.name,
-            *(three_digits(each) for each in (speed.median, min(speed.seconds), max(speed.seconds))),
-            f"{speeds[0].median / speed.median:.2f}x",
-            three_digits(images / speed.median),
-            *([three_digits(images * tokens / speed.median)] if tokens else []),
-            three_digits(speed.flops / 1e12),
-            three_digits(speed.flops / speed.median / 1e12),
-            "-" if speed.fraction is None else f"{100 * speed.fraction:.1f}",
-            "-" if speed.extra_bytes is None else three_digits(speed.extra_bytes / 2**20),
-        )
-
-
-def three_digits(value: float) -> str:
-    """Formats a number to three significant digits, without exponents."""
-    return f"{value:.0f}" if value >= 100 else f"{float(f'{value:.3g}'):g}"
+def launch_counts(launches: Launches, device: torch.device) -> dict[str, int]:
+    """Returns the operations launched on a device and, unless it is the CPU, the waits for it, by name."""
+    return {"launches": launches.count} | ({} if device.type == "cpu" else {"waits": launches.waits})
 
 
 def time_repeatedly(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -103,33 +89,6 @@ def time_repeatedly(run: Callable[[], object], repeats: int, device: torch.devic
     while len(seconds) < repeats and sum(seconds) < MAX_SECONDS:
         seconds.append(time_call(run, device))
     return seconds
-
-
-def format_spread(seconds: Sequence[float], images: int) -> str:
-    """Formats the median seconds of runs on `images` images, their range, and the images per second."""
-    low, median, high = (three_digits(each) for each in (min(seconds), statistics.median(seconds), max(seconds)))
-    rate = three_digits(images / statistics.median(seconds))
-    return f"{median} s (median of {len(seconds)}, {low} to {high} s), {rate} images/s"
-
-
-def full_steps_report(
-    steps: Sequence[float], count: int, sampling: Sequence[float], decoding: Sequence[Sequence[float]], images: int
-) -> str:
-    """Formats the time of `count` full steps, extrapolated from the seconds of some, and the speedup of sampling.
-
-    `decoding` is the seconds of decoding in float32, as for these steps, and in the precision of sampling.
-    """
-    step, sampled = statistics.median(steps), statistics.median(sampling)
-    full_decoding, fast_decoding = map(statistics.median, decoding)
-    full = count * step
-    low, high = three_digits(min(steps)), three_digits(max(steps))
-    per_step = f"{count} x {three_digits(step)} s, median of {len(steps)}, {low} to {high} s"
-    ratio, total = three_digits(full / sampled), three_digits((full + full_decoding) / (sampled + fast_decoding))
-    return (
-        f"baseline, {count} float32 steps that evaluate every grid: {three_digits(full)} s ({per_step}), "
-        f"{three_digits(images / full)} images/s\n"
-        f"speedup of sampling over the baseline: {ratio}x, with decoding {total}x"
-    )
 
 
 def loading_rate(

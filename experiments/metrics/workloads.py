@@ -136,7 +136,8 @@ def step_workload(
         trainee.state.step = at
         fit(trainee.state, repeat(parts), trainee.step, steps=at + 1, world=world, seed=trainee.step.training.seed)
 
-    return Workload(", ".join(filter(None, [trainee.name, when])), run, trainee.step.dtype)
+    name = ", ".join(filter(None, [trainee.name, when]))
+    return Workload(name, run, trainee.step.dtype, trainee.step.training.compile)
 
 
 def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfig, device: torch.device) -> Batch:

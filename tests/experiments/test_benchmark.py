@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from experiments.metrics import throughput, workloads
+from experiments.metrics import speed_report, throughput, workloads
+from experiments.metrics.speed_results import Figures
 from helpers.tiny_runs import ROOT, call, parse_config
 from train.cli import parse as cli
 from train.config import DataConfig
@@ -81,7 +82,7 @@ def test_code_sampler_has_a_row_per_precision_and_other_lines(run_benchmark):
     out, (heading, _, *rows) = run_benchmark("")
     assert heading == [
         *("training step", "median s", "min s", "max s", "speedup", "images/s", "tokens/s"),
-        *("TFLOP", "TFLOP/s", "% of peak", "peak extra MiB"),
+        *("TFLOP", "TFLOP/s", "% of peak", "peak extra MiB", "launches"),
     ]
     assert [row[0] for row in rows] == ["float32", *HALVES]
     for row in rows:
@@ -90,10 +91,11 @@ def test_code_sampler_has_a_row_per_precision_and_other_lines(run_benchmark):
             and re.fullmatch(r"[\d.]+x", row[4])
             and re.fullmatch(r"[\d.]+", row[9])
             and row[10] == "-"
+            and int(row[11]) > 100
         )
     assert "absorbing on digits: 4 images of 1x16x16 per step" in out
     assert "peak (fastest matrix product measured here in float32): 1 TFLOP/s" in out
-    cost = r"3 network calls per batch, [\d.]+ evaluations per image"
+    cost = r"3 network calls per batch, [\d.]+ evaluations per image, \d+ launches"
     assert re.search(rf"^sampling with ancestral, {rows[-1][0]}, batch of 4: .*, {cost}$", out, re.M)
     assert len(re.findall("^decoding, .* batch of 4: .* images/s$", out, re.M)) == 1 + len(HALVES)
     assert re.search(r"^baseline, 256 float32 steps that evaluate every grid: .* s \(256 x .* s, ", out, re.M)
@@ -116,17 +118,17 @@ def test_vqgan_has_a_row_per_discriminator_phase(run_benchmark):
 def test_pixel_sampler_reports_the_nfe_of_its_solver(run_benchmark):
     for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is an Euler step
         out, table = run_benchmark(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
-        cost = f"{calls} network calls per batch, {calls} evaluations per image"
-        assert re.search(rf"^sampling with {solver}, float32, .* {cost}$", out, re.M)
+        cost = f"{calls} network calls per batch, {calls} evaluations per image, "
+        assert re.search(rf"^sampling with {solver}, float32, .* {cost}\d+ launches$", out, re.M)
         assert not table and "loading" not in out and "decoding" not in out and "baseline" not in out
 
 
 @pytest.mark.skipif(not HALVES, reason="this machine has no native half precision")
 def test_the_baseline_is_in_float32_and_sampling_is_not(run_benchmark, monkeypatch):
     times = {"float32": [50.0], "bfloat16": [1.0]}
-    monkeypatch.setattr(throughput, "time_repeatedly", lambda run, repeats, device: [2.0])
-    monkeypatch.setattr(workloads, "time_full_steps", lambda trainee, *args: times[trainee.name])
-    monkeypatch.setattr(workloads, "time_decoding", lambda trainee, *args: times[trainee.name])
+    monkeypatch.setattr(speed_report, "time_repeatedly", lambda run, repeats, device: [2.0])
+    monkeypatch.setattr(speed_report, "time_full_steps", lambda trainee, *args: times[trainee.name])
+    monkeypatch.setattr(speed_report, "time_decoding", lambda trainee, *args: times[trainee.name])
     out, _ = run_benchmark("--measure sampling --full_steps 10")
     assert "speedup of sampling over the baseline: 250x, with decoding 183x" in out  # 500 / 2 and 550 / 3
 
@@ -143,11 +145,34 @@ def test_the_baseline_is_optional_and_for_absorbing_only(run_benchmark):
 
 
 @pytest.mark.parametrize("sampler, solver", [("absorbing", "halton"), ("ddpm", "unipc")])
-def test_the_loop_of_every_solver_has_a_row(run_benchmark, sampler, solver):
+def test_the_loop_of_every_solver_has_a_row(run_benchmark, monkeypatch, sampler, solver):
+    monkeypatch.setattr(workloads, "LOOP_STEPS", 3)
     out, (heading, _, *rows) = run_benchmark(f"--sampler {sampler} --measure solver_loop --batch_size 1 --no_amp")
-    assert heading == ["solver", "ms between network calls", "operations", "waits"]
-    assert {solver, f"{solver}, guided"} <= {row[0] for row in rows} and "sampling with" not in out
-    assert all(float(row[1]) > 0 and float(row[2]) > 9 and row[3] == "-" for row in rows)
+    assert heading == ["workload", "ms between network calls", "launches"]
+    names = {f"solver loop, {solver}", f"solver loop, {solver}, guided"}
+    assert names <= {row[0] for row in rows} and "sampling with" not in out
+    assert all(float(row[1]) > 0 and float(row[2]) > 9 for row in rows)
+
+
+def test_two_runs_are_compared_workload_by_workload(run_benchmark, tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    run_benchmark(f"--measure step sampling loading --no_amp --full_steps 1 --out {first}")
+    out, _ = run_benchmark(f"--measure step loading --no_amp --batch_size 2 --against {first} --out {second}")
+    before, after = Figures.read(first), Figures.read(second)
+    assert [row["workload"] for row in before.rows] == [
+        *("step, float32", "sampling with ancestral, float32", "decoding, float32", "full step, float32"),
+        "loading codes",
+    ]
+    assert before.threads == torch.get_num_threads() and before.torch == torch.__version__
+    compared = out.partition(f"against {first}:")[2].splitlines()
+    cells = [re.split(r"  +", line) for line in compared]
+    assert [row[0] for row in cells[3:5]] == ["step, float32", "loading codes"]
+    old, new = (figures.rows[0] for figures in (before, after))
+    ratio, launches = cells[3][3:5]
+    assert ratio == f"{old['seconds'] / new['seconds']:.2f}x"
+    assert launches == f"{old['launches']} -> {new['launches']}"  # random numbers are drawn image by image
+    assert compared[5] == "only before: sampling with ancestral, float32; decoding, float32; full step, float32"
+    assert compared[6] == "other settings: --batch_size 4 -> 2, --full_steps 1 -> 256"
 
 
 def test_nonsquare_images_are_timed_at_their_size(run_benchmark):
@@ -180,6 +205,9 @@ REFUSED = {  # flags -> words that the message must contain
     "--accumulate 3": ["batch_size 4", "3 micro-batches"],
     "--stage vqgn": ["vqgn", "vqgan"],
     "--img_size 18": ["18x18", "multiples of 4"],
+    "--out nowhere/at/all.json": ["nowhere/at/all.json", "create it"],
+    "--against nowhere.json": ["nowhere.json"],
+    "--stage vqgan --measure solver_loop": ["solver_loop", "no solver"],
 }
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import benchmark_attention
-from experiments.benchmark_attention import Case, Cost, backends, compare, make_inputs, relative_error
+from experiments.metrics import attention_speed
+from experiments.metrics.attention_speed import Case, Cost, backends, compare, make_inputs, relative_error
 from experiments.metrics.cost import peak_extra_bytes
+from experiments.metrics.speed_results import Figures
 from helpers.tiny_runs import call
 
 SCRIPT = "experiments/benchmark_attention.py"
@@ -25,7 +26,7 @@ MIB = 2**20
 def run_folder(tmp_path_factory):
     """The folder of one tiny run."""
     logs = tmp_path_factory.mktemp("logs")
-    call(SCRIPT, f"{TINY} --dilations 1 2 --logs_root {logs}")
+    call(SCRIPT, f"{TINY} --dilations 1 2 --logs_root {logs} --out {logs / 'figures.json'}")
     return logs / "benchmark_attention"
 
 
@@ -52,6 +53,17 @@ def test_auto_chooses_exactly_one_backend_per_case(run_folder):
     rows = json.loads((run_folder / "results.json").read_text())["rows"]
     autos = [(row["tokens"][0], row["dilation"], row["backend"]) for row in rows if row["auto"]]
     assert autos == [(8, 1, "dense"), (8, 2, "dense"), (12, 1, "dense"), (12, 2, "tiled")]
+
+
+def test_the_figures_hold_every_time_by_case_and_pass(run_folder):
+    figures = Figures.read(run_folder.parent / "figures.json")
+    seconds = {row["workload"]: row["seconds"] for row in figures.rows}
+    for row in json.loads((run_folder / "results.json").read_text())["rows"]:
+        name = (
+            f"attention {row['tokens'][0]}x{row['tokens'][0]}, kernel 3, dilation {row['dilation']}, {row['backend']}"
+        )
+        assert seconds[f"{name}, forward"] == row["forward_seconds"]
+        assert seconds.get(f"{name}, forward and backward") == row["forward_backward_seconds"]
 
 
 @pytest.mark.slow
@@ -113,7 +125,7 @@ def test_an_unsupported_backend_is_skipped_with_its_reason(monkeypatch, capsys):
         raise NotImplementedError("no such width\nand more")
 
     factories = backends(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
-    monkeypatch.setattr(benchmark_attention, "backends", lambda case, device: factories)
+    monkeypatch.setattr(attention_speed, "backends", lambda case, device: factories)
     costs = compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
     assert costs["natten"] == Cost()
     assert costs["tiled"].forward_backward > 0

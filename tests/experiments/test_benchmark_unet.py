@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from experiments.benchmark_unet import networks, table_rows, time_steps, training_steps
+from experiments.metrics.speed_results import Figures, timing_row
+from experiments.metrics.unet_speed import networks, table_rows, time_steps, training_steps
 from helpers.tiny_runs import call
 from models.blocks import count_parameters
 from models.unet import UNetConfig
@@ -24,17 +25,20 @@ NAMES = ["ours"] + ["diffusers"] * INSTALLED
 needs_diffusers = pytest.mark.skipif(not INSTALLED, reason="needs diffusers")
 
 
-def test_both_networks_have_a_row_per_precision(capsys):
-    call(SCRIPT, f"{TINY} --device cpu")
+def test_both_networks_have_a_row_per_precision(capsys, tmp_path):
+    call(SCRIPT, f"{TINY} --device cpu --out {tmp_path / 'unet.json'}")
     out = capsys.readouterr().out
     counts = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w+): ([\d,]+) param", out, re.M)}
     assert counts == {name: count_parameters(network) for name, network in networks(SHAPE, 8).items()}
     lines = [line.split() for line in out.splitlines() if line.startswith(("ours ", "diffusers "))]
     assert [tuple(line[:2]) for line in lines] == [(name, kind) for name in NAMES for kind in PRECISIONS]
-    for _, _, median, fastest, slowest, speed, ratio in lines:
+    for _, _, median, fastest, slowest, speed, ratio, launches in lines:
+        assert int(launches) > 100
         assert 0 < float(fastest) <= float(median) <= float(slowest)
         assert float(speed) > 0 and re.fullmatch(r"\d+\.\d\dx", ratio)
-    assert lines[0][-1] == "1.00x"
+    assert lines[0][-2] == "1.00x"
+    names = [row["workload"] for row in Figures.read(tmp_path / "unet.json").rows]
+    assert names == [f"unet step, {name}, {kind}" for name in NAMES for kind in PRECISIONS]
     assert ("bfloat16 skipped" in out) == (len(PRECISIONS) == 1)
 
 
@@ -89,15 +93,19 @@ def test_warm_ups_are_not_timed_and_runs_are_interleaved():
     def step(name):
         return lambda: calls.append(name) or torch.zeros(())
 
-    seconds = time_steps({("ours", "float32"): step("a"), ("ours", "bfloat16"): step("b")}, 3)
-    assert calls == ["a", "b"] * 5 and [len(times) for times in seconds.values()] == [3, 3]
+    rows = time_steps({("ours", "float32"): step("a"), ("ours", "bfloat16"): step("b")}, 3, CPU)
+    assert calls == ["a", "b"] * 5 + ["a", "b"]  # the last to count launches
+    assert [row["runs"] for row in rows] == [3, 3] and [row["launches"] for row in rows] == [1, 1]
 
 
 def test_speedup_is_the_ratio_of_medians():
-    seconds = {("ours", "float32"): [1.0, 3.0, 8.0], ("ours", "bfloat16"): [2.0, 1.5, 1.0]}
-    assert [row[2:] for row in table_rows(seconds, 6)][1:] == [
-        ("3.000", "1.000", "8.000", "2.00", "1.00x"),
-        ("1.500", "1.000", "2.000", "4.00", "2.00x"),
+    rows = [
+        timing_row("unet step, ours, float32", [1.0, 3.0, 8.0], launches=120, waits=2),
+        timing_row("unet step, ours, bfloat16", [2.0, 1.5, 1.0], launches=140, waits=0),
+    ]
+    assert list(table_rows(rows, 6))[1:] == [
+        ("ours", "float32", "3.000", "1.000", "8.000", "2.00", "1.00x", "120", "2"),
+        ("ours", "bfloat16", "1.500", "1.000", "2.000", "4.00", "2.00x", "140", "0"),
     ]
 
 

@@ -53,7 +53,9 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
 }
 PARSED_ONLY = {"demo.py", "experiments/compare_attention.py", "experiments/compare_quantizers.py"}  # they take minutes
 SAMPLERS = {"absorbing": SAMPLER, "autoregressive": SAMPLER.replace("--sample_steps 4", ""), "ddpm": DDPM}
-LEFT_OUT = {"compile", "hooks", "adapt", "logs_root", "shard_cache"}  # minutes; the user's code; where all is written
+LEFT_OUT = {  # minutes; the user's code; where files are written
+    *("compile", "measure", "hooks", "adapt", "logs_root", "shard_cache", "out"),
+}
 LONG = (  # flags of which a large value is a long run rather than a mistake
     "train_steps n_samples n_images sample_steps total_steps repeats full_steps kid_subsets seeds steps sizes calls "
     "num_workers prefetch results points shape outpaint batch_size accumulate decoder_draws"

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from experiments.metrics import throughput
+from experiments.metrics.cost import count_launches
 from experiments.metrics.throughput import (
-    Speed,
     Workload,
-    full_steps_report,
+    launch_counts,
     loading_rate,
     matmul_peaks,
     measure_speeds,
-    speed_rows,
 )
+from helpers.fake_device import DEVICE, FakeDeviceMode
 from train.config import DataConfig, TrainingConfig
 from train.distributed import DistContext
 
@@ -42,13 +42,7 @@ def test_fraction_is_flops_over_time_over_peak(monkeypatch):
     assert [speed.flops for speed in speeds] == [20_000] * 2
     assert speeds[0].fraction == pytest.approx(20_000 / 3 / 10_000)
     assert speeds[1].fraction == pytest.approx(20_000 / 1.5 / 40_000)
-    heading, first, second = speed_rows(speeds, images=6, tokens=5)
-    assert first == ("a", "3", "2", "4", "1.00x", "2", "10", "2e-08", "6.67e-09", "66.7", "3")
-    assert second[:7] == ("b", "1.5", "1", "3", "2.00x", "4", "20") and second[9] == "33.3"
-    assert len(heading) == len(first)
-    assert len(next(speed_rows(speeds, 6, 0))) == len(heading) - 1
-    unknown = list(speed_rows([Speed("c", torch.float32, [1.0], 5, None, None)], 6, 0))[1]
-    assert unknown[-2:] == ("-", "-")
+    assert [(speed.launches, speed.waits) for speed in speeds] == [(1, None)] * 2  # waits only on other devices
 
 
 def test_peaks_are_measured_once_per_dtype_on_known_devices(monkeypatch):
@@ -59,10 +53,19 @@ def test_peaks_are_measured_once_per_dtype_on_known_devices(monkeypatch):
     assert matmul_peaks(works, torch.device("mps")) == {}
 
 
-def test_full_steps_are_reported_as_multiples_of_the_median():
-    message = full_steps_report([2.0, 3.0, 10.0], 100, [4.0, 5.0, 6.0], [[50.0], [1.0, 5.0, 7.0]], 4)
-    assert "100 float32 steps" in message and "300 s (100 x 3 s, median of 3, 2 to 10 s), 0.0133 images/s" in message
-    assert "speedup of sampling over the baseline: 60x, with decoding 35x" in message  # 300 / 5 and 350 / 10
+def test_launches_are_counted_and_waits_unless_on_the_cpu():
+    with FakeDeviceMode():
+        x = torch.ones(3, device=DEVICE)
+        with count_launches(DEVICE) as launches:
+            (x + 1).sum().item()
+    assert launch_counts(launches, DEVICE) == {"launches": 3, "waits": 1}
+    assert launch_counts(launches, CPU) == {"launches": 3}
+
+
+def test_operations_of_compiled_workloads_are_not_counted(monkeypatch):
+    monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1.0)
+    works = [Workload(str(flag), lambda: torch.ones(2) + 1, torch.float32, compiled=flag) for flag in (False, True)]
+    assert [speed.launches for speed in measure_speeds(works, 1, CPU)] == [2, None]
 
 
 class RecordingSource:
