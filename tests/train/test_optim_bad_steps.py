@@ -134,15 +134,14 @@ def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path, two, fault, para
 
 
 @pytest.mark.slow
-def test_too_many_bad_steps_end_every_process_in_one_line(tmp_path, two):
+def test_too_many_bad_steps_end_all_processes_in_one_line(tmp_path, two):
     flags = (
         f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --adapt {FAULTS}.nan_image --max_bad_steps 0"
     )
     answers = two.ask("run", "train_sampler.py", flags)
     assert [answer["code"] for answer in answers] == [2, 2]
-    errors = [[line for line in answer["stderr"].splitlines() if "max_bad_steps" in line] for answer in answers]
-    assert [len(messages) for messages in errors] == [1, 1]
-    assert "train_sampler.py: 1 of the last 1000 steps were not finite, --max_bad_steps allows 0" in errors[0][0]
+    (error,) = [line for answer in answers for line in answer["stderr"].splitlines() if "max_bad_steps" in line]
+    assert error.startswith("train_sampler.py") and "1 of the last 1000 steps were not finite" in error
     assert "Traceback" not in answers[0]["stderr"] + answers[1]["stderr"]
     assert_batch_saved(tmp_path / "bad", FULL_BATCH)
 

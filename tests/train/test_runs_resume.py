@@ -9,9 +9,10 @@ from helpers.run_asserts import assert_close, assert_equal_bits, assert_same_ddp
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 
 EMA_QUANTIZER = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
+GUMBEL = "--quantizer gumbel --gumbel_decay_steps 20"  # the default is the length at which a run starts
 RESUMED = [
     (5, EMA_QUANTIZER),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, ""), (5, ""), (2, "--quantizer gumbel"))),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, ""), (5, ""), (2, GUMBEL))),
 ]
 
 
