@@ -12,14 +12,14 @@ from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, first_stage_data, run_script
 from train.config import SecondStageConfig
-from train.data.loading import WithNoise, build_splits, with_declared_range
+from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
-from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
+from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies

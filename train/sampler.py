@@ -1,7 +1,7 @@
 """Training of the second stage: the training step, validation and sample images."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from diffusion.types import OnStep
 from train.class_names import class_captions
 from train.condition_source import ConditionSource, Row
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import BatchSource, ImageSource, TrainingImages, TrainingStreams, to_device
+from train.data.loading import BatchSource, ImageSource, TrainingImages, TrainingStreams, merge_fields, to_device
 from train.data.transforms import to_float
 from train.datasets import Dataset
 from train.distributed import DistContext, gradient_sync, interruptible_sampling
@@ -121,6 +121,26 @@ class SamplerStep:
         state.counters["loss_by_level"].add("loss", sums.where(finite, 0))
         if self.keep_outputs:
             outputs["x0_hat"] = self.sampler.x0_hat(outputs)
+
+
+@dataclass(frozen=True)
+class WithNoise:
+    """Adds to the batches of a source the Gaussian noise (B, *shape) that the loss would draw, under "noise".
+
+    Loading processes then draw it ahead of the training step: the same numbers, from the streams of (seed, "noise").
+    """
+
+    source: BatchSource
+    seed: int
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        batch = self.source[positions]
+        streams = Streams([seed_of(self.seed, "noise", position) for position in positions])
+        return merge_fields(batch, {"noise": streams.normal((len(positions), *self.shape))})
 
 
 @torch.no_grad()

@@ -427,7 +427,7 @@ class TrainingStreams:
         return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
 
     def noise(self, shape: Sequence[int]) -> Tensor:
-        """Returns Gaussian noise (B, ...): the stream "noise" of each sample, or what `WithNoise` drew."""
+        """Returns Gaussian noise (B, ...): the stream "noise" of each sample, or what a loading process drew before."""
         return self.batch["noise"] if "noise" in self.batch else self("noise").normal(shape)
 
     def step_stream(self, purpose: str) -> tuple[Streams, int]:
@@ -435,23 +435,3 @@ class TrainingStreams:
         batch."""
         step, offset = divmod(int(self.batch["position"][0]), self.batch_size)
         return Streams([seed_of(self.seed, purpose, "step", step)]), offset
-
-
-@dataclass(frozen=True)
-class WithNoise:
-    """Adds to the batches of a source the Gaussian noise (B, *shape) that the loss would draw, under "noise".
-
-    Loading processes then draw it ahead of the training step: the same numbers, from the streams of (seed, "noise").
-    """
-
-    source: BatchSource
-    seed: int
-    shape: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        batch = self.source[positions]
-        streams = Streams([seed_of(self.seed, "noise", position) for position in positions])
-        return merge_fields(batch, {"noise": streams.normal((len(positions), *self.shape))})

@@ -16,7 +16,6 @@ from train.data.loading import (
     TrainingCodes,
     TrainingImages,
     TrainingStreams,
-    WithNoise,
     build_splits,
     describe_splits,
     fixed_subset,
@@ -27,6 +26,7 @@ from train.data.loading import (
 from train.data.shuffle import EpochShuffle
 from train.datasets import ArrayDataset, Blocks, DatasetConfig
 from train.distributed import DistContext
+from train.sampler import WithNoise
 
 CPU = torch.device("cpu")
 CONFIG = DataConfig(img_size=4, n_channels=1, shift=1, horizontal_flip=True)
