@@ -1,0 +1,168 @@
+"""Shapes: drawn scenes of up to six coloured things on one or two grounds, with all annotations. Nothing to download.
+
+Each scene has boxes, masks, a panoptic map, captions and metadata, and follows from (seed, split, index) alone. It is
+drawn at the size in which it is read, and is the same scene at every size.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.ranges import COUNT, SIZE
+from train.datasets import SPLITS, DatasetConfig, Ragged
+from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
+from train.datasets._shapes_scene import GROUNDS, KINDS, PALETTE, SPLIT_NUMBERS, THINGS, Scene, Thing, draw_scene
+from train.registry import did_you_mean
+
+FEATURES = "pixels"  # what `--features auto` means for this data set
+VERSION = 1  # of the scenes and how they are drawn: a change makes all caches anew
+N_VAL = 1000  # scenes for validation
+NUMBERS = ("no", "a", "two", "three", "four", "five", "six")
+PLURALS = {"plus": "pluses"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DatasetConfig):
+    """Options of shapes."""
+
+    shapes_count: int = 10_000
+    """Number of training scenes, and of scenes for judges; validation has 1,000."""
+    shapes_size: int = 64
+    """Side in pixels where no other size is asked for; a training draws at its --img_size."""
+    shapes_kinds: tuple[str, ...] = tuple(KINDS)
+    """Kinds of scenes that occur: free, neighbours (of one class), occlusion, small, nested. Scenes of kinds left out
+    are replaced; the others stay."""
+    shapes_seed: int = 0
+    """Seed of all scenes."""
+
+    EVERYDAY = ("shapes_count", "shapes_kinds")
+    RANGES = {"shapes_count": COUNT, "shapes_size": SIZE, "shapes_seed": "[0, 4294967295]"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        for kind in self.shapes_kinds:
+            if kind not in KINDS:
+                raise ValueError(
+                    f"got shapes_kinds {kind}, wanted some of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+                )
+        if not self.shapes_kinds:
+            raise ValueError(f"got no shapes_kinds, wanted some of {', '.join(KINDS)}: pass --shapes_kinds KIND ...")
+
+
+def build(config: Config, split: str) -> "Shapes":
+    """Returns the scenes of a split: train, val, or judge, on which networks that judge samples are trained.
+
+    ValueError for another split or a data_dir.
+    """
+    if split not in SPLIT_NUMBERS:
+        raise ValueError(f"there is no split {split!r}, wanted one of {', '.join(SPLIT_NUMBERS)}")
+    if config.data_dir is not None:
+        raise ValueError(f"shapes reads no folder, got {config.data_dir}: leave --data_dir out or use --dataset folder")
+    return Shapes(config, split)
+
+
+@dataclass(frozen=True, eq=False)
+class Shapes:
+    """A `Dataset` of scenes, drawn when they are read. The order of things is their depth: later ones are in front."""
+
+    config: Config
+    split: str
+
+    n_classes = 0
+    labels = None
+    class_names = ()
+    region_classes = THINGS + GROUNDS
+    region_things = (True,) * len(THINGS) + (False,) * len(GROUNDS)
+    palette = PALETTE  # by day; at night all colours are NIGHT times as bright
+
+    def __len__(self) -> int:
+        return N_VAL if self.split == SPLITS[1] else self.config.shapes_count
+
+    def scene(self, index: int) -> Scene:
+        """Returns a scene without pixels; IndexError if there is none."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no scene {index} of {len(self):,} in split {self.split}")
+        return draw_scene(self.config.shapes_seed, self.split, int(index), self.config.shapes_kinds)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return item_of(self.scene(index), self.config.shapes_size)
+
+    def read_at_size(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Returns an item drawn as a square that just covers `size` (height, width)."""
+        return item_of(self.scene(index), max(size))
+
+    def fingerprint(self) -> str:
+        config = self.config
+        kinds = [kind for kind in KINDS if kind in config.shapes_kinds]  # their order has no effect
+        settings = (VERSION, config.shapes_seed, self.split, len(self), config.shapes_size, kinds)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+
+def item_of(scene: Scene, size: int) -> dict[str, Any]:
+    """Draws a scene of size x size pixels, with all its annotations."""
+    from torchvision import tv_tensors
+
+    masks = draw_masks(scene, size)
+    segments = draw_segments(scene, masks)
+    classes = segment_classes(scene)
+    n = len(scene.things)
+    boxes = size * np.array([thing.box for thing in scene.things], np.float32).reshape(n, 4)
+    return {
+        "image": draw_image(scene, size),
+        "boxes": tv_tensors.BoundingBoxes(
+            torch.from_numpy(boxes), format="XYXY", canvas_size=(size, size), clamping_mode=None
+        ),
+        "box_class": ragged(classes[:n]),
+        "box_id": ragged(range(1, n + 1)),
+        "box_color": ragged(thing.color for thing in scene.things),
+        "box_visible": Ragged(torch.from_numpy(scene.visible.astype(np.float32))),
+        "box_words": [describe(thing) for thing in scene.things],
+        "masks": tv_tensors.Mask(torch.from_numpy(masks)),
+        "panoptic": tv_tensors.Mask(torch.from_numpy(segments)),
+        "segment_id": ragged(range(1, len(classes) + 1)),
+        "segment_class": ragged(classes),
+        "semantic": tv_tensors.Mask(torch.from_numpy(draw_semantic(scene, segments))),
+        "captions": captions_of(scene),
+        "scene_kind": scene.kind,
+        "camera": scene.camera,
+        "time": scene.time,
+        "weather": scene.weather,
+        "light": scene.light,
+        "location": scene.location,
+        "file_name": scene.file_name,
+    }
+
+
+def ragged(numbers: Iterator[int] | list[int]) -> Ragged:
+    return Ragged(torch.tensor(list(numbers), dtype=torch.int64))
+
+
+def describe(thing: Thing) -> str:
+    """Returns the words for a thing, such as "red disc"."""
+    return f"{PALETTE[thing.color][0]} {THINGS[thing.kind]}"
+
+
+def captions_of(scene: Scene) -> list[str]:
+    """Returns two captions, such as "a red disc, two blue rings, sky over sand" and "two blue rings and a red disc in
+    front of sky over sand, a rainy night"."""
+    groups = Counter(describe(thing) for thing in scene.things)
+    phrases = [count_words(words, count) for words, count in groups.items()]
+    grounds = " over ".join(GROUNDS[number] for number in scene.grounds)
+    *front, last = phrases[::-1]
+    listed = f"{', '.join(front)} and {last}" if front else last
+    day = "night" if scene.light == "night" else "day"
+    sky = "rainy" if scene.weather == "rain" else {"night": "clear", "day": "sunny"}[day]
+    return [", ".join([*phrases, grounds]), f"{listed} in front of {grounds}, a {sky} {day}"]
+
+
+def count_words(words: str, count: int) -> str:
+    """Returns a thing with its number, such as "an orange disc" or "two red pluses"."""
+    if count > 1:
+        color, name = words.split()
+        return f"{NUMBERS[count]} {color} {PLURALS.get(name, name + 's')}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
