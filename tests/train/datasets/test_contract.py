@@ -15,7 +15,7 @@ import train.datasets
 from train.datasets import SPLITS, DatasetConfig
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(train.datasets.__path__) if module.name[0] != "_")
-EMBEDDED = {"digits"}
+EMBEDDED = {"digits", "shapes"}
 KINDS = ("png", "cls")  # members of a sample in a tar shard
 LABELLED = {"folder": "folder", "webdataset": "cls"}  # --label_from
 
