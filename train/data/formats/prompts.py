@@ -1,0 +1,45 @@
+"""Prompts of images in CSV files, and of their instances in JSON files (MaMoE)."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+
+COLUMNS = ("img_name", "prompt")
+
+
+def decode_prompts(text: str) -> dict[str, str]:
+    """Reads the prompt of each image from a CSV file with columns img_name and prompt; of two rows the last counts.
+
+    ValueError for other columns, and for rows of another length.
+    """
+    rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    if rows.fieldnames is None or not set(COLUMNS) <= set(rows.fieldnames):
+        raise ValueError(f"got the columns {rows.fieldnames}, wanted {' and '.join(COLUMNS)} in the first line")
+    prompts = {}
+    for row in rows:
+        if None in row or None in row.values():
+            raise ValueError(f"line {rows.line_num} has another number of columns than the first: quote commas")
+        prompts[row["img_name"]] = row["prompt"]
+    return prompts
+
+
+def encode_prompts(prompts: Mapping[str, str]) -> str:
+    """Writes the prompt of each image as CSV, quoted where needed."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([COLUMNS, *prompts.items()])
+    return text.getvalue()
+
+
+def decode_instance_prompts(text: str) -> dict[str, dict[int, str]]:
+    """Reads {image: {id of an instance: prompt}} from JSON; ValueError for another structure."""
+    images = json.loads(text)
+    if not isinstance(images, dict) or not all(isinstance(each, dict) for each in images.values()):
+        raise ValueError("got another structure, wanted {image: {instance id: prompt}}")
+    return {image: {int(key): str(prompt) for key, prompt in own.items()} for image, own in images.items()}
+
+
+def encode_instance_prompts(images: Mapping[str, Mapping[int, str]]) -> str:
+    """Writes the prompts of instances as JSON."""
+    return json.dumps({image: {str(key): each for key, each in own.items()} for image, own in images.items()}, indent=1)
