@@ -20,6 +20,7 @@ from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
+from train.samplers._conditions import with_checked_regions, with_region_classes
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -50,7 +51,7 @@ def main(config: Config) -> None:
         adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
-        config = replace(config, data=data)
+        config = replace(config, data=data, sampler=with_region_classes(config.sampler, images["train"]))
         resumed = resumed_provenance(run, training.resume)
         space = open_space(config, resumed, images["train"], world)
         frequencies, recorded = class_frequencies(images["train"]), recorded_class_names(resumed, run)
@@ -72,6 +73,7 @@ def main(config: Config) -> None:
             split: space.source(images[split], split, data, seed, world, adapt, balance)
             for split, (seed, balance) in draws.items()
         }
+        sources = {split: with_checked_regions(source, sampler.network) for split, source in sources.items()}
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}

@@ -1,4 +1,4 @@
-"""Conditions of a network: named streams of vectors, tokens and maps, regions of the image, and their encoders.
+"""Conditions of a network: named streams of vectors, tokens and maps, the regions they describe, and their encoders.
 
 Shapes: R regions, M condition tokens, E embedding width, N = H W cells of a grid.
 """
@@ -6,6 +6,7 @@ Shapes: R regions, M condition tokens, E embedding width, N = H W cells of a gri
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ranges import check_ranges
+from models.regions import Regions, Rule, check_region_fields, check_window, crop_cells
 
 
 class Vector(NamedTuple):
@@ -26,7 +28,8 @@ class Tokens(NamedTuple):
 
     values: Tensor  # (B, M, D)
     mask: Tensor | None = None  # (B, M) bool, True for tokens, False for padding; None: all True
-    region: Tensor | None = None  # (B, M) int64, index in [0, R) of a token's region, -1: the whole image; None: all -1
+    membership: Tensor | None = None  # (B, M, R) bool, the regions that a token describes; None: none
+    everywhere: Tensor | None = None  # (B, M) bool, tokens that describe the whole image; None: all without membership
 
 
 class Map(NamedTuple):
@@ -49,22 +52,7 @@ class Context(NamedTuple):
 
 Stream = Vector | Tokens | Map
 NDIM = {Vector: 2, Tokens: 3, Map: 4}  # of `values`
-
-
-class Regions(NamedTuple):
-    """Regions of the image, which may overlap.
-
-    Examples with fewer than R are padded with regions that have an empty mask and both ids -1; no token refers to them.
-    """
-
-    masks: Tensor  # (B, R, H, W) bool
-    class_ids: Tensor  # (B, R) int64
-    instance_ids: Tensor  # (B, R) int64
-
-    def coverage(self, height: int, width: int) -> Tensor:
-        """Returns the cells of a grid that each region covers, at least in part: (B, R, height, width) bool."""
-        flat = self.masks.flatten(0, 1).float()  # (B R, H, W); R may be 0
-        return F.adaptive_max_pool2d(flat, (height, width)).bool().unflatten(0, self.masks.shape[:2])
+REGIONS = "regions"  # the name of the drop of all encoders of regions
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +64,8 @@ class Condition:
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
     regions: Regions | None = None
-    # attention masks by (height, width)
-    attention_mask_cache: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    # attention masks by (height, width, rule)
+    attention_mask_cache: dict[tuple[int, int, Rule], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         for name, stream in self.streams.items():
@@ -86,16 +74,11 @@ class Condition:
                 got = type(stream).__name__ if ndim is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
                 wanted = "Vector (B, E), Tokens (B, M, D) or Map (B, C, h, w)"
                 raise ValueError(f"got stream {name}: {got}, wanted {wanted}")
-            parts = (stream.mask, stream.region) if isinstance(stream, Tokens) else ()
-            for part in parts:
-                if part is not None and part.shape != stream.values.shape[:2]:
-                    raise ValueError(
-                        f"got stream {name} with tokens {tuple(stream.values.shape)} and a mask or regions "
-                        f"{tuple(part.shape)}, wanted {tuple(stream.values.shape[:2])}"
-                    )
+            if isinstance(stream, Tokens):
+                check_tokens(name, stream, self.regions)
         sizes = {name: len(stream.values) for name, stream in self.streams.items()}
         if self.regions is not None:
-            sizes["regions"] = len(self.regions.masks)
+            sizes["regions"] = len(self.regions.present)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"got streams for batches of {sizes}, wanted one size")
 
@@ -103,7 +86,7 @@ class Condition:
     def batch_size(self) -> int | None:
         """B, or None for a condition without streams and regions, which fits any batch."""
         parts = [stream.values for stream in self.streams.values()]
-        parts += [] if self.regions is None else [self.regions.masks]
+        parts += [] if self.regions is None else [self.regions.present]
         return len(parts[0]) if parts else None
 
     def __getitem__(self, rows: slice | Tensor) -> "Condition":
@@ -117,7 +100,7 @@ class Condition:
     def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
         """Returns the condition with `fn` applied to every tensor."""
         streams = {name: _map_tensors(stream, fn) for name, stream in self.streams.items()}
-        return Condition(streams, None if self.regions is None else _map_tensors(self.regions, fn))
+        return Condition(streams, None if self.regions is None else self.regions.map_tensors(fn))
 
     @classmethod
     def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
@@ -128,14 +111,27 @@ class Condition:
         names = {tuple(sorted(condition.streams)) for condition in conditions}
         if len(names) != 1:
             raise ValueError(f"got conditions with the streams {sorted(names)}, wanted the same in all")
-        first = conditions[0].streams
-        streams = {name: _cat_streams([condition.streams[name] for condition in conditions]) for name in first}
-        return cls(streams, _cat_regions(conditions))
+        first, regions = conditions[0].streams, _cat_regions(conditions)
+        count = 0 if regions is None else regions.present.shape[1]
+        streams = {name: _cat_streams([condition.streams[name] for condition in conditions], count) for name in first}
+        return cls(streams, regions)
+
+    def window(self, top: int, left: int, height: int, width: int, grid: tuple[int, int]) -> "Condition":
+        """Returns the condition of a window of cells of a grid: maps and regions are cropped to it, tokens stay."""
+        rows, columns = check_window(top, left, height, width, grid)
+        streams = {
+            name: Map(crop_cells(crop_cells(stream.values, -2, top, height, rows), -1, left, width, columns))
+            if isinstance(stream, Map)
+            else stream
+            for name, stream in self.streams.items()
+        }
+        return Condition(streams, None if self.regions is None else self.regions.window(top, left, height, width, grid))
 
     def row_ids(self) -> Tensor | None:
         """Returns (B,) int64, equal for examples with equal conditions; None without streams and regions."""
-        parts = [*self.streams.values(), *([] if self.regions is None else [self.regions])]
-        tensors = [tensor.flatten(1) for part in parts for tensor in part if tensor is not None]
+        parts = [tensor for stream in self.streams.values() for tensor in stream if tensor is not None]
+        parts += [] if self.regions is None else self.regions.tensors().values()
+        tensors = [part.flatten(1) if part.ndim > 1 else part.unsqueeze(1) for part in parts]
         if not tensors:
             return None
         rows = torch.cat([tensor.cpu().double() for tensor in tensors], 1)
@@ -182,27 +178,43 @@ class Condition:
                 spans[name] = slice(start, stop)
         return spans
 
-    def attention_mask(self, height: int, width: int) -> Tensor | None:
-        """Returns which tokens each cell of a grid attends to, (B, height * width, M) bool; cached per size.
+    def attention_mask(self, height: int, width: int, rule: Rule = "touched") -> Tensor | None:
+        """Returns which tokens each cell of a grid attends to, (B, height * width, M) bool; cached per size and rule.
 
-        Cells attend to a token of a region if the region covers them at least in part, to tokens of the whole image
-        (-1) always, to padding never. None if no token describes a region. A cell may have no token to attend to:
-        attention must return zeros there.
+        Cells attend to a token if any of the regions that it describes covers them by this rule (see `Regions.at`), to
+        tokens of the whole image always, to padding never. None if no token describes a region. A cell may have no
+        token to attend to: attention must return zeros there.
         """
         tokens = self.tokens()
-        if tokens is None or tokens.region is None:
+        if tokens is None or tokens.membership is None:
             return None
-        if (height, width) not in self.attention_mask_cache:
+        if (height, width, rule) not in self.attention_mask_cache:
             if self.regions is None:
                 raise ValueError("got tokens of regions, and no regions: pass Condition(..., regions=)")
-            covered = self.regions.coverage(height, width).flatten(2)  # (B, R, N)
-            whole_image = covered.new_ones(len(covered), 1, height * width)
-            covered = torch.cat([whole_image, covered], 1)  # (B, 1 + R, N)
-            index = (tokens.region + 1).unsqueeze(-1).expand(-1, -1, height * width)  # (B, M, N)
-            mask = covered.gather(1, index).mT  # (B, N, M)
-            mask = mask if tokens.mask is None else mask & tokens.mask.unsqueeze(1)
-            self.attention_mask_cache[height, width] = mask
-        return self.attention_mask_cache[height, width]
+            covered = self.regions.at(height, width, rule).flatten(2)  # (B, R, N)
+            seen = covered.mT.float() @ tokens.membership.mT.float() > 0  # (B, N, M)
+            seen = seen if tokens.everywhere is None else seen | tokens.everywhere.unsqueeze(1)
+            seen = seen if tokens.mask is None else seen & tokens.mask.unsqueeze(1)
+            self.attention_mask_cache[height, width, rule] = seen
+        return self.attention_mask_cache[height, width, rule]
+
+
+def check_tokens(name: str, tokens: Tokens, regions: Regions | None) -> None:
+    """Raises ValueError for tokens of a stream whose mask and regions have other shapes."""
+    size = tokens.values.shape[:2]
+    if tokens.everywhere is not None and tokens.membership is None:
+        raise ValueError(f"got stream {name} with everywhere and no membership: without it, all tokens are everywhere")
+    wanted = {"mask": size, "everywhere": size}
+    if tokens.membership is not None:
+        count = tokens.membership.shape[-1] if regions is None else regions.present.shape[1]
+        wanted["membership"] = (*size, count)
+    for part, shape in wanted.items():
+        got = getattr(tokens, part)
+        if got is not None and got.shape != shape:
+            raise ValueError(
+                f"got stream {name} with tokens {tuple(tokens.values.shape)} and {part} {tuple(got.shape)}, "
+                f"wanted {tuple(shape)}"
+            )
 
 
 def _map_tensors(record: NamedTuple, fn: Callable[[Tensor], Tensor]) -> NamedTuple:
@@ -212,23 +224,38 @@ def _map_tensors(record: NamedTuple, fn: Callable[[Tensor], Tensor]) -> NamedTup
 
 def _cat_tokens(streams: Sequence[Tokens], axis: int) -> Tokens:
     """Concatenates token sequences along the batch (0) or the sequence (1)."""
-    masks, regions = [stream.mask for stream in streams], [stream.region for stream in streams]
-    if any(mask is not None for mask in masks):
-        masks = [s.values.new_ones(s.values.shape[:2], dtype=torch.bool) if s.mask is None else s.mask for s in streams]
-    if any(region is not None for region in regions):
-        whole_image = [torch.full(s.values.shape[:2], -1, device=s.values.device) for s in streams]
-        regions = [w if s.region is None else s.region for w, s in zip(whole_image, streams, strict=True)]
-    mask, region = (None if parts[0] is None else torch.cat(parts, axis) for parts in (masks, regions))
-    return Tokens(torch.cat([stream.values for stream in streams], axis), mask, region)
+    if any(stream.mask is not None for stream in streams):
+        streams = [s._replace(mask=_true(s)) if s.mask is None else s for s in streams]
+    if counts := {s.membership.shape[-1] for s in streams if s.membership is not None}:
+        streams = [_with_membership(stream, max(counts)) for stream in streams]
+    return Tokens(*(None if parts[0] is None else torch.cat(parts, axis) for parts in zip(*streams, strict=True)))
 
 
-def _cat_streams(streams: Sequence[Stream]) -> Stream:
-    """Concatenates streams of one type along the batch."""
+def _true(tokens: Tokens) -> Tensor:
+    """Returns True for each token, (B, M)."""
+    return tokens.values.new_ones(tokens.values.shape[:2], dtype=torch.bool)
+
+
+def _with_membership(tokens: Tokens, count: int) -> Tokens:
+    """Returns the tokens with membership in `count` regions, and with `everywhere`."""
+    everywhere, membership = tokens.everywhere, tokens.membership
+    if membership is None:
+        membership = _true(tokens).unsqueeze(-1)[..., :0]
+        everywhere = _true(tokens) if everywhere is None else everywhere
+    everywhere = ~_true(tokens) if everywhere is None else everywhere
+    return tokens._replace(membership=F.pad(membership, (0, count - membership.shape[-1])), everywhere=everywhere)
+
+
+def _cat_streams(streams: Sequence[Stream], count: int) -> Stream:
+    """Concatenates streams of one type along the batch; `count` is the largest R."""
     cls = type(streams[0])
     if cls is not Tokens:
         return cls(torch.cat([stream.values for stream in streams]))
     longest = max(stream.values.shape[1] for stream in streams)
-    return _cat_tokens([_pad_tokens(stream, longest) for stream in streams], 0)
+    padded = [_pad_tokens(stream, longest) for stream in streams]
+    if any(stream.membership is not None for stream in streams):
+        padded = [_with_membership(stream, count) for stream in padded]
+    return _cat_tokens(padded, 0)
 
 
 def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
@@ -236,26 +263,18 @@ def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
     missing = length - tokens.values.shape[1]
     if missing == 0:
         return tokens
-    mask = tokens.values.new_ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
-    region = None if tokens.region is None else F.pad(tokens.region, (0, missing), value=-1)
-    return Tokens(F.pad(tokens.values, (0, 0, 0, missing)), F.pad(mask, (0, missing)), region)
+    mask = _true(tokens) if tokens.mask is None else tokens.mask
+    membership = None if tokens.membership is None else F.pad(tokens.membership, (0, 0, 0, missing))
+    everywhere = None if tokens.everywhere is None else F.pad(tokens.everywhere, (0, missing))
+    return Tokens(F.pad(tokens.values, (0, 0, 0, missing)), F.pad(mask, (0, missing)), membership, everywhere)
 
 
 def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
     """Concatenates regions along the batch, padded to the largest R; None if no condition has regions."""
-    present = [condition.regions for condition in conditions if condition.regions is not None]
-    if not present:
+    known = [condition.regions for condition in conditions if condition.regions is not None]
+    if not known:
         return None
-    largest, parts = max(regions.masks.shape[1] for regions in present), []
-    for condition in conditions:
-        regions = condition.regions
-        if regions is None:
-            count = len(next(iter(condition.streams.values())).values)
-            regions = _map_tensors(present[0], lambda tensor, n=count: tensor.new_zeros(n, 0, *tensor.shape[2:]))
-        missing = largest - regions.masks.shape[1]
-        ids = (F.pad(tensor, (0, missing), value=-1) for tensor in regions[1:])
-        parts.append(Regions(F.pad(regions.masks, (0, 0, 0, 0, 0, missing)), *ids))
-    return Regions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Regions.cat([known[0].empty(c.batch_size) if c.regions is None else c.regions for c in conditions])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +284,10 @@ class ConditionConfig:
     def __post_init__(self):
         check_ranges(self)
 
+    def for_data(self, region_classes: int) -> "ConditionConfig":
+        """Returns the options with what they leave to the data: the number of classes of regions (0: none)."""
+        return self
+
 
 class ConditionEncoder(nn.Module, ABC):
     """Encodes one raw condition of a batch as one stream, with a learned null.
@@ -272,12 +295,13 @@ class ConditionEncoder(nn.Module, ABC):
     A file `models/conditions/<name>.py` defines:
     - the encoder. With `map_channels` it returns a Map, with a `token_width` Tokens, with neither a Vector;
     - `Config`, a `ConditionConfig` whose fields become flags; they begin with the condition's name, to avoid clashes;
-    - `FIELDS`, the batch fields that the encoder reads;
+    - `FIELDS`, the batch fields that the encoder reads; `fields` of the encoder, if they depend on its options;
     - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none).
 
     The raw condition is the field itself or, for several or ragged fields, a dict of them and their padding masks.
     """
 
+    fields: tuple[str, ...] = ()  # batch fields that it reads; none: the FIELDS of its file
     map_channels: int = 0  # C of its map
     token_width: int = 0  # D of its tokens
     pretrained: bool = False  # True: a network that contains it does not reinitialise its weights
@@ -289,9 +313,19 @@ class ConditionEncoder(nn.Module, ABC):
         `raw=None` is the null for all examples.
         """
 
-    def regions(self, raw: Any, x: Tensor) -> Regions | None:
-        """Returns the regions that its tokens describe, for a batch x; None without any. `raw=None` is the null."""
-        return None
+
+class RegionEncoder(ConditionEncoder):
+    """Encodes the regions of images and what else the batch tells of them.
+
+    All such encoders of a network share one `Regions`, made of the fields that they read, and one drop, named REGIONS:
+    the regions of an example are null for all of them, or for none.
+    """
+
+    limits: Mapping[str, int] = MappingProxyType({})  # how many numbers a field may have, such as {"box_class": 10}
+
+    @abstractmethod
+    def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None, regions: Regions | None = None) -> Stream:
+        """As in ConditionEncoder, with the regions of the batch; dropped examples have none. None: the null."""
 
 
 class Conditioner(nn.ModuleDict):
@@ -321,26 +355,55 @@ class Conditioner(nn.ModuleDict):
         """Whether any encoder returns a vector."""
         return any(not (encoder.map_channels or encoder.token_width) for encoder in self.values())
 
+    @property
+    def region_encoders(self) -> dict[str, RegionEncoder]:
+        """The encoders that read regions, by name."""
+        return {name: encoder for name, encoder in self.items() if isinstance(encoder, RegionEncoder)}
+
+    @property
+    def region_limits(self) -> dict[str, int]:
+        """How many numbers fields of regions may have, by field."""
+        return {field: limit for each in self.region_encoders.values() for field, limit in each.limits.items()}
+
+    @property
+    def drop_names(self) -> dict[str, str]:
+        """The name of each encoder's drop: its own or, for all that read regions, REGIONS."""
+        return {name: REGIONS if name in self.region_encoders else name for name in self}
+
     def forward(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
         """Encodes raw fields, keyed by encoder name, for a batch x (B, C, H, W).
 
-        Fields left out are null. `drop` maps encoder names to (B,) bools, True for examples that get the null.
+        Fields left out are null. `drop` maps names of drops to (B,) bools, True for examples that get the null. Raises
+        ValueError for regions that cannot be, except in training, whose data have been checked where they were loaded.
         """
         fields, drop = {} if fields is None else fields, {} if drop is None else drop
         if not isinstance(fields, Mapping):
             got = type(fields).__name__
             raise ValueError(f"got a {got} as condition, wanted a Condition or raw fields such as {{'label': labels}}")
-        unknown = sorted({*fields, *drop} - {*self})
-        if unknown:
-            raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(self) or 'none'}")
-        streams = {name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in self.items()}
-        regions = {name: encoder.regions(fields.get(name), x) for name, encoder in self.items()}
-        regions = {name: value for name, value in regions.items() if value is not None}
-        if len(regions) > 1:
-            raise ValueError(f"got regions from {', '.join(regions)}, wanted one condition with regions in a network")
-        return Condition(streams, next(iter(regions.values()), None))
+        names = self.drop_names
+        for got, known in ((fields, names), (drop, dict.fromkeys(names.values()))):
+            if unknown := sorted({*got} - {*known}):
+                raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(known) or 'none'}")
+        regions, streams = self.regions(fields, drop.get(REGIONS)), {}
+        for name, encoder in self.items():
+            raw, dropped = fields.get(name), drop.get(names[name])
+            if name in self.region_encoders:
+                streams[name] = encoder(raw, x, dropped, None if raw is None else regions)
+            else:
+                streams[name] = encoder(raw, x, dropped)
+        return Condition(streams, regions)
+
+    def regions(self, fields: Mapping[str, Any], drop: Tensor | None) -> Regions | None:
+        """Returns the regions of raw fields, without those of dropped examples; None for the null."""
+        raw = {field: value for name in self.region_encoders for field, value in (fields.get(name) or {}).items()}
+        if not raw:
+            return None
+        if not (self.training or torch.compiler.is_compiling()):
+            check_region_fields(raw, self.region_limits)
+        regions = Regions.from_fields(raw)
+        return regions if drop is None else regions.drop(drop)
 
     def resolve(
         self, condition: Condition | Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None

@@ -9,17 +9,34 @@ import torch
 import torch.nn.functional as F
 
 import models.conditions
-from models.conditioning import Condition, ConditionConfig, ConditionEncoder, Conditioner, Map, Regions, Tokens, Vector
-from models.conditions import image
+from models.conditioning import (
+    Condition,
+    ConditionConfig,
+    ConditionEncoder,
+    Conditioner,
+    Map,
+    RegionEncoder,
+    Regions,
+    Tokens,
+    Vector,
+)
+from models.conditions import image, layout
 from models.conditions.label import LabelEncoder
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
+from train.cli.plugins import merge_configs
 
 B, WIDTH = 4, 12
 NAMES = sorted(module.name for module in pkgutil.iter_modules(models.conditions.__path__))
+LAYOUT = {
+    "boxes": torch.tensor([[[0, 0, 0.5, 0.5], [0.2, 0.2, 0.9, 1]], [[0.1, 0, 1, 1]] * 2] * 2),
+    "boxes_mask": torch.tensor([[True, True], [True, False]] * 2),
+    "box_class": torch.tensor([[0, 2], [1, 0]] * 2),
+}
 RAW = {  # options of each encoder, and a batch of its raw field
     "label": ({}, torch.tensor([0, 1, 2, 0])),
     "image": ({"condition_channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
+    "layout": ({"layout_classes": 3}, LAYOUT),
 }
 DROP = torch.tensor([False, True, False, True])
 
@@ -37,6 +54,13 @@ def build_encoder(name, width=WIDTH):
     return encoder
 
 
+def encode(name, encoder, raw, drop=None):
+    """The stream of an encoder in a network, and the name of its drop."""
+    conditioner = Conditioner({name: encoder})
+    drop = None if drop is None else {conditioner.drop_names[name]: drop}
+    return conditioner({name: raw}, x(), drop).streams[name]
+
+
 def test_every_encoder_is_tested():
     assert NAMES == sorted(RAW)
 
@@ -44,7 +68,7 @@ def test_every_encoder_is_tested():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
     encoder = build_encoder(name)
-    stream = encoder(RAW[name][1], x())
+    stream = encode(name, encoder, RAW[name][1])
     assert isinstance(encoder, ConditionEncoder)
     Condition({name: stream})  # raises if the shape does not fit the kind of stream
     width = {Vector: WIDTH, Tokens: encoder.token_width, Map: encoder.map_channels}[type(stream)]
@@ -54,16 +78,16 @@ def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_dropped_examples_equal_the_null_others_are_unchanged(name):
     encoder, raw = build_encoder(name), RAW[name][1]
-    encoded, null, mixed = encoder(raw, x()).values, encoder(None, x()).values, encoder(raw, x(), DROP).values
+    encoded, null, mixed = (encode(name, encoder, *args).values for args in ((raw,), (None,), (raw, DROP)))
     assert torch.equal(mixed[DROP], null[DROP]) and torch.equal(mixed[~DROP], encoded[~DROP])
     assert (encoded - null).flatten(1).abs().amax(1).min() > 1e-3
-    assert torch.equal(encoder(None, x(), DROP).values, null)
+    assert torch.equal(encode(name, encoder, None, DROP).values, null)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_null_is_learned(name):
     encoder = build_encoder(name)
-    encoder(RAW[name][1], x(), DROP).values.square().sum().backward()
+    encode(name, encoder, RAW[name][1], DROP).values.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
 
 
@@ -91,8 +115,8 @@ def test_a_condition_reaches_every_network(name, kind):
     network, run = NETWORKS[kind]({name: build_encoder(name, 16)})
     for p in network.parameters():  # some start at zero
         p.data += 0.3 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
-    fields = {name: RAW[name][1]}
-    output, null, mixed = run(fields), run(), run(fields, drop={name: DROP})
+    fields, drop = {name: RAW[name][1]}, {network.encoders.drop_names[name]: DROP}
+    output, null, mixed = run(fields), run(), run(fields, drop=drop)
     assert torch.equal(run({name: None}), null) and torch.equal(run({}), null)
     assert torch.allclose(mixed[DROP], null[DROP], atol=1e-5) and torch.allclose(mixed[~DROP], output[~DROP], atol=1e-5)
     assert (output - null).flatten(1).abs().amax(1).min() > 1e-3
@@ -159,19 +183,22 @@ def test_vectors_add_up_and_maps_are_joined():
 
 def test_tokens_are_joined_with_their_masks_and_regions():
     a, b = torch.randn(B, 3, 5), torch.randn(B, 2, 5)
-    mask, region = torch.arange(2).bool().expand(B, 2), torch.tensor([0, 4]).expand(B, 2)
+    mask, membership = torch.arange(2).bool().expand(B, 2), torch.tensor([[True, False], [True, True]]).expand(B, 2, 2)
     unmasked = Tokens(a)
     assert Condition({"a": unmasked}).tokens() is unmasked
-    values, masks, regions = Condition({"a": unmasked, "b": Tokens(b, mask, region)}).tokens()
+    values, masks, members, everywhere = Condition({"a": unmasked, "b": Tokens(b, mask, membership)}).tokens()
     assert torch.equal(values, torch.cat([a, b], 1))
     assert masks[0].tolist() == [True, True, True, False, True]
-    assert regions[0].tolist() == [-1, -1, -1, 0, 4]
+    assert members[0].int().tolist() == [[0, 0]] * 3 + [[1, 0], [1, 1]]
+    assert everywhere[0].tolist() == [True, True, True, False, False]
 
 
 BROKEN = {
     r"got stream a: Vector \(4, 1, 2\), wanted Vector \(B, E\)": {"a": Vector(torch.zeros(4, 1, 2))},
     "got stream a: Tensor, wanted": {"a": torch.zeros(4, 2)},
-    r"tokens \(4, 3, 2\) and a mask or regions \(4, 2\)": {"a": Tokens(torch.zeros(4, 3, 2), torch.ones(4, 2))},
+    r"tokens \(4, 3, 2\) and mask \(4, 2\), wanted \(4, 3\)": {"a": Tokens(torch.zeros(4, 3, 2), torch.ones(4, 2))},
+    r"and membership \(4, 3\), wanted \(4, 3, 3\)": {"a": Tokens(torch.zeros(4, 3, 2), None, torch.ones(4, 3))},
+    "with everywhere and no membership": {"a": Tokens(torch.zeros(4, 3, 2), everywhere=torch.ones(4, 3))},
     r"got streams for batches of \{'a': 4, 'b': 1\}": {
         "a": Vector(torch.zeros(4, 2)),
         "b": Map(torch.zeros(1, 1, 2, 2)),
@@ -196,22 +223,23 @@ def full_condition(regions=3):
     """A condition with a stream of each kind, and regions."""
     g = torch.Generator().manual_seed(2)
     masks = torch.rand(B, regions, 8, 8, generator=g) < 0.2
-    ids = torch.arange(B * regions).view(B, regions)
-    token_regions = torch.randint(-1, regions, (B, 5), generator=g)
+    ids, present = torch.arange(B * regions).view(B, regions), torch.rand(B, regions, generator=g) < 0.9
+    membership, everywhere = torch.rand(B, 5, regions, generator=g) < 0.3, torch.rand(B, 5, generator=g) < 0.2
+    mask = torch.rand(B, 5, generator=g) < 0.7
     return Condition(
         {
             "vector": Vector(torch.randn(B, 6, generator=g)),
-            "words": Tokens(torch.randn(B, 5, 7, generator=g), torch.rand(B, 5, generator=g) < 0.7, token_regions),
+            "words": Tokens(torch.randn(B, 5, 7, generator=g), mask, membership, everywhere),
             "plain": Tokens(torch.randn(B, 2, 7, generator=g)),
             "map": Map(torch.randn(B, 2, 8, 8, generator=g)),
         },
-        Regions(masks, ids, 100 + ids),
+        Regions(present=present, masks=masks, class_ids=ids, instance_ids=100 + ids),
     )
 
 
 def tensors_of(condition):
-    records = [*condition.streams.values(), *([] if condition.regions is None else [condition.regions])]
-    return [tensor for record in records for tensor in record if tensor is not None]
+    tensors = [tensor for stream in condition.streams.values() for tensor in stream if tensor is not None]
+    return tensors + ([] if condition.regions is None else [*condition.regions.tensors().values()])
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([3, 1]), torch.tensor([False, True, False, True]), slice(2)], ids=str)
@@ -232,15 +260,17 @@ def test_cat_is_the_inverse_of_rows():
 
 
 def test_cat_pads_tokens_and_regions_and_changes_no_mask():
-    long, short = full_condition(3), Condition({"words": Tokens(torch.randn(2, 1, 7))})
-    long = Condition({"words": long.streams["words"]}, long.regions)
-    joined = Condition.cat([short, long])
-    assert joined.streams["words"].values.shape == (2 + B, 5, 7) and joined.regions.masks.shape == (2 + B, 3, 8, 8)
-    assert joined.streams["words"].mask[:2].tolist() == [[True, False, False, False, False]] * 2
-    assert not joined.regions.masks[:2].any() and (joined.regions.class_ids[:2] == -1).all()
+    conditions = [full_condition(3), Condition({"words": Tokens(torch.randn(2, 1, 7))}), full_condition(4)]
+    conditions = [Condition({"words": each.streams["words"]}, each.regions) for each in conditions]
+    joined, words = Condition.cat(conditions), slice(B, B + 2)
+    assert joined.streams["words"].values.shape == (2 * B + 2, 5, 7)
+    assert joined.streams["words"].mask[words].tolist() == [[True, False, False, False, False]] * 2
+    assert joined.regions.masks.shape == (2 * B + 2, 4, 8, 8) and not joined.regions.present[words].any()
+    assert (joined.regions.class_ids[words] == -1).all() and (joined.regions.class_ids[:B, 3] == -1).all()
     mask = joined.attention_mask(2, 2)
-    assert torch.equal(mask[2:], long.attention_mask(2, 2))
-    assert mask[:2, :, 0].all() and not mask[:2, :, 1:].any()
+    assert torch.equal(mask[:B], conditions[0].attention_mask(2, 2))
+    assert torch.equal(mask[B + 2 :], conditions[2].attention_mask(2, 2))
+    assert mask[words, :, 0].all() and not mask[words, :, 1:].any()
 
 
 def test_cat_of_different_streams_is_refused():
@@ -256,15 +286,31 @@ def test_spans_are_where_the_tokens_of_a_stream_lie():
 
 
 def test_an_attention_mask_follows_the_coverage_of_cells():
-    masks = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
-    masks[0, 0, 3, 4] = True  # one pixel, of the cell (0, 1) of a 2x2 grid
-    tokens = Tokens(torch.randn(1, 4, 3), torch.tensor([[True, True, True, False]]), torch.tensor([[-1, 0, 1, -1]]))
-    condition = Condition({"t": tokens}, Regions(masks, torch.zeros(1, 2).long(), torch.zeros(1, 2).long()))
-    assert condition.attention_mask(2, 2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]]
+    masks = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
+    masks[0, 0, 3, 4], masks[0, 2, 7, :6] = True, True  # a pixel of the cell (0, 1) of 2 x 2; 4 and 2 of two more cells
+    words = torch.tensor([[[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [0, 0, 0]]]).bool()
+    mask, everywhere = torch.tensor([[1, 1, 1, 1, 0, 1]]).bool(), torch.tensor([[1, 0, 0, 0, 1, 0]]).bool()
+    regions = Regions(present=torch.ones(1, 3).bool(), masks=masks)
+    condition = Condition({"t": Tokens(torch.randn(1, 6, 3), mask, words, everywhere)}, regions)
+    seen = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0]]
+    assert condition.attention_mask(2, 2).int().tolist() == [seen]
     for size in [(1, 1), (3, 5), (8, 8), (16, 16)]:  # one pixel counts at every resolution
         assert condition.attention_mask(*size)[..., 1].any() and not condition.attention_mask(*size)[..., 2].any()
     assert condition.attention_mask(2, 2) is condition.attention_mask(2, 2)
+    assert not condition.attention_mask(2, 2, "half")[..., 1].any()
     assert Condition({"t": Tokens(torch.randn(1, 4, 3))}).attention_mask(2, 2) is None
+
+
+def test_a_window_crops_maps_and_regions_and_keeps_tokens():
+    condition = full_condition()
+    part = condition.window(1, 2, 3, 2, (4, 4))
+    assert torch.equal(part.streams["map"].values, condition.streams["map"].values[:, :, 2:8, 4:8])
+    assert torch.equal(part.regions.masks, condition.regions.masks[:, :, 2:8, 4:8])
+    assert all(part.streams[name] is condition.streams[name] for name in ("vector", "words", "plain"))
+    cells = condition.attention_mask(4, 4).view(B, 4, 4, 7)[:, 1:, 2:].flatten(1, 2)
+    assert torch.equal(part.attention_mask(3, 2), cells)
+    with pytest.raises(ValueError, match=r"a window of 3 x 2 cells at \(2, 2\) of 4 x 4 cells"):
+        condition.window(2, 2, 3, 2, (4, 4))
 
 
 def test_a_context_is_the_tokens_and_their_mask_at_a_size():
@@ -273,7 +319,7 @@ def test_a_context_is_the_tokens_and_their_mask_at_a_size():
     assert torch.equal(context.values, condition.tokens().values)
     assert torch.equal(context.mask, condition.attention_mask(2, 4)) and context.mask.shape == (B, 8, 7)
     assert torch.equal(context.at_positions(slice(3, 5)).mask, context.mask[:, 3:5])
-    words = condition.streams["words"]._replace(region=None)
+    words = condition.streams["words"]._replace(membership=None, everywhere=None)
     context = Condition({"words": words}).context(2, 4)
     assert torch.equal(context.mask, words.mask) and context.at_positions(slice(3, 5)) is context
     assert Condition().context(2, 4) is None
@@ -281,7 +327,7 @@ def test_a_context_is_the_tokens_and_their_mask_at_a_size():
 
 def test_tokens_of_regions_without_regions_are_refused():
     with pytest.raises(ValueError, match="tokens of regions, and no regions"):
-        Condition({"t": Tokens(torch.zeros(1, 1, 2), None, torch.zeros(1, 1).long())}).attention_mask(2, 2)
+        Condition({"t": Tokens(torch.zeros(1, 1, 2), None, torch.ones(1, 1, 1).bool())}).attention_mask(2, 2)
 
 
 def test_row_ids_are_equal_for_equal_conditions_alone():
@@ -312,35 +358,151 @@ def test_options_are_flags_of_their_own_name(name):
     assert all(each.startswith(f"{name}_") for each in names - {"condition_channels"})  # older than the rule
 
 
-class Boxes(ConditionEncoder):
-    """Encodes each box as a token that describes its region."""
+# Encoders of regions
 
-    token_width = 4
 
-    def forward(self, raw, x, drop=None):
+class Words(RegionEncoder):
+    """A token for each box, which describes it; the null describes the whole image."""
+
+    token_width, fields, limits = 4, ("boxes", "box_class"), {"box_class": 3}
+
+    def forward(self, raw, x, drop=None, regions=None):
         if raw is None:
             return Tokens(torch.zeros(len(x), 1, 4))
-        count = raw["boxes"].shape[1]
-        return Tokens(raw["boxes"], raw["boxes_mask"], torch.arange(count).expand(len(x), count))
+        drop = torch.zeros(len(x), dtype=torch.bool) if drop is None else drop
+        describes = torch.eye(raw["boxes"].shape[1], dtype=torch.bool).expand(len(x), -1, -1)
+        return Tokens(raw["boxes"], regions.present, describes, drop[:, None].expand_as(regions.present))
 
-    def regions(self, raw, x):
+
+class Count(RegionEncoder):
+    """The number of regions as a vector, -1 for the null."""
+
+    fields = ("boxes", "box_id")
+
+    def forward(self, raw, x, drop=None, regions=None):
         if raw is None:
-            return None
-        masks = torch.zeros(*raw["boxes"].shape[:2], *x.shape[2:], dtype=torch.bool)
-        for i, boxes in enumerate(raw["boxes"].int().tolist()):
-            for j, (left, top, right, bottom) in enumerate(boxes):
-                masks[i, j, top:bottom, left:right] = True
-        return Regions(masks, raw["ids"], raw["ids"])
+            return Vector(torch.full((len(x), 1), -1.0))
+        counts = regions.present.sum(1, keepdim=True).float()
+        return Vector(counts if drop is None else counts.where(~drop[:, None], -1.0))
 
 
-def test_an_encoder_brings_the_regions_that_its_tokens_speak_of():
-    boxes = torch.tensor([[[0.0, 0, 2, 2], [4, 4, 6, 6]], [[0, 0, 6, 6], [0, 0, 0, 0]]])
-    raw = {"boxes": boxes, "boxes_mask": torch.tensor([[True, True], [True, False]]), "ids": torch.zeros(2, 2).long()}
-    canvas, conditioner = torch.zeros(2, 1, 6, 6), Conditioner({"boxes": Boxes()})
-    mask = conditioner({"boxes": raw}, canvas).attention_mask(3, 3)
-    assert mask[0, :, 0].tolist() == [True] + [False] * 8 and mask[0, :, 1].tolist() == [False] * 8 + [True]
-    assert mask[1, :, 0].all() and not mask[1, :, 1].any()
-    joined = Condition.cat([conditioner({}, canvas), conditioner({"boxes": raw}, canvas)])
-    assert joined.attention_mask(3, 3)[:2, :, 0].all() and torch.equal(joined.attention_mask(3, 3)[2:], mask)
-    with pytest.raises(ValueError, match="wanted one condition with regions"):
-        Conditioner({"boxes": Boxes(), "more": Boxes()})({"boxes": raw, "more": raw}, canvas)
+def region_fields():
+    boxes = {name: LAYOUT[name] for name in ("boxes", "boxes_mask", "box_class")}
+    return {"words": boxes, "count": boxes | {"box_id": torch.arange(8).view(4, 2)}}
+
+
+def test_encoders_share_the_regions_of_all_their_fields():
+    conditioner = Conditioner({"words": Words(), "count": Count(), "layout": build_encoder("layout")})
+    condition = conditioner(region_fields() | {"layout": LAYOUT}, x())
+    assert condition.vector().flatten().tolist() == [2, 1, 2, 1]
+    assert condition.regions.class_ids.tolist() == [[0, 2], [1, -1]] * 2
+    assert condition.regions.instance_ids.tolist() == [[0, 1], [2, -1], [4, 5], [6, -1]]
+    mask = condition.attention_mask(2, 2)
+    assert mask[0].int().tolist() == [[1, 1], [0, 1], [0, 1], [0, 1]] and mask[1].int().tolist() == [[1, 0]] * 4
+
+
+def test_regions_are_dropped_for_all_their_encoders():
+    conditioner = Conditioner({"words": Words(), "count": Count(), "label": build_encoder("label")})
+    assert conditioner.drop_names == {"words": "regions", "count": "regions", "label": "label"}
+    fields = region_fields() | {"label": RAW["label"][1]}
+    condition, whole = conditioner(fields, x(), {"regions": DROP}), conditioner(fields, x())
+    assert condition.streams["count"].values.flatten().tolist() == [2, -1, 2, -1]
+    assert torch.equal(condition.streams["label"].values, whole.streams["label"].values)
+    assert torch.equal(condition.regions.present, whole.regions.present & ~DROP[:, None])
+    for rule in ("touched", "share", "nearest", "half"):
+        assert not condition.regions.at(3, 3, rule)[DROP].any()
+        assert torch.equal(condition.regions.at(3, 3, rule)[~DROP], whole.regions.at(3, 3, rule)[~DROP])
+    assert (condition.regions.class_ids[DROP] == -1).all() and not condition.regions.boxes[DROP].any()
+    assert not condition.attention_mask(3, 3)[DROP].any()
+    with pytest.raises(ValueError, match=r"got conditions \['words'\], this network takes: regions, label"):
+        conditioner(fields, x(), {"words": DROP})
+
+
+def test_an_encoder_without_its_field_gets_the_null():
+    conditioner = Conditioner({"words": Words(), "count": Count(), "layout": build_encoder("layout")})
+    condition = conditioner({"words": region_fields()["words"]}, x())
+    assert condition.vector().flatten().tolist() == [-1] * 4 and condition.regions.present.any()
+    assert torch.equal(condition.map(), conditioner({}, x()).map())
+    null = conditioner({}, x())
+    assert null.regions is None and null.attention_mask(2, 2) is None
+    joined = Condition.cat([null, condition])
+    assert joined.attention_mask(3, 3)[:B, :, 0].all() and not joined.attention_mask(3, 3)[:B, :, 1:].any()
+    assert torch.equal(joined.attention_mask(3, 3)[B:], condition.attention_mask(3, 3))
+
+
+def test_regions_are_checked_except_in_training():
+    conditioner = Conditioner({"words": Words()})
+    fields = {"words": LAYOUT | {"box_class": torch.tensor([[0, 2], [3, 5]] * 2)}}
+    conditioner.train()(fields, x())
+    with pytest.raises(ValueError, match=r"image 1 of the batch: got box_class 3 as region 0, wanted 0 to 2"):
+        conditioner.eval()(fields, x())
+
+
+# Layouts
+
+
+def layout_map(raw, size=(6, 8), **options):
+    return encode_layout(raw, torch.zeros(len(raw["boxes"]), 3, *size), **options)
+
+
+def encode_layout(raw, canvas, **options):
+    encoder = layout.build(layout.Config(**{"layout_classes": 3} | options), WIDTH, 0)
+    return Conditioner({"layout": encoder}).eval()({"layout": raw}, canvas).map()
+
+
+def test_a_layout_is_the_shares_of_classes_and_places():
+    boxes = torch.tensor([[[0, 0, 0.5, 1], [0.25, 0.5, 0.75, 1]]])
+    raw = {"boxes": boxes, "boxes_mask": torch.ones(1, 2).bool(), "box_class": torch.tensor([[2, 0]])}
+    values = layout_map(raw, (2, 8))[0]
+    assert values[0].tolist() == [[0] * 8, [0, 0, 1, 1, 1, 1, 0, 0]] and not values[1].any()
+    assert values[2].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]  # in front is the later box
+    u, v = values[3:]
+    assert u[0].tolist() == [0.125, 0.375, 0.625, 0.875, 0, 0, 0, 0]
+    assert u[1].tolist() == [0.125, 0.375, 0.125, 0.375, 0.625, 0.875, 0, 0]
+    assert v.tolist() == [[0.25] * 4 + [0] * 4, [0.75] * 2 + [0.5] * 4 + [0] * 2]
+    half = layout_map(raw, (1, 2), layout_places=False)[0]
+    assert half.shape == (3, 1, 2) and half[:, 0].tolist() == [[0.25, 0.25], [0, 0], [0.75, 0]]
+
+
+def test_colors_of_boxes_are_shares_like_classes():
+    raw = LAYOUT | {"box_color": torch.tensor([[1, 0], [0, 0]] * 2)}
+    options = {"layout_colors": 2, "layout_places": False}
+    values = layout_map(raw, **options)
+    assert values.shape == (4, 5, 6, 8)
+    assert torch.equal(values[0, 3], values[0, 2]) and torch.equal(values[0, 4], values[0, 0])
+    assert layout.build(layout.Config(layout_classes=3, **options), WIDTH, 0).fields == (
+        *("boxes", "box_class", "box_color"),
+    )
+    with pytest.raises(ValueError, match="got box_color 2 as region 0, wanted 0 to 1"):
+        layout_map(raw | {"box_color": torch.full((4, 2), 2)}, **options)
+
+
+def test_a_layout_of_segments_is_the_shares_of_their_pixels():
+    ids = torch.tensor([[[7, 7, 9, 0], [7, 9, 9, 0]]])
+    raw = {"panoptic": ids, "segment_id": torch.tensor([[9, 7, 4]]), "segment_class": torch.tensor([[1, 1, 0]])}
+    values = encode_layout(raw, torch.zeros(1, 3, 1, 2), layout_regions="segments", layout_places=False)[0]
+    assert values[:, 0].tolist() == [[0, 0], [1, 0.5], [0, 0]]
+    values = encode_layout(raw, torch.zeros(1, 3, 2, 4), layout_regions="segments")[0]
+    assert values[3].tolist() == [[0.25, 0.75, 0.75, 0], [0.25, 0.25, 0.75, 0]]
+
+
+def test_an_image_without_boxes_is_not_the_null():
+    raw = {"boxes": torch.zeros(2, 0, 4), "boxes_mask": torch.zeros(2, 0).bool(), "box_class": torch.zeros(2, 0).long()}
+    encoder = build_encoder("layout")
+    empty = Conditioner({"layout": encoder})({"layout": raw}, torch.zeros(2, 3, 4, 4)).map()
+    assert empty.shape == (2, 5, 4, 4) and not empty.any() and encoder.null.any()
+
+
+def test_the_classes_of_a_layout_are_those_of_the_data():
+    assert (
+        layout.Config().for_data(7).layout_classes == 7
+        and layout.Config(layout_classes=4).for_data(0).layout_classes == 4
+    )
+    with pytest.raises(ValueError, match="got layout_classes 4, the data set has 7: leave --layout_classes out"):
+        layout.Config(layout_classes=4).for_data(7)
+    with pytest.raises(ValueError, match="no classes for the condition layout, .*: pass --layout_classes N"):
+        layout.build(layout.Config().for_data(0), WIDTH, 0)
+    with pytest.raises(ValueError, match="layout_colors for segments"):
+        layout.Config(layout_colors=2, layout_regions="segments")
+    both = merge_configs([image.Config, layout.Config], ConditionConfig)(condition_channels=2)
+    assert both.for_data(5) == dataclasses.replace(both, layout_classes=5)

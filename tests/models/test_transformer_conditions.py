@@ -131,9 +131,9 @@ def region_condition(dtype=torch.float64):
     """Two words: one of the left half of a 6 x 8 image, one of a pixel in the lower right corner."""
     masks = torch.zeros(1, 2, 6, 8, dtype=torch.bool)
     masks[0, 0, :, :4], masks[0, 1, 5, 7] = True, True
-    ids = torch.zeros(1, 2, dtype=torch.long)
     words = torch.randn(1, 2, D, dtype=dtype, generator=torch.manual_seed(3))
-    return Condition({"words": Tokens(words, None, torch.tensor([[0, 1]]))}, Regions(masks, ids, ids))
+    regions = Regions(present=torch.ones(1, 2).bool(), masks=masks)
+    return Condition({"words": Tokens(words, None, torch.eye(2).bool()[None])}, regions)
 
 
 def visible_cells():
@@ -177,8 +177,8 @@ def test_gradients_are_finite_where_places_see_nothing():
 @NETWORKS
 def test_without_words_and_regions_at_all_nothing_is_added(kind):
     network = randomize(build_network(kind, {"words": Words()}))
-    words = Tokens(torch.zeros(B, 0, D).double(), torch.zeros(B, 0).bool(), torch.zeros(B, 0).long())
-    regions = Regions(torch.zeros(B, 0, 6, 8).bool(), torch.zeros(B, 0).long(), torch.zeros(B, 0).long())
+    words = Tokens(torch.zeros(B, 0, D).double(), torch.zeros(B, 0).bool(), torch.zeros(B, 0, 0).bool())
+    regions = Regions(present=torch.zeros(B, 0).bool(), masks=torch.zeros(B, 0, 6, 8).bool())
     masked = Tokens(torch.randn(B, 2, D).double(), torch.zeros(B, 2).bool())
     outputs = [network(codes(), Condition({"words": words}, regions)), network(codes(), Condition({"words": masked}))]
     for block in network.blocks:
@@ -273,8 +273,12 @@ def test_the_time_joins_the_vectors():
 
 def all_conditions(network):
     condition = network.encode(fields(), codes())
-    regions = Regions(torch.rand(B, 2, 6, 8, generator=torch.manual_seed(4)) < 0.3, *2 * [torch.zeros(B, 2).long()])
-    words = condition.streams["words"]._replace(region=torch.tensor([[-1, 0, 1], [1, 0, 0], [0, 1, -1]]))
+    masks, index = torch.rand(B, 2, 6, 8, generator=torch.manual_seed(4)) < 0.3, torch.arange(2)
+    regions, region = (
+        Regions(present=torch.ones(B, 2).bool(), masks=masks),
+        torch.tensor([[-1, 0, 1], [1, 0, 0], [0, 1, -1]]),
+    )
+    words = condition.streams["words"]._replace(membership=region.unsqueeze(-1) == index, everywhere=region < 0)
     condition = Condition(dict(condition.streams) | {"words": words}, regions)
     return condition, {"t": torch.tensor([0.2, 0.4, 0.6]), "residual": torch.randn(B, *GRID, WIDTH).double()}
 

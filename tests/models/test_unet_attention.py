@@ -114,8 +114,8 @@ def test_pixels_attend_to_the_tokens_of_their_regions_only():
     block, x = randomize(block_of("transformer", context_width=D)), feature_map()
     masks = torch.zeros(2, 1, 16, 14, dtype=torch.bool)
     masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # in one image also a pixel of the last of 8 x 7 cells
-    tokens = text_condition().streams["text"]._replace(region=torch.zeros(2, M, dtype=torch.long))
-    condition = Condition({"text": tokens}, Regions(masks, torch.zeros(2, 1).long(), torch.zeros(2, 1).long()))
+    tokens = text_condition().streams["text"]._replace(membership=torch.ones(2, M, 1, dtype=torch.bool))
+    condition = Condition({"text": tokens}, Regions(present=torch.ones(2, 1).bool(), masks=masks))
     added = []
     block.cross.register_forward_hook(lambda layer, args, out: added.append(out))
     block(x, condition), block(x, text_condition())

@@ -17,9 +17,11 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 
     - Images: uint8 is converted to float32 in [-1, 1]; float images are in [-1, 1] already. An image is a
       `tv_tensors.Image`, or a plain tensor in the field "image" or in one whose name ends in "_image".
-    - `tv_tensors.BoundingBoxes` and `KeyPoints`, a `tv_tensors.Mask` (R, H, W), and `Ragged` tensors may differ in the
-      length of their first axis. They are padded with zeros to (B, n, ...), and every batch has a mask <name>_mask
-      (B, n) bool, True for real entries and False for padding.
+    - `tv_tensors.BoundingBoxes` of any format become float32 (n, 4): x0, y0, x1, y1 as fractions of the image's width
+      and height; of a rotated box, those of the upright one around it.
+    - They, `tv_tensors.KeyPoints`, a `tv_tensors.Mask` (R, H, W), and `Ragged` tensors may differ in the length of
+      their first axis. They are padded with zeros to (B, n, ...), and every batch has a mask <name>_mask (B, n) bool,
+      True for real entries and False for padding.
     - Other tensors, such as a `tv_tensors.Mask` (H, W) or ids, are stacked to (B, ...) and keep their dtype.
     - Numbers: (B,) int64, or float32 if any is a float; booleans: (B,) bool.
     - Strings and lists of strings: a list of length B.
@@ -55,7 +57,7 @@ def collate_field(name: str, values: list[Any]) -> Batch:
         return {name: torch.tensor(values)}
     if not isinstance(values[0], Tensor):
         return {name: values}
-    tensors = [value.as_subclass(Tensor) for value in values]
+    tensors = [box_fractions(value) if is_boxes(value) else value.as_subclass(Tensor) for value in values]
     if is_ragged(values[0]):
         check_same_shape(name, [tensor[0:0] for tensor in tensors], "after the first axis")
         return pad_ragged(name, tensors)
@@ -68,7 +70,7 @@ def describe_type(name: str, value: Any) -> str:
     """Describes the type of a value; values of a field can be batched if their descriptions are equal."""
     if isinstance(value, Tensor):
         kind = "an image" if is_image(name, value) else "ragged" if is_ragged(value) else "a tensor"
-        return f"{kind} of {value.dtype}{box_format(value)}"
+        return "boxes" if is_boxes(value) else f"{kind} of {value.dtype}"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return "a list of strings"
     for scalar in (bool, int, float, str):
@@ -79,13 +81,30 @@ def describe_type(name: str, value: Any) -> str:
     )
 
 
-def box_format(value: Tensor) -> str:
-    """Returns the format of bounding boxes, such as " in XYXY"; empty for other tensors."""
+def is_boxes(value: Tensor) -> bool:
+    """Returns whether a tensor is bounding boxes, whose size of the image is known."""
     if type(value) is Tensor or isinstance(value, Ragged):
-        return ""
+        return False
     from torchvision import tv_tensors
 
-    return f" in {value.format.name}" if isinstance(value, tv_tensors.BoundingBoxes) else ""
+    return isinstance(value, tv_tensors.BoundingBoxes)
+
+
+def box_fractions(boxes: Tensor) -> Tensor:
+    """Converts `BoundingBoxes` (n, ...) of any format to x0, y0, x1, y1 as fractions of the image, (n, 4) float32."""
+    from torchvision.transforms.v2 import functional as F
+    from torchvision.tv_tensors import BoundingBoxFormat
+
+    height, width = boxes.canvas_size
+    rotated = "R" in boxes.format.name or boxes.format == BoundingBoxFormat.XYXYXYXY
+    formats = {
+        "old_format": boxes.format,
+        "new_format": BoundingBoxFormat.XYXYXYXY if rotated else BoundingBoxFormat.XYXY,
+    }
+    numbers = F.convert_bounding_box_format(boxes.as_subclass(Tensor).double(), **formats)
+    x, y = numbers[:, 0::2], numbers[:, 1::2]
+    edges = [x.amin(1), y.amin(1), x.amax(1), y.amax(1)] if rotated else [x[:, 0], y[:, 0], x[:, 1], y[:, 1]]
+    return (torch.stack(edges, 1) / numbers.new_tensor([width, height, width, height])).float()
 
 
 def is_image(name: str, value: Tensor) -> bool:

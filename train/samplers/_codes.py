@@ -233,7 +233,9 @@ class DiscreteSampler(CodeSampler):
         t = to_device(self.times(streams, len(x0)), x0.device)
         x_t = self.corrupt(x0, t, streams("mask"))
         raw = raw_conditions(self.fields_of, batch)
-        logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, streams, len(x0)))
+        logits = self.predict(
+            network, x_t, t, raw, control, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
+        )
         loss = self.process.loss(logits, x0, x_t, t, **self.loss_options, loss_weight=batch.get("loss_weight"))
         outputs = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})

@@ -1,14 +1,17 @@
 """Conditions of learned samplers: their flags, encoders and batch fields."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.rng import Streams
-from models.conditioning import ConditionConfig, ConditionEncoder
+from models.conditioning import ConditionConfig, ConditionEncoder, Conditioner
+from models.regions import check_region_fields
 from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
+from train.data.loading import BatchSource
+from train.datasets import Dataset
 from train.loop import Batch, Field
 from train.registry import load_plugin
 
@@ -52,9 +55,20 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
     return encoders
 
 
-def fields_by_condition(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+def with_region_classes(config: SamplerConfig, dataset: Dataset) -> SamplerConfig:
+    """Returns the config with the number of classes of regions in a data set, to be saved with the run."""
+    if not isinstance(config, ConditionsConfig):
+        return config
+    count = len(getattr(dataset, "region_classes", ()))
+    return replace(config, condition_options=config.condition_options.for_data(count))
+
+
+def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:
     """Returns the batch fields that each condition reads, keyed by condition name."""
-    return {name: load_plugin("models.conditions", name, "condition").FIELDS for name in names}
+    return {
+        name: encoder.fields or load_plugin("models.conditions", name, "condition").FIELDS
+        for name, encoder in encoders.items()
+    }
 
 
 def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:
@@ -83,10 +97,45 @@ def drop_flag(name: str) -> str:
 
 
 def draw_drops(
-    config: ConditionsConfig, names: Collection[str], streams: Callable[[str], Streams], count: int
+    config: ConditionsConfig, encoders: Conditioner, streams: Callable[[str], Streams], count: int
 ) -> dict[str, Tensor]:
-    """Samples which examples get the null of each condition: (count,) bools by name, from separate streams."""
+    """Samples which examples get the null of each condition: (count,) bools by name, from separate streams.
+
+    All conditions that read regions share one.
+    """
+    names = dict.fromkeys(encoders.drop_names.values())
     return {name: streams(name).uniform((count,)) < getattr(config, drop_flag(name)) for name in names}
+
+
+@dataclass(frozen=True)
+class CheckedRegions:
+    """Batches of a source whose regions are checked where they are loaded, which no training step needs to wait for.
+
+    `limits` are those of `check_region_fields`, and `fields` those that conditions read. Images are known by the field
+    file_name, if they have one.
+    """
+
+    source: BatchSource
+    fields: frozenset[str]
+    limits: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        batch = self.source[positions]
+        read = {name: value for name, value in batch.items() if name.removesuffix("_mask") in self.fields}
+        check_region_fields(read, self.limits, batch.get("file_name"))
+        return batch
+
+
+def with_checked_regions(source: BatchSource, network: nn.Module) -> BatchSource:
+    """Returns a source whose regions are checked, if the network has conditions that read any."""
+    for encoders in network.modules():
+        if isinstance(encoders, Conditioner) and encoders.region_encoders:
+            fields = fields_by_condition(encoders.region_encoders).values()
+            return CheckedRegions(source, frozenset().union(*fields), encoders.region_limits)
+    return source
 
 
 def check_nulls(

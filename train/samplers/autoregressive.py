@@ -71,7 +71,9 @@ class AutoregressiveSampler(CodeSampler):
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
         raw = raw_conditions(self.fields_of, batch)
-        logits = self.predict(network, x0, t, raw, drop=draw_drops(self.config, raw, streams, len(x0)))
+        logits = self.predict(
+            network, x0, t, raw, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
+        )
         loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
         outputs = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})

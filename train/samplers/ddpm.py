@@ -292,7 +292,7 @@ class GaussianSampler(LearnedSampler):
         noise = streams.noise(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
         raw = raw_conditions(self.fields_of, batch)
-        drop = draw_drops(self.config, raw, streams, len(x0))
+        drop = draw_drops(self.config, self.network.encoders, streams, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
         loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
         weight = to_device(weight, x0.device)

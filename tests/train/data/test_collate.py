@@ -64,10 +64,44 @@ def test_ragged_fields_are_padded_beside_a_mask():
         {"boxes": boxes([0, 0, 1, 1]), "ids": Ragged([1])},
     ]
     batch = collate(items)
-    assert batch["boxes"].tolist() == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[0] * 4] * 2, [[0, 0, 1, 1], [0] * 4]]
+    pixels = [[[1, 2, 3, 4], [5, 6, 7, 8]], [[0] * 4] * 2, [[0, 0, 1, 1], [0] * 4]]
+    assert batch["boxes"].dtype == torch.float32 and torch.equal(batch["boxes"], torch.tensor(pixels) / 8)
     assert batch["ids"].tolist() == [[17, 2], [0, 0], [1, 0]] and batch["ids"].dtype == torch.int64
     for name in ("boxes_mask", "ids_mask"):
         assert batch[name].tolist() == [[True, True], [False, False], [True, False]]
+
+
+FORMATS = {  # of a box of 4 x 6 pixels at (2, 1)
+    "XYXY": [2.0, 1, 6, 7],
+    "XYWH": [2, 1, 4, 6],
+    "CXCYWH": [4, 4, 4, 6],
+    "XYWHR": [2, 1, 4, 6, 0],
+    "CXCYWHR": [4, 4, 6, 4, 90],
+    "XYXYXYXY": [2, 1, 6, 1, 6, 7, 2, 7],
+}
+
+
+@pytest.mark.parametrize("format", [each.name for each in tv_tensors.BoundingBoxFormat])
+def test_boxes_of_any_format_become_fractions_of_their_image(format):
+    box = tv_tensors.BoundingBoxes(torch.tensor([FORMATS[format]]).float(), format=format, canvas_size=(8, 20))
+    other = tv_tensors.BoundingBoxes([[-1.0, 0, 3, 5]], format="XYXY", canvas_size=(4, 2), clamping_mode=None)
+    none = tv_tensors.BoundingBoxes(torch.zeros(0, len(FORMATS[format])), format=format, canvas_size=(8, 20))
+    batch = collate([{"boxes": each} for each in (box, other, none)])
+    expected = torch.tensor([[[0.1, 0.125, 0.3, 0.875]], [[-0.5, 0, 1.5, 1.25]], [[0, 0, 0, 0]]])
+    assert torch.allclose(batch["boxes"], expected, rtol=0, atol=1e-6)
+    assert batch["boxes_mask"].tolist() == [[True], [True], [False]]
+
+
+def test_boxes_of_integers_keep_their_halves():
+    batch = collate([{"boxes": boxes([4, 4, 3, 5], format="CXCYWH")}])
+    assert (8 * batch["boxes"]).tolist() == [[[2.5, 1.5, 5.5, 6.5]]]
+
+
+def test_boxes_without_an_image_are_not_converted():
+    rows = torch.tensor([[0.1, 0.2, 0.3, 0.4]])  # of a file of conditions: fractions
+    assert torch.equal(collate([{"boxes": Ragged(rows)}])["boxes"], rows[None])
+    points = tv_tensors.KeyPoints(torch.tensor([[3.0, 4]]), canvas_size=(8, 8))
+    assert collate([{"points": points}])["points"].tolist() == [[[3, 4]]]
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (1, 1), (2, 0)])
@@ -112,7 +146,7 @@ def test_an_example_does_not_depend_on_the_rest_of_its_batch():
         ([{"a": 1.5}, {"a": True}], "'a' .* bool and float, wanted one type"),
         ([{"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int64)}], "'a' .* wanted one type"),
         ([{"a": Ragged([1])}, {"a": torch.tensor([1])}], "'a' .* wanted one type"),
-        ([{"a": boxes([1, 2, 3, 4])}, {"a": boxes([1, 2, 3, 4], format="XYWH")}], "XYWH and .* XYXY, wanted one type"),
+        ([{"a": boxes([1, 2, 3, 4])}, {"a": Ragged([[1, 2, 3, 4]])}], "'a' .* boxes and ragged of .*, wanted one type"),
         ([{"a": np.zeros(3)}], "'a' of an item is ndarray, wanted a tensor"),
         ([{"a": ["x", 3]}], "'a' of an item is list, wanted"),
         ([{"a": None}], "'a' of an item is NoneType"),

@@ -1,0 +1,101 @@
+"""Layout condition: boxes or segments with classes -> a map of the share of each class in each cell."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.conditioning import ConditionConfig, Map, RegionEncoder
+from models.regions import Regions
+
+FIELDS = ("boxes", "box_class")  # batch fields that the encoder reads, with its default options
+FIELDS_OF = {"boxes": FIELDS, "segments": ("panoptic", "segment_id", "segment_class")}
+MOST = "[0, 65536]"  # classes or colours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ConditionConfig):
+    """A map of boxes or segments that is concatenated to x (UNet) or added to the embeddings of codes (transformer)."""
+
+    layout_classes: int = 0
+    """Number of classes of boxes or segments; 0: as many as the data set has."""
+    layout_regions: Literal["boxes", "segments"] = "boxes"
+    """boxes: of the fields boxes and box_class; segments: of panoptic, segment_id and segment_class."""
+    layout_places: bool = True
+    """Add where in its box each pixel of the front region lies, from 0 at the left and the top to 1."""
+    layout_colors: int = 0
+    """Number of colours of the field box_color, whose shares are added; 0: it is not read."""
+
+    RANGES = {"layout_classes": MOST, "layout_colors": MOST}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layout_colors and self.layout_regions != "boxes":
+            raise ValueError("got layout_colors for segments, which have none: pass --layout_regions boxes")
+
+    def for_data(self, region_classes: int) -> "Config":
+        """Returns the options with the number of classes of the data; ValueError for none, and for another number."""
+        options = super().for_data(region_classes)
+        if self.layout_classes and region_classes not in (0, self.layout_classes):
+            got = f"got layout_classes {self.layout_classes}"
+            raise ValueError(f"{got}, the data set has {region_classes}: leave --layout_classes out")
+        return replace(options, layout_classes=self.layout_classes or region_classes)
+
+
+class LayoutEncoder(RegionEncoder):
+    """Returns the shares of classes in cells of x's size, places in front boxes, and shares of colours.
+
+    Regions in front hide those behind them. Without any region, all is 0; the null is one learned number per channel.
+    """
+
+    def __init__(self, classes: int, regions: str = "boxes", places: bool = True, colors: int = 0):
+        super().__init__()
+        if classes < 1:
+            raise ValueError("got no classes for the condition layout, and none from the data: pass --layout_classes N")
+        self.classes, self.colors, self.places = classes, colors, places
+        self.fields = (*FIELDS_OF[regions], *(["box_color"] if colors else []))
+        self.limits = {self.fields[-1 - bool(colors)]: classes} | ({"box_color": colors} if colors else {})
+        self.map_channels = classes + 2 * places + colors
+        self.null = nn.Parameter(torch.zeros(self.map_channels, 1, 1))
+
+    def forward(
+        self,
+        raw: Mapping[str, Any] | None,
+        x: Tensor,
+        drop: Tensor | None = None,
+        regions: Regions | None = None,
+    ) -> Map:
+        null = self.null.expand(len(x), -1, *x.shape[2:])  # (B, C, H, W)
+        if regions is None:
+            return Map(null)
+        seen = regions.visible(*x.shape[2:])  # (B, R, H, W)
+        parts = [sum_by_number(seen, regions.class_ids, self.classes)]
+        if self.places:
+            parts.append(places_in_front(regions, *x.shape[2:]))
+        if self.colors:
+            parts.append(sum_by_number(seen, raw["box_color"], self.colors))
+        layout = torch.cat(parts, 1)
+        return Map(layout if drop is None else torch.where(drop[:, None, None, None], null, layout))
+
+
+def sum_by_number(shares: Tensor, numbers: Tensor, count: int) -> Tensor:
+    """Sums the shares (B, R, H, W) of the regions of each number, (B, R): (B, count, H, W)."""
+    numbers = numbers.where((numbers >= 0) & (numbers < count), count)
+    sums = shares.new_zeros(len(shares), count + 1, *shares.shape[2:])
+    return sums.scatter_add_(1, numbers[:, :, None, None].expand_as(shares), shares)[:, :count]
+
+
+def places_in_front(regions: Regions, height: int, width: int) -> Tensor:
+    """Returns u and v of each cell in the box of the region in front, (B, 2, height, width); 0 where there is none."""
+    front = regions.front(height, width).unsqueeze(1) + 1  # (B, 1, H, W); 0: none
+    u, v = (F.pad(place, (0, 0, 1, 0)) for place in regions.places(height, width))  # (B, 1 + R, W or H)
+    u, v = u.unsqueeze(2).expand(-1, -1, height, -1), v.unsqueeze(3).expand(-1, -1, -1, width)
+    return torch.cat([u.gather(1, front), v.gather(1, front)], 1)
+
+
+def build(config: Config, width: int, n_classes: int) -> LayoutEncoder:
+    """Builds the encoder; a map depends on neither the embedding width nor the number of classes of images."""
+    return LayoutEncoder(config.layout_classes, config.layout_regions, config.layout_places, config.layout_colors)
