@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 SLOW = {  # packages imported inside functions: optional ones, and those slower than torch or that load its compiler
     *("torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "torchmetrics", "torch_fidelity", "lpips"),
-    *("natten", "gradio", "starlette", "webdataset", "diffusers"),
+    *("natten", "gradio", "starlette", "webdataset", "diffusers", "h5py"),
 }
 SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a second), tensorboard
     *("torch._dynamo", "torch.nn.attention.flex_attention", "torch.utils.tensorboard"),
@@ -28,6 +28,10 @@ CONCEPTS = {
     "diffusion.flow": "a process",
     "models.unet_attention": "the attention blocks of the UNet, with a registry of their own",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
+    "train.data.formats.layout_lines": "a file format",
+    "train.data.formats.metadata": "a file format",
+    "train.data.formats.prompts": "a file format",
+    "train.data.formats.yolo": "a file format",
     "train.datasets.webdataset.shards": "one part of a plug-in of 520 lines",
     "vq.augment": "DiffAugment",
     "vq.discriminator": "a network",

@@ -61,6 +61,14 @@ def save_lmdb(path: Path, blobs: list[bytes]) -> Path:
     return path
 
 
+def save_h5(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    h5py = pytest.importorskip("h5py", reason="needs the optional package h5py")
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+    return path
+
+
 def save_shard(path: Path, members: dict[str, bytes]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -91,6 +99,7 @@ def tiny():
         cifar_batch = staticmethod(cifar_batch)
         save_cifar = staticmethod(save_cifar)
         save_lmdb = staticmethod(save_lmdb)
+        save_h5 = staticmethod(save_h5)
         save_shard = staticmethod(save_shard)
 
     return Tiny

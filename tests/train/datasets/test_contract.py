@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import train.datasets
+from helpers import tiny_regions
 from train.datasets import SPLITS, DatasetConfig
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(train.datasets.__path__) if module.name[0] != "_")
@@ -36,6 +37,10 @@ def make_files(name, root, tiny):
                 f"{shard}{i}.{kind}": tiny.png(i) if kind == "png" else b"%d" % i for i in range(3) for kind in KINDS
             }
             tiny.save_shard(root / f"{shard}.tar", members)
+    elif name == "visual_genome":
+        tiny_regions.save_visual_genome(root, tiny.save_h5)
+    elif name in tiny_regions.WRITERS:
+        tiny_regions.WRITERS[name](root)
     else:
         tiny.save_images(root, *(f"{split}/{label}/{i}.png" for split in SPLITS for label in "ab" for i in range(3)))
 
@@ -125,7 +130,7 @@ def test_no_data_set_imports_anything_slower_than_torch():
     script = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(f'train.datasets.{name}').Config()\n"
-        "heavy = ('torchvision', 'sklearn', 'scipy', 'lmdb', 'webdataset')\n"
+        "heavy = ('torchvision', 'sklearn', 'scipy', 'lmdb', 'webdataset', 'h5py')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script, *NAMES], capture_output=True, text=True, check=True)

@@ -35,7 +35,7 @@ class PanopticMap:
 
 def decode(rgb: np.ndarray, encoding: Encoding) -> PanopticMap:
     """Decodes a picture (H, W, 3) uint8; ValueError if a segment of mamoe has two classes."""
-    r, g, b = np.moveaxis(rgb.astype(np.int32), -1, 0)
+    r, g, b = (rgb[..., i].astype(np.int32) for i in range(3))
     if encoding == "coco":
         ids = r + 256 * g + 65536 * b
         return PanopticMap(ids, segments_of(ids), None)
@@ -121,7 +121,7 @@ def possible_encodings(
     `things` says of each category, by its id, whether it is a thing. `segment_ids` are those of COCO's JSON for each
     picture: its ids are among them. Without, coco is possible whatever the colours, and comes last.
     """
-    colors = [np.unique(rgb.reshape(-1, 3), axis=0).astype(np.int64) for rgb in pictures]
+    colors = [list_colors(rgb) for rgb in pictures]
     possible: list[Encoding] = []
     if segment_ids is not None and all(
         set((rgb @ COCO_WEIGHTS).tolist()) <= {0, *ids} for rgb, ids in zip(colors, segment_ids, strict=True)
@@ -132,6 +132,12 @@ def possible_encodings(
     if all(is_mamoe(rgb, things.keys()) for rgb in colors):
         possible.append("mamoe")
     return possible if segment_ids is not None else [*possible, "coco"]
+
+
+def list_colors(rgb: np.ndarray) -> np.ndarray:
+    """Returns the colours (k, 3) int64 in a picture (H, W, 3)."""
+    ids = np.unique(decode(rgb, "coco").ids).astype(np.int64)
+    return ids[:, None] // COCO_WEIGHTS % 256
 
 
 def is_two_channel(colors: np.ndarray, things: Mapping[int, bool]) -> bool:

@@ -115,7 +115,7 @@ def test_a_wrong_flag_for_a_map_of_mamoe_is_refused(read):
 
 def test_ids_that_count_up_are_told_from_categories():
     pictures = [panoptic.encode(np.arange(16).reshape(4, 4) % n, "coco") for n in (3, 5, 7)]
-    things = {category: True for category in range(1, 11)}
+    things = dict.fromkeys(range(11), True)
     panoptic.check_encoding(pictures, "coco", things, [range(1, n) for n in (3, 5, 7)])
     for read in ("two_channel", "mamoe"):
         with pytest.raises(ValueError, match="look like coco"):

@@ -1,0 +1,177 @@
+"""Writes tiny data sets of boxes, masks and maps in their file formats: one thing and one stuff on 6 x 8 pixels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from train.data.formats import coco, panoptic
+
+SIZE = 6, 8
+IDS = np.zeros(SIZE, np.int32)
+IDS[4:], IDS[1:5, 2:6] = 2, 1  # grass, and a car over it; the rest is unlabelled
+BOX = [2, 1, 6, 5]  # of the car, left, top, right, bottom
+CATEGORIES = [{"id": 90, "name": "grass", "isthing": 0}, {"id": 3, "name": "car", "isthing": 1}]
+TREES = {"train": ("a", "b", "c"), "val": ("d", "e")}
+
+
+def save_picture(path: Path, pixels: np.ndarray | int) -> None:
+    """Saves an array as PNG; a number is an image of this red level, by which it can be recognised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(pixels, int):
+        pixels = np.full((*SIZE, 3), (pixels, 7, 9), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def save_json(path: Path, content: object) -> None:
+    save_text(path, json.dumps(content))
+
+
+def instance(image_id: object, **changes: object) -> dict[str, object]:
+    """An annotation of the car, with a polygon."""
+    corners = [2, 1, 6, 1, 6, 5, 2, 5]
+    row = {"image_id": image_id, "category_id": 3, "bbox": [2, 1, 4, 4], "iscrowd": 0, "segmentation": [corners]}
+    return {**row, **changes}
+
+
+def save_coco(root: Path, suffix: str = "2017") -> Path:
+    """Writes the four kinds of JSON files; the last image of each split has no instance and no caption."""
+    level = 0
+    for split, names in TREES.items():
+        images, files = [], {kind: [] for kind in ("instances", "stuff", "captions", "panoptic")}
+        for name in names:
+            level += 1
+            save_picture(root / f"{split}{suffix}" / f"{name}.png", level)
+            images.append({"id": level, "file_name": f"{name}.png", "height": SIZE[0], "width": SIZE[1]})
+            if name != names[-1]:
+                crowd = instance(level, segmentation=coco.encode_rle(IDS == 1, compressed=False), iscrowd=1)
+                files["instances"] += [instance(level), crowd]
+                files["captions"] += [{"image_id": level, "caption": text} for text in (f"left {name}", f"two {name}")]
+            rle = coco.encode_rle(IDS == 2)
+            files["stuff"].append(instance(level, category_id=90, bbox=[0, 4, 8, 2], segmentation=rle))
+            segments = [{"id": 1, "category_id": 3, "iscrowd": 0}, {"id": 2, "category_id": 90, "iscrowd": 0}]
+            files["panoptic"].append({"image_id": level, "file_name": f"{name}.png", "segments_info": segments})
+            folder = root / "annotations" / f"panoptic_{split}{suffix}"
+            save_picture(folder / f"{name}.png", panoptic.encode(IDS, "coco"))
+        for kind, rows in files.items():
+            categories = {} if kind == "captions" else {"categories": CATEGORIES}
+            content = {"images": images[::-1], "annotations": rows, **categories}  # not in the order of the files
+            save_json(root / "annotations" / f"{kind}_{split}{suffix}.json", content)
+    return root
+
+
+def save_nuimages(root: Path) -> Path:
+    for split, names in TREES.items():
+        images = []
+        for number, name in enumerate(names):
+            stem = f"samples/CAM_FRONT_LEFT/{name}__CAM_FRONT_LEFT__15{number}"
+            save_picture(root / f"{stem}.png", number)
+            more = "" if number else "__Rain__night__boston-seaport"
+            images.append({"id": name, "file_name": f"{stem}{more}.png"})
+        annotations = [instance(names[0], segmentation=[])]
+        content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        save_json(root / "annotations" / f"nuimages_v1.0-{split}.json", content)
+    return root
+
+
+def save_yolo(root: Path) -> Path:
+    save_text(root / "data.yaml", "names: {0: grass, 2: car}\n")
+    for split, names in TREES.items():
+        for number, name in enumerate(names):
+            save_picture(root / "images" / split / f"{name}.png", number)
+            text = "2 0.5 0.5 0.5 0.6666667\n0 0.5 0.8333333 1 0.3333333\n" if number else ""
+            save_text(root / "labels" / split / f"{name}.txt", text)
+    return root
+
+
+def save_layout_lines(root: Path) -> Path:
+    for split, names in TREES.items():
+        for number, name in enumerate(names):
+            save_picture(root / "images" / split / f"{name}.png", number)
+            text = "0.25,0.1666667,0.5,0.6666667,car\n" if split == "train" else "0,0.5,1,0.5,bus stop\n"
+            save_text(root / "layouts" / split / f"{name}.txt", text if number else "")
+    return root
+
+
+def save_semantic(root: Path) -> Path:
+    save_json(root / "categories.json", CATEGORIES)
+    for split, names in TREES.items():
+        for number, name in enumerate(names):
+            save_picture(root / "images" / split / f"{name}.png", number)
+            save_picture(root / "masks" / split / f"{name}.png", np.array([255, 3, 90], np.uint8)[IDS])
+    return root
+
+
+def save_celebamask(root: Path, count: int = 4) -> Path:
+    """Writes faces whose parts overlap: skin, a left eye, hair."""
+    for number in range(count):
+        save_picture(root / "CelebA-HQ-img" / f"{number}.png", number)
+        for part, rows in (("hair", slice(0, 2)), ("l_eye", slice(1, 4)), ("skin", slice(1, 6))):
+            inside = np.zeros((*SIZE, 3), np.uint8)
+            inside[rows] = 255
+            save_picture(root / "CelebAMask-HQ-mask-anno" / "0" / f"{number:05}_{part}.png", inside)
+    return root
+
+
+def save_panoptic_folder(root: Path, encoding: panoptic.Encoding = "mamoe") -> Path:
+    """Writes car and grass, of classes 13 and 8; without prompts for the last image of each split."""
+    classes, step = np.array([13, 8]), 5_000_000 if encoding == "coco" else 1  # small ids fit other encodings, too
+    for split, names in TREES.items():
+        for number, name in enumerate(names):
+            save_picture(root / split / f"{name}.png", number)
+            colors = panoptic.encode(IDS * step, encoding, np.array([1, 2]), classes)
+            save_picture(root / "panoptic" / split / f"{name}.png", colors)
+        rows = [f'{name}.png,"left, {name}"' for name in names[:-1]]
+        save_text(root / f"prompts_{split}.csv", "\n".join(["img_name,prompt", *rows, ""]))
+        save_json(root / f"words_{split}.json", {f"{name}.png": {"1": "a red car"} for name in names[:-1]})
+        segments = [{"id": step, "category_id": 13}, {"id": 2 * step, "category_id": 8}]
+        maps = [{"image_id": name, "file_name": f"{name}.png", "segments_info": segments} for name in names]
+        categories = [{"id": 13, "name": "car", "isthing": 1}, {"id": 8, "name": "vegetation", "isthing": 0}]
+        images = [{"id": name, "file_name": f"{name}.png"} for name in names]
+        content = {"images": images, "annotations": maps, "categories": categories}
+        save_json(root / "panoptic" / f"{split}.json", content)
+    return root
+
+
+WRITERS = {
+    "celebamask": save_celebamask,
+    "coco": save_coco,
+    "layout_lines": save_layout_lines,
+    "nuimages": save_nuimages,
+    "panoptic_folder": save_panoptic_folder,
+    "semantic": save_semantic,
+    "yolo": save_yolo,
+}
+
+
+class Arrays(dict):
+    """Stands for an open h5py.File: arrays by name."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def save_visual_genome(root: Path, save) -> Path:
+    """Writes Visual Genome; `save(path, arrays)` writes an .h5 file."""
+    save_json(root / "vocab.json", {"object_idx_to_name": ["__image__", "grass", "car"]})
+    for split, names in TREES.items():
+        for number, name in enumerate(names):
+            save_picture(root / "images" / "VG_100K" / f"{name}.png", number)
+        counts = np.arange(len(names)) % 3
+        arrays = {
+            "image_paths": np.array([f"VG_100K/{name}.png".encode() for name in names[::-1]]),
+            "object_names": np.where(np.arange(2) < counts[:, None], [2, 1], -1),
+            "object_boxes": np.where(np.arange(2)[:, None] < counts[:, None, None], [[2, 1, 4, 4], [0, 4, 8, 2]], -1),
+            "objects_per_image": counts,
+        }
+        save(root / f"{split}.h5", arrays)
+    return root

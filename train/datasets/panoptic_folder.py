@@ -1,0 +1,162 @@
+"""Images with panoptic maps of the same names, and prompts: the layout of MaMoE, and that of Cityscapes.
+
+    train/a.png   panoptic/train/a.png   prompts.csv (img_name, prompt)
+    val/b.png     panoptic/val/b.png     instance_prompts.json ({"a.png": {"24001": "a man"}})
+    test/         is not read if there is val
+
+Three encodings of such maps look alike: --panoptic_encoding names theirs, and maps that contradict it are refused.
+"""
+
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.data.formats import prompts
+from train.data.formats.categories import Categories
+from train.data.formats.panoptic import Encoding, decode
+from train.data.sides import Sides
+from train.datasets import check_split, data_root, require_readable
+from train.datasets._coco_json import read_segments
+from train.datasets._pairs import AnnotationFiles, SplitName, find_split, pair_split
+from train.datasets._regions import (
+    CLASS_FILES,
+    MAP_SUFFIXES,
+    ClassListConfig,
+    RegionDataset,
+    check_maps,
+    naming,
+    panoptic_fields,
+    read_categories,
+    read_colors,
+    read_text,
+)
+
+CITYSCAPES = (  # by training id; the first 11 are stuff
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
+    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
+CITYSCAPES_CATEGORIES = Categories(tuple(range(19)), CITYSCAPES, tuple(number > 10 for number in range(19)))
+SIDES = Sides(words=(("left", "right"),))  # in prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ClassListConfig):
+    """Options of panoptic_folder; data_dir has images and panoptic maps. The classes are those of categories.json, or
+    else the 19 of Cityscapes."""
+
+    image_dir: str = "{split}"
+    panoptic_dir: str = "panoptic/{split}"
+    """Folder of the panoptic maps, relative to data_dir."""
+    panoptic_encoding: Encoding = "mamoe"
+    """What the colours mean. coco: id = R + 256 G + 65536 B, with a JSON file; two_channel: R = category, G = number;
+    mamoe: id = 256 R + G, B = class."""
+    panoptic_json: str = "{panoptic_dir}.json"
+    """JSON file with the segments, for coco, relative to data_dir."""
+    image_ending: str = ""
+    """What names of images end in, before the suffix, and names of maps do not, such as _leftImg8bit."""
+    panoptic_ending: str = ""
+    """What names of maps end in, before the suffix, such as _gtFine_panoptic."""
+    prompts: str | None = None
+    """CSV file with columns img_name and prompt, relative to data_dir; may contain {split}."""
+    instance_prompts: str | None = None
+    """JSON file with the prompts of instances by image and id, relative to data_dir; may contain {split}."""
+
+    EVERYDAY = ("panoptic_dir", "panoptic_encoding", "prompts")
+
+
+class PanopticImages(RegionDataset):
+    """A `Dataset` of images with a panoptic map, the boxes of its things, and prompts, if there are any."""
+
+    sides = SIDES
+
+    def __init__(
+        self,
+        *args: Any,
+        encoding: Encoding,
+        segments: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        captions: Mapping[str, str] | None = None,
+        words: Mapping[str, Mapping[int, str]] | None = None,
+        **options: Any,
+    ):
+        """`segments` are id, category and iscrowd of the segments of each map, by its name, for coco; `captions` and
+        `words` of instances are by the name of the image."""
+        super().__init__(*args, context=(encoding,), **options)
+        self.encoding, self.segments, self.captions, self.words = encoding, segments, captions, words
+
+    def annotations(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        path, name = self.root / self.files[index], posixpath.basename(self.names[index])
+        colors = read_colors(path, size, self.max_pixels)
+        with naming(path):
+            own = None if self.segments is None else self.segments.get(path.name, ())
+            fields = panoptic_fields(decode(colors, self.encoding), self.categories, own)
+        if self.captions is not None:
+            fields["captions"] = [self.captions[name]] if name in self.captions else []
+        if self.words is not None:
+            own = self.words.get(name, {})
+            rows = zip(fields["box_id"].tolist(), fields["box_class"].tolist(), strict=True)
+            fields["box_words"] = [own.get(each, self.region_classes[number]) for each, number in rows]
+        return fields
+
+
+def build(config: Config, split: str, n_channels: int = 3) -> PanopticImages:
+    """Returns the images of one split with their panoptic maps and prompts, sorted by path.
+
+    FileNotFoundError for missing folders and files; ValueError for another split, files that cannot be paired, and maps
+    that contradict the encoding.
+    """
+    check_split(split)
+    root = data_root(config, "panoptic_folder")
+    endings = config.image_ending, config.panoptic_ending
+    files = AnnotationFiles(config.panoptic_dir, "--panoptic_dir", MAP_SUFFIXES, "panoptic map", endings)
+    pairs = pair_split(config, root, split, files)
+    name = find_split(root, config.image_dir, split)
+    has_list = config.categories or any((root / each).is_file() for each in CLASS_FILES)
+    categories = read_categories(root, config.categories) if has_list else CITYSCAPES_CATEGORIES
+    sources, segments = [], None
+    if config.panoptic_encoding == "coco":
+        sources.append(name.fill(config.panoptic_json.replace("{panoptic_dir}", config.panoptic_dir)))
+        categories, segments = read_segments(root / sources[0])
+    captions, words = (read_prompts(root, name, file) for file in (config.prompts, config.instance_prompts))
+    sources += [name.fill(file) for file in (config.prompts, config.instance_prompts) if file]
+    if captions is not None:
+        pairs = pairs._replace(notes=(*pairs.notes, *count_prompts(pairs.images, captions)))
+    dataset = PanopticImages(
+        root,
+        pairs,
+        categories,
+        split,
+        encoding=config.panoptic_encoding,
+        segments=segments,
+        captions=captions,
+        words=words,
+        sources=sources,
+        max_pixels=config.max_pixels,
+        n_channels=n_channels,
+    )
+    listed = (
+        None
+        if segments is None
+        else [[row[0] for row in segments.get(posixpath.basename(file), ())] for file in dataset.files]
+    )
+    check_maps(root, dataset.files, config.panoptic_encoding, categories, listed, config.max_pixels)
+    require_readable(dataset, root)
+    return dataset
+
+
+def read_prompts(root: Path, name: SplitName, file: str | None) -> Any:
+    """Reads prompts from a CSV file, or those of instances from a JSON file; None for no file."""
+    if file is None:
+        return None
+    path = root / name.fill(file)
+    is_csv = path.suffix.lower() == ".csv"
+    text = read_text(path, f"pass its name, relative to {root}, as --{'' if is_csv else 'instance_'}prompts")
+    with naming(path):
+        return prompts.decode_prompts(text) if is_csv else prompts.decode_instance_prompts(text)
+
+
+def count_prompts(images: Sequence[str], captions: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns notes on images without a prompt."""
+    without = sum(posixpath.basename(image) not in captions for image in images)
+    return (f"images without a prompt: {without}",) if without else ()
