@@ -16,7 +16,7 @@ from train.config import DataConfig, LoggingConfig
 from train.data import image_cache
 from train.data.code_cache import code_cache_key, load_or_encode
 from train.data.code_file import CHUNK_SIZE, CodeFile, CodeTable
-from train.data.loading import ImageSource
+from train.data.loading import ImageSource, sides_of
 from train.data.transforms import from_unit_range, to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
@@ -109,7 +109,7 @@ class FirstStage:
         together."""
         if split != "train":
             data = data.without_augmentation
-        views, margin = training_views(data), data.crop_margin
+        views, margin = training_views(data, sides_of(dataset)), data.crop_margin
         larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
         key = code_cache_key(
             weights=self.weights,

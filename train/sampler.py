@@ -179,7 +179,7 @@ def check_sampling(
     """Samples one image up to its first step. ValueError, before the run folder is written rather than at the first
     images, for settings that the sampler cannot sample with."""
     data = replace(model.data.without_augmentation, cache_images=False)
-    items = TrainingImages(ImageSource(held_out, data), 0, model.adapt)
+    items = TrainingImages(ImageSource(held_out, data), 0, model.adapt, first_caption=True)
     source = preview_source(model.sampler, rows, items)
     model.dry_run(sampling, source, network=state.eval_module("network").eval())
 

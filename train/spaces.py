@@ -14,7 +14,15 @@ from train.cli.parse import from_dict
 from train.config import DataConfig, SecondStageConfig
 from train.data.code_file import CodeTable
 from train.data.collate import collate
-from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, merge_fields
+from train.data.loading import (
+    Adapt,
+    BatchSource,
+    ImageSource,
+    TrainingCodes,
+    TrainingImages,
+    choose_captions,
+    merge_fields,
+)
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
@@ -155,7 +163,8 @@ class ContinuousSpace:
     ) -> TrainingImages:
         if split == "val":
             data = data.without_augmentation
-        return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt, balance)
+        source = ImageSource(images, data, margin=data.crop_margin)
+        return TrainingImages(source, seed, adapt, balance, first_caption=split == "val")
 
     def workers(self, data: DataConfig) -> int:
         return data.num_workers
@@ -230,7 +239,8 @@ class TrainingLatents:
             batch["label"] = self.labels[rows]
         if self.table.annotations is None:
             return batch
-        return merge_fields(collate([self.table.annotations[key] for key in zip(views, rows, strict=True)]), batch)
+        items = [self.table.annotations[key] for key in zip(views, rows, strict=True)]
+        return merge_fields(collate(choose_captions(items, self.images.caption_seed, positions)), batch)
 
 
 @dataclass(frozen=True)
@@ -338,7 +348,7 @@ class CodeSpace:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
         table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
-        return TrainingCodes(table.ids, labels, seed, table.annotations, balance)
+        return TrainingCodes(table.ids, labels, seed, table.annotations, balance, first_caption=split == "val")
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no loading

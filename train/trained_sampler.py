@@ -28,7 +28,15 @@ from train.class_names import class_captions, recorded_class_names
 from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
-from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
+from train.data.loading import (
+    Adapt,
+    BatchSource,
+    apply_adapt,
+    build_dataset,
+    choose_caption,
+    temporary_seed,
+    to_device,
+)
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
@@ -95,7 +103,7 @@ class TrainedSampler:
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
-        names = [name for name in self.sampler.conditions if name != "label"]
+        names, item = [name for name in self.sampler.conditions if name != "label"], choose_caption(item)
         if names and self.adapt is not None:
             with temporary_seed(seed_of(0, "adapt", index)):
                 item = apply_adapt(self.adapt, View()(item))  # a copy: the function may change it

@@ -27,6 +27,7 @@ from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
 from train.data.shuffle import training_order
+from train.data.sides import Sides
 from train.data.transforms import as_uint8, to_item, to_pixels, training_views, warn_if_dark
 from train.data.workers import load_batches
 from train.datasets import SPLITS, Dataset, DatasetConfig, FloatImage, UnreadableImage, read_item
@@ -170,11 +171,35 @@ class ImageSource:
         return item
 
 
+def sides_of(dataset: Dataset) -> Sides | None:
+    """Returns what changes places in mirrored items of a data set; None if it declares nothing."""
+    return getattr(dataset, "sides", None)
+
+
+def choose_caption(item: dict[str, Any], seed: int | None = None, position: int = 0) -> dict[str, Any]:
+    """Adds to an item with a list `captions` the field `caption`: the first one, "" if there is none, or with a `seed`
+    the one of this position. An item that has a caption keeps it."""
+    captions = item.get("captions")
+    if not isinstance(captions, list) or "caption" in item:
+        return item
+    number = 0 if seed is None or not captions else seed_of(seed, "caption", position) % len(captions)
+    return item | {"caption": captions[number] if captions else ""}
+
+
+def choose_captions(
+    items: Sequence[dict[str, Any]], seed: int | None, positions: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Applies `choose_caption` to the items at these positions."""
+    return [choose_caption(item, seed, position) for item, position in zip(items, positions, strict=True)]
+
+
 Adapt = Callable[[dict[str, Any]], dict[str, Any]]  # an item in its view -> an item
 
 
 class TrainingImages:
     """Shuffled images, each in a random view; a broken file is reported once and replaced by the next image.
+
+    Of several `captions` an item has another `caption` at each visit, or always the first with `first_caption`.
 
     `adapt` maps an item, whose image is uint8 (C, H, W) or floats in [-1, 1], to another that `collate` accepts. It may
     use the global random generators of Python, numpy and torch: they are seeded for each position. `balance` draws rare
@@ -182,7 +207,14 @@ class TrainingImages:
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
-    def __init__(self, source: ImageSource, seed: int, adapt: Adapt | None = None, balance: float = 0.0):
+    def __init__(
+        self,
+        source: ImageSource,
+        seed: int,
+        adapt: Adapt | None = None,
+        balance: float = 0.0,
+        first_caption: bool = False,
+    ):
         wanted = source.config.crop_margin
         if source.margin != wanted:
             raise ValueError(
@@ -190,9 +222,10 @@ class TrainingImages:
                 f"wanted ImageSource(..., margin={wanted}) to train on"
             )
         self.source, self.seed, self.adapt = source, seed, adapt
+        self.caption_seed = None if first_caption else seed
         blocks, self.labels = getattr(source.dataset, "blocks", None), source.dataset.labels if balance else None
         self.order = training_order(len(source), seed, blocks, labels=self.labels, balance=balance)
-        self.views = training_views(source.config)
+        self.views = training_views(source.config, sides_of(source.dataset))
         self.skipped: set[int] = set()
 
     def __len__(self) -> int:
@@ -230,6 +263,7 @@ class TrainingImages:
             item = self.load_readable(self.order[position])
             if self.adapt is not None or not view.is_identity:  # an unchanged item needs no copy
                 item = view(item)
+            item = choose_caption(item, self.caption_seed, position)
             if self.adapt is not None:
                 with temporary_seed(seed_of(self.seed, "adapt", position)):
                     item = apply_adapt(self.adapt, item)
@@ -378,7 +412,8 @@ class Annotations(Protocol):
 class TrainingCodes:
     """Shuffled code grids of all views: ids (V, n, h, w), a tensor or a memory-mapped file; labels (n,) or None.
 
-    Batches have the annotations of each grid in its view, if there are any. `balance` draws rare classes more often.
+    Batches have the annotations of each grid in its view, if there are any. `balance` draws rare classes more often;
+    for `first_caption` see `TrainingImages`.
     """
 
     def __init__(
@@ -388,8 +423,10 @@ class TrainingCodes:
         seed: int,
         annotations: Annotations | None = None,
         balance: float = 0.0,
+        first_caption: bool = False,
     ):
         self.ids, self.labels, self.annotations = ids, labels, annotations
+        self.caption_seed = None if first_caption else seed
         of_views = None if labels is None or not balance else labels.repeat(ids.shape[0])
         self.order = training_order(ids.shape[0] * ids.shape[1], seed, labels=of_views, balance=balance)
 
@@ -404,8 +441,8 @@ class TrainingCodes:
             batch["label"] = self.labels[row]
         if self.annotations is None:
             return batch
-        keys = zip(view.tolist(), row.tolist(), strict=True)
-        return merge_fields(collate([self.annotations[key] for key in keys]), batch)
+        items = [self.annotations[key] for key in zip(view.tolist(), row.tolist(), strict=True)]
+        return merge_fields(collate(choose_captions(items, self.caption_seed, positions)), batch)
 
 
 def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:

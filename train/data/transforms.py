@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.config import DataConfig
+from train.data.sides import Sides
 from train.datasets import FloatImage, UnreadableImage
 from train.datasets._channels import PICTURES, channels_last
 from train.datasets._decode import to_8_bits, to_16_bits
@@ -170,13 +171,15 @@ class View:
     """A fixed view of an item: crop, then mirror left to right if `flip`, then shift by dx to the right and dy down.
 
     Pixels that a shift uncovers are black: 0, or -1 in float images. Boxes that end up partly or wholly outside keep
-    their rows, clamped as in `to_item`. ValueError for items that do not contain the crop.
+    their rows, clamped as in `to_item`. In mirrored items what `sides` pairs changes places. ValueError for items that
+    do not contain the crop.
     """
 
     flip: bool = False
     dx: int = 0
     dy: int = 0
     crop: Crop | None = None
+    sides: Sides | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -184,13 +187,14 @@ class View:
         return not self.flip and self.dx == self.dy == 0 and self.crop is None
 
     def to_list(self) -> list[int]:
-        """Returns the view as numbers, for cache keys: flip, dx, dy, and the crop if there is one."""
+        """Returns the view of an image as numbers, for cache keys: flip, dx, dy, and the crop if there is one."""
         return [self.flip, self.dx, self.dy, *(self.crop or ())]
 
     def __call__(self, item: Any) -> Any:
         """Returns an item, or images (..., H, W), in this view: always a copy."""
         if isinstance(item, dict):
-            return {name: self.transform_or_copy(value, is_spatial(value)) for name, value in item.items()}
+            moved = {name: self.transform_or_copy(value, is_spatial(value)) for name, value in item.items()}
+            return moved if self.sides is None or not self.flip else self.sides.swap(moved)
         return self.transform_or_copy(item, True)
 
     def transform_or_copy(self, value: Any, spatial: bool) -> Any:
@@ -237,7 +241,9 @@ def five_crops(size: tuple[int, int], margin: int) -> list[Crop | None]:
     return [(top, left, *size) for top, left in corners] if margin else [None]
 
 
-def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (None,)) -> list[View]:
+def all_views(
+    horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (None,), sides: Sides | None = None
+) -> list[View]:
     """Returns all combinations of crops, shifts by up to `shift` pixels each way, and, if `horizontal_flip`, mirroring.
 
     The first view is the first crop, neither mirrored nor shifted: the identity if there are no crops.
@@ -246,12 +252,13 @@ def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = 
         raise ValueError(f"shift is {shift}: give 0 or a positive number of pixels")
     flips = (False, True) if horizontal_flip else (False,)
     steps = sorted(range(-shift, shift + 1), key=abs)
-    return [View(flip, dx, dy, crop) for flip in flips for crop in crops for dy in steps for dx in steps]
+    return [View(flip, dx, dy, crop, sides) for flip in flips for crop in crops for dy in steps for dx in steps]
 
 
-def training_views(data: DataConfig) -> list[View]:
-    """Returns the views to train on; with a crop_margin, of images larger by that margin."""
-    return all_views(data.horizontal_flip, data.shift, five_crops(data.size, data.crop_margin))
+def training_views(data: DataConfig, sides: Sides | None = None) -> list[View]:
+    """Returns the views to train on; with a crop_margin, of images larger by that margin. `sides` are those of the data
+    set, which its annotations need."""
+    return all_views(data.horizontal_flip, data.shift, five_crops(data.size, data.crop_margin), sides)
 
 
 def to_float(image: Tensor) -> Tensor:

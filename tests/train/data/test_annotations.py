@@ -17,6 +17,7 @@ from helpers.annotated_images import (
     count_reads,
     plain_dataset,
 )
+from helpers.region_images import face_dataset
 from helpers.toy_encoding import COUNT, captions, load_codes, run_two_ranks
 from train.config import DataConfig
 from train.data.annotations import Records, pack, unpack, write_records
@@ -184,6 +185,23 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
     assert decoded == []
     validation = code_source(tmp_path, dataset, data, "val")
     assert validation[[1, 2]]["caption"] and len(decoded) == 7  # another split is encoded
+
+
+def test_codes_of_mirrored_views_swap_sides_and_take_turns(tmp_path):
+    """A VQGAN's codes come with what has sides swapped, and with one caption at each visit."""
+    data = dataclasses.replace(DATA, img_width=12, horizontal_flip=True)
+    batch = code_source(tmp_path, face_dataset(), data)[list(range(40))]
+    assert sorted(batch["camera"]) == ["CAM_FRONT_LEFT"] * 20 + ["CAM_FRONT_RIGHT"] * 20
+    for camera, words, classes in zip(batch["camera"], batch["box_words"], batch["box_class"].tolist(), strict=True):
+        assert words[:1] in ([], ["left eye" if camera.endswith("LEFT") else "right eye"])
+        assert classes[0] == (0 if not words else 1 if camera.endswith("LEFT") else 2)
+    assert all(
+        each in [*every, ""] and (each or not every)
+        for each, every in zip(batch["caption"], batch["captions"], strict=True)
+    )
+    assert batch["caption"] != [(every or [""])[0] for every in batch["captions"]]
+    validation = code_source(tmp_path, face_dataset(), data, "val")[list(range(20))]
+    assert validation["caption"] == [(every or [""])[0] for every in validation["captions"]]
 
 
 def test_codes_of_images_with_only_labels_have_no_annotations(tmp_path):
