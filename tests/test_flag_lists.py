@@ -20,7 +20,7 @@ def test_the_flags_of_data_and_stage_one_are_frozen():
     """Flags are a public interface: this list changes only on purpose."""
     assert cli.flag_names(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
-        *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
+        *("in_memory", "cache_images", "num_workers", "prefetch", "data_range", "patches"),
     }
     assert cli.flag_names(DatasetConfig) == {"data_dir", "val_fraction", "split_seed", "max_pixels", "class_names"}
     assert cli.flag_names(VQGANConfig) == {

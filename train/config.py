@@ -37,6 +37,8 @@ class DataConfig:
     """Also train on images shifted by up to this many pixels in each direction, padded with black (for digits)."""
     crop_margin: int = 0
     """Resize training images this many pixels larger and take crops at the centre and the four corners; 0: no crops."""
+    patches: int = 1
+    """Cut each image, and what belongs to it, into this many rows and columns: 2 makes four images of each."""
     in_memory: bool = False
     """Keep resized images in memory; for data sets of up to a few GB."""
     cache_images: bool = False
@@ -50,7 +52,7 @@ class DataConfig:
     EVERYDAY = ("dataset", "img_size", "num_workers")
     RANGES = {
         **{"img_size": SIZE, "img_width": SIZE, "n_channels": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
-        **{"crop_margin": "[0, 65536]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
+        **{"crop_margin": "[0, 65536]", "patches": "[1, 64]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
     }
 
     def __post_init__(self):
