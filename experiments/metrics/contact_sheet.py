@@ -1,0 +1,235 @@
+"""Draws items of a data set with their boxes, class names, maps and captions, as one picture to look at."""
+
+import colorsys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from experiments.metrics.annotation_counts import UNLABELLED, image_size, numbers
+from train.data.transforms import ValueRange, as_uint8, grey_to_rgb, to_item
+from train.datasets._channels import PICTURES
+from train.files import atomic_write
+
+GAP, TEXT, LINE = 12, 13, 17  # pixels between tiles; of letters; of a line of text
+GOLDEN = 0.618  # of the colour circle, between the classes of successive numbers
+STRENGTH = 0.55  # of the colours of a map over its image
+MOST_LINES = 6  # of text below an item
+MOST_LABELS = 20  # in one panel, the largest first; the legend has all classes
+LEAST_SHARE = 0.004  # of a panel: smaller segments get no label
+
+Color = tuple[int, int, int]
+Pixels = np.ndarray  # (H, W, 3) uint8
+
+
+class Label(NamedTuple):
+    """The name of a class at a place of a panel."""
+
+    number: int
+    left: float
+    top: float
+    area: float  # larger ones are drawn first; others where there is room
+
+
+def save_contact_sheet(
+    path: Path,
+    items: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    *,
+    size: int,
+    n_channels: int,
+    data_range: ValueRange | None = None,
+) -> None:
+    """Saves a PNG of items, as a data set gives them, two to a row: each as an image with its boxes and, beside it,
+    with its map or masks. `names` are those of the classes by number; the longer side of an image is `size` pixels."""
+    tiles = [draw_tile(fit_item(item, size, n_channels, data_range), names) for item in items]
+    rows = [tiles[i : i + 2] for i in range(0, len(tiles), 2)]
+    across = max(tile.width for tile in tiles) + GAP
+    heights = [max(tile.height for tile in row) + GAP for row in rows]
+    sheet, top = Image.new("RGB", (GAP + across * min(2, len(tiles)), GAP + sum(heights)), "white"), GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (GAP + column * across, top))
+        top += height
+    with atomic_write(path) as scratch:
+        sheet.save(scratch, format="PNG")
+
+
+def fit_item(item: dict[str, Any], size: int, n_channels: int, data_range: ValueRange | None) -> dict[str, Any]:
+    """Resizes an item, with its boxes and masks as in training, so that the longer side of its image is `size`."""
+    sides = image_size(item["image"])
+    height, width = (max(1, round(side * size / max(sides))) for side in sides)
+    return to_item(item, (height, width), n_channels, data_range)
+
+
+def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
+    """Draws a resized item: its name, the image with boxes, the image with its map, a legend, and lines of text.
+
+    Of other images than grey and RGB the mean of the channels is shown.
+    """
+    image = as_uint8(item["image"].as_subclass(Tensor))
+    if len(image) not in PICTURES:
+        image = image.float().mean(0, keepdim=True).to(image.dtype)
+    pixels = grey_to_rgb(image).permute(1, 2, 0).contiguous().numpy()
+    panels = [draw_boxes(pixels, item, names), draw_map(pixels, item, names)]
+    panels = [panel for panel in panels if panel is not None] or [Image.fromarray(pixels)]
+    width = max(2 * max(pixels.shape[:2]) + GAP, sum(panel.width + GAP for panel in panels))
+    below = [draw_legend(class_counts(item), names, width), draw_lines(describe_item(item), width)]
+    height = LINE + pixels.shape[0] + sum(each.height for each in below) + 4
+    tile = Image.new("RGB", (width, height), "white")
+    title = f"{item.get('file_name', '')}"
+    tile.paste(draw_lines([title], width), (0, 0))
+    for i, panel in enumerate(panels):
+        tile.paste(panel, (i * (pixels.shape[1] + GAP), LINE))
+    top = LINE + pixels.shape[0] + 4
+    for each in below:
+        tile.paste(each, (0, top))
+        top += each.height
+    return tile
+
+
+def draw_boxes(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Image.Image | None:
+    """Draws the boxes of an item over its image, crowds with thin lines; None for an item that has no such field."""
+    if "boxes" not in item:
+        return None
+    panel = Image.fromarray(pixels.copy())
+    ink = ImageDraw.Draw(panel)
+    boxes = item["boxes"].as_subclass(Tensor).nan_to_num().tolist()
+    classes = numbers(item["box_class"]) if "box_class" in item else [0] * len(boxes)
+    crowd = numbers(item["box_crowd"]) if "box_crowd" in item else [0] * len(boxes)
+    labels = []
+    for (left, top, right, bottom), number, is_crowd in zip(boxes, classes, crowd, strict=True):
+        corners = sorted((left, right - 1)), sorted((top, bottom - 1))
+        (x1, x2), (y1, y2) = corners
+        ink.rectangle((x1, y1, x2, y2), outline=class_color(number), width=1 if is_crowd else 2)
+        labels.append(Label(number, max(x1, 0), max(y1, 0), (x2 - x1) * (y2 - y1)))
+    write_labels(panel, labels, names)
+    return panel
+
+
+def draw_map(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Image.Image | None:
+    """Draws the panoptic or semantic map of an item, or else its masks, over its image; None without any.
+
+    Colours are those of the classes, and black lines part the segments; what is unlabelled is as the image is.
+    """
+    segments, class_of = read_segments(item)
+    if segments is None:
+        return None
+    canvas, labels = pixels.astype(np.float64), []
+    for each, number in class_of.items():
+        inside = segments == each
+        canvas[inside] += STRENGTH * (np.array(class_color(number)) - canvas[inside])
+        if inside.mean() >= LEAST_SHARE:
+            labels.append(Label(number, *central_pixel(inside), float(inside.sum())))
+    edges = np.zeros(segments.shape, bool)
+    edges[1:] |= segments[1:] != segments[:-1]
+    edges[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+    canvas[edges] = 0
+    panel = Image.fromarray(canvas.round().astype(np.uint8))
+    write_labels(panel, labels, names)
+    return panel
+
+
+def read_segments(item: dict[str, Any]) -> tuple[np.ndarray | None, dict[int, int]]:
+    """Returns a map of segments (H, W) of an item, and the class of each; None and {} for an item without regions.
+
+    Of masks, later ones are in front, and their segments are -1, -2, ...
+    """
+    if "panoptic" in item:
+        classes = dict(zip(numbers(item["segment_id"]), numbers(item["segment_class"]), strict=True))
+        return item["panoptic"].numpy(), classes
+    if "semantic" in item:
+        semantic = item["semantic"].numpy().astype(np.int64)
+        return semantic, {number: number for number in np.unique(semantic).tolist() if number != UNLABELLED}
+    if "masks" not in item:
+        return None, {}
+    segments, classes = np.zeros(item["image"].shape[-2:], np.int64), {}
+    of_boxes = numbers(item["box_class"]) if "box_class" in item else [0] * len(item["masks"])
+    for i, (mask, number) in enumerate(zip(item["masks"].numpy(), of_boxes, strict=True), 1):
+        segments[mask > 0], classes[-i] = -i, number
+    return segments, classes
+
+
+def central_pixel(inside: np.ndarray) -> tuple[float, float]:
+    """Returns x and y of a pixel in the middle of a segment (H, W): of its middle row, the middle."""
+    rows = np.flatnonzero(inside.any(1))
+    row = rows[len(rows) // 2]
+    columns = np.flatnonzero(inside[row])
+    return float(columns[len(columns) // 2]), float(row)
+
+
+def write_labels(panel: Image.Image, labels: Sequence[Label], names: Sequence[str]) -> None:
+    """Writes the names of classes on a panel where they do not cover each other, those of larger regions first."""
+    ink, font, taken = ImageDraw.Draw(panel), ImageFont.load_default(size=TEXT), []
+    for label in sorted(labels, key=lambda each: -each.area)[:MOST_LABELS]:
+        text, color = class_name(label.number, names), class_color(label.number)
+        width, height = font.getlength(text) + 4, TEXT + 3
+        left, top = max(0, min(label.left, panel.width - width)), max(0, min(label.top, panel.height - height))
+        if any(left < x2 and x1 < left + width and top < y2 and y1 < top + height for x1, y1, x2, y2 in taken):
+            continue
+        taken.append((left, top, left + width, top + height))
+        ink.rectangle(taken[-1], fill=color)
+        ink.text((left + 2, top), text, text_color(color), font)
+
+
+def draw_legend(counts: Counter[int], names: Sequence[str], width: int) -> Image.Image:
+    """Draws a square in the colour of each class with its name and number, the most frequent first."""
+    font, places, left, top = ImageFont.load_default(size=TEXT), [], 0.0, 0
+    for number, count in counts.most_common():
+        text = f"{class_name(number, names)} {count}" if count > 1 else class_name(number, names)
+        across = LINE + font.getlength(text) + 10
+        if left and left + across > width:
+            left, top = 0.0, top + LINE
+        places.append((left, top, number, text))
+        left += across
+    legend = Image.new("RGB", (width, top + LINE if places else 0), "white")
+    ink = ImageDraw.Draw(legend)
+    for left, top, number, text in places:
+        ink.rectangle((left, top + 2, left + TEXT - 1, top + TEXT + 1), fill=class_color(number), outline="black")
+        ink.text((left + LINE, top), text, "black", font)
+    return legend
+
+
+def draw_lines(lines: Sequence[str], width: int) -> Image.Image:
+    """Draws lines of text, wrapped to a width in pixels; no more than MOST_LINES."""
+    font = ImageFont.load_default(size=TEXT)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, max(20, int(width / (0.52 * TEXT))))][:MOST_LINES]
+    picture = Image.new("RGB", (width, LINE * len(wrapped)), "white")
+    for i, line in enumerate(wrapped):
+        ImageDraw.Draw(picture).text((0, i * LINE), line, "black", font)
+    return picture
+
+
+def describe_item(item: dict[str, Any]) -> list[str]:
+    """Returns lines on the texts of an item: its captions, and strings such as camera and weather."""
+    captions = item.get("captions", [item["caption"]] if "caption" in item else [])
+    fields = [f"{name}: {value}" for name, value in item.items() if isinstance(value, str) and name != "file_name"]
+    return [*captions[:2], *([", ".join(fields)] if fields and "caption" not in item else [])]
+
+
+def class_counts(item: dict[str, Any]) -> Counter[int]:
+    """Returns how many boxes each class of an item has, and of the classes of its map without boxes, 1 each."""
+    counts = Counter(numbers(item["box_class"])) if "box_class" in item else Counter[int]()
+    segments, class_of = read_segments(item)
+    present = set() if segments is None else set(np.unique(segments).tolist())
+    return counts | Counter({number for each, number in class_of.items() if each in present})
+
+
+def class_name(number: int, names: Sequence[str]) -> str:
+    return names[number] if 0 <= number < len(names) else str(number)
+
+
+def class_color(number: int) -> Color:
+    """Returns the colour of a class: successive numbers differ much."""
+    bright = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.85, 1.0 if number % 2 else 0.8)
+    return tuple(round(255 * level) for level in bright)
+
+
+def text_color(background: Color) -> str:
+    """Returns black or white, which can be read on a colour (ITU-R BT.601 luma)."""
+    return "black" if np.dot(background, (0.299, 0.587, 0.114)) > 140 else "white"
