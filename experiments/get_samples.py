@@ -93,13 +93,16 @@ def images_of_class(
 ) -> Callable[..., Batch]:
     """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
-    Conditions other than the class do not depend on it. All ranks must call it.
+    Conditions other than the class do not depend on it. Where they are those of held-out items, a batch has their
+    indices in the validation split as "held_out" (B,). All ranks must call it.
     """
     source = trained.condition_source(options)
     source = source if label is None else source.with_values(label=label)
 
     def draw(indices: list[int], on_step: OnStep | None = None) -> Batch:
-        return trained.draw(indices, seed, options, source.draw(seed, indices), on_step=on_step)
+        batch = trained.draw(indices, seed, options, source.draw(seed, indices), on_step=on_step)
+        items = source.held_out_items(indices)
+        return batch if items is None else batch | {"held_out": items}
 
     return draw
 

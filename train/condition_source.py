@@ -69,6 +69,13 @@ class ConditionSource:
             batch["label"] = rng.categorical(self.class_frequencies.log().expand(len(indices), -1))
         return batch or None
 
+    def held_out_items(self, indices: Sequence[int]) -> Tensor | None:
+        """Returns the indices (B,) in the validation split of the items that gave the conditions `draw` returned for
+        these images; None if no item did, or if the rows have fields of their own beside the class."""
+        if self.held_out is None or any(row.keys() - {"label"} for row in self.rows):
+            return None
+        return torch.tensor([self.held_out.item_index(i % len(self.held_out)) for i in indices])
+
     def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
         """Returns fields of held-out items, cycled through; ValueError if they do not have one."""
         if self.held_out is None:

@@ -348,7 +348,8 @@ class CodeSpace:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
         table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
-        return TrainingCodes(table.ids, labels, seed, table.annotations, balance, first_caption=split == "val")
+        first = split == "val"
+        return TrainingCodes(table.ids, labels, seed, table.annotations, balance, first_caption=first, index=table.index)
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no loading

@@ -64,7 +64,8 @@ class SampleWriter:
     """Writes `count` images batch by batch; samples.npz appears at the end, complete.
 
     Its arrays: arr_0, uint8 (N, H, W, 3), or (N, H, W, C) of other images than grey and RGB; `codes` (N, h, w) of
-    models of codes; `values` (N, C, H, W) of models with a --data_range; `labels` (N,) of class-conditional models.
+    models of codes; `values` (N, C, H, W) of models with a --data_range; `labels` (N,) of class-conditional models;
+    `held_out` (N,) of models with other conditions: the index in the validation split of the item they are from.
     Images are written to disk as they arrive, so memory does not bound their number.
     """
 
@@ -80,14 +81,14 @@ class SampleWriter:
 
     def add(self, batch: dict[str, Tensor]) -> None:
         """Adds a batch: "image" uint8 (B, C, H, W) and optionally "codes" (B, h, w), "values" (B, C, H, W), "label"
-        (B,)."""
+        (B,), "held_out" (B,)."""
         images = grey_to_rgb(batch["image"]).permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         with (self.raw / "arr_0.npy").open("ab") as file:  # not memory-mapped: a full disk is an error, not SIGBUS
             if not self.written:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *images.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(images.tobytes())
-        for name, key in (("codes", "codes"), ("values", "values"), ("labels", "label")):
+        for name, key in (("codes", "codes"), ("values", "values"), ("labels", "label"), ("held_out", "held_out")):
             if key in batch:
                 self.others.setdefault(name, []).append(batch[key])
         if self.png_files:
@@ -130,12 +131,15 @@ def samples_path(check: CheckConfig, model: ModelConfig, output: OutputConfig, t
 
 
 def read_samples(path: Path, n_channels: int | None = 3) -> dict[str, Tensor]:
-    """Reads a samples.npz: "image" uint8 (N, C, H, W), grey as RGB, and "codes", "values" and "labels" if present.
+    """Reads a samples.npz: "image" uint8 (N, C, H, W), grey as RGB, and its other arrays.
 
     ValueError for other channels than `n_channels`; None: any.
     """
     C = 3 if n_channels in PICTURES else n_channels
-    names, wanted = ("arr_0", "codes", "values", "labels"), "wanted a samples.npz of experiments/get_samples.py"
+    names, wanted = (
+        ("arr_0", "codes", "values", "labels", "held_out"),
+        "wanted a samples.npz of experiments/get_samples.py",
+    )
     content = {name: torch.from_numpy(array) for name, array in read_arrays(path, names, wanted).items()}
     images = content.pop("arr_0", None)
     is_array = images is not None and images.dtype == torch.uint8 and images.ndim == 4

@@ -136,6 +136,10 @@ class BatchSource(Protocol):
 
     def __getitem__(self, positions: list[int]) -> Batch: ...
 
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the item at a position, once it has been read."""
+        ...
+
 
 class ImageSource:
     """Decoded and resized items of a data set by index.
@@ -253,6 +257,10 @@ class TrainingImages:
                     self.skipped.add(candidate)
                     warnings.warn(f"skipped unreadable image {len(self.skipped)}: {error}", stacklevel=2)
         raise ValueError("no image can be read any more: does the data folder still exist?")
+
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the item at a position: one found unreadable has been replaced."""
+        return next(index for index in self.candidates(self.order[position]) if index not in self.skipped)
 
     def view_index(self, position: int) -> int:
         """Returns the view, of all training views, in which the sample at a position is seen."""
@@ -426,14 +434,20 @@ class TrainingCodes:
         annotations: Annotations | None = None,
         balance: float = 0.0,
         first_caption: bool = False,
+        index: Tensor | None = None,  # (n,) index of each grid in the data set; None: in order
     ):
-        self.ids, self.labels, self.annotations = ids, labels, annotations
+        self.ids, self.labels, self.annotations, self.index = ids, labels, annotations, index
         self.caption_seed = None if first_caption else seed
         of_views = None if labels is None or not balance else labels.repeat(ids.shape[0])
         self.order = training_order(ids.shape[0] * ids.shape[1], seed, labels=of_views, balance=balance)
 
     def __len__(self) -> int:
         return self.order.n
+
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the image whose codes are at a position."""
+        row = self.order[position] % self.ids.shape[1]
+        return row if self.index is None else int(self.index[row])
 
     def __getitem__(self, positions: list[int]) -> Batch:
         indices = torch.tensor([self.order[k] for k in positions])

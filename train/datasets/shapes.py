@@ -20,6 +20,7 @@ from train.datasets._shapes_scene import GROUNDS, KINDS, PALETTE, SPLIT_NUMBERS,
 from train.registry import did_you_mean
 
 FEATURES = "pixels"  # what `--features auto` means for this data set
+JUDGE_SPLIT = "judge"  # on which networks that judge samples are trained
 VERSION = 1  # of the scenes and how they are drawn: a change makes all caches anew
 N_VAL = 1000  # scenes for validation
 NUMBERS = ("no", "a", "two", "three", "four", "five", "six")

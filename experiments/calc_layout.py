@@ -1,0 +1,293 @@
+"""How well samples obey the layouts they were drawn for, by judges trained on real scenes of another split.
+
+Reads a samples.npz of experiments/get_samples.py, or measures real scenes. Beside every figure stand that of real
+scenes of the same layouts and that of the same images under other images' layouts.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _root
+import torch
+from torch import Tensor
+
+from experiments.harness.batches import single_process_world
+from experiments.harness.experiment import FolderConfig, ModelConfig, hash_files, model_run, peek_settings
+from experiments.harness.folders import choose_results_folder, deleted_if_refused
+from experiments.harness.images import match_data_channels, read_samples
+from experiments.harness.report import table
+from experiments.harness.results import load_results, write_results
+from experiments.metrics.layout.detections import read_detections
+from experiments.metrics.layout.judges import (
+    REFERENCE_SCENES,
+    VERSION,
+    Judges,
+    Scenes,
+    judge_split,
+    load_judges,
+    load_scenes,
+    open_scenes,
+    training_indices,
+)
+from experiments.metrics.layout.layouts import BUCKETS, Layouts
+from experiments.metrics.layout.obedience import ALL, OBJECTS, Measurement, make_reference, wrong_layouts
+from models.ranges import SEED, check_ranges
+from train.cli.files import read_run_config
+from train.cli.parse import BaseSettings, run_script, to_dict
+from train.config import DataConfig
+from train.data.loading import ImageSource, fixed_subset
+from train.datasets import SPLITS, DatasetConfig, content_fingerprint
+from train.datasets.webdataset.store import is_shell_command
+from train.identity import results_identity
+from train.runs import open_run, run_lock
+
+REAL = "real"  # as --samples: the real scenes of the layouts
+SAMPLES, REAL_SCENES, WRONG = "samples", "real scenes", "wrong layouts"  # what is measured
+MIN_JUDGE = 0.95  # what judges must recognise of real scenes that are made for them
+FLOOR_FACTOR = 2  # by which other real scenes must exceed wrong layouts
+MEANINGS = {  # of the figures
+    "crop accuracy": "objects whose crop is taken for their class, of all classes and nothing",
+    "crop FD": "Fréchet distance of crops to real ones, in the classifier's features: lower is better",
+    "CAS": "real objects recognised by a classifier trained on these images",
+    "colour": "objects of the asked colour",
+    "AP": "average precision of a detector, of COCO's rules",
+    "spurious": "objects in an image that its layout does not have: lower is better",
+    "mIoU": "mean intersection over union of a segmenter's classes; in a bucket, within the boxes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """Obedience to layouts."""
+
+    samples: str = REAL
+    """The samples.npz of get_samples.py to measure; real: the real scenes of the layouts, which show the limits."""
+    n_images: int = 1000
+    """Number of images: of samples the first ones, of real scenes a fixed random subset of the validation split."""
+    detections: str | None = None
+    """COCO results (JSON) of another detector on these images: adds its average precision."""
+    min_judge: float | None = None
+    """Share of real crops that the judge must recognise, or the command refuses; by default 0.95 where a data set has
+    a split for judges, as shapes, and otherwise twice what it recognises under wrong layouts."""
+    judge_seed: int = 0
+    """Random seed of the judges."""
+
+    EVERYDAY = ("samples", "n_images", "detections")
+    RANGES = {"n_images": "[2, 1000000000]", "min_judge": "[0, 1]", "judge_seed": SEED}
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.samples == REAL and self.n_images < 2:
+            raise ValueError(f"got --n_images {self.n_images}, wanted at least 2: a wrong layout is another image's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measures how well samples obey their layouts; writes results.json to <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/calc_layout.py --dataset shapes --img_size 32",
+        "python experiments/calc_layout.py --samples logs/samples_ddpm_shapes_5000/samples.npz",
+    )
+
+    layout: LayoutConfig
+    data: DataConfig
+    reader: DatasetConfig
+    output: FolderConfig
+
+
+class Judged(NamedTuple):
+    """What is measured: images, the items whose layouts they were drawn for, and where the data are."""
+
+    name: str
+    images: Tensor | None  # uint8 (N, C, H, W); None: the real scenes themselves
+    items: list[int]  # (N,) in the validation split
+    source: ImageSource  # of that split
+
+
+def main(config: Config) -> None:
+    settings, output = config.layout, config.output
+    single_process_world("cpu")  # refuses several processes
+    source = open_scenes(config.data, config.reader, "val")
+    judged = open_samples(settings, source)
+    provenance = {"data_fingerprint": content_fingerprint(source.dataset), "judge_version": VERSION}
+    files = {"samples": settings.samples, "detections": settings.detections}
+    provenance |= {f"{name}_sha256": content for name, content in hash_files(files).items()}
+    name = f"layout_{judged.name}"
+    folder = choose_results_folder(output.logs_root, output.log_dir, name, config, provenance, results_identity)
+    with run_lock(folder), deleted_if_refused(folder):
+        open_run(folder, config, provenance, results_identity)
+        print(f"results: {folder}", flush=True)
+        results = load_results(folder)
+        if results is None:
+            judging = open_scenes(config.data, config.reader, judge_split(config.data))
+            cache = Path(output.logs_root).expanduser() / ".cache" / "judges"
+            results = measure(settings, judged, judging, cache) | {"run": to_dict(config) | provenance}
+            write_results(folder, results)
+        print(report(results, folder))
+
+
+def open_samples(settings: LayoutConfig, source: ImageSource) -> Judged:
+    """Opens the images to measure. ValueError: samples without layouts, of other items, or of another size."""
+    if settings.samples == REAL:
+        data = source.config
+        size = "x".join(map(str, data.size))
+        items = sorted(fixed_subset(len(source), settings.n_images))
+        return Judged(f"{REAL}_{data.dataset}_{size}", None, items, source)
+    path = Path(settings.samples).expanduser()
+    samples = read_samples(path, source.config.n_channels)
+    items = samples.get("held_out")
+    if items is None:
+        raise ValueError(
+            f"{path} does not say which layouts its images are of (held_out): write it with get_samples.py from a "
+            "model with boxes or maps as conditions, without --condition_file"
+        )
+    if len(items) != len(samples["image"]) or items.min() < 0 or items.max() >= len(source):
+        got = f"{len(items)} numbers from {int(items.min())} to {int(items.max())}"
+        raise ValueError(
+            f"{path}: got {got} as held_out, wanted {len(samples['image'])} from 0 to {len(source) - 1}: pass the "
+            "--dataset, and its options, that the model was trained on"
+        )
+    images = match_data_channels(samples["image"], source.config)[: settings.n_images].contiguous()
+    name = path.parent.name if path.name == "samples.npz" and path.parent.name else path.stem
+    return Judged(name, images, items[: settings.n_images].tolist(), source)
+
+
+def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache: Path) -> dict[str, Any]:
+    """Trains the judges unless they are in the folder `cache`, and measures all figures.
+
+    ValueError: the judges do not recognise real scenes well enough, or the layouts are too few or too much alike.
+    """
+    start, cpu = time.perf_counter(), time.process_time()
+    judges = load_judges(judging, cache, settings.judge_seed)
+    trained = {"seconds_judges": time.perf_counter() - start, "cpu_seconds_judges": time.process_time() - cpu}
+    real, images = load_layouts(judged)
+    wrong = wrong_layouts(real.layouts, torch.tensor(real.items))
+    measurement = open_measurement(judges, judging, settings.judge_seed)
+    check = check_judges(measurement, real, wrong, settings.min_judge, judging.config)
+    external = None
+    if settings.detections is not None:
+        size, n_classes = tuple(real.images.shape[2:]), measurement.n_classes
+        external = read_detections(Path(settings.detections), len(judged.items), n_classes, size)
+    figures = {REAL_SCENES: measurement(real.images, real.layouts, external if images is None else None)}
+    if images is not None:
+        figures = {SAMPLES: measurement(images, real.layouts, external)} | figures
+    figures[WRONG] = measurement(real.images if images is None else images, wrong, external)
+    return {
+        "figures": figures,
+        "check": check,
+        "n_images": len(real.items),
+        "n_layouts": len({*real.items}),
+        "size": list(real.images.shape[2:]),
+        "dataset": judging.config.dataset,
+        "judge_split": judge_split(judging.config),
+        "judge_scenes": len(training_indices(judging)),
+        "judge_seed": settings.judge_seed,
+        "judges": judges.hashes,
+        **trained,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def load_layouts(judged: Judged) -> tuple[Scenes, Tensor | None]:
+    """Returns the real scene of each image, and the samples, if any. ValueError: a scene cannot be read."""
+    distinct = sorted({*judged.items})
+    scenes = load_scenes(judged.source, distinct, "real scenes")
+    if missing := sorted({*distinct} - {*scenes.items}):
+        raise ValueError(f"validation image {missing[0]} cannot be read, whose layout is needed: repair the data")
+    row = {item: number for number, item in enumerate(scenes.items)}
+    order = [row[item] for item in judged.items]
+    return Scenes(scenes.images[order], scenes.layouts.take(order), list(judged.items)), judged.images
+
+
+def open_measurement(judges: Judges, judging: ImageSource, seed: int) -> Measurement:
+    """Loads the real crops that samples are compared with."""
+    reference, dataset = None, judging.dataset
+    if judges.crops is not None:
+        indices = training_indices(judging)[:REFERENCE_SCENES]
+        reference = make_reference(load_scenes(judging, indices, "reference scenes"))
+    palette = getattr(dataset, "palette", None) if judging.config.n_channels == 3 else None
+    return Measurement(judges, reference, palette, len(dataset.region_classes), seed)
+
+
+def check_judges(
+    measurement: Measurement, real: Scenes, wrong: Layouts, min_judge: float | None, data: DataConfig
+) -> dict[str, Any]:
+    """Returns what the judges recognise of real scenes, and of real scenes under wrong layouts.
+
+    ValueError: less than `min_judge`, or by default than MIN_JUDGE for data with a split of their own for judges and
+    than FLOOR_FACTOR times the floor for others.
+    """
+    name, value = measurement.recognise(real.images, real.layouts)
+    _, floor = measurement.recognise(real.images, wrong)
+    if value is None or floor is None:
+        raise ValueError(f"got {len(real.items)} images without a visible object: pass a larger --n_images")
+    own_split = judge_split(data) != SPLITS[0]
+    wanted = min_judge if min_judge is not None else MIN_JUDGE if own_split else FLOOR_FACTOR * floor
+    if value < wanted:
+        raise ValueError(
+            f"the judges reach a {name} of {value:.3f} on real scenes ({floor:.3f} under wrong layouts), wanted "
+            f"{wanted:.3f}: train them on more or larger images (--img_size), or accept them with --min_judge"
+        )
+    return {"figure": name, "real": value, "wrong": floor, "wanted": wanted}
+
+
+def report(results: dict[str, Any], folder: Path) -> str:
+    """Formats one table: for each figure the rows of images, for each bucket a column."""
+    figures, buckets = results["figures"], (ALL, *BUCKETS)
+    kinds = [kind for kind in (SAMPLES, REAL_SCENES, WRONG) if kind in figures]
+    rows = [("figure", "", *buckets)]
+    for name in figures[kinds[0]][ALL] | figures[REAL_SCENES][ALL]:
+        for kind in kinds if name != OBJECTS else kinds[:1]:
+            values = [figures[kind][bucket].get(name) for bucket in buckets]
+            first = name if kind == kinds[0] else ""
+            rows.append((first, "" if name == OBJECTS else kind, *(number(value) for value in values)))
+    size = "x".join(map(str, results["size"]))
+    hashes = ", ".join(f"{name} {digest[:12]}" for name, digest in results["judges"].items())
+    images = f"{results['n_images']:,} images of {results['n_layouts']:,} layouts"
+    lines = [
+        f"{images} of {results['dataset']}, validation split, {size}",
+        table(rows),
+        "",
+        *(f"{name}: {meaning}" for name, meaning in MEANINGS.items() if name in figures[REAL_SCENES][ALL]),
+        "buckets: " + "; ".join(f"{name}: {meaning}" for name, meaning in BUCKETS.items()),
+        f"judges: {hashes}; {results['judge_scenes']:,} scenes of the {results['judge_split']} split, seed "
+        f"{results['judge_seed']}, trained in {results['seconds_judges']:.0f} s; all in {results['seconds']:.0f} s",
+        "",
+        str(folder / "results.json"),
+    ]
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    """Formats a figure: counts as they are, others to three decimals."""
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def settings_of_samples(argv: list[str], section: str) -> BaseSettings:
+    """Returns the data settings of the run that drew the samples, as flag defaults: config.yaml beside them names it.
+
+    None for real scenes, samples of elsewhere, or where --dataset names other data; shell commands never.
+    """
+    given = peek_settings(argv, section, "samples", "dataset")
+    path = Path(given.get("samples", REAL)).expanduser().parent / "config.yaml"
+    if given.get("samples", REAL) == REAL or not path.is_file():
+        return BaseSettings({})
+    content = read_run_config(path)
+    model = {key: value for key, value in content.get("model", {}).items() if key in ("sampler", "dataset", "load_dir")}
+    root = content.get("output", {}).get("logs_root", FolderConfig.logs_root)
+    path = model_run(root, ModelConfig(**model)) / "config.yaml"
+    if not path.is_file():
+        return BaseSettings({})
+    stored = read_run_config(path)
+    values = stored.get("data", {}) | stored.get("reader", {})
+    if given.get("dataset", values.get("dataset")) != values.get("dataset"):
+        return BaseSettings({})
+    return BaseSettings({key: value for key, value in values.items() if not is_shell_command(value)}, path)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, "calc_layout", base_values=settings_of_samples)
