@@ -26,6 +26,9 @@ class HeldOut:
         words = [f"item {k}" for k in positions]
         return {"condition_image": indices.float(), "label": 10 + indices, "words": words, "position": indices}
 
+    def item_index(self, position):
+        return (3 * position) % 5
+
 
 def label_source(**options):
     return ConditionSource(("label",), 3, FREQUENCIES, **options)
@@ -44,6 +47,14 @@ def test_held_out_items_are_cycled_with_all_their_fields():
     batch = source.draw(0, [3, 4, 5, 6])
     assert batch.keys() == {"condition_image", "label"}
     assert batch["condition_image"].tolist() == [3, 4, 0, 1] and batch["label"].tolist() == [13, 14, 10, 11]
+
+
+def test_the_items_that_conditions_are_from_are_told():
+    source = ConditionSource(("condition_image", "label"), 20, torch.ones(20) / 20, HeldOut())
+    assert source.held_out_items([3, 4, 5, 6]).tolist() == [4, 2, 0, 3]
+    assert source.with_values(label=2).held_out_items([1]).tolist() == [3]
+    assert source.with_values(condition_image=1.0).held_out_items([1]) is None
+    assert label_source().held_out_items([1]) is None
 
 
 def test_rows_override_other_sources_field_by_field():

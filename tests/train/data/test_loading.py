@@ -198,6 +198,18 @@ def test_an_unreadable_image_is_skipped_and_reported_once():
     assert torch.cat([batch["index"] for batch in in_order]).tolist() == [0, 1, 3, 4, 5]
 
 
+def test_the_index_of_an_item_follows_shuffle_and_replacement():
+    dataset = BrokenDataset(*dataclasses.astuple(numbered(6)), broken=(2,))
+    source = TrainingImages(ImageSource(dataset, dataclasses.replace(CONFIG, shift=0)), seed=0)
+    with pytest.warns(UserWarning, match="skipped unreadable image"):
+        labels = source[list(range(18))]["label"]
+    assert [source.item_index(position) for position in range(18)] == labels.tolist()
+    ids, index = torch.arange(8).view(2, 4, 1, 1), torch.tensor([0, 2, 3, 7])  # others could not be read
+    codes = TrainingCodes(ids, None, seed=0, index=index)
+    rows = codes[list(range(16))]["codes"].flatten() % 4
+    assert [codes.item_index(position) for position in range(16)] == index[rows].tolist()
+
+
 def test_a_balanced_order_replaces_images_within_their_class():
     images = dataclasses.replace(numbered(6), labels=np.array([0, 1, 2, 0, 1, 2]), n_classes=3)
     dataset = BrokenDataset(*dataclasses.astuple(images), broken=(1, 2, 5))
