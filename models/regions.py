@@ -349,7 +349,7 @@ def pieces(pixels: int, cells: int, device: torch.device) -> Pieces:
 
 
 def sum_over_cells(x: Tensor, cells: int, axis: int) -> Tensor:
-    """Sums integers over the cells of an axis, each weighted by its length in the cell."""
+    """Sums integers (..., pixels, ...) over the cells of an axis, by their lengths in each: (..., cells, ...)."""
     piece = pieces(x.shape[axis], cells, x.device)
     length = piece.length.to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
     sums = x.new_zeros([cells if i == axis else n for i, n in enumerate(x.shape)])
@@ -369,7 +369,7 @@ def overlaps(start: Tensor, end: Tensor, cells: int, error: float) -> Tensor:
 
 
 def cell_centres(cells: int, like: Tensor) -> Tensor:
-    """Returns the centres of `cells` cells of [0, 1]."""
+    """Returns the centres of `cells` cells of [0, 1], (cells,)."""
     return (torch.arange(cells, device=like.device, dtype=like.dtype) + 0.5) / cells
 
 
@@ -382,7 +382,7 @@ def at_centres(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def first_and_last(covered: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the start and end, in [0, 1], of the covered part of an axis (..., n); 1 and 0 if there is none."""
+    """Returns where the covered part of an axis, (..., n) bool, starts and ends in [0, 1]; 1 and 0 if there is none."""
     n, index = covered.shape[-1], torch.arange(covered.shape[-1], device=covered.device)
     return index.where(covered, n).amin(-1) / n, (index + 1).where(covered, 0).amax(-1) / n
 
@@ -396,7 +396,7 @@ def check_window(top: int, left: int, height: int, width: int, grid: tuple[int, 
 
 
 def crop_cells(x: Tensor, axis: int, first: int, count: int, cells: int) -> Tensor:
-    """Returns `count` cells of an axis from cell `first` on; pixels that a cell cuts through are repeated."""
+    """Returns `count` cells of an axis of (..., pixels, ...) from cell `first` on; a pixel that is cut is repeated."""
     pixels = x.shape[axis]
     repeats = cells // math.gcd(pixels, cells)
     per_cell = pixels * repeats // cells
@@ -405,5 +405,5 @@ def crop_cells(x: Tensor, axis: int, first: int, count: int, cells: int) -> Tens
 
 
 def to_double(x: Tensor) -> Tensor:
-    """Returns a tensor in float64, on MPS, which has none, in float32."""
+    """Returns a tensor of any shape in float64 or, on MPS, which has none, in float32."""
     return x.float() if x.device.type == "mps" else x.double()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models.conditioning import Condition, Tokens
 from models.regions import Regions, check_region_fields
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "regions"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "spatial"
 RULES = ("touched", "share", "nearest", "half")
 SIZES = [(1, 1), (1, 7), (3, 5), (8, 8), (10, 4), (16, 24), (64, 64)]
 
@@ -391,7 +391,7 @@ NAN, INF = float("nan"), float("inf")
     [[NAN, 0, 1, 1], [0, 0, INF, 1], [0.5, 0, 0.5, 1], [0.5, 0, 0.2, 1], [0, 0.7, 1, 0.3], [0, 1.0, 1, 0]],
     ids=str,
 )
-def test_a_box_that_cannot_be_is_refused_by_the_name_of_its_image(box):
+def test_a_box_that_cannot_be_is_refused_by_its_image(box):
     boxes = torch.tensor([[[0, 0, 1, 1.0]] * 3, [[0, 0, 1, 1.0], [-0.5, 0.2, 1.5, 0.3], box]])
     mask = torch.ones(2, 3).bool()
     with pytest.raises(ValueError, match=r"^image 1 of the batch: got boxes \[.*\] as region 2, wanted .* x0 < x1 and"):

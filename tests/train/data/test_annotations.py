@@ -178,7 +178,7 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
             item, n = views[view](images[row]), row % 3
             assert torch.equal(batch["classes"][i], item["classes"])
             assert torch.equal(item["image"][0], 10 * item["classes"])  # transformed like their image
-            assert torch.equal(batch["boxes"][i, :n], item["boxes"]) and batch["boxes_mask"][i].sum() == n
+            assert torch.equal(8 * batch["boxes"][i, :n], item["boxes"]) and batch["boxes_mask"][i].sum() == n
             assert torch.equal(batch["parts"][i, :n], item["parts"]) and batch["label"][i] == row
             assert batch["caption"][i] == item["caption"] and batch["words"][i] == item["words"]
             assert batch["ids"][i, :n].tolist() == item["ids"].tolist() and batch["score"][i] == item["score"]
