@@ -111,5 +111,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
 
 def test_registries_list_plugin_files():
     assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(plugin_names("train.datasets"))
+    regions = {"coco", "visual_genome", "nuimages", "celebamask", "panoptic_folder", "semantic", "yolo", "layout_lines"}
+    assert regions | {"captions"} <= set(plugin_names("train.datasets"))
     assert plugin_names("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
     assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

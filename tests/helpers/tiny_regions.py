@@ -139,7 +139,18 @@ def save_panoptic_folder(root: Path, encoding: panoptic.Encoding = "mamoe") -> P
     return root
 
 
+def save_captions(root: Path) -> Path:
+    """Writes two captions for each image but the last of a split."""
+    for split, names in TREES.items():
+        for number, name in enumerate(names):
+            save_picture(root / "images" / split / f"{name}.png", number)
+        rows = [f'{name}.png,"{text}, {name}"' for name in (*names[:-1], "nothing") for text in ("left", "two")]
+        save_text(root / f"prompts_{split}.csv", "\n".join(["img_name,prompt", *rows, ""]))
+    return root
+
+
 WRITERS = {
+    "captions": save_captions,
     "celebamask": save_celebamask,
     "coco": save_coco,
     "layout_lines": save_layout_lines,

@@ -17,12 +17,13 @@ from train.data.formats import prompts
 from train.data.formats.categories import Categories
 from train.data.formats.panoptic import Encoding, decode
 from train.data.sides import Sides
-from train.datasets import check_split, data_root, require_readable
+from train.datasets import UnreadableImage, check_split, data_root, require_readable
 from train.datasets._coco_json import read_segments
 from train.datasets._pairs import AnnotationFiles, SplitName, find_split, pair_split
 from train.datasets._regions import (
     CLASS_FILES,
     MAP_SUFFIXES,
+    MAPS_CHECKED,
     ClassListConfig,
     RegionDataset,
     check_maps,
@@ -142,6 +143,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> PanopticImages:
     )
     check_maps(root, dataset.files, config.panoptic_encoding, categories, listed, config.max_pixels)
     require_readable(dataset, root)
+    require_words(dataset)
     return dataset
 
 
@@ -160,3 +162,21 @@ def count_prompts(images: Sequence[str], captions: Mapping[str, str]) -> tuple[s
     """Returns notes on images without a prompt."""
     without = sum(posixpath.basename(image) not in captions for image in images)
     return (f"images without a prompt: {without}",) if without else ()
+
+
+def require_words(dataset: PanopticImages) -> None:
+    """Raises ValueError if the prompts of instances name ids, but none of those in the first maps."""
+    pairs = []
+    for index, name in enumerate(dataset.names[:MAPS_CHECKED] if dataset.words is not None else ()):
+        try:
+            ids = dataset[index]["segment_id"].tolist()
+        except UnreadableImage:
+            continue
+        pairs.append((name, sorted(dataset.words.get(posixpath.basename(name), {})), ids))
+    pairs = [each for each in pairs if each[1]]
+    if pairs and not any(set(words) & set(ids) for _, words, ids in pairs):
+        name, words, ids = pairs[0]
+        raise ValueError(
+            f"the prompts of instances of {name} have the ids {words[:3]}, and its map {ids[:3]}: wanted the same ids in "
+            "--instance_prompts, or another --panoptic_encoding"
+        )

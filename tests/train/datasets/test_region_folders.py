@@ -12,7 +12,16 @@ from helpers import tiny_regions
 from helpers.tiny_regions import BOX, IDS, save_json, save_picture, save_text
 from train.data.collate import collate
 from train.data.transforms import View, to_item
-from train.datasets import UnreadableImage, celebamask, layout_lines, panoptic_folder, semantic, visual_genome, yolo
+from train.datasets import (
+    UnreadableImage,
+    captions,
+    celebamask,
+    layout_lines,
+    panoptic_folder,
+    semantic,
+    visual_genome,
+    yolo,
+)
 
 
 def build(reader, root, split="train", **options):
@@ -28,7 +37,7 @@ def test_items_are_resized_mirrored_and_batched(name, tmp_path):
     reader = importlib.import_module(f"train.datasets.{name}")
     dataset = build(reader, tiny_regions.WRITERS[name](tmp_path))
     assert dataset.n_classes == 0 and dataset.labels is None
-    assert len(dataset.region_classes) == len(dataset.region_things) > 0
+    assert len(dataset.region_classes) == len(dataset.region_things) and (dataset.region_classes or name == "captions")
     items = [View(flip=True)(to_item(dataset[i], (4, 4), 3)) for i in range(len(dataset))]
     batch = collate(items)  # with items without a region
     assert batch["image"].shape == (len(dataset), 3, 4, 4) and batch["file_name"] == dataset.names
@@ -243,6 +252,30 @@ def test_names_of_any_kind_are_sorted(tmp_path):
     assert dataset.names == ["train/frame.png", "train/frame_000010.png", "train/frame_2.png"]
     assert [level(dataset[i]) for i in range(3)] == [0, 1, 2]
     assert build(panoptic_folder, tmp_path, "val").names == ["val/d.png", "val/e.png"]
+
+
+def test_prompts_of_ids_that_no_map_has_are_refused(tmp_path):
+    tiny_regions.save_panoptic_folder(tmp_path, "two_channel")  # its ids are 256 times the category, and a number
+    with pytest.raises(ValueError, match=r"have the ids \[1\], and its map \[2048, 3328\].*--instance_prompts"):
+        options = {"panoptic_encoding": "two_channel", "instance_prompts": "words_{split}.json"}
+        build(panoptic_folder, tmp_path, **options)
+
+
+# Captions
+
+
+def test_an_image_may_have_several_captions(tmp_path):
+    dataset = build(captions, tiny_regions.save_captions(tmp_path))
+    assert [dataset[i]["captions"] for i in range(2)] == [["left, a", "two, a"], ["left, b", "two, b"]]
+    assert dataset.unpaired == {
+        "images without a caption": ("c.png",),
+        "captions without an image": ("nothing.png",),
+    }
+    save_text(tmp_path / "prompts_train.csv", "img_name,prompt\nx.png,nothing\n")
+    with pytest.raises(ValueError, match="no image of .*train has a caption in prompts_train.csv"):
+        build(captions, tmp_path)
+    with pytest.raises(FileNotFoundError, match="--prompts"):
+        build(captions, tmp_path, prompts="nothing.csv")
 
 
 # Visual Genome

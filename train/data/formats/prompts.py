@@ -9,19 +9,24 @@ COLUMNS = ("img_name", "prompt")
 
 
 def decode_prompts(text: str) -> dict[str, str]:
-    """Reads the prompt of each image from a CSV file with columns img_name and prompt; of two rows the last counts.
+    """Reads the prompt of each image from a CSV file; of two rows the last counts. See `decode_captions`."""
+    return {name: captions[-1] for name, captions in decode_captions(text).items()}
+
+
+def decode_captions(text: str) -> dict[str, list[str]]:
+    """Reads all prompts of each image, in their order, from a CSV file with the columns img_name and prompt.
 
     ValueError for other columns, and for rows of another length.
     """
     rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
     if rows.fieldnames is None or not set(COLUMNS) <= set(rows.fieldnames):
         raise ValueError(f"got the columns {rows.fieldnames}, wanted {' and '.join(COLUMNS)} in the first line")
-    prompts = {}
+    captions: dict[str, list[str]] = {}
     for row in rows:
         if None in row or None in row.values():
             raise ValueError(f"line {rows.line_num} has another number of columns than the first: quote commas")
-        prompts[row["img_name"]] = row["prompt"]
-    return prompts
+        captions.setdefault(row["img_name"], []).append(row["prompt"])
+    return captions
 
 
 def encode_prompts(prompts: Mapping[str, str]) -> str:
