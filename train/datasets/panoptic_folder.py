@@ -177,6 +177,6 @@ def require_words(dataset: PanopticImages) -> None:
     if pairs and not any(set(words) & set(ids) for _, words, ids in pairs):
         name, words, ids = pairs[0]
         raise ValueError(
-            f"the prompts of instances of {name} have the ids {words[:3]}, and its map {ids[:3]}: wanted the same ids in "
-            "--instance_prompts, or another --panoptic_encoding"
+            f"the prompts of instances of {name} have the ids {words[:3]}, and its map {ids[:3]}: wanted the same ids "
+            "in --instance_prompts, or another --panoptic_encoding"
         )
