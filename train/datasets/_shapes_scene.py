@@ -34,6 +34,8 @@ NIGHT = 0.45  # factor of all colours at night
 JITTER = 14  # largest deviation of a thing's colour from the palette, per channel
 LEAST_VISIBLE = 0.36  # share of a thing; above 0.3 at any size
 MOST_OVERLAP = 0.1  # IoU of two boxes that are placed freely
+PLUS_ARM = 0.36  # half the width of a plus's arms, in half sides of its box
+RING_HOLE = 0.5  # inner radius of a ring, in outer ones
 N_STREAKS = 10  # of rain
 N_GRAINS = 16  # of grass, along each side
 GRID = 64  # samples along each side by which visible shares are measured
@@ -168,11 +170,11 @@ def is_inside(kind: int, u: Array, v: Array) -> NDArray[np.bool_]:
     if name == "triangle":
         return 2 * np.abs(u) <= v + 1
     if name == "plus":
-        return (np.abs(u) <= 0.36) | (np.abs(v) <= 0.36)
+        return (np.abs(u) <= PLUS_ARM) | (np.abs(v) <= PLUS_ARM)
     if name == "bow":
         return np.abs(v) <= np.abs(u)
     square = u * u + v * v
-    return (square <= 1) & (square >= 0.25) if name == "ring" else square <= 1
+    return (square <= 1) & (square >= RING_HOLE**2) if name == "ring" else square <= 1
 
 
 def box_iou(a: Box, b: Box) -> float:

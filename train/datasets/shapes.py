@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.ranges import COUNT, SIZE
+from models.ranges import COUNT, SIZE, check_ranges
 from train.datasets import SPLITS, DatasetConfig, Ragged
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
 from train.datasets._shapes_scene import GROUNDS, KINDS, PALETTE, SPLIT_NUMBERS, THINGS, Scene, Thing, draw_scene
@@ -28,8 +28,8 @@ PLURALS = {"plus": "pluses"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DatasetConfig):
-    """Options of shapes."""
+class ScenesConfig:
+    """Which scenes there are."""
 
     shapes_count: int = 10_000
     """Number of training scenes, and of scenes for judges; validation has 1,000."""
@@ -45,14 +45,18 @@ class Config(DatasetConfig):
     RANGES = {"shapes_count": COUNT, "shapes_size": SIZE, "shapes_seed": "[0, 4294967295]"}
 
     def __post_init__(self):
-        super().__post_init__()
+        check_ranges(self)
         for kind in self.shapes_kinds:
             if kind not in KINDS:
-                raise ValueError(
-                    f"got shapes_kinds {kind}, wanted some of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
-                )
+                hint = did_you_mean(kind, KINDS)
+                raise ValueError(f"got shapes_kinds {kind}, wanted some of {', '.join(KINDS)}{hint}")
         if not self.shapes_kinds:
             raise ValueError(f"got no shapes_kinds, wanted some of {', '.join(KINDS)}: pass --shapes_kinds KIND ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ScenesConfig, DatasetConfig):
+    """Options of shapes."""
 
 
 def build(config: Config, split: str) -> "Shapes":
@@ -71,7 +75,7 @@ def build(config: Config, split: str) -> "Shapes":
 class Shapes:
     """A `Dataset` of scenes, drawn when they are read. The order of things is their depth: later ones are in front."""
 
-    config: Config
+    config: ScenesConfig
     split: str
 
     n_classes = 0
