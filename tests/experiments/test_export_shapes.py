@@ -88,11 +88,14 @@ def test_coco_instances_are_the_things(exported):
     assert sum(off) <= 8
 
 
-def test_coco_has_one_crowd_of_several_things(exported):
-    content = read_json(exported / "coco" / "annotations" / "instances_val2017.json")
+@pytest.mark.parametrize(("split", "word"), [("train", "train"), ("val", "val"), ("judge", "test")])
+def test_coco_has_one_crowd_of_several_things(split, word, exported):
+    content = read_json(exported / "coco" / "annotations" / f"instances_{word}2017.json")
     (crowd,) = (each for each in content["annotations"] if each["iscrowd"])
     assert isinstance(crowd["segmentation"]["counts"], list)
-    truth = truths()[crowd["image_id"] - 1]
+    several = [len(set(truth.box_class)) < len(truth.box_class) for truth in truths(split)]
+    assert crowd["image_id"] == several.index(True) + 1
+    truth = truths(split)[crowd["image_id"] - 1]
     members = truth.masks[truth.box_class == crowd["category_id"] - 1]
     assert len(members) > 1
     mask = coco.decode_segmentation(crowd["segmentation"], (SIZE, SIZE))

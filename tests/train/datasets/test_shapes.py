@@ -26,6 +26,7 @@ from train.datasets._shapes_scene import (
     box_iou,
     choose_kind,
     draw_scene,
+    mask_in_window,
 )
 
 SPLITS = ("train", "val", "judge")
@@ -150,6 +151,7 @@ def test_each_kind_of_scene_is_what_its_name_says():
             assert all(box_iou(a, b) <= 0.1 for i, a in enumerate(boxes) for b in boxes[:i])
         elif scene.kind == "neighbours":
             assert kinds[0] == kinds[1] and -1e-9 <= gap(boxes[0], boxes[1]) <= 0.04 + 1e-9
+            assert kinds.count(kinds[0]) in (2, 3) and len(kinds) - kinds.count(kinds[0]) <= 1
         elif scene.kind == "occlusion":
             assert box_iou(boxes[0], boxes[1]) > 0.1
         else:
@@ -200,6 +202,20 @@ def test_masks_fill_their_boxes():
             extent = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
             np.testing.assert_allclose(extent, np.multiply(128, thing.box), atol=2.5)  # bows and triangles are pointed
             assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.4
+
+
+def test_a_mask_holds_the_pixels_whose_centres_are_covered():
+    for kind in ("square", "plus"):  # whose columns are full
+        box = (0.1, 0.2, 0.6, 0.7)
+        rows, columns, inside = mask_in_window(THINGS.index(kind), box, 10)  # from 1 to 6 and from 2 to 7
+        assert (rows, columns) == (slice(2, 7), slice(1, 6)) and inside[2].all()
+        rows, columns, inside = mask_in_window(THINGS.index(kind), (0.14, 0.26, 0.64, 0.76), 10)
+        assert (rows, columns) == (slice(3, 8), slice(1, 6)) and inside[2].all()
+
+
+def test_things_that_overlap_have_other_colors():
+    for scene, thing in val_objects():
+        assert all(o.color != thing.color for o in others(scene, thing) if box_iou(o.box, thing.box) > 0)
 
 
 def test_the_front_thing_has_the_pixel():
