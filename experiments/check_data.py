@@ -28,6 +28,7 @@ from train.runs import open_run, run_lock
 
 LISTED = 10  # files named of each kind
 MOST_CLASSES = 25  # in the printed table; results.json has all
+NO_FAULTS = ("crowd", "below")  # counts of boxes that are only special
 NOT_COUNTS = {"fields", "notes", "unpaired", "unreadable", "classes", "examples", "duplicates", "encoding"}
 
 
@@ -156,7 +157,8 @@ def report(results: dict[str, Any]) -> str:
             if worst := result.get(f"unlabelled share of {field}"):
                 lines.append(f"{split}: most unlabelled in {field}: {worst['image']} ({worst['max']:.0%})")
         lines += [f"{split}: the same image twice: {one}, {other}" for one, other in result["duplicates"]]
-        lines += [f"{split}: {fault}: {', '.join(names)}" for fault, names in result["examples"].items()]
+        faults = {what: names for what, names in result["examples"].items() if not what.startswith(NO_FAULTS)}
+        lines += [f"{split}: {fault}: {', '.join(names)}" for fault, names in faults.items()]
     return "\n".join(lines).strip("\n")
 
 

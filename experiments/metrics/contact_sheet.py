@@ -76,14 +76,13 @@ def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
     if len(image) not in PICTURES:
         image = image.float().mean(0, keepdim=True).to(image.dtype)
     pixels = grey_to_rgb(image).permute(1, 2, 0).contiguous().numpy()
-    panels = [draw_boxes(pixels, item, names), draw_map(pixels, item, names)]
-    panels = [panel for panel in panels if panel is not None] or [Image.fromarray(pixels)]
+    boxes, regions = draw_boxes(pixels, item, names), draw_map(pixels, item, names)
+    panels = [boxes] if regions is None else [boxes, regions]
     width = max(2 * max(pixels.shape[:2]) + GAP, sum(panel.width + GAP for panel in panels))
     below = [draw_legend(class_counts(item), names, width), draw_lines(describe_item(item), width)]
     height = LINE + pixels.shape[0] + sum(each.height for each in below) + 4
     tile = Image.new("RGB", (width, height), "white")
-    title = f"{item.get('file_name', '')}"
-    tile.paste(draw_lines([title], width), (0, 0))
+    tile.paste(draw_lines([item.get("file_name", "")], width), (0, 0))
     for i, panel in enumerate(panels):
         tile.paste(panel, (i * (pixels.shape[1] + GAP), LINE))
     top = LINE + pixels.shape[0] + 4
@@ -93,11 +92,11 @@ def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
     return tile
 
 
-def draw_boxes(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Image.Image | None:
-    """Draws the boxes of an item over its image, crowds with thin lines; None for an item that has no such field."""
-    if "boxes" not in item:
-        return None
+def draw_boxes(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Image.Image:
+    """Draws the boxes of an item, if it has any, over its image, crowds with thin lines."""
     panel = Image.fromarray(pixels.copy())
+    if "boxes" not in item:
+        return panel
     ink = ImageDraw.Draw(panel)
     boxes = item["boxes"].as_subclass(Tensor).nan_to_num().tolist()
     classes = numbers(item["box_class"]) if "box_class" in item else [0] * len(boxes)
