@@ -30,7 +30,8 @@ def attend(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cpu and q.dtype == torch.bfloat16 and k.shape[-2] <= MAX_UNFUSED_KEYS:
-        weights, fully_masked = masked_softmax((q * scale) @ k.transpose(-1, -2), mask, causal, some_visible)
+        logits = (q * scale) @ k.contiguous().transpose(-1, -2)  # else the product copies k in transposed order: slow
+        weights, fully_masked = masked_softmax(logits, mask, causal, some_visible)
         out = F.dropout(weights, dropout) @ v
         return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)
     if mask is not None and mask.ndim < 2:
