@@ -7,7 +7,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -220,6 +220,37 @@ def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = No
     if dtype is None:
         dtype, enabled = torch.bfloat16, enabled and has_native_bf16(device)
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def weight_casts_shared(training: TrainingConfig, device: torch.device) -> AbstractContextManager:
+    """Lets the micro-batches of a step share the half-precision copies of the weights that autocast makes.
+
+    autocast keeps them until its outermost context ends. This is one around those of the forward passes; it is disabled
+    itself, so backward passes run as they do without it. The weights must not change within it. Each micro-batch makes
+    its own copies if memory counts more than time: with activation checkpointing and with FSDP.
+    """
+    if training.accumulate == 1 or training.activation_checkpointing or training.parallel == "fsdp":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def frozen_weights_cast_once(network: nn.Module) -> Iterator[None]:
+    """Lets autocast cast the frozen weights of a network once for all its calls, instead of in every call.
+
+    autocast keeps the casts of weights that require gradients, until its outermost context ends; so these do for the
+    time being. Use it under `torch.no_grad`. It does nothing for a sharded network (FSDP2), of which no process should
+    keep the whole weights.
+    """
+    sharded = hasattr(network, "unshard")
+    frozen = [p for p in network.parameters() if p.is_floating_point() and not p.requires_grad and not sharded]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def nan_grads_if_nonfinite(loss: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from train.data.loading import BatchSource, ImageSource, TrainingImages, Trainin
 from train.data.transforms import to_float
 from train.datasets import Dataset
 from train.distributed import DistContext, gradient_sync, interruptible_sampling
-from train.execution import autocast, nan_grads_if_nonfinite, to_channels_last, training_dtype, uses_channels_last
+from train.execution import (
+    autocast,
+    nan_grads_if_nonfinite,
+    to_channels_last,
+    training_dtype,
+    uses_channels_last,
+    weight_casts_shared,
+)
 from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
@@ -76,14 +83,16 @@ class SamplerStep:
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
         network, scale = state.train_module("network").train(), state.extras.get("loss_scale")
         means, examples = {}, []
-        for i, batch in enumerate(micro_batches):
-            with gradient_sync(network, last=i == len(micro_batches) - 1):
-                loss = self.loss(network, batch)
-                mean = nan_grads_if_nonfinite(loss.per_example.mean() / len(micro_batches))
-                (mean if scale is None else scale.scale(mean)).backward()
-            for name, value in {"loss": loss.per_example, **loss.metrics}.items():
-                means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
-            examples.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
+        with weight_casts_shared(self.training, self.world.device):
+            for i, batch in enumerate(micro_batches):
+                with gradient_sync(network, last=i == len(micro_batches) - 1):
+                    loss = self.loss(network, batch)
+                    mean = nan_grads_if_nonfinite(loss.per_example.mean() / len(micro_batches))
+                    (mean if scale is None else scale.scale(mean)).backward()
+                for name, value in {"loss": loss.per_example, **loss.metrics}.items():
+                    means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
+                kept = loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")}
+                examples.append(kept)
         lr = learning_rate(state.step, **self.training.schedule)
         result = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
         if result is None or self.sampler.extras and not result.finite:  # the sampler's times depend on the losses

@@ -40,7 +40,7 @@ from train.data.loading import (
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
-from train.execution import autocast
+from train.execution import autocast, frozen_weights_cast_once
 from train.first_stage import find_vqgan_run, load_first_stage
 from train.loop import Batch
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
@@ -174,9 +174,10 @@ class TrainedSampler:
         self.check_options(options)
         batch = None if conditions is None else to_device(conditions, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
-        with autocast(self.device, self.amp):
+        network = network or self.sampler.network
+        with autocast(self.device, self.amp), frozen_weights_cast_once(network):
             x = self.sampler.sample(
-                network or self.sampler.network,
+                network,
                 rng,
                 batch=batch,
                 options=options,

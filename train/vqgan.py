@@ -20,6 +20,7 @@ from train.execution import (
     to_channels_last,
     training_dtype,
     uses_channels_last,
+    weight_casts_shared,
 )
 from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
@@ -125,16 +126,17 @@ class VQGANStep:
         state.modules["discriminator"].requires_grad_(False)
         totals: Outputs = {}
         outputs: list[tuple[Tensor, Quantized]] = []
-        for i, batch in enumerate(micro_batches):
-            with gradient_sync(state.train_module("autoencoder").train(), last=i == last):
-                fake, codes, metrics = self.autoencoder_backward(state, batch, weight)
-            outputs.append((fake, codes))
-            accumulate(totals, metrics, weight)
-        if discriminates:
-            state.modules["discriminator"].requires_grad_(True)
-            for i, (batch, (fake, _)) in enumerate(zip(micro_batches, outputs, strict=True)):
-                with gradient_sync(state.train_module("discriminator").train(), last=i == last):
-                    accumulate(totals, self.discriminator_backward(state, batch, fake, weight), weight)
+        with weight_casts_shared(self.training, self.world.device):
+            for i, batch in enumerate(micro_batches):
+                with gradient_sync(state.train_module("autoencoder").train(), last=i == last):
+                    fake, codes, metrics = self.autoencoder_backward(state, batch, weight)
+                outputs.append((fake, codes))
+                accumulate(totals, metrics, weight)
+            if discriminates:
+                state.modules["discriminator"].requires_grad_(True)
+                for i, (batch, (fake, _)) in enumerate(zip(micro_batches, outputs, strict=True)):
+                    with gradient_sync(state.train_module("discriminator").train(), last=i == last):
+                        accumulate(totals, self.discriminator_backward(state, batch, fake, weight), weight)
         lr = learning_rate(state.step, **self.training.schedule)
         names = ["autoencoder", "discriminator"] if discriminates else ["autoencoder"]
         result = clip_and_step(state, names, self.world, lr=lr, clip=self.training.grad_clip)
