@@ -227,7 +227,7 @@ def weight_casts_shared(training: TrainingConfig, device: torch.device) -> Abstr
 
     autocast keeps them until its outermost context ends. This is one around those of the forward passes; it is disabled
     itself, so backward passes run as they do without it. The weights must not change within it. Each micro-batch makes
-    its own copies if memory counts more than time: with activation checkpointing and with FSDP.
+    its own copies if memory, 2 bytes per weight, counts more than time: with activation checkpointing and with FSDP.
     """
     if training.accumulate == 1 or training.activation_checkpointing or training.parallel == "fsdp":
         return nullcontext()
