@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import models.conditions
+from experiments.metrics.cost import count_launches
+from helpers.fake_device import DEVICE, FakeDeviceMode
 from models.conditioning import (
     Condition,
     ConditionConfig,
@@ -486,11 +488,57 @@ def test_a_layout_of_segments_is_the_shares_of_their_pixels():
     assert values[3].tolist() == [[0.25, 0.75, 0.75, 0], [0.25, 0.25, 0.75, 0]]
 
 
+def test_regions_of_no_class_have_no_share():
+    numbers = torch.tensor([[-1, 3, 1]])
+    assert layout.sum_by_number(torch.ones(1, 3, 1, 1), numbers, 3).flatten().tolist() == [0, 1, 0]
+
+
 def test_an_image_without_boxes_is_not_the_null():
     raw = {"boxes": torch.zeros(2, 0, 4), "boxes_mask": torch.zeros(2, 0).bool(), "box_class": torch.zeros(2, 0).long()}
     encoder = build_encoder("layout")
     empty = Conditioner({"layout": encoder})({"layout": raw}, torch.zeros(2, 3, 4, 4)).map()
     assert empty.shape == (2, 5, 4, 4) and not empty.any() and encoder.null.any()
+
+
+SEGMENTS = {
+    "panoptic": torch.randint(0, 4, (4, 9, 7), generator=torch.manual_seed(5)),
+    "segment_id": torch.tensor([[1, 2, 3]] * 4),
+    "segment_id_mask": torch.tensor([[True, True, False]] * 4),
+    "segment_class": torch.tensor([[2, 1, 0]] * 4),
+}
+LAYOUTS = {
+    "boxes": (LAYOUT | {"box_color": torch.zeros(4, 2).long()}, {"layout_colors": 2}),
+    "segments": (SEGMENTS, {"layout_regions": "segments"}),
+}
+
+
+def layout_in_training(kind):
+    """A layout in a network that trains, the arguments of a call, and what it returns."""
+    raw, options = LAYOUTS[kind]
+    encoder = layout.build(layout.Config(layout_classes=3, **options), WIDTH, 0)
+    conditioner, drop = Conditioner({"layout": encoder}).train(), {"regions": DROP}
+    return conditioner, ({"layout": raw}, x(), drop), conditioner({"layout": raw}, x(), drop).map()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_layout_does_not_wait_for_the_device_in_training(kind):
+    conditioner, (fields, canvas, drop), expected = layout_in_training(kind)
+    with FakeDeviceMode():
+        fields = {"layout": {name: value.to(DEVICE) for name, value in fields["layout"].items()}}
+        conditioner.to(DEVICE)
+        canvas, drop = canvas.to(DEVICE), {"regions": drop["regions"].to(DEVICE)}
+        with count_launches(DEVICE) as launches:
+            values = conditioner(fields, canvas, drop).map()
+        assert torch.allclose(values.detach().cpu(), expected)
+    assert launches.waits == 0 and 50 < launches.count < 400, launches.waiting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_layout_is_compiled_as_one_graph(kind):
+    conditioner, arguments, expected = layout_in_training(kind)
+    encode = torch.compile(lambda *args: conditioner(*args).map(), fullgraph=True, backend="eager")
+    assert torch.equal(encode(*arguments), expected)
 
 
 def test_the_classes_of_a_layout_are_those_of_the_data():
