@@ -174,7 +174,7 @@ def class_report(splits: dict[str, Any]) -> str:
                     kinds[kind] = None
                     of_class.setdefault(kind, [0] * len(splits))[position] = count
     if not kinds:
-        return "no classes of regions"
+        return "no classes"
     by_images = sorted(totals, key=lambda name: -sum(totals[name].get("images", [0])))
     seen = [name for name in by_images if any(map(sum, totals[name].values()))]
     heading = ("class", *(f"{kind} {split}" for kind in kinds for split in splits))

@@ -23,6 +23,7 @@ from train.data.formats.panoptic import Encoding, decode, encode
 from train.data.formats.prompts import decode_instance_prompts, encode_instance_prompts
 from train.datasets._decode import decode as decode_image
 from train.datasets.folder import SUFFIXES, walk_files
+from train.datasets.panoptic_folder import CITYSCAPES_CATEGORIES
 from train.files import atomic_write, parse_json, write_text
 from train.progress import Progress
 
@@ -41,7 +42,7 @@ class PanopticConfig:
     a/b.txt (YOLO polygons), a map a/b.png of a number per instance, or a folder a/b of one mask per instance. Of the
     last two, the category is the most frequent one of the semantic map below an instance."""
     categories: str | None = None
-    """File of the categories, with isthing; JSON or YAML, see docs/data.md."""
+    """File of the categories: JSON or YAML with id, name and isthing; by default the 19 of Cityscapes."""
     out: str | None = None
     """Folder to write the maps to; for coco a JSON file of the same name is beside it."""
     encoding: Encoding = "mamoe"
@@ -143,9 +144,11 @@ def main(config: Config) -> None:
 
 def open_sources(settings: PanopticConfig) -> Sources:
     """Finds all files. FileNotFoundError, ValueError: a flag is missing, or a folder or an image is."""
-    file, instances = require_path(settings, "categories"), require_path(settings, "instances")
-    categories = decode_categories(file.read_text(encoding="utf-8"), file.suffix.lower())
     maps = list_images(require_path(settings, "semantic"), settings.semantic_ending)
+    instances, categories = require_path(settings, "instances"), CITYSCAPES_CATEGORIES
+    if settings.categories is not None:
+        file = require_path(settings, "categories")
+        categories = decode_categories(file.read_text(encoding="utf-8"), file.suffix.lower())
     images = list_images(require_path(settings, "images"), settings.image_ending) if settings.images else {}
     if settings.images and (missing := sorted(maps.keys() - images.keys())):
         raise ValueError(f"{settings.images} has no image {missing[0]}, nor {len(missing) - 1} others: check --images")

@@ -68,10 +68,15 @@ FOREIGN = {
 # Files of the reader's, not of the repository.
 READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
-    *("classes.txt", "classnames.txt"),
+    *("classes.txt", "classnames.txt", "a.txt"),
 }
 
-WITHOUT_LOGS = ("benchmark_unet.py", "--measure unet")  # commands that write no files
+WITHOUT_LOGS = (
+    "benchmark_unet.py",
+    "--measure unet",
+    "make_panoptic.py",
+    "export_shapes.py",
+)  # commands that write no files
 
 
 # Commands
@@ -117,6 +122,7 @@ SMALL = {  # by script: flags for runs of a few seconds
 ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
     **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
+    **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{
         "experiments/benchmark": "minutes of measuring",
         "tests/": "minutes of training",

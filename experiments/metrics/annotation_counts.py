@@ -26,7 +26,8 @@ class AnnotationCounts:
 
     def __init__(self, dataset: Dataset, small_shares: Sequence[float]):
         self.dataset, self.small_shares = dataset, small_shares
-        self.names: tuple[str, ...] = tuple(getattr(dataset, "region_classes", ()))
+        self.of_images = not hasattr(dataset, "region_classes")  # the classes are those of whole images, if any
+        self.names: tuple[str, ...] = tuple(dataset.class_names if self.of_images else dataset.region_classes)
         self.items, self.counts, self.boxes_per_item, self.captions = 0, Counter[str](), [], []
         self.examples: dict[str, list[str]] = {}
         self.sizes: list[tuple[int, int]] = []
@@ -45,7 +46,7 @@ class AnnotationCounts:
         if isinstance(item.get("captions"), list):
             self.captions.append(len(item["captions"]))
         self.add_digest(name, item["image"])
-        classes: set[int] = set()
+        classes = {int(item["label"])} if self.of_images and "label" in item else set()
         if "boxes" in item:
             classes |= self.add_boxes(name, item)
         for field in ("panoptic", "semantic"):

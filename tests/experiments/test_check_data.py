@@ -14,9 +14,12 @@ from experiments.metrics.annotation_counts import AnnotationCounts, find_box_fau
 from experiments.metrics.contact_sheet import class_color, save_contact_sheet
 from helpers.region_images import NAMES, face_dataset
 from train.cli import parse as cli
+from train.config import DataConfig
 from train.data.formats.categories import Categories
 from train.data.formats.panoptic import encode
+from train.data.loading import build_dataset
 from train.datasets import Ragged, UnreadableImage
+from train.datasets.digits import Config as Digits
 
 SHARES = (0.002, 0.02)
 
@@ -135,6 +138,16 @@ def test_the_unlabelled_share_names_the_worst_image():
     results = count_all(NamedFaces(), items)
     assert results["unlabelled share of semantic"] == {"mean": 0.75 / 20, "max": 0.75, "image": "13.png"}
     assert results["unlabelled share of panoptic"]["max"] == 1 and results["unlabelled share of panoptic"]["image"]
+
+
+def test_classes_of_whole_images_are_counted():
+    digits = build_dataset(DataConfig(), Digits(), "val")
+    counts = AnnotationCounts(digits, SHARES)
+    for index in range(50):
+        counts.add(index, digits[index])
+    rows = counts.results()["classes"]
+    assert [row["class"] for row in rows] == list("0123456789")
+    assert [row["images"] for row in rows] == np.bincount(digits.labels[:50], minlength=10).tolist()
 
 
 def test_maps_and_rows_that_contradict_each_other_are_found():

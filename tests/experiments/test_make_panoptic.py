@@ -13,6 +13,7 @@ from train.data.formats.categories import Categories, encode_categories
 from train.data.formats.coco import encode_rle
 from train.data.formats.panoptic import ENCODINGS, check_encoding, decode
 from train.data.formats.prompts import decode_instance_prompts
+from train.datasets import panoptic_folder
 
 CATEGORIES = Categories((1, 2, 7, 8), ("sky", "road", "car", "person"), (False, False, True, True))
 SIZE = (12, 20)
@@ -233,8 +234,36 @@ def test_what_cannot_be_done_is_refused(tmp_path, monkeypatch, change, message):
 def test_missing_flags_are_named():
     with pytest.raises(ValueError, match="pass their folder as --images"):
         make_panoptic.PanopticConfig(crops="crops")
-    with pytest.raises(ValueError, match="wanted --categories PATH"):
+    with pytest.raises(ValueError, match="wanted --semantic PATH"):
         make_panoptic.main(cli.parse(make_panoptic.Config, "make_panoptic", []))
+
+
+def test_the_layout_of_cityscapes_needs_no_list_of_classes(tmp_path):
+    """Maps, instances and images are in folders by city and told apart by their endings."""
+    semantic = np.where(CAR, 13, 0).astype(np.uint8)
+    instances = np.where(CAR, 26_000, 7).astype(np.uint16)  # 7: the road, which is no thing
+    folder = tmp_path / "gtFine/train/aachen"
+    save(folder / "aachen_000001_gtFine_labelTrainIds.png", semantic)
+    save(folder / "aachen_000001_gtFine_instanceIds.png", instances)
+    save(folder / "aachen_000001_gtFine_color.png", np.zeros((*SIZE, 3), np.uint8))
+    save(tmp_path / "leftImg8bit/train/aachen/aachen_000001_leftImg8bit.png", np.full((*SIZE, 3), 90, np.uint8))
+    train = str(tmp_path / "gtFine/train")
+    words = ["--semantic", train, "--semantic_ending", "_gtFine_labelTrainIds", "--instances", train]
+    words += ["--instance_ending", "_gtFine_instanceIds", "--out", str(tmp_path / "panoptic/train")]
+    make_panoptic.main(cli.parse(make_panoptic.Config, "make_panoptic", words))
+    config = panoptic_folder.Config(
+        data_dir=str(tmp_path),
+        image_dir="leftImg8bit/train",
+        image_ending="_leftImg8bit",
+        panoptic_dir="panoptic/train",
+    )
+    with pytest.raises(ValueError, match="hold out"):  # of one image
+        panoptic_folder.build(config, "train")
+    save(tmp_path / "leftImg8bit/train/bonn/bonn_1_leftImg8bit.png", np.full((*SIZE, 3), 90, np.uint8))
+    save(tmp_path / "panoptic/train/bonn/bonn_1.png", read_pixels(tmp_path / "panoptic/train/aachen/aachen_000001.png"))
+    item = panoptic_folder.build(config, "train")[0]
+    assert item["box_class"].tolist() == [13] and item["boxes"].tolist() == [[2, 4, 12, 10]]
+    assert item["segment_class"].tolist() == [13, 0]
 
 
 def test_an_interrupted_run_leaves_no_half_file(tmp_path, monkeypatch):

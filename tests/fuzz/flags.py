@@ -40,6 +40,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/calc_approximate_ELBO.py": "--n_images 2 --batch_size 2 --calls 2 --no_amp --train_steps 1",
     "experiments/calc_nearest_neighbours.py": f"{SAMPLE} --n_samples 2 --features pixels --rerank pixels",
     "experiments/check_classes.py": "--no_amp",
+    "experiments/check_data.py": "--check_items 2 --sheet_items 1",
     "experiments/check_digits.py": "--no_amp",
     "experiments/compare_attention.py": "--features pixels",
     "experiments/compare_quantizers.py": "--features pixels",
@@ -49,6 +50,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/get_samples.py": f"{SAMPLE} --n_samples 3",
     "experiments/inpaint.py": f"{SAMPLE} --n_images 2 --results 1",
     "experiments/interpolate.py": f"{SAMPLE} --n_images 2 --points 2",
+    "experiments/make_panoptic.py": "",
     "experiments/reconstruct.py": "--n_images 2 --no_amp",
 }
 PARSED_ONLY = {"demo.py", "experiments/compare_attention.py", "experiments/compare_quantizers.py"}  # they take minutes
