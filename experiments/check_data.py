@@ -12,7 +12,7 @@ from typing import Any
 import _root
 
 from experiments.harness.experiment import FolderConfig
-from experiments.harness.folders import choose_results_folder
+from experiments.harness.folders import choose_results_folder, deleted_if_refused
 from experiments.harness.report import table
 from experiments.harness.results import write_results
 from experiments.metrics.annotation_counts import ENCODED_MAPS, AnnotationCounts, guess_encoding
@@ -78,12 +78,13 @@ def main(config: Config) -> None:
     output, default = config.output, f"check_data_{config.data.dataset}"
     sets = {split: build_dataset(config.data, config.reader, split) for split in config.check.splits}
     folder = choose_results_folder(output.logs_root, output.log_dir, default, config, {}, comparison_identity)
-    with run_lock(folder):
+    with deleted_if_refused(folder), run_lock(folder):
         open_run(folder, config, {}, comparison_identity)
         results: dict[str, Any] = {"dataset": config.data.dataset, "splits": {}}
         digests: dict[str, set[str]] = {}
         for split, dataset in sets.items():
-            results["splits"][split], digests[split] = check_split(config, split, dataset, folder / f"{split}.png")
+            sheet = folder / f"{split}.png"
+            results["splits"][split], digests[split] = check_split(config.check, config.data, split, dataset, sheet)
         if len(digests) > 1:
             results["images in more than one split"] = count_shared(list(digests.values()))
         write_results(folder, results)
@@ -92,14 +93,16 @@ def main(config: Config) -> None:
     print("\n" + "\n".join(map(str, [folder / "results.json", *pictures])))
 
 
-def check_split(config: Config, split: str, dataset: Dataset, sheet: Path) -> tuple[dict[str, Any], set[str]]:
+def check_split(
+    check: CheckConfig, data: DataConfig, split: str, dataset: Dataset, sheet: Path
+) -> tuple[dict[str, Any], set[str]]:
     """Counts what a split has and draws its contact sheet. Returns the counts, and the digests of its images.
 
     ValueError if no item can be read.
     """
-    check, n = config.check, len(dataset)
+    n = len(dataset)
     chosen = sorted(fixed_subset(n, check.check_items or n))
-    shown = set(sorted(fixed_subset(len(chosen), max(check.sheet_items, 1))))
+    shown = set(fixed_subset(len(chosen), check.sheet_items))
     counts, unreadable = AnnotationCounts(dataset, check.small_shares), []
     encoded, drawn = {}, []
     with Progress(f"checking {split}", len(chosen), "image") as bar:
@@ -113,12 +116,13 @@ def check_split(config: Config, split: str, dataset: Dataset, sheet: Path) -> tu
             counts.add(index, item)
             if "panoptic" in item and len(encoded) < ENCODED_MAPS:
                 encoded[index] = item
-            if position in shown and check.sheet_items:
+            if position in shown:
                 drawn.append(item)
     if not counts.items:
-        raise ValueError(f"none of {n} images of {split} can be read; first error: {unreadable[0]}")
+        first = unreadable[0] if unreadable else "the split is empty"
+        raise ValueError(f"none of {n} images of {split} can be read; first error: {first}")
     if drawn:
-        options = {"size": check.sheet_size, "n_channels": config.data.n_channels, "data_range": config.data.data_range}
+        options = {"size": check.sheet_size, "n_channels": data.n_channels, "data_range": data.data_range}
         save_contact_sheet(sheet, drawn, counts.names, **options)
     results = {"images": n, "unreadable images": len(unreadable), **counts.results()}
     results |= {"unreadable": unreadable[:LISTED], "notes": list(getattr(dataset, "notes", ()))}

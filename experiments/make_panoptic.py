@@ -15,6 +15,7 @@ import _root
 import numpy as np
 from PIL import Image
 
+from models.ranges import check_ranges
 from train.cli.parse import run_script
 from train.data.formats import yolo
 from train.data.formats.categories import Categories, decode_categories
@@ -65,7 +66,10 @@ class PanopticConfig:
 
     EVERYDAY = ("semantic", "instances", "categories", "out", "encoding", "front", "crops", "images")
 
+    RANGES = {"unlabelled": "[0, 2147483647]"}
+
     def __post_init__(self):
+        check_ranges(self)
         if self.crops is not None and self.images is None:
             raise ValueError("got --crops, which are cut out of the images: pass their folder as --images")
 
@@ -98,7 +102,7 @@ class Segment(NamedTuple):
     crowd: bool  # several things that are not told apart
 
 
-class Made(NamedTuple):
+class EncodedMap(NamedTuple):
     """A panoptic map that was written."""
 
     ids: np.ndarray  # (H, W) int32, 0 = unlabelled
@@ -123,16 +127,16 @@ def main(config: Config) -> None:
     records, prompts, things = [], {}, 0
     with Progress("panoptic maps", len(sources.maps), "map") as bar:
         for name in sources.maps:
-            made = make_map(name, sources, settings)
-            save_picture(out / f"{name}.png", made.colors)
-            records.append(describe(name, len(records) + 1, made, sources))
+            encoded_map = make_map(name, sources, settings)
+            save_picture(out / f"{name}.png", encoded_map.colors)
+            records.append(describe(name, len(records) + 1, encoded_map, sources))
             if crops:
                 key = sources.images[name].name
                 if key in prompts:
                     raise ValueError(f"two images have the name {key}, wanted each once in {PROMPTS}: rename one")
-                prompts[key] = write_crops(crops / name, sources.images[name], made, sources.categories)
+                prompts[key] = write_crops(crops / name, sources.images[name], encoded_map, sources.categories)
                 prompts[key] |= {each: text for each, text in kept.get(key, {}).items() if each in prompts[key]}
-            things += len(thing_numbers(made.segments, sources.categories))
+            things += len(thing_numbers(encoded_map.segments, sources.categories))
             bar.update()
     if settings.encoding == "coco":
         write_text(out.with_name(f"{out.name}.json"), coco_json(records, sources.categories))
@@ -230,7 +234,7 @@ def read_levels(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return levels
 
 
-def make_map(name: str, sources: Sources, settings: PanopticConfig) -> Made:
+def make_map(name: str, sources: Sources, settings: PanopticConfig) -> EncodedMap:
     """Makes the panoptic map of an image; ValueError naming it for contents that cannot be one."""
     path = sources.maps[name]
     semantic = read_levels(path)
@@ -241,7 +245,7 @@ def make_map(name: str, sources: Sources, settings: PanopticConfig) -> Made:
         colors = encode(ids, settings.encoding, np.arange(1, len(segments) + 1), categories, crowd)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Made(ids, segments, colors, settings.encoding)
+    return EncodedMap(ids, segments, colors, settings.encoding)
 
 
 def merge(
@@ -306,33 +310,33 @@ def thing_numbers(segments: Sequence[Segment], categories: Categories) -> list[i
     return [i for i, each in enumerate(segments, 1) if each.category in things and not each.crowd]
 
 
-def write_crops(folder: Path, image: Path, made: Made, categories: Categories) -> dict[int, str]:
+def write_crops(folder: Path, image: Path, encoded_map: EncodedMap, categories: Categories) -> dict[int, str]:
     """Writes each thing of an image to <folder>/<id>.png, cut out on black; returns the names of their classes by id.
 
     The ids are those that a reader of the map gets. ValueError for an image of another size than its map.
     """
     pixels = np.asarray(decode_image(image).convert("RGB"))
-    if pixels.shape[:2] != made.ids.shape:
-        sizes = [f"{size[0]}x{size[1]}" for size in (pixels.shape, made.ids.shape)]
+    if pixels.shape[:2] != encoded_map.ids.shape:
+        sizes = [f"{size[0]}x{size[1]}" for size in (pixels.shape, encoded_map.ids.shape)]
         raise ValueError(f"{image} has {sizes[0]} pixels, and its map {sizes[1]}: resize one of them")
-    encoded = decode(made.colors, made.encoding).ids
+    encoded = decode(encoded_map.colors, encoded_map.encoding).ids
     name_of, words = dict(zip(categories.ids, categories.names, strict=True)), {}
-    for number in thing_numbers(made.segments, categories):
-        mask = made.ids == number
+    for number in thing_numbers(encoded_map.segments, categories):
+        mask = encoded_map.ids == number
         left, top, right, bottom = box_of_mask(mask)
         key = int(encoded[mask][0])
         cut = np.where(mask[..., None], pixels, 0)[top:bottom, left:right]
         save_picture(folder / f"{key}.png", cut.astype(np.uint8))
-        words[key] = name_of[made.segments[number - 1].category]
+        words[key] = name_of[encoded_map.segments[number - 1].category]
     return words
 
 
-def describe(name: str, number: int, made: Made, sources: Sources) -> dict[str, Any]:
+def describe(name: str, number: int, encoded_map: EncodedMap, sources: Sources) -> dict[str, Any]:
     """Returns what COCO's JSON file says of a map: its image and its segments."""
-    height, width = made.ids.shape
+    height, width = encoded_map.ids.shape
     infos = []
-    for i, segment in enumerate(made.segments, 1):
-        mask = made.ids == i
+    for i, segment in enumerate(encoded_map.segments, 1):
+        mask = encoded_map.ids == i
         left, top, right, bottom = box_of_mask(mask)
         box = [left, top, right - left, bottom - top]
         info = {"id": i, "category_id": segment.category, "iscrowd": int(segment.crowd), "bbox": box}
