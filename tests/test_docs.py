@@ -125,7 +125,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{
         "experiments/benchmark": "minutes of measuring",
-        "tests/": "minutes of training",
+        **{"calc_layout.py": "minutes of training", "tests/": "minutes of training"},
         "vqgan_plus": "a large network's time",
     },
 }

@@ -100,7 +100,7 @@ def samples(logs, request):
     return logs / "samples" / "samples.npz", torch.cat(conditions[-2:])
 
 
-def test_samples_are_matched_with_the_layouts_they_were_drawn_for(logs, samples):
+def test_samples_are_matched_with_the_layouts_asked_for(logs, samples):
     path, conditions = samples
     items = np.load(path)["held_out"]
     assert sorted(items[:4]) == [0, 1, 2, 3] and items[4:].tolist() == items[:2].tolist()

@@ -253,6 +253,7 @@ def test_a_refusal_by_the_main_process_is_printed_once(logs, two):
     [
         ("train_sampler.py", f"--log_dir new {STAGE_2} --img_size 24", "got img_size 24, but the VQGAN"),
         ("experiments/check_classes.py", "", "this experiment runs in a single process"),
+        ("experiments/calc_layout.py", "--dataset shapes --img_size 16", "this experiment runs in a single process"),
         ("experiments/check_digits.py", "", "this experiment runs in a single process"),
     ],
 )

@@ -39,7 +39,7 @@ class AveragePrecision(NamedTuple):
 
 
 def average_precision(
-    found: Detections, asked: Layouts, counted: Tensor | None = None, eligible: Tensor | None = None
+    detections: Detections, asked: Layouts, counted: Tensor | None = None, eligible: Tensor | None = None
 ) -> AveragePrecision:
     """Returns the average precision of detections for the boxes that were asked for, by the rules of COCO's evaluation.
 
@@ -49,12 +49,12 @@ def average_precision(
     nothing is wrong, unless it is not `eligible` (D,), as one of another size than those counted.
     """
     ignored = asked.ignored if counted is None else asked.ignored | ~counted
-    eligible = torch.ones(len(found.image)).bool() if eligible is None else eligible
+    eligible = torch.ones(len(detections.image)).bool() if eligible is None else eligible
     by_class = []
     for number in asked.classes[~ignored].unique().tolist():
-        rows, boxes = found.classes == number, asked.classes == number
+        rows, boxes = detections.classes == number, asked.classes == number
         args = asked.image[boxes], asked.boxes[boxes], asked.crowd[boxes], ignored[boxes], eligible[rows]
-        by_class.append(precision_of_class(found[rows], *args))
+        by_class.append(precision_of_class(detections[rows], *args))
     if not by_class:
         return AveragePrecision(None, None, None)
     of_thresholds = torch.stack(by_class).mean(0)  # (T,)
@@ -62,16 +62,16 @@ def average_precision(
 
 
 def precision_of_class(
-    found: Detections, image: Tensor, boxes: Tensor, crowd: Tensor, ignored: Tensor, eligible: Tensor
+    detections: Detections, image: Tensor, boxes: Tensor, crowd: Tensor, ignored: Tensor, eligible: Tensor
 ) -> Tensor:
     """Returns the average precision (T,) of one class at each threshold; at least one box is not ignored."""
     scores, right, wrong = [], [], []
-    for index in found.image.unique().tolist():
-        rows = (found.image == index).nonzero()[:, 0]
-        rows = rows[found.scores[rows].argsort(descending=True, stable=True)][:MOST_DETECTIONS]
+    for index in detections.image.unique().tolist():
+        rows = (detections.image == index).nonzero()[:, 0]
+        rows = rows[detections.scores[rows].argsort(descending=True, stable=True)][:MOST_DETECTIONS]
         here = image == index
-        hit, on_ignored = match(box_iou(found.boxes[rows], boxes[here], crowd[here]), ignored[here], crowd[here])
-        scores.append(found.scores[rows])
+        hit, on_ignored = match(box_iou(detections.boxes[rows], boxes[here], crowd[here]), ignored[here], crowd[here])
+        scores.append(detections.scores[rows])
         right.append(hit & ~on_ignored)
         wrong.append(~hit & eligible[rows])
     if not scores:
@@ -103,14 +103,14 @@ def match(iou: Tensor, ignored: Tensor, crowd: Tensor) -> tuple[Tensor, Tensor]:
     return hit, on_ignored
 
 
-def count_spurious(found: Detections, asked: Layouts) -> Tensor:
+def count_spurious(detections: Detections, asked: Layouts) -> Tensor:
     """Returns how many objects (N,) each image shows that its layout does not ask for: detections surer than
     SPURIOUS_SCORE that overlap no box of any class by SPURIOUS_IOU, nor lie in a crowd by as much."""
     counts = torch.zeros(asked.count, dtype=torch.long)
-    found = found[found.scores > SPURIOUS_SCORE]
-    for index in found.image.unique().tolist():
+    detections = detections[detections.scores > SPURIOUS_SCORE]
+    for index in detections.image.unique().tolist():
         rows = asked.rows_of(index)
-        iou = box_iou(found.boxes[found.image == index], asked.boxes[rows], asked.crowd[rows])
+        iou = box_iou(detections.boxes[detections.image == index], asked.boxes[rows], asked.crowd[rows])
         counts[index] = int((~(iou >= SPURIOUS_IOU).any(1)).sum())
     return counts
 

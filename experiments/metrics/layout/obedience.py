@@ -70,7 +70,7 @@ class Measurement:
     seed: int  # of the classifiers trained on the images
 
     def __call__(self, images: Tensor, layouts: Layouts, external: Detections | None = None) -> Figures:
-        """Measures images uint8 (N, C, H, W) against layouts; `external` are objects found in them by another
+        """Measures images uint8 (N, C, H, W) against layouts; `external` are objects in them by another
         detector."""
         kept, buckets = ~layouts.ignored, with_all(layouts)
         figures: Figures = {name: {OBJECTS: int((rows & kept).sum())} for name, rows in buckets.items()}
@@ -135,12 +135,12 @@ def feature_distance(a: Tensor, b: Tensor) -> float | None:
     return frechet_distance(Statistics().update(a), Statistics().update(b))
 
 
-def of_detections(found: Detections, layouts: Layouts, buckets: dict[str, Tensor]) -> Figures:
+def of_detections(detections: Detections, layouts: Layouts, buckets: dict[str, Tensor]) -> Figures:
     """Returns the average precisions, and the spurious objects per image, in a bucket of images with such objects."""
-    area = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)
-    spurious, figures = count_spurious(found, layouts).double(), {}
+    area = (detections.boxes[:, 2:] - detections.boxes[:, :2]).prod(1)
+    spurious, figures = count_spurious(detections, layouts).double(), {}
     for name, rows in buckets.items():
-        precision = average_precision(found, layouts, rows, area < SMALL_AREA if name == "small" else None)
+        precision = average_precision(detections, layouts, rows, area < SMALL_AREA if name == "small" else None)
         images = torch.arange(layouts.count) if name == ALL else layouts.image[rows].unique()
         mean = spurious[images].mean().item() if len(images) else None
         figures[name] = precision._asdict() | {"spurious": mean}

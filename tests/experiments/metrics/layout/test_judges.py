@@ -22,7 +22,7 @@ def judging(**options):
     return open_scenes(DATA, shapes.Config(**options), "judge")
 
 
-def test_judges_are_read_again_and_are_the_same_when_trained_again(tmp_path, monkeypatch):
+def test_judges_are_read_again_and_equal_when_trained_again(tmp_path, monkeypatch):
     first = load_judges(judging(), tmp_path / "a", 0)
     second = load_judges(judging(), tmp_path / "b", 0)
     assert first.hashes == second.hashes and first.hashes.keys() == {"crop classifier", "scene network"}

@@ -186,7 +186,7 @@ def test_distances_need_two_crops(scenes):
     assert feature_distance(features, features + 2) == pytest.approx(12, rel=1e-5)
 
 
-def test_fitting_is_deterministic_and_leaves_the_global_state_alone():
+def test_fitting_is_deterministic_and_keeps_the_global_state():
     def loss(network, rows, generator):
         return network(torch.rand(len(rows), 2, generator=generator)).square().mean()
 

@@ -62,7 +62,7 @@ def test_perfect_outputs_decode_to_the_boxes_asked_for():
     assert (best.boxes[torch.stack(order)] - layouts.boxes).abs().max() < 1e-6
 
 
-def test_heat_maps_peak_at_the_centre_and_fall_with_the_smaller_side():
+def test_heat_maps_peak_at_centres_and_fall_with_the_side():
     target, _, _ = object_targets(example(), SHAPE)
     assert target[0, 2, 4, 3] == 1 and target[0, 0, 2, 10] == 1 and (target == 1).sum() == 4
     sigma = 0.25 * 16 / 6  # cells, of box 1: 4 cells wide, 3.2 high
