@@ -255,6 +255,14 @@ def test_shifts_uncover_black_in_float_images_too():
     assert View(dx=1)({"depth": depth})["depth"][0].tolist() == [0, 0.5, 0.5, 0.5]
 
 
+def test_levels_become_floats_in_a_tensor_of_their_own():
+    image = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_float(image), image / 127.5 - 1)
+    assert torch.equal(image, torch.arange(256, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="scaled already"):
+        to_float(image / 255)
+
+
 def test_bits_per_dimension_need_eight_bit_images():
     check_8_bits(to_float(torch.arange(256, dtype=torch.uint8)))
     with pytest.raises(ValueError, match="not 8-bit"):
