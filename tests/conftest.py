@@ -14,7 +14,8 @@ from helpers import tiny_runs  # noqa: E402
 def trained(tmp_path_factory) -> Path:
     """A logs folder with a VQGAN and an absorbing sampler, trained for a few steps on 16x16 digits."""
     logs = tmp_path_factory.mktemp("logs")
-    tiny_runs.call("train_vqgan.py", f"--logs_root {logs} --train_steps 5 --no_amp {tiny_runs.VQGAN} {tiny_runs.GAN}")
+    flags = f"--train_steps 5 --no_amp {tiny_runs.VQGAN} {tiny_runs.GAN} --shift 1"
+    tiny_runs.call("train_vqgan.py", f"--logs_root {logs} {flags}")
     tiny_runs.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny_runs.SAMPLER}")
     return logs
 

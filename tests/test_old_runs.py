@@ -61,7 +61,7 @@ def logs(tmp_path):
 def test_an_old_run_resumes(kind, logs):
     script, flags = COMMANDS[kind]
     run = logs / f"{kind}_digits"
-    call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 8")
+    call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 8", validation_images=54)
     assert saved_steps(run) == [4, 8]
     expected = {k.partition(".")[2]: v for k, v in load_file(OLD / "later.safetensors").items() if k.startswith(kind)}
     expected = {NOW.get(name, name): value for name, value in expected.items()}

@@ -52,7 +52,7 @@ def batch_of(sampler):
 def cost_on_device(sampler, options):
     with FakeDeviceMode():
         sampler.network.to(DEVICE).eval()
-        return solver_loop_cost(sampler, batch_of(sampler), options, DEVICE)
+        return solver_loop_cost(sampler, batch_of(sampler), options, DEVICE, repeats=0)
 
 
 @pytest.mark.parametrize("name", slow_after(5, SAMPLERS))

@@ -1,5 +1,6 @@
 """The workloads of the benchmark: real training steps, sampling and loading, on random weights and random data."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -229,9 +230,11 @@ class LoopCost:
 
 
 @torch.no_grad()
-def solver_loop_cost(sampler: LearnedSampler, batch: Batch, options: SamplingConfig, device: torch.device) -> LoopCost:
+def solver_loop_cost(
+    sampler: LearnedSampler, batch: Batch, options: SamplingConfig, device: torch.device, repeats: int = 3
+) -> LoopCost:
     """Measures the loop of a solver by sampling one example per row of the batch with a ConstantNetwork; the seconds
-    are medians over three samplings, after one to warm up."""
+    are medians over `repeats` samplings, after one to warm up; nan for 0 repeats, which only count."""
     network, marks, seconds = ConstantNetwork(sampler.network), [], []
     conditions = {name: batch[name] for name in sampler.conditions} or None
     network.register_forward_hook(lambda *_: marks.append((time.perf_counter(), launches.count, launches.waits)))
@@ -246,10 +249,10 @@ def solver_loop_cost(sampler: LearnedSampler, batch: Batch, options: SamplingCon
         draw()
     calls = max(1, len(marks) - 1)
     counts = [(last - first) / calls for first, last in zip(marks[0][1:], marks[-1][1:], strict=True)]
-    for _ in range(1 + 3):
+    for _ in range(1 + repeats if repeats else 0):
         draw()
         seconds.append((marks[-1][0] - marks[0][0]) / calls)
-    return LoopCost(statistics.median(seconds[1:]), *counts)
+    return LoopCost(statistics.median(seconds[1:]) if repeats else math.nan, *counts)
 
 
 def solver_loop_options(sampler: LearnedSampler, options: SamplingConfig) -> dict[str, SamplingConfig]:

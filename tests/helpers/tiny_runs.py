@@ -9,25 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from train import trained_sampler
+from train import sampler, trained_sampler, vqgan
 from train.cli import parse as cli
 from train.data import loading
 
 ROOT = Path(__file__).resolve().parents[2]
-VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
+VQGAN = (
+    "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1 "
+    "--shift 0"  # one view of each image, of the nine of the preset: samplers encode them all
+)
 GAN = "--disc_start_step 3 --diff_aug --perceptual_net none"
 SAMPLER = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --sample_steps 4 --warmup_iters 100"
 UNET = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 1"
 DDPM = f"--sampler ddpm --img_size 8 --batch_size 4 --total_steps 20 --sample_steps 4 --warmup_iters 100 {UNET}"
 
 
-def call(script: str, flags: str) -> None:
-    """Runs a script in this process with the given flags; SystemExit if it exits with an error."""
+def call(script: str, flags: str, *, validation_images: int = 20) -> None:
+    """Runs a script in this process with the given flags; SystemExit if it exits with an error.
+
+    Validation takes at most `validation_images`: on all 359 digits it would take most of the time of a tiny run.
+    """
     argv, path = sys.argv, list(sys.path)
     sys.argv = [str(ROOT / script), *flags.split()]
     sys.path.insert(0, str((ROOT / script).parent))  # as Python does
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        with pytest.MonkeyPatch.context() as patch:
+            for stage in (sampler, vqgan):
+                patch.setattr(stage, "VALIDATION_IMAGES", min(validation_images, stage.VALIDATION_IMAGES))
+            runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path
 

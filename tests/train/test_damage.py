@@ -25,7 +25,7 @@ from train.spaces import PixelSpace
 from train.trained_sampler import load_sampler
 
 FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
-STAGE_1 = f"--no_amp {VQGAN} {GAN}"
+STAGE_1 = f"--no_amp {VQGAN} {GAN} --shift 1"  # as the fixture `trained`
 
 
 def state_of(width: int = 3, optimizer_class=torch.optim.AdamW, layers: int = 1) -> TrainState:

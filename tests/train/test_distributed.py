@@ -21,7 +21,7 @@ from train.distributed import DistContext, raise_once
 from train.loop import RunningSums
 
 FLAGS = "--no_amp --weight_decay 0.01 --steps_per_log 1 --ema_profiles 0.1"
-STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_eval 3"
+STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_eval 3 --val_fraction 0.008"
 STAGE_2 = f"{FLAGS} {SAMPLER} --warmup_iters 2 --steps_per_eval 2 --train_steps 4 --ae_load_dir whole"
 LOW_DISCREPANCY = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"

@@ -149,7 +149,7 @@ def next_commands(output: str) -> list[str]:
 @pytest.mark.slow
 def test_the_commands_at_the_end_work_as_printed(tmp_path, capfd, monkeypatch):
     """For runs whose names are not the default ones."""
-    flags = f"--logs_root {tmp_path} --log_dir my_codes --train_steps 2 --shift 1 {VQGAN} {GAN}"
+    flags = f"--logs_root {tmp_path} --log_dir my_codes --train_steps 2 {VQGAN} {GAN} --shift 1"
     call("train_vqgan.py", flags)
     ((script, flags),) = next_commands(capfd.readouterr().out)
     assert script == "train_sampler.py"

@@ -1,7 +1,9 @@
 """Reading YAML and JSON config files. Values in user files stay strings, to be parsed like flags."""
 
+import copy
 import os
 import reprlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,19 @@ for kind in ("int", "float", "bool", "timestamp"):
     StringLoader.add_constructor(f"tag:yaml.org,2002:{kind}", yaml.SafeLoader.construct_yaml_str)
 
 
+@lru_cache(maxsize=16)
+def parse_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
+    """Returns the content of a YAML text, for all callers the same; kept, as a script reads a run's config many times.
+
+    A SafeLoader runs nothing.
+    """
+    return yaml.load(text, loader)
+
+
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
     """Returns the mapping in a YAML file; ValueError if the file holds anything else."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), loader)  # a SafeLoader: runs nothing
+        content = copy.deepcopy(parse_yaml(path.read_text(encoding="utf-8-sig"), loader))
     except YAML_ERRORS as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if content is not None and not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):

@@ -1,6 +1,7 @@
 """Digits: 1,797 handwritten digits of 8x8 grey pixels, included in scikit-learn. Nothing to download."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -22,9 +23,15 @@ def build(config: Config, split: str) -> ArrayDataset:
     check_split(split)
     if config.data_dir is not None:
         raise ValueError(f"digits reads no folder, got {config.data_dir}: leave --data_dir out or use --dataset folder")
+    images, labels = load_all()
+    indices = train_val_split(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
+    return ArrayDataset(images[indices], labels[indices], 10, DIGIT_NAMES)
+
+
+@cache
+def load_all() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of both splits, which are read once: do not change them."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    indices = train_val_split(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
-    return ArrayDataset(images[indices], digits.target[indices].astype(np.int64), 10, DIGIT_NAMES)
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)  # stored as 0..16
