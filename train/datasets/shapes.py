@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.ranges import COUNT, SIZE, check_ranges
+from train.data.sides import Sides
 from train.datasets import SPLITS, DatasetConfig, Ragged
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
 from train.datasets._shapes_scene import GROUNDS, KINDS, PALETTE, SPLIT_NUMBERS, THINGS, Scene, Thing, draw_scene
@@ -83,6 +84,7 @@ class Shapes:
     class_names = ()
     region_classes = THINGS + GROUNDS
     region_things = (True,) * len(THINGS) + (False,) * len(GROUNDS)
+    sides = Sides(words=(("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT"),))
     palette = PALETTE  # by day; at night all colours are NIGHT times as bright
 
     def __len__(self) -> int:

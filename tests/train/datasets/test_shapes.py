@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from helpers.annotated_images import assert_same_fields
 from train.data.annotations import pack, unpack
-from train.data.transforms import to_item
+from train.data.transforms import View, to_item
 from train.datasets import Ragged, shapes
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
 from train.datasets._shapes_scene import (
@@ -260,6 +260,18 @@ def test_items_are_read_at_the_size_of_a_training():
     whole = to_item(dataset.read_at_size(8, (40, 40)), (40, 40), 3)
     assert torch.equal(item["image"], whole["image"][:, 8:32])  # drawn at 40, not resized
     assert torch.equal(item["boxes"], whole["boxes"] - torch.tensor([0, 8, 0, 8]))
+
+
+def test_a_mirrored_camera_is_the_other_one():
+    dataset = shapes.build(shapes.Config(), "val")
+    swapped = {"CAM_FRONT_LEFT": "CAM_FRONT_RIGHT", "CAM_FRONT_RIGHT": "CAM_FRONT_LEFT"}
+    for index in range(12):
+        item = to_item(dataset.read_at_size(index, (32, 32)), (32, 32), 3)
+        mirrored = View(flip=True, sides=dataset.sides)(item)
+        assert mirrored["camera"] == swapped.get(item["camera"], item["camera"])
+        bars = tuple(bool(mirrored["image"][:, :, columns].max() < 30) for columns in (slice(0, 2), slice(30, 32)))
+        assert bars == CAMERAS[mirrored["camera"]]
+        assert mirrored["file_name"] == item["file_name"] and mirrored["captions"] == item["captions"]
 
 
 def test_captions_count_things():
