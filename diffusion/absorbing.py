@@ -11,6 +11,7 @@ so its cosine of r is ours of t = 1 - r. With cosine and square the first sampli
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -48,6 +49,12 @@ MASK_SCHEDULES = {
         lambda t: 2 * (1 - t),
     ),
 }
+
+
+@lru_cache(maxsize=4096)
+def mask_probs(schedule: str, *times: float) -> tuple[float, ...]:
+    """Returns m(t) at each of the times, in double precision."""
+    return tuple(MASK_SCHEDULES[schedule].mask_prob(torch.tensor(times, dtype=torch.float64)).tolist())
 
 
 LossType = Literal["elbo", "reweighted_elbo", "mlm"]
@@ -191,12 +198,12 @@ class AbsorbingDiffusion(DiscreteProcess):
 
     def stay_masked_prob(self, t: float, s: float, sigma: Tensor | float) -> Tensor | float:
         """The probability that a code masked at t is still masked at s, if revealed codes are remasked with `sigma`."""
-        m_t, m_s = self.mask_prob(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        m_t, m_s = mask_probs(self.schedule, t, s)
         return (m_s - sigma * (1 - m_t)) / m_t
 
     def max_sigma(self, t: float, s: float) -> float:
         """The largest remasking probability that a step from t to s allows (ReMDM, eq. 5)."""
-        m_t, m_s = self.mask_prob(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        m_t, m_s = mask_probs(self.schedule, t, s)
         return 1.0 if m_t == 1 else min(1.0, m_s / (1 - m_t))
 
     def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:

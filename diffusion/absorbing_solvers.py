@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.discrete_solvers import Rows, evaluate, select_rows
+from diffusion.discrete_solvers import Rows, evaluate, number_rows, select_rows
 from diffusion.logits_warper import NO_WARP, LogitsWarper
 from diffusion.process import expand, is_shared
 from diffusion.rng import Streams, invert_cdf, sample_categorical, to_device
@@ -268,31 +268,35 @@ def confidence(
     if not choice_temp >= 0:
         raise ValueError(f"got choice temperature {choice_temp}, wanted 0 or more: pass --choice_temp X")
     masked, rows, places = find_masked(x, process.mask).flatten(1), None, None
-    left = num_masked = masked.sum(1)  # (B,)
-    targets = num_unmasked(process, num_masked, times)
+    num_masked = masked.sum(1)  # (B,)
+    targets, left = num_unmasked(process, num_masked, times), num_masked.tolist()
+    targets = (targets - num_masked[:, None]).t().tolist()  # of each step, less those of the last
     for i, (t, s) in enumerate(pairwise(times)):
-        rows = select_rows(left > 0, x, rows)
+        rows = number_rows([row for row, n in enumerate(left) if n > 0], x, rows)
         if not rows.numbers and on_step is None:
             break
-        evaluation = evaluate(denoise, x, rows, expand(t, x), all_rows=on_step is not None)
+        time = expand(t, x)
+        evaluation = evaluate(denoise, x, rows, time, all_rows=on_step is not None)
         if rows.numbers:
             if places is None:
-                places = to_device(masked[left > 0].flatten().nonzero()[:, 0], x.device)
+                places = to_device(masked[rows.numbers].flatten().nonzero()[:, 0], x.device)
             logits = evaluation.logits.flatten(0, -2)[places]  # (m, K)
-            warped = warper.warp(logits, expand(t, logits))
-            count = (targets[:, i] - num_masked + left).clamp(min=0)  # on_step may have revealed more
-            row_count, row_rng = count[left > 0], rng.select(rows.numbers)
+            warped = warper.warp(logits, time[:1].expand(len(logits)))
+            row_left = torch.tensor([left[row] for row in rows.numbers])
+            count = [max(targets[i][row] + left[row], 0) for row in rows.numbers]  # on_step may have revealed more
+            row_count = torch.tensor(count)
             x_rows, order = unmask_most_confident(
-                rows.take(x), places, logits, warped, row_count, choice_temp * s, row_rng
+                rows.take(x), places, logits, warped, row_count, choice_temp * s, rng.select(rows.numbers)
             )
-            x = rows.put(x, x_rows)
-            places, left = find_left(order, row_count, left[left > 0]), left - count
+            x, places = rows.put(x, x_rows), find_left(order, row_count, row_left)
+            for row, n in zip(rows.numbers, count, strict=True):
+                left[row] -= n
         if on_step is not None:
             x_s = x
             x = on_step(i, t, s, x_s, evaluation.all_logits)
             if x is not x_s:
                 masked, places = find_masked(x, process.mask).flatten(1), None
-                left = masked.sum(1)
+                left = masked.sum(1).tolist()
     return x
 
 
@@ -382,16 +386,17 @@ def remask(
         sigma = conf_remask_probs(mean_sigma, p, ~masked & ~known) if remasking == "conf" else mean_sigma
         to_reveal = masked & (u >= process.stay_masked_prob(t, s, mean_sigma))
         to_remask = ~masked & ~known & (u < sigma)
-        places = select_places(to_reveal, x, places)
-        evaluation = evaluate(denoise, x, places.rows, expand(t, x), all_rows=on_step is not None)
+        places, time = select_places(to_reveal, x, places), expand(t, x)
+        evaluation = evaluate(denoise, x, places.rows, time, all_rows=on_step is not None)
         if places.rows.numbers:
             logits = places.logits(evaluation.logits)
-            x = places.sample(x, logits, expand(t, x), rng, warper)
+            x = places.sample(x, logits, time, rng, warper)
             if remasking == "conf":
                 codes = x.flatten()[places.index].unsqueeze(-1)
                 p[to_reveal] = logits.float().softmax(-1).gather(-1, codes)[:, 0].cpu()
-        remasked = to_device(to_remask.flatten().nonzero()[:, 0], x.device)
-        x = x.flatten().index_fill(0, remasked, process.mask).view_as(x) if len(remasked) else x
+        remasked = to_remask.flatten().nonzero()[:, 0]
+        if len(remasked):
+            x = x.flatten().index_fill(0, to_device(remasked, x.device), process.mask).view_as(x)
         masked = masked & ~to_reveal | to_remask
         if on_step is not None:
             x_s = x

@@ -57,11 +57,14 @@ def select_rows(is_selected: Tensor, x: Tensor, previous: Rows | None = None) ->
 
     If they are the `previous` ones, it returns these, whose index is on the device already.
     """
-    index = is_selected.nonzero()[:, 0]
-    numbers = index.tolist()
+    return number_rows([i for i, selected in enumerate(is_selected.tolist()) if selected], x, previous)
+
+
+def number_rows(numbers: list[int], x: Tensor, previous: Rows | None = None) -> Rows:
+    """Returns the examples of x (B, ...) with these increasing numbers; the `previous` ones, if they are the same."""
     if previous is not None and previous.numbers == numbers:
         return previous
-    return Rows(numbers, None if len(numbers) == len(x) else to_device(index, x.device))
+    return Rows(numbers, None if len(numbers) == len(x) else to_device(torch.tensor(numbers), x.device))
 
 
 class Evaluation(NamedTuple):
@@ -100,9 +103,10 @@ def discrete(
         on_cpu = x.device.type == "cpu"
         may_change = process.may_change(x, t, s).flatten(1).any(1) if on_cpu else torch.ones(len(x), dtype=torch.bool)
         rows = select_rows(may_change, x, rows)
-        evaluation = evaluate(denoise, x, rows, expand(t, x), all_rows=on_step is not None)
+        time = expand(t, x)
+        evaluation = evaluate(denoise, x, rows, time, all_rows=on_step is not None)
         if rows.numbers:
-            logits = warper.warp(evaluation.logits, expand(t, evaluation.logits))
+            logits = warper.warp(evaluation.logits, rows.take_times(time))
             x = rows.put(x, process.reverse(rows.take(x), logits, t, s, rng.select(rows.numbers)))
         x = x if on_step is None else on_step(i, t, s, x, evaluation.all_logits)
     return x

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess, append_dims, apply_loss_weight, upcast
+from diffusion.process import ContinuousProcess, append_dims, apply_loss_weight, shared_number, upcast
 from diffusion.types import Loss, Prediction
 
 
@@ -47,17 +47,26 @@ class EDM(ContinuousProcess):
         return t.float().log() / 4
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return x_t / append_dims(self.marginal_std(t), x_t)
+        return x_t / self.preconditioning(t, x_t)[0]
 
     def marginal_std(self, t: Tensor) -> Tensor:
         """Standard deviation of x_t: t (B,) -> (B,) float64, () for a shared time."""
         return (self.scales(t).sigma ** 2 + self.sigma_data**2).sqrt()
 
+    def preconditioning(self, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the standard deviation of x_t, c_skip and c_out in x_t's type, to broadcast with it."""
+
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            std = self.marginal_std(t)
+            c_skip, c_out = (self.sigma_data / std) ** 2, self.scales(t).sigma * self.sigma_data / std
+            return append_dims(std, x_t), append_dims(c_skip, x_t), append_dims(c_out, x_t)
+
+        return self.remember(("preconditioning", x_t.dtype), (shared_number(t),), compute)
+
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         output, x_t = upcast(output), upcast(x_t)
-        std = self.marginal_std(t)
-        c_skip, c_out = (self.sigma_data / std) ** 2, self.scales(t).sigma * self.sigma_data / std
-        x0 = append_dims(c_skip, x_t) * x_t + append_dims(c_out, x_t) * output
+        _, c_skip, c_out = self.preconditioning(t, x_t)
+        x0 = c_skip * x_t + c_out * output
         return self.with_x0(Prediction(x0, x0), x0, x_t, t)
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:

@@ -126,25 +126,33 @@ ContinuousDenoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t (B,)) -> 
 
 
 class StepCoefficients(NamedTuple):
-    """alpha and sigma at t and s: () float64 on the CPU each, which PyTorch multiplies with tensors on any device."""
+    """alpha and sigma at t and s, as numbers in double precision."""
 
-    alpha_t: Tensor
-    sigma_t: Tensor
-    alpha_s: Tensor
-    sigma_s: Tensor
-    exp_neg_h: Tensor  # exp(-h); 0 if alpha_t = 0 or sigma_s = 0
+    alpha_t: float
+    sigma_t: float
+    alpha_s: float
+    sigma_s: float
+    exp_neg_h: float  # exp(-h); 0 if alpha_t = 0 or sigma_s = 0
+    h: float  # increase of log(alpha / sigma) over the step; may be infinite
 
-    @property
-    def h(self) -> Tensor:
-        """Increase of log(alpha / sigma) over the step; may be infinite."""
-        return -self.exp_neg_h.log()
+    def decay(self, exponent: float) -> float:
+        """Returns exp(-h)^exponent. PyTorch rounds other powers than these in its own way."""
+        if exponent in (0, 1):
+            return self.exp_neg_h if exponent else 1.0
+        return torch.tensor(self.exp_neg_h, dtype=torch.float64).pow(exponent).item()
 
 
 def step_coefficients(process: ContinuousProcess, t: float, s: float) -> StepCoefficients:
     """Returns alpha and sigma at both ends of the step from t to s."""
-    t, s = torch.tensor(t), torch.tensor(s)  # float32, as given to the network; the process computes in float64
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.scales(t), process.scales(s)
-    return StepCoefficients(alpha_t, sigma_t, alpha_s, sigma_s, sigma_s * alpha_t / (sigma_t * alpha_s))
+
+    def compute() -> StepCoefficients:
+        ends = (torch.tensor(time) for time in (t, s))  # float32, as given to the network; scales are float64
+        alpha_t, sigma_t, alpha_s, sigma_s = (each.item() for time in ends for each in process.scales(time))
+        exp_neg_h = sigma_s * alpha_t / (sigma_t * alpha_s)
+        h = -torch.tensor(exp_neg_h, dtype=torch.float64).log().item()
+        return StepCoefficients(alpha_t, sigma_t, alpha_s, sigma_s, exp_neg_h, h)
+
+    return process.remember("step", (t, s), compute)
 
 
 def x0_step(x: Tensor, x0: Tensor, c: StepCoefficients, eta: float = 0.0) -> Tensor:
@@ -152,8 +160,8 @@ def x0_step(x: Tensor, x0: Tensor, c: StepCoefficients, eta: float = 0.0) -> Ten
 
     eta 0 solves d(x / sigma) = x0 d(alpha / sigma) (DDIM; Lu et al. 2022); eta 1 is the mean of q(x_s | x_t, x_0).
     """
-    x_coef = c.sigma_s / c.sigma_t * c.exp_neg_h**eta
-    return x_coef * x + c.alpha_s * (1 - c.exp_neg_h ** (1 + eta)) * x0
+    x_coef = c.sigma_s / c.sigma_t * c.decay(eta)
+    return x_coef * x + c.alpha_s * (1 - c.decay(1 + eta)) * x0
 
 
 @torch.no_grad()
@@ -205,12 +213,20 @@ def ddim(
     check_eta(eta)
     for i, (t, s) in enumerate(pairwise(times)):
         pred, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
-        variance = eta**2 * process.posterior_variance(torch.tensor(t), torch.tensor(s)).clamp(min=0) if eta else 0.0
-        eps_coef = (c.sigma_s**2 - variance).clamp(min=0).sqrt()
+        variance = eta**2 * posterior_variance(process, t, s) if eta else 0.0
+        eps_coef = math.sqrt(max(c.sigma_s * c.sigma_s - variance, 0.0))
         x = c.alpha_s * pred.x0 + eps_coef * pred.eps
-        x = x + variance.sqrt() * rng.normal(x.shape).to(x.dtype) if eta else x
+        x = x + math.sqrt(variance) * rng.normal(x.shape).to(x.dtype) if eta else x
         x = x if on_step is None else on_step(i, t, s, x, pred.x0)
     return x
+
+
+def posterior_variance(process: ContinuousProcess, t: float, s: float) -> float:
+    """Returns the variance of q(x_s | x_t, x_0), at least 0."""
+    t, s = torch.tensor(t), torch.tensor(s)
+    return process.remember(
+        "posterior_variance", (t.item(), s.item()), lambda: max(process.posterior_variance(t, s).item(), 0.0)
+    )
 
 
 @torch.no_grad()
@@ -308,10 +324,10 @@ def heun(
 
 
 class PreviousStep(NamedTuple):
-    """The previous step's x0 (B, C, H, W) and h (), which multistep solvers use."""
+    """The previous step's x0 (B, C, H, W) and h, which multistep solvers use."""
 
     x0: Tensor
-    h: Tensor
+    h: float
 
 
 def extrapolate_x0(
@@ -325,8 +341,10 @@ def extrapolate_x0(
     if previous is None or s == 0:
         return x0
     factor = c.h / (2 * previous.h)  # 0 after alpha = 0, where previous.h is infinite
-    bounded = torch.minimum(factor, 1 / torch.expm1(2 * previous.h) / (1 + eta))
-    return x0 + torch.where(c.h > LONG_STEP * previous.h, bounded, factor) * (x0 - previous.x0)
+    if c.h > LONG_STEP * previous.h:
+        growth = torch.tensor(2 * previous.h, dtype=torch.float64).expm1().item()  # (alpha / sigma)^2, less 1
+        factor = min(factor, 1 / growth / (1 + eta))
+    return x0 + factor * (x0 - previous.x0)
 
 
 @torch.no_grad()
@@ -365,7 +383,7 @@ def dpmpp_2m_sde(
     previous = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
-        std = c.sigma_s * (1 - c.exp_neg_h ** (2 * eta)).sqrt()
+        std = c.sigma_s * math.sqrt(max(1 - c.decay(2 * eta), 0.0))
         noise = std * rng.normal(x.shape).to(x.dtype)
         x = x0_step(x, extrapolate_x0(x0, previous, c, s, eta), c, eta) + noise
         previous = PreviousStep(x0, c.h)

@@ -10,7 +10,8 @@ and device. Keep t on the CPU, as solvers do, so that nothing waits for the devi
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from diffusion.rng import Streams, to_device
 from diffusion.types import Loss, Normal, Prediction
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-MAX_KNOWN_SCALES = 4096  # more shared times than a sampler has
+T = TypeVar("T")
+MAX_KNOWN = 16384  # more than the numbers of all steps of a sampler
 
 
 def append_dims(values: Tensor, x: Tensor) -> Tensor:
@@ -45,6 +47,13 @@ def expand(t: float, x: Tensor) -> Tensor:
 def is_shared(t: Tensor) -> bool:
     """Whether t, () or (B,), is known to be one time for all examples without reading it, as from `expand`."""
     return t.ndim == 0 or t.shape[0] == 1 or t.stride(0) == 0
+
+
+def shared_number(t: Tensor) -> float | None:
+    """Returns the time that all examples are known to share, see `is_shared`; otherwise None."""
+    if not is_shared(t):
+        return None
+    return t.item() if t.ndim == 0 else t[0].item()
 
 
 def repeat_times(t: Tensor, count: int) -> Tensor:
@@ -109,33 +118,54 @@ class ContinuousProcess(ABC):
         """Returns the image input of the network (B, C, H, W)."""
         return x_t
 
+    def remember(self, name: Hashable, times: tuple[float | None, ...], compute: Callable[[], T]) -> T:
+        """Returns `compute()`, computed once for each name and shared times; each time if one of the times is None.
+
+        Solvers need the same numbers several times in a step, and again in the next sampling, and each of them takes
+        dozens of small operations.
+        """
+        if None in times:
+            return compute()
+        known, key = vars(self).setdefault("_known", {}), (name, times)  # of a frozen dataclass
+        if key not in known:
+            if len(known) >= MAX_KNOWN:
+                known.clear()
+            with torch.inference_mode(False):  # else numbers known from sampling could not be used in training
+                known[key] = compute()
+        return known[key]
+
     def scales(self, t: Tensor) -> Scales:
         """Returns alpha and sigma at t (B,) or (), in float64 on the CPU: () each if all examples share t, else (B,).
 
-        Those of a shared time are computed once: each is needed several times in a step of a solver, which takes
-        dozens of small operations. So are those of the last two tensors t, for a training loss with several terms.
+        Those of a shared time are remembered. So are those of the last two tensors t, for a training loss with several
+        terms.
         """
-        if not is_shared(t):
+        number = shared_number(t)
+        if number is None:
             recent = vars(self).setdefault("_recent_scales", deque(maxlen=2))  # of a frozen dataclass
             for earlier, version, scales in recent:
                 if earlier is t and version == t._version:
                     return scales
             recent.append((t, t._version, Scales(self.alpha(t), self.sigma(t))))
             return recent[-1][2]
-        number = t.item() if t.ndim == 0 else t[0].item()
-        known = vars(self).setdefault("_known_scales", {})  # of a frozen dataclass
-        scales = known.get(number)
-        if scales is None:
-            if len(known) >= MAX_KNOWN_SCALES:
-                known.clear()
+
+        def compute() -> Scales:
             scalar = torch.tensor(number, dtype=torch.float64)
-            scales = known[number] = Scales(self.alpha(scalar), self.sigma(scalar))
-        return scales
+            return Scales(self.alpha(scalar), self.sigma(scalar))
+
+        return self.remember("scales", (number,), compute)
 
     def scales_like(self, t: Tensor, x: Tensor) -> Scales:
         """Returns alpha and sigma at t in x's type, to broadcast with x; see `append_dims`."""
-        alpha, sigma = self.scales(t)
-        return Scales(append_dims(alpha, x), append_dims(sigma, x))
+
+        def compute() -> Scales:
+            return Scales(*(append_dims(each, x) for each in self.scales(t)))
+
+        return self.remember(("scales", x.dtype), (shared_number(t),), compute)
+
+    def network_times(self, t: Tensor) -> Tensor:
+        """Returns `network_time` at t (B,); that of a shared time is remembered, so it must not be modified."""
+        return self.remember(("network_time", len(t), t.device), (shared_number(t),), lambda: self.network_time(t))
 
     def times(self, rng: Streams) -> Tensor:
         """Samples training times t (B,), one from each stream."""
@@ -180,10 +210,16 @@ class ContinuousProcess(ABC):
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Mean of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7; for any alpha and sigma, Kingma et al. 2021)."""
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scales(t), self.scales(s)
-        x_t_coef = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
-        x0_coef = alpha_s * self.forward_variance(t, s) / sigma_t**2
-        return append_dims(x_t_coef, x_t) * x_t + append_dims(x0_coef, x_t) * x0
+
+        def compute() -> tuple[Tensor, Tensor]:
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scales(t), self.scales(s)
+            x_t_coef = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
+            x0_coef = alpha_s * self.forward_variance(t, s) / sigma_t**2
+            return append_dims(x_t_coef, x_t), append_dims(x0_coef, x_t)
+
+        times = shared_number(t), shared_number(s)
+        x_t_coef, x0_coef = self.remember(("posterior_mean", x_t.dtype), times, compute)
+        return x_t_coef * x_t + x0_coef * x0
 
     def clipped_posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Posterior variance, clipped away from zero at s = 0 so that its logarithm is finite; float64."""
@@ -194,14 +230,18 @@ class ContinuousProcess(ABC):
 
         learned_range interpolates between the posterior's and the forward step's (Nichol & Dhariwal 2021, eq. 15).
         """
-        mean = self.posterior_mean(prediction.x0, x_t, t, s)
-        small, forward = self.clipped_posterior_variance(t, s), self.forward_variance(t, s)
-        if self.variance == "learned_range":
-            log_small, log_large = append_dims(small.log(), x_t), append_dims(forward.log(), x_t)
-            return Normal(mean, prediction.frac * log_large + (1 - prediction.frac) * log_small)
-        if self.variance == "fixed_large":  # but the posterior's at s = 0: better likelihood (Ho et al.'s code)
-            small = torch.where(self.scales(s).sigma > 0, forward, small)
-        return Normal(mean, append_dims(small.log(), x_t))
+
+        def compute() -> tuple[Tensor, Tensor]:
+            small, large = self.clipped_posterior_variance(t, s), self.forward_variance(t, s)
+            if self.variance == "fixed_large":  # but the posterior's at s = 0: better likelihood (Ho et al.'s code)
+                small = torch.where(self.scales(s).sigma > 0, large, small)
+            return append_dims(small.log(), x_t), append_dims(large.log(), x_t)
+
+        mean, times = self.posterior_mean(prediction.x0, x_t, t, s), (shared_number(t), shared_number(s))
+        log_small, log_large = self.remember(("log_variance", x_t.dtype), times, compute)
+        if self.variance != "learned_range":
+            return Normal(mean, log_small)
+        return Normal(mean, prediction.frac * log_large + (1 - prediction.frac) * log_small)
 
     def reverse(self, x_t: Tensor, prediction: Prediction, t: Tensor, s: Tensor, rng: Streams) -> Tensor:
         """Samples x_s from the reverse kernel; at s = 0 returns its mean."""

@@ -47,7 +47,7 @@ class Streams:
         """Returns the numbers of `uniform` on the CPU, for decisions that must not wait for the device."""
         self._check(shape)
         u = torch.empty(shape, dtype=dtype)
-        for row, generator in zip(u, self.generators, strict=True):
+        for row, generator in zip(u.unbind(), self.generators, strict=True):
             row.uniform_(generator=generator)
         return u
 
@@ -61,7 +61,7 @@ class Streams:
         """Returns independent N(0, 1) numbers (B, ...)."""
         self._check(shape)
         noise = torch.empty(shape)
-        for row, generator in zip(noise, self.generators, strict=True):
+        for row, generator in zip(noise.unbind(), self.generators, strict=True):
             row.normal_(generator=generator)
         return to_device(noise, self.device)
 

@@ -34,7 +34,7 @@ def predictor(network: Network, process: Process) -> Callable[..., Prediction | 
         if not isinstance(process, ContinuousProcess):
             time = {"t": to_device(t, x.device)} if process.prediction_depends_on_time else {}
             return network(x, *conditions, **time)
-        time = to_device(process.network_time(t), x.device)
+        time = to_device(process.network_times(t), x.device)
         return process.to_prediction(network(process.network_input(x, t), time, *conditions), x, t)
 
     return evaluate

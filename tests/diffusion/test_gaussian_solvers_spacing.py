@@ -119,5 +119,5 @@ def test_no_step_of_a_default_spacing_is_bounded(process):
     """So that these samples stay what they were."""
     for steps in (2, 3, 4, 5, 10, 20, 50, 250):
         times = step_times(process, steps, process.default_spacing)[:-1]
-        h = torch.stack([step_coefficients(process, t, s).h for t, s in zip(times[:-1], times[1:], strict=True)])
+        h = torch.tensor([step_coefficients(process, t, s).h for t, s in zip(times[:-1], times[1:], strict=True)])
         assert (h[1:] <= LONG_STEP * h[:-1]).all()

@@ -1,5 +1,6 @@
 """Kernels of continuous processes: against Bayes' rule on a grid, and against each other."""
 
+import copy
 import math
 
 import pytest
@@ -218,11 +219,11 @@ def test_scales_of_a_shared_time_are_those_of_every_example(process):
 
 
 def test_shared_times_that_are_kept_are_limited(monkeypatch):
-    monkeypatch.setattr("diffusion.process.MAX_KNOWN_SCALES", 3)
+    monkeypatch.setattr("diffusion.process.MAX_KNOWN", 3)
     process = RectifiedFlow()
     for i in range(10):
         assert process.scales(torch.tensor(i / 10)).sigma == pytest.approx(i / 10)
-    assert 0 < len(process._known_scales) <= 3 and process == RectifiedFlow()
+    assert 0 < len(process._known) <= 3 and process == RectifiedFlow()
 
 
 def test_repeated_times_stay_shared():
@@ -239,3 +240,33 @@ def test_scales_of_recent_times_are_kept_until_they_change(process):
     t.mul_(0.5)
     assert torch.equal(process.scales(t).sigma, process.sigma(t)) and not torch.equal(process.sigma(t), first[0].sigma)
     assert torch.equal(process.scales(s.clone()).alpha, process.alpha(s))
+
+
+@every_process
+def test_known_numbers_are_those_of_a_fresh_process(process):
+    x, frac = torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2)
+
+    def numbers(process, t, s, x):
+        pred = Prediction(0.5 * x, x, frac.to(x.dtype))
+        kernel = process.reverse_kernel(x, pred, t, s)
+        times, eps = process.network_times(t.expand(3)), process.with_x0(pred, x, x, t).eps
+        return *kernel, times, eps, process.network_input(x, t)
+
+    t, s = torch.tensor(process.start / 2), torch.tensor(process.start / 3)
+    for first, second, values in ((t, s, x), (s, s / 2, x), (t, s / 2, x), (t, s, x.double()), (t, s, x)):
+        fresh = copy.copy(process)
+        vars(fresh).pop("_known", None)
+        for _ in range(2):
+            for known, alone in zip(
+                numbers(process, first, second, values), numbers(fresh, first, second, values), strict=True
+            ):
+                assert known.dtype == alone.dtype and torch.equal(known, alone)
+
+
+def test_numbers_known_from_inference_can_be_trained_with():
+    process, x = RectifiedFlow(), torch.ones(2, 1, 2, 2)
+    with torch.inference_mode():
+        process.corrupt(x, expand(0.5, x), x)
+    noise = torch.ones(2, 1, 2, 2, requires_grad=True)
+    process.corrupt(x, expand(0.5, x), noise).sum().backward()
+    assert torch.equal(noise.grad, torch.full_like(x, 0.5))

@@ -138,14 +138,15 @@ class CodeSampler(LearnedSampler):
         times, kwargs = even_times(steps), {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
         if options.guidance != 1 and solver.takes_any_steps:
             self.check_guided(options, times)
-        finite = torch.ones((), dtype=torch.bool, device=x.device)
+        largest = [torch.zeros((), device=x.device)]  # logit of each call; NaN if one of them is
 
         def checked(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
             logits = denoise(x, t, rows)
-            finite.logical_and_(~logits.isnan().any())  # read once, after the last step
+            largest.append(logits.max().float())
             return logits
 
-        return check_finite(solver.solve(checked, process, x, times, **kwargs), finite, options)
+        x = solver.solve(checked, process, x, times, **kwargs)
+        return check_finite(x, ~torch.stack(largest).isnan().any(), options)  # read once, after the last step
 
     def check_guided(self, options: CodeSampling, times: list[float]) -> None:  # noqa: B027 (optional to override)
         """Raises ValueError if guidance would apply to none of the steps."""

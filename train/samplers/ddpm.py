@@ -268,7 +268,7 @@ class GaussianSampler(LearnedSampler):
         if self.config.time_embedding == "noise_level":
             network_t = self.process.scales(t).alpha.float().expand(len(x))
         else:
-            network_t = self.process.network_time(t)
+            network_t = self.process.network_times(t)
         x, network_t = self.process.network_input(x, t), to_device(network_t, x.device)
         if control is not None:
             kwargs["skip_residuals"] = control(x, network_t, condition, kwargs.get("drop"))
