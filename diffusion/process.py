@@ -50,7 +50,7 @@ def is_shared(t: Tensor) -> bool:
 
 
 def shared_number(t: Tensor) -> float | None:
-    """Returns the time that all examples are known to share, see `is_shared`; otherwise None."""
+    """Returns the time that all examples are known to share, of t () or (B,), see `is_shared`; otherwise None."""
     if not is_shared(t):
         return None
     return t.item() if t.ndim == 0 else t[0].item()

@@ -5,6 +5,7 @@ Nothing here changes what is computed beyond rounding, nor the names and values 
 
 import os
 import sys
+import time
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
+from models.transformer import CausalTransformer
 from train.config import TrainingConfig
 
 T = TypeVar("T")
@@ -84,8 +86,9 @@ def recording_suspended(counts: dict[Attention, int]) -> Iterator[None]:
             layer.map_lists = recorded
 
 
-def compile_network(module: nn.Module) -> None:
-    """Compiles the blocks of a network in place, at their first call; names and types stay the same.
+def compile_network(module: nn.Module, mode: str = "default") -> None:
+    """Compiles the blocks of a network in place, at their first call; names and types stay the same. `mode` is that of
+    `torch.compile`.
 
     Identical blocks share compiled code. Layers outside the blocks run eagerly, such as the last layer, for which the
     adaptive weight of a VQGAN takes separate gradients. Call it before `fully_shard`; deep copies are not compiled.
@@ -104,8 +107,36 @@ def compile_network(module: nn.Module) -> None:
             f"torch.compile does not work here on {device.type}: {reason}. On a CPU it needs a C++ compiler (g++, or "
             "the one in CXX) and Python's headers, on CUDA it needs triton: install them, or leave --compile out"
         ) from error
-    for block in outermost_blocks(module):
-        block.compile()
+    blocks, config = list(outermost_blocks(module)), torch._dynamo.config  # loaded by the compiler
+    # Blocks of a class share its limit of versions, of which each shape takes one or two; beyond it they run eagerly.
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile(mode=mode)
+
+
+def compile_for_sampling(network: nn.Module) -> None:
+    """Compiles the blocks of a network that is not trained, and prints the seconds after each call that compiled.
+
+    They are compiled at their first call, and once more for other batch sizes. On CUDA their kernels are launched as
+    CUDA graphs, one for each batch size. A network with a KV cache has none, as its keys and values outlive a call.
+    ValueError as for `compile_network`.
+    """
+    graphs = next(network.parameters()).is_cuda and not isinstance(network, CausalTransformer)
+    compile_network(network, "reduce-overhead" if graphs else "default")
+    if graphs:  # a graph's outputs, such as the UNet's skips, stay valid until the next call of the whole network
+        network.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    from torch._dynamo import on_compile_end, on_compile_start
+
+    starts, seconds = [], []
+    on_compile_start(lambda *_: starts.append(time.perf_counter()))
+    on_compile_end(lambda *_: seconds.append(time.perf_counter() - starts.pop()))
+
+    def report(*_: object) -> None:
+        if seconds:
+            print(f"compiled in {sum(seconds):.1f} s", flush=True)
+            seconds.clear()
+
+    network.register_forward_hook(report)
 
 
 def add_one(x: Tensor) -> Tensor:

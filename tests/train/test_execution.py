@@ -14,6 +14,7 @@ from models.unet import UNet, UNetConfig
 from train.execution import (
     autocast,
     checkpoint_activations,
+    compile_for_sampling,
     compile_network,
     convert_to_channels_last,
     outermost_blocks,
@@ -233,6 +234,49 @@ def test_a_compiled_network_computes_the_same(checkpointed):
     assert list(compiled.state_dict()) == list(network.state_dict())
     scale = max(g.abs().max() for g in expected.values())
     assert max((actual[name] - expected[name]).abs().max() for name in expected) < 1e-5 * scale
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch's compiler as in a new process."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
+@pytest.mark.slow
+def test_a_network_compiled_for_sampling_computes_the_same(fresh_compiler, capsys):
+    network = Transformer(codes=16, grid=(4, 4), width=16, heads=2, layers=2).eval().requires_grad_(False)
+    compiled = copy.deepcopy(network)
+    compile_for_sampling(compiled)
+    assert list(compiled.state_dict()) == list(network.state_dict()) and capsys.readouterr().out == ""
+    for size, says in (
+        (2, "compiled in "),
+        (2, ""),
+        (3, "compiled in "),
+        (5, ""),
+    ):  # 3 and 5 share one
+        ids = torch.randint(0, 17, (size, 4, 4))
+        logits = network(ids)
+        assert (compiled(ids) - logits).abs().max() < 1e-5 * logits.abs().max()
+        out = capsys.readouterr().out
+        assert out.startswith(says) and bool(out) == bool(says)
+
+
+@pytest.mark.slow
+def test_every_block_of_a_unet_is_compiled_whole(fresh_compiler, monkeypatch):
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(  # a graph break, or a block too many for the limit of versions, raises an error
+        nn.Module, "compile", lambda block, **_: compile_block(block, backend="eager", fullgraph=True)
+    )
+    shape = {"channels": 8, "channel_mults": (1, 2, 3), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
+    network = UNet(UNetConfig(**shape), label_encoders(3, 32)).eval().requires_grad_(False)
+    compiled = copy.deepcopy(network)
+    compile_network(compiled)
+    assert len(list(outermost_blocks(network))) > 16
+    for size in (1, 2, 3):
+        x = (torch.randn(size, 3, 8, 8), torch.rand(size), {"label": torch.zeros(size, dtype=torch.int64)})
+        assert torch.equal(compiled(*x), network(*x))
 
 
 def settings():

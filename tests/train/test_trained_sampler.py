@@ -9,6 +9,8 @@ import yaml
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from train import trained_sampler
+from train.cli.parse import flatten_group
+from train.identity import results_identity
 from train.trained_sampler import load_space
 
 
@@ -45,3 +47,13 @@ def test_adapt_does_not_modify_the_item(trained_ddpm, tmp_path, monkeypatch):
     row = replace(model, sampler=sampler).conditions_of(item, 0)
     assert row.keys() == {"dark_image"} and row["dark_image"].unique().tolist() == [50]
     assert item["image"].unique().tolist() == [100] and item.keys() == {"image", "label"}
+
+
+def test_compile_flag_compiles_the_network_of_the_same_results(trained_ddpm, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("experiments.harness.experiment.compile_for_sampling", compiled.append)
+    outputs = [OutputConfig(logs_root=str(trained_ddpm), compile=chosen) for chosen in (False, True)]
+    models = [load_model(ModelConfig(sampler="ddpm"), output) for output in outputs]
+    assert len(compiled) == 1 and compiled[0] is models[1].sampler.network
+    plain, flagged = (results_identity({"output": flatten_group(output)}) for output in outputs)
+    assert plain == flagged
