@@ -11,7 +11,15 @@ from models.sdpa import attend, attention_map
 B, HEADS, N, M = 2, 3, 7, 9
 FUSED, UNFUSED = torch.float32, torch.bfloat16  # on a CPU the dtype selects the path
 MASKS = [(M,), (N, M), (HEADS, N, M), (B, 1, 1, M), (B, 1, N, M), (B, HEADS, N, M), (1, HEADS, N, 1)]
+NATIVE, EMULATED = "bfloat16 instructions", "no bfloat16 instructions"
 BLIND = 2  # the query for which a mask hides every key
+
+
+@pytest.fixture(autouse=True, params=[NATIVE, EMULATED])
+def instructions(request, monkeypatch):
+    """On which CPU a test runs."""
+    monkeypatch.setattr("models.sdpa.CPU_MULTIPLIES_BF16", request.param == NATIVE)
+    return request.param
 
 
 def tokens(*shape, dtype=torch.float32, seed=0):
@@ -84,6 +92,7 @@ def test_the_two_paths_agree_forward_and_backward(kind, causal, monkeypatch):
 
 
 def test_bfloat16_on_cpu_is_unfused_up_to_a_limit_float32_fused(monkeypatch):
+    monkeypatch.setattr("models.sdpa.CPU_MULTIPLIES_BF16", True)
     fused = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *a, **kw: fused.append(q.dtype) or v)
     for dtype in (FUSED, UNFUSED):
@@ -92,6 +101,16 @@ def test_bfloat16_on_cpu_is_unfused_up_to_a_limit_float32_fused(monkeypatch):
     monkeypatch.setattr("models.sdpa.MAX_UNFUSED_KEYS", M - 1)
     attend(*query_key_value(UNFUSED))
     assert fused == [FUSED, UNFUSED]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_without_bfloat16_instructions_attention_is_of_float32(amp, monkeypatch):
+    monkeypatch.setattr("models.sdpa.CPU_MULTIPLIES_BF16", False)
+    inputs, mask = query_key_value(UNFUSED), mask_of("added", (B, 1, N, M))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out = attend(*inputs, mask=mask, causal=True)
+    assert out.dtype == UNFUSED
+    assert torch.equal(out, attend(*(x.float() for x in inputs), mask=mask, causal=True).to(UNFUSED))
 
 
 @pytest.mark.parametrize("rows", [slice(BLIND, BLIND + 1), slice(None)], ids=["one", "all"])
