@@ -91,6 +91,9 @@ class Dataset(Protocol):
     a training prints when it starts. One whose fingerprint depends on modification times or paths has a method
     `content_fingerprint() -> str` as well, which does not: it identifies the data of a run. One that can decode fewer
     pixels than a file has, for images of `size` (height, width), has a method `read_at_size(index, size)` as well.
+    One whose annotations have regions has `region_classes`, the names of their classes by number, and `region_things`,
+    whether each is a thing that can be counted; `sides: train.data.sides.Sides | None`, what swaps in a mirrored image;
+    and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind.
     """
 
     n_classes: int

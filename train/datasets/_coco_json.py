@@ -82,7 +82,7 @@ def read_segments(path: Path) -> tuple[Categories, dict[str, list[list[int]]]]:
 
 
 def require_same_categories(one: Path, other: Path) -> None:
-    """Raises ValueError if two JSON files number their categories differently; for a large file this is fast."""
+    """Raises ValueError if two JSON files number their categories differently; for large files this is fast."""
     ours, theirs = peek_categories(one), peek_categories(other)
     if ours is not None and theirs is not None and (ours.ids, ours.names) != (theirs.ids, theirs.names):
         raise ValueError(
@@ -92,7 +92,9 @@ def require_same_categories(one: Path, other: Path) -> None:
 
 
 def peek_categories(path: Path) -> Categories | None:
-    """Reads only the last list of categories in a JSON file; None if there is none, or another structure."""
+    """Reads only the last list of categories in a JSON file; None if there is none, or no such file."""
+    if not path.is_file():
+        return None
     _, key, rest = path.read_text(encoding="utf-8").rpartition('"categories"')
     try:
         return to_categories(json.JSONDecoder().raw_decode(rest.lstrip(" \n\r\t:"))[0]) if key else None

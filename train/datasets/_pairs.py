@@ -121,7 +121,7 @@ def pair_split(config: RegionConfig, root: Path, split: str, files: AnnotationFi
     images = list_files(root, folders[0], SUFFIXES, "--image_dir")
     annotations = list_files(root, folders[1], files.suffixes, files.flag)
     if folders[0] == folders[1]:
-        images = [each for each in images if each not in set(annotations)]
+        images = sorted(set(images) - set(annotations))
     pairs = pair_files(images, annotations, files)
     if keep:
         pairs = keep_unpaired(pairs, files.noun)

@@ -116,8 +116,6 @@ def naming(file: str | Path) -> Iterator[None]:
     """Adds the name of a file to the ValueErrors raised within."""
     try:
         yield
-    except UnreadableImage:
-        raise
     except ValueError as error:  # that of UnicodeDecodeError and JSONDecodeError, too
         raise ValueError(f"{file}: {error}") from error
 
@@ -145,17 +143,15 @@ def read_categories(root: Path, name: str | None) -> Categories:
         return decode_categories(text, Path(name).suffix.lower())
 
 
-def read_map(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_map(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS, mode: str = "") -> np.ndarray:
     """Reads a map of numbers (H, W), or of colours (H, W, 3), at the `size` (height, width) of its image, or its own.
 
-    A map of another size is resized to the nearest pixel. UnreadableImage for a broken file, and for another shape than
-    the image's.
+    A map of another size is resized to the nearest pixel. `mode` converts it, else the numbers of a palette are kept.
+    UnreadableImage for a broken file, and for another shape than the image's.
     """
     image = decode(path, max_pixels=max_pixels, convert=lambda image: image)
-    if image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr"):
-        image = image.convert("RGB")
-    elif image.mode in ("1", "LA", "PA"):
-        image = image.convert("L" if image.mode != "PA" else "P")
+    if mode or image.mode in ("RGBA", "1", "LA"):
+        image = image.convert(mode or {"RGBA": "RGB"}.get(image.mode, "L"))
     height, width = size or (image.height, image.width)
     if image.size != (width, height):
         slack = max(1, width / image.width, height / image.height)  # a pixel of the smaller of the two
@@ -165,6 +161,11 @@ def read_map(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIX
             )
         image = image.resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(image)
+
+
+def read_colors(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Reads a panoptic map (H, W, 3) uint8; see `read_map`."""
+    return read_map(path, size, max_pixels, "RGB")
 
 
 def make_boxes(boxes: Any, size: tuple[int, int]) -> Tensor:
@@ -223,16 +224,6 @@ def panoptic_fields(decoded: PanopticMap, categories: Categories, segments: Any 
         **box_fields(boxes, numbers[is_thing], decoded.ids.shape, ids),
     }
     return fields if crowd is None else {**fields, "box_crowd": Ragged(crowd[is_thing])}
-
-
-def read_colors(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Reads a panoptic map (H, W, 3) uint8; see `read_map`. ValueError for a map without colours."""
-    colors = read_map(path, size, max_pixels)
-    if colors.ndim != 3:
-        raise ValueError(
-            f"{path} has no colours, wanted a panoptic map: for maps of classes there is --dataset semantic"
-        )
-    return colors
 
 
 def check_maps(

@@ -28,7 +28,6 @@ PARTS = (  # by number, as the authors merge them: later ones lie over earlier o
 )
 SIDES = Sides(classes=((4, 5), (6, 7), (8, 9)))  # eyes, brows, ears
 CATEGORIES = Categories(tuple(range(len(PARTS))), PARTS, (False,) * len(PARTS))
-INSIDE = 128  # from this level on, a pixel of a part's picture is inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +65,7 @@ class FaceImages(RegionDataset):
         """Returns the numbers of the parts (H, W) uint8 of a face: 0 is the background."""
         merged = np.zeros(size, np.uint8)
         for number, name in sorted(self.parts[index].items()):
-            levels = read_map(self.root / name, size, self.max_pixels)
-            merged[(levels if levels.ndim == 2 else levels[..., 0]) >= INSIDE] = number
+            merged[read_map(self.root / name, size, self.max_pixels, "L") > 0] = number
         return merged
 
 
@@ -117,7 +115,7 @@ def pair_parts(config: Config, root: Path, split: str, parts_of: dict[int, dict[
         own.update({number: posixpath.join(config.mask_dir, name) for number, name in own.items()})
     images = list_files(root, config.image_dir, SUFFIXES, "--image_dir")
     numbers = {face_number(name) for name in images}
-    with_parts = sorted((name for name in images if face_number(name) in parts_of), key=face_number)
+    with_parts = [name for name in images if face_number(name) in parts_of]
     unpaired = {
         "images without parts": tuple(name for name in images if face_number(name) not in parts_of),
         "faces without an image": tuple(str(number) for number in sorted(parts_of.keys() - numbers)),

@@ -8,23 +8,24 @@ Three encodings of such maps look alike: --panoptic_encoding names theirs, and m
 """
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from train.data.formats import prompts
 from train.data.formats.categories import Categories
 from train.data.formats.panoptic import Encoding, decode
+from train.data.formats.prompts import decode_instance_prompts, decode_prompts
 from train.data.sides import Sides
-from train.datasets import UnreadableImage, check_split, data_root, require_readable
-from train.datasets._coco_json import read_segments
+from train.datasets import SPLITS, UnreadableImage, check_split, data_root, require_readable
+from train.datasets._coco_json import read_segments, require_same_categories
 from train.datasets._pairs import AnnotationFiles, SplitName, find_split, pair_split
 from train.datasets._regions import (
     CLASS_FILES,
     MAP_SUFFIXES,
     MAPS_CHECKED,
     ClassListConfig,
+    Packed,
     RegionDataset,
     check_maps,
     naming,
@@ -34,6 +35,7 @@ from train.datasets._regions import (
     read_text,
 )
 
+T = TypeVar("T")
 CITYSCAPES = (  # by training id; the first 11 are stuff
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
     *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
@@ -76,22 +78,23 @@ class PanopticImages(RegionDataset):
         self,
         *args: Any,
         encoding: Encoding,
-        segments: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        segments: Sequence[Sequence[Sequence[int]]] | None = None,
         captions: Mapping[str, str] | None = None,
         words: Mapping[str, Mapping[int, str]] | None = None,
         **options: Any,
     ):
-        """`segments` are id, category and iscrowd of the segments of each map, by its name, for coco; `captions` and
-        `words` of instances are by the name of the image."""
+        """`segments` are id, category and iscrowd of the segments of each map, for coco; `captions`, and `words` of
+        instances, are by the name of the image."""
         super().__init__(*args, context=(encoding,), **options)
-        self.encoding, self.segments, self.captions, self.words = encoding, segments, captions, words
+        self.encoding, self.captions, self.words = encoding, captions, words
+        self.segments = None if segments is None else Packed(segments)
 
     def annotations(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         path, name = self.root / self.files[index], posixpath.basename(self.names[index])
         colors = read_colors(path, size, self.max_pixels)
         with naming(path):
-            own = None if self.segments is None else self.segments.get(path.name, ())
-            fields = panoptic_fields(decode(colors, self.encoding), self.categories, own)
+            segments = None if self.segments is None else self.segments[index]
+            fields = panoptic_fields(decode(colors, self.encoding), self.categories, segments)
         if self.captions is not None:
             fields["captions"] = [self.captions[name]] if name in self.captions else []
         if self.words is not None:
@@ -112,20 +115,24 @@ def build(config: Config, split: str, n_channels: int = 3) -> PanopticImages:
     endings = config.image_ending, config.panoptic_ending
     files = AnnotationFiles(config.panoptic_dir, "--panoptic_dir", MAP_SUFFIXES, "panoptic map", endings)
     pairs = pair_split(config, root, split, files)
-    name = find_split(root, config.image_dir, split)
+    splits = [find_split(root, config.image_dir, each) for each in SPLITS]
+    name = splits[SPLITS.index(split)]
     has_list = config.categories or any((root / each).is_file() for each in CLASS_FILES)
     categories = read_categories(root, config.categories) if has_list else CITYSCAPES_CATEGORIES
-    sources, segments = [], None
+    sources, segments = [name.fill(file) for file in (config.prompts, config.instance_prompts) if file], None
     if config.panoptic_encoding == "coco":
-        sources.append(name.fill(config.panoptic_json.replace("{panoptic_dir}", config.panoptic_dir)))
-        categories, segments = read_segments(root / sources[0])
-    captions, words = (read_prompts(root, name, file) for file in (config.prompts, config.instance_prompts))
-    sources += [name.fill(file) for file in (config.prompts, config.instance_prompts) if file]
-    if captions is not None:
-        pairs = pairs._replace(notes=(*pairs.notes, *count_prompts(pairs.images, captions)))
+        template = config.panoptic_json.replace("{panoptic_dir}", config.panoptic_dir)
+        sources.append(name.fill(template))
+        categories, segments_of = read_segments(root / sources[-1])
+        require_same_categories(*(root / each.fill(template) for each in splits))
+        segments = [segments_of.get(posixpath.basename(file), ()) for file in pairs.annotations]
+    captions = read_prompts(root, name, config.prompts, "--prompts", decode_prompts)
+    words = read_prompts(root, name, config.instance_prompts, "--instance_prompts", decode_instance_prompts)
+    ids = None if segments is None else [[row[0] for row in own] for own in segments]
+    check_maps(root, pairs.annotations, config.panoptic_encoding, categories, ids, config.max_pixels)
     dataset = PanopticImages(
         root,
-        pairs,
+        pairs._replace(notes=(*pairs.notes, *count_prompts(pairs.images, captions))),
         categories,
         split,
         encoding=config.panoptic_encoding,
@@ -136,31 +143,25 @@ def build(config: Config, split: str, n_channels: int = 3) -> PanopticImages:
         max_pixels=config.max_pixels,
         n_channels=n_channels,
     )
-    listed = (
-        None
-        if segments is None
-        else [[row[0] for row in segments.get(posixpath.basename(file), ())] for file in dataset.files]
-    )
-    check_maps(root, dataset.files, config.panoptic_encoding, categories, listed, config.max_pixels)
     require_readable(dataset, root)
     require_words(dataset)
     return dataset
 
 
-def read_prompts(root: Path, name: SplitName, file: str | None) -> Any:
-    """Reads prompts from a CSV file, or those of instances from a JSON file; None for no file."""
+def read_prompts(
+    root: Path, name: SplitName, file: str | None, flag: str, decode_text: Callable[[str], dict[str, T]]
+) -> dict[str, T] | None:
+    """Reads the prompts in a file that `flag` names; None for no file."""
     if file is None:
         return None
-    path = root / name.fill(file)
-    is_csv = path.suffix.lower() == ".csv"
-    text = read_text(path, f"pass its name, relative to {root}, as --{'' if is_csv else 'instance_'}prompts")
-    with naming(path):
-        return prompts.decode_prompts(text) if is_csv else prompts.decode_instance_prompts(text)
+    text = read_text(root / name.fill(file), f"pass its name, relative to {root}, as {flag}")
+    with naming(root / name.fill(file)):
+        return decode_text(text)
 
 
-def count_prompts(images: Sequence[str], captions: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns notes on images without a prompt."""
-    without = sum(posixpath.basename(image) not in captions for image in images)
+def count_prompts(images: Sequence[str], captions: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Returns a note if images have no prompt."""
+    without = 0 if captions is None else sum(posixpath.basename(image) not in captions for image in images)
     return (f"images without a prompt: {without}",) if without else ()
 
 

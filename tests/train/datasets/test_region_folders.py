@@ -1,12 +1,14 @@
 """Images with annotation files of the same names: YOLO, layouts, semantic and panoptic maps, faces, Visual Genome."""
 
 import importlib
+import json
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers import tiny_regions
 from helpers.tiny_regions import BOX, IDS, save_json, save_picture, save_text
@@ -48,14 +50,15 @@ def test_items_are_resized_mirrored_and_batched(name, tmp_path):
 
 def test_label_files_are_paired_by_name(tmp_path):
     tiny_regions.save_yolo(tmp_path)
-    (tmp_path / "labels" / "train" / "a.txt").unlink()
-    (tmp_path / "images" / "train" / "c.png").unlink()
+    (tmp_path / "images" / "train" / "a.png").unlink()
+    (tmp_path / "labels" / "train" / "b.txt").unlink()
     dataset = build(yolo, tmp_path)
-    assert dataset.names == ["images/train/b.png"] and level(dataset[0]) == 1
-    assert dataset.unpaired == {"images without a label file": ("a.png",), "label files without an image": ("c.txt",)}
-    assert any("1 images without a label file (a.png)" in note for note in dataset.notes)
+    assert dataset.names == ["images/train/c.png"] and level(dataset[0]) == 2
+    assert len(dataset[0]["boxes"]) == 2  # a.txt has none
+    assert dataset.unpaired == {"images without a label file": ("b.png",), "label files without an image": ("a.txt",)}
+    assert any("1 images without a label file (b.png)" in note for note in dataset.notes)
     everything = build(yolo, tmp_path, missing_labels="empty")
-    assert everything.names == ["images/train/a.png", "images/train/b.png"]
+    assert everything.names == ["images/train/b.png", "images/train/c.png"]
     assert everything[0]["boxes"].shape == (0, 4) and len(everything[1]["boxes"]) == 2
 
 
@@ -147,17 +150,18 @@ def test_levels_become_class_numbers(tmp_path):
 
 
 def test_names_may_have_endings_and_folders_of_cities(tmp_path):
-    save_json(tmp_path / "categories.json", ["road", "car"])
+    save_json(tmp_path / "categories.json", [str(number) for number in range(20)])
     for city, frame in (("bern", 1), ("bern", 2), ("ulm", 3)):
         save_picture(tmp_path / "images" / "train" / city / f"{city}_{frame}_leftImg8bit.png", frame)
-        levels = np.full((3, 4), frame % 2, np.uint8)  # half of the size of its image
+        levels = np.arange(12, dtype=np.uint8).reshape(3, 4) + frame  # half of the size of its image
         save_picture(tmp_path / "flat" / f"{city}_{frame}_gtFine.png", levels)
         save_picture(tmp_path / "nested" / "train" / city / f"{city}_{frame}_gtFine.png", levels)
     for folder in ("flat", "nested/{split}"):
         options = {"image_ending": "_leftImg8bit", "mask_ending": "_gtFine", "mask_dir": folder, "val_fraction": 0.4}
         dataset = build(semantic, tmp_path, **options)
         for item in (dataset[0], dataset[1]):
-            assert item["semantic"].shape == (6, 8) and (item["semantic"] == level(item) % 2).all()
+            wanted = np.arange(12).reshape(3, 4) + level(item)
+            assert np.array_equal(item["semantic"].numpy(), np.kron(wanted, np.ones((2, 2))))
 
 
 def test_maps_in_colours_or_of_another_shape_are_no_maps(tmp_path):
@@ -180,6 +184,20 @@ def test_parts_of_a_face_are_merged_in_their_order(tmp_path):
     assert dataset[0]["semantic"][:, 0].tolist() == [13, 13, 4, 4, 1, 1]
     assert dataset.region_classes[4:6] == ("l_eye", "r_eye") and dataset.sides.classes == ((4, 5), (6, 7), (8, 9))
     assert [level(dataset[i]) for i in range(3)] == [int(name[14]) for name in dataset.names]
+
+
+def test_maps_with_a_palette_have_its_numbers_or_its_colours(tmp_path):
+    tiny_regions.save_panoptic_folder(tmp_path)
+    wanted = build(panoptic_folder, tmp_path)[0]["panoptic"]
+    path = tmp_path / "panoptic" / "train" / "a.png"
+    Image.open(path).quantize(8).save(path)
+    assert torch.equal(build(panoptic_folder, tmp_path)[0]["panoptic"], wanted)
+    levels = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    levels.putpalette([200, 100, 50] * 256)
+    save_json(tmp_path / "categories.json", [str(number) for number in range(48)])
+    levels.save(path)
+    dataset = build(semantic, tmp_path, image_dir="{split}", mask_dir="panoptic/{split}")
+    assert dataset[0]["semantic"].flatten().tolist() == list(range(48))
 
 
 def test_maps_and_parts_of_faces_agree(tmp_path):
@@ -216,6 +234,14 @@ def test_panoptic_maps_of_each_encoding_read_alike(tmp_path, encoding):
     assert np.array_equal(item["panoptic"].numpy() == car, IDS == 1)
     assert np.array_equal(item["panoptic"].numpy() > 0, IDS > 0)
     assert item["boxes"].tolist() == [BOX] and item["box_id"].tolist() == [car] and "captions" not in item
+
+
+def test_json_files_that_number_classes_differently_are_refused(tmp_path):
+    tiny_regions.save_panoptic_folder(tmp_path, "coco")
+    content = json.loads((tmp_path / "panoptic" / "val.json").read_text())
+    save_json(tmp_path / "panoptic" / "val.json", {**content, "categories": content["categories"][::-1]})
+    with pytest.raises(ValueError, match="different categories, or in another order"):
+        build(panoptic_folder, tmp_path, panoptic_encoding="coco")
 
 
 @pytest.mark.parametrize("written", ["mamoe", "two_channel", "coco"])
