@@ -79,8 +79,6 @@ class LayoutConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        if self.samples == REAL and self.n_images < 2:
-            raise ValueError(f"got --n_images {self.n_images}, wanted at least 2: a wrong layout is another image's")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +176,7 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
     return {
         "figures": figures,
         "check": check,
+        "reference_objects": len(measurement.reference.classes) if measurement.reference is not None else 0,
         "n_images": len(real.items),
         "n_layouts": len({*real.items}),
         "size": list(real.images.shape[2:]),
@@ -247,6 +246,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
             rows.append((first, "" if name == OBJECTS else kind, *(number(value) for value in values)))
     size = "x".join(map(str, results["size"]))
     hashes = ", ".join(f"{name} {digest[:12]}" for name, digest in results["judges"].items())
+    seconds = f"trained or read in {results['seconds_judges']:.0f} s, all in {results['seconds']:.0f} s"
     images = f"{results['n_images']:,} images of {results['n_layouts']:,} layouts"
     lines = [
         f"{images} of {results['dataset']}, validation split, {size}",
@@ -255,7 +255,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
         *(f"{name}: {meaning}" for name, meaning in MEANINGS.items() if name in figures[REAL_SCENES][ALL]),
         "buckets: " + "; ".join(f"{name}: {meaning}" for name, meaning in BUCKETS.items()),
         f"judges: {hashes}; {results['judge_scenes']:,} scenes of the {results['judge_split']} split, seed "
-        f"{results['judge_seed']}, trained in {results['seconds_judges']:.0f} s; all in {results['seconds']:.0f} s",
+        f"{results['judge_seed']}; {seconds}",
         "",
         str(folder / "results.json"),
     ]

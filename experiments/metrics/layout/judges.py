@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from experiments.metrics.layout import crop_classifier, scene_network
 from experiments.metrics.layout.crop_classifier import CropClassifier, train_crop_classifier
+from experiments.metrics.layout.fitting import Recipe
 from experiments.metrics.layout.layouts import Layouts, join_layouts, read_layout
 from experiments.metrics.layout.scene_network import SceneNetwork, train_scene_network
 from train.config import DataConfig
@@ -147,7 +148,7 @@ class Kept:
     def load(
         self,
         name: str,
-        recipe: crop_classifier.Recipe,
+        recipe: Recipe,
         train: Callable[[Callable[[int], object]], M],
         build: Callable[[], M],
     ) -> tuple[M, str]:

@@ -20,7 +20,7 @@ WIDTHS = (32, 48, 64)  # channels at strides 2, 4, 8
 SIGMA = 1 / 6  # of the Gaussian around a centre, times the smaller side of the box
 LEAST_SIGMA = 0.5  # cells
 PRIOR = 0.02  # initial probability of a centre in a cell
-LEAST_SCORE = 0.01  # of a detection
+LEAST_SCORE = 0.05  # of a detection
 BOX_WEIGHT = 1.0  # of the losses of size and offset, beside that of the heat map
 RECIPE = Recipe(steps=1200, batch_size=64, peak_lr=4e-3)  # of images of 32 x 32: of others, as many pixels a step
 LEAST_BATCH = 4

@@ -175,7 +175,7 @@ def test_average_precision_is_that_of_a_brute_force(seed):
 
 
 def test_spurious_objects_match_no_box_of_any_class():
-    layouts = asked((0, 0, A), (1, 0, B), (1, 0, (0.0, 0.0, 0.5, 0.5)), count=3, crowd=[False, False, True])
+    layouts = asked((0, 0, A), (1, 0, B), (1, 0, (0.0, 0.0, 0.8, 0.8)), count=3, crowd=[False, False, True])
     detections = found(
         (0, 1, A, 0.9),  # of another class, at the place of a box
         (0, 0, C, 0.9),  # spurious

@@ -59,10 +59,10 @@ def test_crop_accuracy_is_as_sensitive_as_expected(figures):
 
 def test_colours_are_right_and_at_chance_under_wrong_layouts(figures):
     assert figures["real"]["colour"] > 0.99 and abs(figures["wrong"]["colour"] - 1 / 6) < 0.06
-    assert figures["blurred"]["colour"] > 0.9
+    assert figures["blurred"]["colour"] > 0.85
 
 
-@pytest.mark.parametrize("figure", ["AP", "AP75", "mIoU", "pixel accuracy", "crop FD"])
+@pytest.mark.parametrize("figure", ["AP", "AP50", "mIoU", "pixel accuracy", "crop FD"])
 def test_every_figure_falls_with_the_shift(figures, figure):
     values = [figures[name][figure] for name in ("real", "shifted 1", "shifted 2", "shifted 4")]
     assert values == sorted(values, reverse=figure != "crop FD") and len({*values}) == 4
