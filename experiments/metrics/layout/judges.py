@@ -57,13 +57,17 @@ def open_scenes(data: DataConfig, reader: DatasetConfig, split: str) -> ImageSou
     """
     data = dataclasses.replace(data.without_augmentation, in_memory=False, cache_images=False)
     source = ImageSource(build_dataset(data, reader, split), data)
-    fields = source[0].keys()
-    boxes, maps = {"boxes", "box_class"} <= fields, "semantic" in fields or {"panoptic", "segment_class"} <= fields
-    if not (boxes or maps) or not getattr(source.dataset, "region_classes", ()):
+    if not any(find_annotations(source)) or not getattr(source.dataset, "region_classes", ()):
         raise ValueError(
             f"data set {data.dataset} has no layouts to obey: pass a --dataset with boxes or maps of classes, as shapes"
         )
     return source
+
+
+def find_annotations(source: ImageSource) -> tuple[bool, bool]:
+    """Returns whether the scenes have boxes, and whether they have maps of classes."""
+    fields = source[0].keys()
+    return {"boxes", "box_class"} <= fields, "semantic" in fields or {"panoptic", "segment_class"} <= fields
 
 
 def judge_split(data: DataConfig) -> str:
@@ -119,16 +123,15 @@ def load_judges(source: ImageSource, folder: Path, seed: int) -> Judges:
         images, layouts, _ = training_scenes()
         return train_scene_network(images, layouts, n_classes, scene_network.RECIPE, seed, advance)
 
-    item = source[0]
-    maps, boxes = "semantic" in item or "panoptic" in item, "boxes" in item
+    boxes, maps = find_annotations(source)
     channels = source.config.n_channels
-    kept = Kept(source, folder, seed)
+    files = JudgeFiles(source, folder, seed)
     crops, hashes = None, {}
     if boxes:
-        crops, hashes["crop classifier"] = kept.load(
+        crops, hashes["crop classifier"] = files.load(
             "crops", crop_classifier.RECIPE, train_crops, lambda: CropClassifier(channels, n_classes + 1)
         )
-    network, hashes["scene network"] = kept.load(
+    network, hashes["scene network"] = files.load(
         "scenes",
         scene_network.RECIPE,
         train_scenes,
@@ -138,7 +141,7 @@ def load_judges(source: ImageSource, folder: Path, seed: int) -> Judges:
 
 
 @dataclass(frozen=True)
-class Kept:
+class JudgeFiles:
     """Networks in a folder, each in a file named by what it depends on."""
 
     source: ImageSource
