@@ -12,7 +12,7 @@ from diffusion.likelihood import bits_per_dimension
 from diffusion.rng import Streams
 from helpers.parametrize import slow_after
 from models.conditions import image
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.samplers import ddpm
 
 UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 2}

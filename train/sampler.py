@@ -13,7 +13,8 @@ from diffusion.types import OnStep
 from train.class_names import class_captions
 from train.condition_source import ConditionSource, Row
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import BatchSource, ImageSource, TrainingImages, TrainingStreams, merge_fields, to_device
+from train.data.loading import BatchSource, ImageSource, TrainingImages, merge_fields, to_device
+from train.data.streams import TrainingStreams
 from train.data.transforms import to_float
 from train.datasets import Dataset
 from train.distributed import DistContext, gradient_sync, interruptible_sampling

@@ -12,17 +12,10 @@ from diffusion.rng import Streams
 from train.cli.files import run_folder
 from train.cli.parse import from_dict
 from train.config import DataConfig, SecondStageConfig
+from train.data.captions import choose_captions
 from train.data.code_file import CodeTable
 from train.data.collate import collate
-from train.data.loading import (
-    Adapt,
-    BatchSource,
-    ImageSource,
-    TrainingCodes,
-    TrainingImages,
-    choose_captions,
-    merge_fields,
-)
+from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, merge_fields
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
@@ -349,7 +342,9 @@ class CodeSpace:
         table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
         first = split == "val"
-        return TrainingCodes(table.ids, labels, seed, table.annotations, balance, first_caption=first, index=table.index)
+        return TrainingCodes(
+            table.ids, labels, seed, table.annotations, balance, first_caption=first, index=table.index
+        )
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no loading

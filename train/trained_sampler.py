@@ -28,15 +28,8 @@ from train.class_names import class_captions, recorded_class_names
 from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
-from train.data.loading import (
-    Adapt,
-    BatchSource,
-    apply_adapt,
-    build_dataset,
-    choose_caption,
-    temporary_seed,
-    to_device,
-)
+from train.data.captions import choose_caption
+from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext

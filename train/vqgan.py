@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from diffusion.rng import seed_of
 from train.config import DataConfig, TrainingConfig
-from train.data.loading import ImageSource, fixed_subset, images_in_order, sample_streams
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.data.streams import sample_streams
 from train.data.transforms import to_float
 from train.distributed import DistContext, gradient_sync
 from train.execution import (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.samplers import ddpm
 
 SHAPE, CLASSES = (1, 4, 4), 5

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.rng import Streams, seed_of
+from diffusion.rng import seed_of
 from train.class_names import check_class_names
 from train.cli.files import resolve_data_dir
 from train.config import DataConfig, TrainingConfig
 from train.data.annotations import pack
+from train.data.captions import choose_caption, choose_captions
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
 from train.data.patches import PatchedDataset
@@ -180,23 +181,6 @@ class ImageSource:
 def sides_of(dataset: Dataset) -> Sides | None:
     """Returns what changes places in mirrored items of a data set; None if it declares nothing."""
     return getattr(dataset, "sides", None)
-
-
-def choose_caption(item: dict[str, Any], seed: int | None = None, position: int = 0) -> dict[str, Any]:
-    """Adds to an item with a list `captions` the field `caption`: the first one, "" if there is none, or with a `seed`
-    the one of this position. An item that has a caption keeps it."""
-    captions = item.get("captions")
-    if not isinstance(captions, list) or "caption" in item:
-        return item
-    number = 0 if seed is None or not captions else seed_of(seed, "caption", position) % len(captions)
-    return item | {"caption": captions[number] if captions else ""}
-
-
-def choose_captions(
-    items: Sequence[dict[str, Any]], seed: int | None, positions: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Applies `choose_caption` to the items at these positions."""
-    return [choose_caption(item, seed, position) for item, position in zip(items, positions, strict=True)]
 
 
 Adapt = Callable[[dict[str, Any]], dict[str, Any]]  # an item in its view -> an item
@@ -459,32 +443,3 @@ class TrainingCodes:
             return batch
         items = [self.annotations[key] for key in zip(view.tolist(), row.tolist(), strict=True)]
         return merge_fields(collate(choose_captions(items, self.caption_seed, positions)), batch)
-
-
-def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
-    """Returns one random stream per sample of a training batch, seeded by (seed, purpose, position of the sample)."""
-    return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
-
-
-@dataclass(frozen=True)
-class TrainingStreams:
-    """The random streams of one training batch, or of a micro-batch of it, by purpose."""
-
-    seed: int
-    batch: Batch
-    batch_size: int  # of the step's whole batch
-    device: torch.device
-
-    def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
-        """Returns one stream per sample, which draws on `device` (default: that of the batch)."""
-        return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
-
-    def noise(self, shape: Sequence[int]) -> Tensor:
-        """Returns Gaussian noise (B, ...): the stream "noise" of each sample, or what a loading process drew before."""
-        return self.batch["noise"] if "noise" in self.batch else self("noise").normal(shape)
-
-    def step_stream(self, purpose: str) -> tuple[Streams, int]:
-        """Returns one stream for the whole step, and the offset of this micro-batch's first sample in the step's
-        batch."""
-        step, offset = divmod(int(self.batch["position"][0]), self.batch_size)
-        return Streams([seed_of(self.seed, purpose, "step", step)]), offset

@@ -18,7 +18,7 @@ from diffusion.solvers import Solver, get_solver
 from diffusion.types import Bound, Loss, OnStep
 from models.conditioning import Condition
 from train.config import SamplerConfig, SamplingConfig
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs, Stateful
 from train.spaces import EditInput
 

@@ -21,7 +21,7 @@ from diffusion.types import Bound, Denoiser, Loss, OnStep
 from models.conditioning import Condition
 from models.ranges import COUNT, NOT_NEGATIVE
 from train.config import SamplingConfig
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import check_nulls, draw_drops, fields_by_condition, raw_conditions

@@ -10,7 +10,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import Solver, solver_options_for
 from diffusion.timesteps import low_discrepancy_times
 from models.ranges import MILLION
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._conditions import make_encoders
 from train.samplers._transformer import TransformerConfig, make_network

@@ -11,7 +11,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import solver_options_for
 from diffusion.types import Bound, Denoiser, Loss
 from models.kv_cache import KVCache
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling

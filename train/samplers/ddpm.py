@@ -22,7 +22,7 @@ from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
 from models.ranges import FINITE, POSITIVE
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import (

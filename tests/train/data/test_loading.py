@@ -15,15 +15,14 @@ from train.data.loading import (
     ImageSource,
     TrainingCodes,
     TrainingImages,
-    TrainingStreams,
     build_splits,
     describe_splits,
     fixed_subset,
     images_in_order,
-    sample_streams,
     training_batches,
 )
 from train.data.shuffle import EpochShuffle
+from train.data.streams import TrainingStreams, sample_streams
 from train.datasets import ArrayDataset, Blocks, DatasetConfig
 from train.distributed import DistContext
 from train.sampler import WithNoise

@@ -9,17 +9,11 @@ import torch
 from helpers.annotated_images import annotated_dataset, assert_same_fields
 from helpers.region_images import SIDES, face_dataset, mirrored_face
 from train.config import DataConfig
+from train.data.captions import choose_caption
 from train.data.code_cache import load_or_encode
 from train.data.code_file import CodeFile
 from train.data.collate import collate
-from train.data.loading import (
-    ImageSource,
-    TrainingCodes,
-    TrainingImages,
-    annotation_fields,
-    choose_caption,
-    training_batches,
-)
+from train.data.loading import ImageSource, TrainingCodes, TrainingImages, annotation_fields, training_batches
 from train.data.sides import Sides, swap_words
 from train.data.transforms import View, to_item, training_views
 from train.distributed import DistContext

@@ -8,7 +8,7 @@ from diffusion.rng import Streams, seed_of
 from helpers.labels import LabelNetwork
 from helpers.parametrize import slow_after
 from models.attention import ATTENTION_TYPES
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.samplers import absorbing
 
 GRID = (2, 3)

@@ -11,7 +11,7 @@ from diffusion.types import Bound, Loss
 from models.conditioning import Condition
 from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
-from train.data.loading import TrainingStreams
+from train.data.streams import TrainingStreams
 from train.registry import load_plugin, plugin_names
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
