@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from train.data.formats.coco import box_of_mask
 from train.data.formats.panoptic import Encoding, possible_encodings
 from train.datasets import Dataset, FloatImage
 from train.datasets._decode import decode
@@ -182,18 +183,9 @@ def repeated_rows(rows: np.ndarray) -> np.ndarray:
 
 def masks_outside(masks: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Returns which masks (n, H, W) reach more than a pixel out of their boxes (n, 4), as far as these are inside."""
-    faults = np.zeros(len(masks), bool)
-    for i, (mask, (left, top, right, bottom)) in enumerate(zip(masks, boxes, strict=True)):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if len(rows):
-            spans = (
-                (rows[0], top - 1),
-                (columns[0], left - 1),
-                (-rows[-1] - 1, -bottom - 1),
-                (-columns[-1] - 1, -right - 1),
-            )
-            faults[i] = any(edge < limit for edge, limit in spans)
-    return faults
+    extents = np.array([box_of_mask(mask) for mask in masks], float).reshape(-1, 4)
+    beyond = (extents[:, :2] < boxes[:, :2] - 1) | (extents[:, 2:] > boxes[:, 2:] + 1)
+    return beyond.any(1) & masks.any((1, 2))
 
 
 def guess_encoding(dataset: Dataset, indices: Sequence[int], items: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
