@@ -122,6 +122,10 @@ class CheckedRegions:
     def __len__(self) -> int:
         return len(self.source)
 
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the item at a position."""
+        return self.source.item_index(position)
+
     def __getitem__(self, positions: list[int]) -> Batch:
         batch = self.source[positions]
         read = {name: value for name, value in batch.items() if name.removesuffix("_mask") in self.fields}

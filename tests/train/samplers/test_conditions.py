@@ -84,6 +84,9 @@ class Batches:
     def __len__(self):
         return 9
 
+    def item_index(self, position):
+        return 10 * position
+
     def __getitem__(self, positions):
         boxes = torch.tensor([[[0, 0, 1, 1.0]]] * len(positions))
         return {
@@ -96,7 +99,8 @@ class Batches:
 def test_regions_are_checked_where_batches_are_loaded():
     network, source = nn.Sequential(nn.Linear(1, 1), encoders("layout")), Batches(file_name=["a.png", "b.png"])
     checked = with_checked_regions(source, network)
-    assert len(checked) == 9 and checked[[1, 2]].keys() == source[[1, 2]].keys()
+    assert len(checked) == 9 and checked.item_index(3) == 30
+    assert checked[[1, 2]].keys() == source[[1, 2]].keys()
     with pytest.raises(ValueError, match="^b.png: got box_class 3 as region 0, wanted 0 to 2"):
         checked[[2, 3]]
     with pytest.raises(ValueError, match="^image 0 of the batch: got box_class 5"):
