@@ -22,6 +22,7 @@ Row = dict[str, Any]  # the figures of a workload: "workload", its name; "second
 NOT_COMPARED = {"measure", "out", "against", "repeats", "log_dir", "logs_root"}  # flags that do not change a workload
 COUNTS = ("launches", "waits")
 WANTED = "wanted a file written by --out"
+VERSION_COMMAND = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,8 @@ def collect_figures(rows: Sequence[Row], settings: dict[str, dict[str, Any]], de
 
 def code_version() -> str | None:
     """Returns the commit of this checkout, with "-dirty" if files differ from it; None without git or a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(VERSION_COMMAND, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -275,7 +275,7 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
     other.vqgan.config = dataclasses.replace(NETWORK, unit_range=True)
     other.encode_dataset(IMAGES, "train", DATA, 3, world)
     for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # the same number of views
-        monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
+        monkeypatch.setattr(first_stage, "training_views", lambda data, sides, view=view: [view])
         stage.encode_dataset(IMAGES, "train", DATA, 3, world)
     monkeypatch.setattr(first_stage, "training_views", training_views)
     monkeypatch.setattr(first_stage, "CHUNK_SIZE", 513)

@@ -181,7 +181,7 @@ def test_boxes_and_label_maps_round_trip(annotated, workers):
             assert torch.equal(seg, maps.flip(1) if flipped else maps) and torch.equal(part, seg)
             count = int(point[1]) % 3
             assert mask.sum() == count and point[0] == 0.5
-            expected = [[4, 0, 8, 4], [0, 4, 4, 8]] if flipped else [[0, 0, 4, 4], [4, 4, 8, 8]]
+            expected = [[0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1]] if flipped else [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
             assert boxes[:count].tolist() == expected[:count]
             combinations.add((int(point[1]), flipped))
     assert len({number for number, _ in combinations}) == 3 and len({flipped for _, flipped in combinations}) == 2
