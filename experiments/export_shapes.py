@@ -294,18 +294,20 @@ def write_encoded(encoding: Encoding, first: int, folder: Path, word: str, drawi
     kept = []
     for drawing in drawings:
         save_picture(folder / word / drawing.name, drawing.image)
-        ids = np.arange(1, len(drawing.classes) + 1)
-        colors = panoptic.encode(drawing.segments, encoding, ids, drawing.classes + first)
+        ids, classes = np.arange(1, len(drawing.classes) + 1), drawing.classes + first
+        colors = panoptic.encode(drawing.segments, encoding, ids, classes)
         save_picture(folder / "panoptic" / word / drawing.name, colors)
-        kept.append((drawing.name, drawing.scene))
+        if encoding == "two_channel":  # which are read as these
+            ids = 256 * classes + panoptic.number_segments(classes)
+        kept.append((drawing.name, drawing.scene, ids.tolist()))
     write_prompts(folder, word, kept)
 
 
-def write_prompts(folder: Path, word: str, scenes: Sequence[tuple[str, Scene]]) -> None:
+def write_prompts(folder: Path, word: str, scenes: Sequence[tuple[str, Scene, list[int]]]) -> None:
     """Writes prompts_<word>.csv, the first caption of each image, and instance_prompts_<word>.json, words for each
-    thing by the id of its segment."""
-    captions = {name: captions_of(scene)[0] for name, scene in scenes}
-    words = {name: dict(enumerate(map(describe, scene.things), 1)) for name, scene in scenes}
+    thing by the id of its segment; ids are those of the things, and of grounds after them."""
+    captions = {name: captions_of(scene)[0] for name, scene, _ in scenes}
+    words = {name: dict(zip(ids, map(describe, scene.things), strict=False)) for name, scene, ids in scenes}
     save_text(folder / f"prompts_{word}.csv", prompts.encode_prompts(captions))
     save_text(folder / f"instance_prompts_{word}.json", prompts.encode_instance_prompts(words))
 
@@ -349,7 +351,7 @@ def write_captions(folder: Path, word: str, drawings: Iterable[Drawing]) -> None
     kept = []
     for drawing in drawings:
         save_picture(folder / "images" / word / drawing.name, drawing.image)
-        kept.append((drawing.name, drawing.scene))
+        kept.append((drawing.name, drawing.scene, list(range(1, len(drawing.classes) + 1))))
     write_prompts(folder, word, kept)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from helpers.tiny_runs import call
 from train.data.formats import coco, layout_lines, panoptic, prompts, yolo
 from train.data.formats.metadata import decode_name
-from train.datasets import shapes
+from train.datasets import panoptic_folder, shapes
 from train.datasets._shapes_render import draw_semantic
 
 SIZE, COUNT = 48, 30
@@ -147,6 +147,26 @@ def test_other_encodings_hold_the_same_segments(encoding, first, exported):
     other = {"two_channel": "mamoe", "mamoe": "two_channel"}[encoding]
     with pytest.raises(ValueError, match=f"they look like {encoding}"):
         panoptic.check_encoding(pictures, other, things)
+
+
+@pytest.mark.parametrize("encoding", ["two_channel", "mamoe"])
+def test_words_of_things_are_read_beside_their_segments(encoding, exported):
+    config = panoptic_folder.Config(
+        data_dir=str(exported / encoding),
+        panoptic_encoding=encoding,
+        prompts="prompts_{split}.csv",
+        instance_prompts="instance_prompts_{split}.json",
+    )
+    dataset = panoptic_folder.build(config, "val")
+    items = {item["file_name"].rpartition("/")[2]: item for item in map(dataset.__getitem__, range(len(dataset)))}
+    assert len(items) == COUNT
+    for truth in truths():
+        item = items[truth.name]
+        read_words = dict(zip(item["box_id"].tolist(), item["box_words"], strict=True))
+        for number, words in read_words.items():
+            (inside,) = np.unique(truth.panoptic[item["panoptic"].numpy() == number])
+            assert truth.item["box_words"][inside - 1] == words
+        assert len(read_words) == len(truth.boxes)
 
 
 def test_yolo_boxes_and_polygons_are_the_things(exported):
