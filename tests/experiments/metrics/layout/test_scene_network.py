@@ -62,6 +62,18 @@ def test_perfect_outputs_decode_to_the_boxes_asked_for():
     assert (best.boxes[torch.stack(order)] - layouts.boxes).abs().max() < 1e-6
 
 
+def test_detections_of_later_batches_keep_their_image(monkeypatch):
+    class ByFirstPixel(nn.Module):
+        def forward(self, images):
+            return perfect_outputs(example())[images[:, 0, 0, 0].long()], None
+
+    images = torch.zeros(3, 3, 16, 32)
+    images[1:] = 1
+    monkeypatch.setattr(scene_network, "EVALUATED", 1)
+    detections = detect(ByFirstPixel(), images)
+    assert detections[detections.scores > 0.99].image.tolist() == [0, 0, 1, 1, 2, 2]
+
+
 def test_heat_maps_peak_at_centres_and_fall_with_the_side():
     target, _, _ = object_targets(example(), SHAPE)
     assert target[0, 2, 4, 3] == 1 and target[0, 0, 2, 10] == 1 and (target == 1).sum() == 4
