@@ -5,7 +5,7 @@ Shapes: R regions, M condition tokens, E embedding width, N = H W cells of a gri
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -269,6 +269,13 @@ def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
     return Tokens(F.pad(tokens.values, (0, 0, 0, missing)), F.pad(mask, (0, missing)), membership, everywhere)
 
 
+def tokens_after_null(null: Tensor, values: Tensor, seen: Tensor, drop: Tensor | None) -> Tokens:
+    """Returns the null (B, 1, D), which only dropped examples see, and tokens (B, M, D) where `seen` (B, M) is True."""
+    dropped = seen.new_zeros(len(seen), 1) if drop is None else drop.unsqueeze(1)
+    values = values.masked_fill(~seen.unsqueeze(-1), 0)  # padding is the same in all images
+    return Tokens(torch.cat([null.to(values.dtype), values], 1), torch.cat([dropped, seen], 1))
+
+
 def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
     """Concatenates regions along the batch, padded to the largest R; None if no condition has regions."""
     known = [condition.regions for condition in conditions if condition.regions is not None]
@@ -285,8 +292,16 @@ class ConditionConfig:
         check_ranges(self)
 
     def for_data(self, region_classes: int) -> "ConditionConfig":
-        """Returns the options with what they leave to the data: the number of classes of regions (0: none)."""
-        return self
+        """Returns the options with the number of classes of regions in the data (0: none) where they leave it to them.
+
+        `CLASSES` of a subclass names its option. ValueError for another number than that of the data.
+        """
+        names = [vars(base)["CLASSES"] for base in type(self).__mro__ if "CLASSES" in vars(base)]
+        for name in names:
+            if getattr(self, name) and region_classes not in (0, getattr(self, name)):
+                got = f"got {name} {getattr(self, name)}"
+                raise ValueError(f"{got}, the data set has {region_classes}: leave --{name} out")
+        return replace(self, **{name: getattr(self, name) or region_classes for name in names})
 
 
 class ConditionEncoder(nn.Module, ABC):

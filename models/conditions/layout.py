@@ -1,7 +1,7 @@
 """Layout condition: boxes or segments with classes -> a map of the share of each class in each cell."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,19 +30,12 @@ class Config(ConditionConfig):
     """Number of colours of the field box_color, whose shares are added; 0: it is not read."""
 
     RANGES = {"layout_classes": MOST, "layout_colors": MOST}
+    CLASSES = "layout_classes"
 
     def __post_init__(self):
         super().__post_init__()
         if self.layout_colors and self.layout_regions != "boxes":
             raise ValueError("got layout_colors for segments, which have none: pass --layout_regions boxes")
-
-    def for_data(self, region_classes: int) -> "Config":
-        """Returns the options with the number of classes of the data; ValueError for none, and for another number."""
-        options = super().for_data(region_classes)
-        if self.layout_classes and region_classes not in (0, self.layout_classes):
-            got = f"got layout_classes {self.layout_classes}"
-            raise ValueError(f"{got}, the data set has {region_classes}: leave --layout_classes out")
-        return replace(options, layout_classes=self.layout_classes or region_classes)
 
 
 class LayoutEncoder(RegionEncoder):
