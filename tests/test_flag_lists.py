@@ -49,7 +49,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),
         *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
         *("qk_norm", "zero_init", "tied_head", "class_conditional", "label_drop"),
-        *("conditions", "condition_drop"),
+        *("conditions", "condition_drop", "foreground", "foreground_weight", "foreground_norm"),
     }
     assert cli.flag_names(absorbing.Config) - cli.flag_names(TransformerConfig) == {
         *("loss_type", "mask_schedule", "schedule", "total_steps", "time_sampler"),
@@ -71,6 +71,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("res_block_type", "attn_block_type", "middle_attn_block_type"),
         *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
         *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
+        *("foreground", "foreground_weight", "foreground_norm"),
     }
     assert cli.flag_names(absorbing.Sampling) == {
         *("solver", "sample_steps", "guidance", "condition_file", "class_sampling", "guidance_schedule"),

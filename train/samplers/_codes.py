@@ -25,6 +25,7 @@ from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import check_nulls, draw_drops, fields_by_condition, raw_conditions
+from train.samplers._foreground import loss_weight
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
 
@@ -237,7 +238,9 @@ class DiscreteSampler(CodeSampler):
         logits = self.predict(
             network, x_t, t, raw, control, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
-        loss = self.process.loss(logits, x0, x_t, t, **self.loss_options, loss_weight=batch.get("loss_weight"))
+        loss = self.process.loss(
+            logits, x0, x_t, t, **self.loss_options, loss_weight=loss_weight(self.config, batch, x0.shape[-2:])
+        )
         outputs = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})
 

@@ -14,12 +14,13 @@ from train.data.loading import BatchSource
 from train.datasets import Dataset
 from train.loop import Batch, Field
 from train.registry import load_plugin
+from train.samplers._foreground import ForegroundConfig
 
 Raw = Field | dict[str, Field]  # a condition's input to its encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionsConfig(SamplerConfig):
+class ConditionsConfig(ForegroundConfig):
     """A sampler with a conditional network."""
 
     class_conditional: bool = True

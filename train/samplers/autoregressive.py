@@ -16,6 +16,7 @@ from train.loop import Batch, Outputs
 from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling
 from train.samplers._conditions import check_nulls, draw_drops, make_encoders, raw_conditions
+from train.samplers._foreground import loss_weight
 from train.samplers._transformer import TransformerConfig, make_network
 
 SPACE = "codes"
@@ -74,7 +75,7 @@ class AutoregressiveSampler(CodeSampler):
         logits = self.predict(
             network, x0, t, raw, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
-        loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
+        loss = self.process.loss(logits, x0, loss_weight=loss_weight(self.config, batch, x0.shape[-2:]))
         outputs = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})
 

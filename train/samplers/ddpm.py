@@ -33,6 +33,7 @@ from train.samplers._conditions import (
     make_encoders,
     raw_conditions,
 )
+from train.samplers._foreground import loss_weight
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels, or latents if --ae_load_dir names a VQGAN
@@ -294,7 +295,9 @@ class GaussianSampler(LearnedSampler):
         raw = raw_conditions(self.fields_of, batch)
         drop = draw_drops(self.config, self.network.encoders, streams, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
-        loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
+        loss = self.process.loss(
+            output, x0, noise, t, loss_weight=loss_weight(self.config, batch, x0.shape[-2:]), **self.loss_options
+        )
         weight = to_device(weight, x0.device)
         outputs = {"x0": x0, "x_t": x_t, "t": t, "noise": noise, "prediction": output, "loss": loss.per_example}
         outputs = {name: value.detach() for name, value in outputs.items()}
