@@ -208,12 +208,19 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return sorted({*range(0, length - window + 1, stride), length - window})
 
 
+def window_offsets(shape: tuple[int, int], window: tuple[int, int], stride: int) -> list[tuple[int, int]]:
+    """Returns top and left of the windows that cover a canvas, row by row."""
+    tops, lefts = (window_starts(length, side, stride) for length, side in zip(shape, window, strict=True))
+    return [(top, left) for top in tops for left in lefts]
+
+
 def windowed(
     denoise: Denoiser,
     window: tuple[int, int],
     stride: int = 1,
     batch: int = 64,
     may_change: Callable[[Tensor], Tensor] | None = None,
+    canvases: int | None = None,
 ) -> Denoiser:
     """Extends a denoiser of grids of size `window` to a canvas (B, H, W) of any larger size.
 
@@ -221,12 +228,15 @@ def windowed(
     "mixture"). The inner denoiser is called on up to `batch` windows at a time, (n, h, w), with `rows` (n,), the index
     of the canvas of each. With `may_change`, (B, H, W) -> (B, H, W) bool, windows in which nothing may change are
     skipped; to know them, the host then waits for the device in each call.
+
+    With the number of all `canvases`, each window has a condition of its own: to `rows` is added that number times the
+    index of the window in `window_offsets`.
     """
     h, w = window
 
     def windowed_denoise(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         B, H, W = x.shape
-        offsets = [(i, j) for i in window_starts(H, h, stride) for j in window_starts(W, w, stride)]
+        offsets = window_offsets((H, W), window, stride)
         crops = torch.stack([x[:, i : i + h, j : j + w] for i, j in offsets])  # (n, B, h, w)
         needed = torch.ones(len(offsets), B, dtype=torch.bool)
         if may_change is not None:
@@ -235,9 +245,10 @@ def windowed(
             needed[0, 0] |= not needed.any()  # one call is needed to learn K
         total, count = None, x.new_zeros(B, H, W, 1, dtype=torch.float32)
         for chunk in needed.nonzero().split(batch):  # (window, canvas)
-            windows, canvases = to_device(chunk.t().contiguous(), x.device)
-            which = canvases if rows is None else rows[canvases]
-            logits = denoise(crops[windows, canvases], t[chunk[:, 1]], which)  # (n, h, w, K)
+            windows, indices = to_device(chunk.t().contiguous(), x.device)
+            which = indices if rows is None else rows[indices]
+            which = which if canvases is None else which + canvases * windows
+            logits = denoise(crops[windows, indices], t[chunk[:, 1]], which)  # (n, h, w, K)
             probs = logits.float().softmax(-1)
             total = probs.new_zeros(B, H, W, probs.shape[-1]) if total is None else total
             for p, (window_index, canvas) in zip(probs, chunk.tolist(), strict=True):

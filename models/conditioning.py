@@ -64,6 +64,8 @@ class Condition:
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
     regions: Regions | None = None
+    # keys and values of the tokens, (B, M, heads, d) each, in layers that computed them before
+    keys: Mapping[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # attention masks by (height, width, rule)
     attention_mask_cache: dict[tuple[int, int, Rule], Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -100,7 +102,8 @@ class Condition:
     def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
         """Returns the condition with `fn` applied to every tensor."""
         streams = {name: _map_tensors(stream, fn) for name, stream in self.streams.items()}
-        return Condition(streams, None if self.regions is None else self.regions.map_tensors(fn))
+        keys = {layer: (fn(keys), fn(values)) for layer, (keys, values) in self.keys.items()}
+        return Condition(streams, None if self.regions is None else self.regions.map_tensors(fn), keys)
 
     @classmethod
     def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
@@ -269,11 +272,11 @@ def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
     return Tokens(F.pad(tokens.values, (0, 0, 0, missing)), F.pad(mask, (0, missing)), membership, everywhere)
 
 
-def tokens_after_null(null: Tensor, values: Tensor, seen: Tensor, drop: Tensor | None) -> Tokens:
-    """Returns the null (B, 1, D), which only dropped examples see, and tokens (B, M, D) where `seen` (B, M) is True."""
-    dropped = seen.new_zeros(len(seen), 1) if drop is None else drop.unsqueeze(1)
-    values = values.masked_fill(~seen.unsqueeze(-1), 0)  # padding is the same in all images
-    return Tokens(torch.cat([null.to(values.dtype), values], 1), torch.cat([dropped, seen], 1))
+def tokens_after_null(null: Tensor, values: Tensor, present: Tensor, drop: Tensor | None) -> Tokens:
+    """Returns the null (B, 1, D), which only dropped examples see, and tokens (B, M, D) of those `present`, (B, M)."""
+    dropped = present.new_zeros(len(present), 1) if drop is None else drop.unsqueeze(1)
+    values = values.masked_fill(~present.unsqueeze(-1), 0)  # padding is the same in all images
+    return Tokens(torch.cat([null.to(values.dtype), values], 1), torch.cat([dropped, present], 1))
 
 
 def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:

@@ -13,13 +13,30 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import ATTENTION_TYPES, Attention, CrossAttention, FullAttention
+from models.attention import ATTENTION_TYPES, Attention, CrossAttention, FullAttention, rms_norm
 from models.blocks import FEED_FORWARDS, FeedForward, init_normal, zero_module
 from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map
 from models.embeddings import RelativeBias, Rotary, TimeEmbedding
 from models.kv_cache import KVCache, LayerCache
 from models.neighborhood import Backend, HydraAttention
 from models.registry import resolve_class
+
+
+class TokenAttention(CrossAttention):
+    """Cross-attention that also takes keys and values in place of a context, which `keys_values` returned for it."""
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the keys (B, M, heads, d) and values (B, M, heads, e) of a context (B, M, context_width)."""
+        no_queries = context.new_zeros(len(context), 0, self.width)
+        return tuple(super().project(no_queries, context)[1:])
+
+    def project(
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> list[Tensor]:
+        if isinstance(context, Tensor):
+            return super().project(x, context, cache)
+        q = self.q(x).unflatten(-1, (self.layout.query_heads, -1))
+        return [q if self.norm_q is None else rms_norm(q, self.norm_q), *context]
 
 
 class TransformerBlock(nn.Module):
@@ -38,7 +55,7 @@ class TransformerBlock(nn.Module):
         adaptive: bool,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
-        cross: CrossAttention | None = None,
+        cross: TokenAttention | None = None,
         feed_forward: nn.Module | None = None,
     ):
         super().__init__()
@@ -258,6 +275,34 @@ class Transformer(nn.Module):
         }
         return Condition(streams, encoded.regions)
 
+    def encode_window(
+        self, fields: Mapping[str, Any], whole: Condition, ids: Tensor, corner: tuple[int, int], grid: tuple[int, int]
+    ) -> Condition:
+        """Returns the condition of a window ids (B, h, w) of a canvas, whose own is `whole = encode(fields, canvas)`.
+
+        `corner` is its top and left in the `grid` of the canvas. Maps and regions are cropped; tokens of regions are
+        encoded anew from those in the window, others stay.
+        """
+        window = whole.window(*corner, *ids.shape[1:], grid)
+        if window.regions is None:  # null
+            return window
+        anew = {
+            name: encoder(fields[name], blank_image(ids, tuple(ids.shape[1:])), None, window.regions)
+            for name, encoder in self.encoders.region_encoders.items()
+            if encoder.token_width and fields.get(name) is not None
+        }
+        return Condition({**window.streams, **anew}, window.regions)
+
+    def with_keys(self, condition: Condition) -> Condition:
+        """Returns the condition with the keys and values of its tokens in each block.
+
+        Calls with it, or with some rows of it, do not compute them again. The weights must not change in between.
+        """
+        tokens = condition.tokens()
+        layers = [block.cross for block in self.blocks if block.cross is not None]
+        keys = {} if tokens is None else {layer: layer.keys_values(tokens.values) for layer in layers}
+        return Condition(condition.streams, condition.regions, keys)
+
     def forward(
         self,
         ids: Tensor,
@@ -276,7 +321,8 @@ class Transformer(nn.Module):
         self.check_grid(grid)
         condition = self.encode_for_grid(grid, condition, ids, drop)
         x = self.embed(ids, grid, condition, residual)
-        return self.logits(self.run_blocks(x, self.embed_vectors(condition, t, len(ids)), condition.context(*grid)))
+        emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
+        return self.logits(self.run_blocks(x, emb, context, condition.keys))
 
     def check_grid(self, grid: tuple[int, ...]) -> None:
         """ValueError if positions are learned and the grid is not the one they were learned for."""
@@ -324,11 +370,17 @@ class Transformer(nn.Module):
         return self.time(t) if vector is None else self.time(t) + vector
 
     def run_blocks(
-        self, x: Tensor, emb: Tensor | None, context: Context | None, layer_caches: Sequence[LayerCache] | None = None
+        self,
+        x: Tensor,
+        emb: Tensor | None,
+        context: Context | None,
+        keys: Mapping[nn.Module, tuple[Tensor, Tensor]],
+        layer_caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Applies all blocks: x (B, *grid, D) -> the same shape."""
+        """Applies all blocks: x (B, *grid, D) -> the same shape; `keys` are those of a condition."""
         for block, cache in zip(self.blocks, layer_caches or [None] * len(self.blocks), strict=True):
-            x = block(x, emb, context, cache)
+            known = keys.get(block.cross)
+            x = block(x, emb, context if known is None else context._replace(values=known), cache)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -342,11 +394,11 @@ def blank_image(ids: Tensor, size: tuple[int, int]) -> Tensor:
     return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 
-def build_cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> CrossAttention | None:
+def build_cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> TokenAttention | None:
     """Builds softmax attention to the tokens (B, M, token_width) of a condition; None if there are none."""
     if token_width == 0:
         return None
-    return CrossAttention(width, heads, context_width=token_width, dropout=config.dropout, qk_norm=config.qk_norm)
+    return TokenAttention(width, heads, context_width=token_width, dropout=config.dropout, qk_norm=config.qk_norm)
 
 
 def build_feed_forward(name: str, width: int, ratio: float) -> nn.Module | None:
@@ -378,7 +430,7 @@ class CausalTransformer(Transformer):
 
         With `kv_cache`, ids (B, m) are the codes before position m, 0 <= m < H W -> logits (B, K) of code m. Codes that
         earlier calls have cached must not change; they are not read again. Condition and residual are those of the
-        whole grid; the keys of the condition's tokens are recomputed in each call.
+        whole grid; the keys of the condition's tokens are computed in each call, unless it has them (`with_keys`).
         """
         start = ids.new_full((len(ids), 1), self.codes)
         if kv_cache is None:
@@ -393,5 +445,5 @@ class CausalTransformer(Transformer):
         emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
         context = None if context is None else context.at_positions(positions)
         x = self.embed(torch.cat([start, ids], 1)[:, positions], grid, condition, residual, positions)  # (B, n, D)
-        x = self.run_blocks(x, emb, context, kv_cache.layer_caches(len(self.blocks)))
+        x = self.run_blocks(x, emb, context, condition.keys, kv_cache.layer_caches(len(self.blocks)))
         return self.logits(x[:, -1])

@@ -1,8 +1,9 @@
 """Base classes of samplers of codes: conditions, logits warping, known codes and windows."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import LastResult, check_interval, check_interval_is_met, guided, windowed
+from diffusion.denoisers import LastResult, check_interval, check_interval_is_met, guided, window_offsets, windowed
 from diffusion.discrete_solvers import even_times
 from diffusion.likelihood import bits_per_code
 from diffusion.logits_warper import LogitsWarper
@@ -25,9 +26,11 @@ from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import check_nulls, draw_drops, fields_by_condition, raw_conditions
-from train.samplers._foreground import loss_weight
+from train.samplers._foreground import foreground_loss
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
+
+Windows = Sequence[tuple[int, int]]  # top and left of each in a canvas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +87,25 @@ class CodeSampler(LearnedSampler):
 
     # Conditions
 
-    def guidance_chain(self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor) -> Condition:
-        """Returns 2 B conditions for grids like x (B, H, W): B nulls, then those of the batch."""
+    def guidance_chain(
+        self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor, windows: Windows = ()
+    ) -> Condition:
+        """Returns 2 B conditions for grids like x (B, H, W): B nulls, then those of the batch.
+
+        With `windows`, x are canvases, and each window, of the size of the grid, has 2 B conditions of its own.
+        """
         raw = raw_conditions(self.fields_of, batch) if batch else {}
         if options.guidance != 1 and not raw:
             raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
         check_nulls(self.config, self.conditions, options.guidance, batch, self.n_classes)
         null = network.encode({}, x)
-        return Condition.cat([null, network.encode(raw, x) if raw else null])
+        chain = [({}, null), (raw, network.encode(raw, x) if raw else null)]
+        if windows:
+            ids, shape = x[:, : self.grid[0], : self.grid[1]], tuple(x.shape[1:])
+            parts = [network.encode_window(*each, ids, corner, shape) for corner in windows for each in chain]
+            return Condition.cat(parts)  # the keys of all their tokens would be large
+        conditions = Condition.cat([condition for _, condition in chain])
+        return network.with_keys(conditions) if self.network.encoders.token_width else conditions
 
     def predict(
         self,
@@ -128,11 +142,10 @@ class CodeSampler(LearnedSampler):
         shape = tuple(shape or self.grid)
         needs_windows = self.needs_windows(shape, window_stride)
         x = self.initial_codes(edit, (len(rng), *shape), rng)
-        denoise = self.make_denoiser(network, batch, options, x, control)
         if needs_windows:
-            self.check_windowable(shape, control is not None)
-            stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
-            denoise = windowed(denoise, self.grid, stride, may_change=lambda x: self.process.may_change(x, 1.0, 0.0))
+            denoise = self.make_windowed(network, batch, options, x, control, window_stride)
+        else:
+            denoise = self.make_denoiser(network, batch, options, x, control)
         solver, solver_kwargs = select_solver(self.process, options)
         process = self.sampling_process(solver, options)
         steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
@@ -152,13 +165,31 @@ class CodeSampler(LearnedSampler):
     def check_guided(self, options: CodeSampling, times: list[float]) -> None:  # noqa: B027 (optional to override)
         """Raises ValueError if guidance would apply to none of the steps."""
 
-    def check_windowable(self, shape: tuple[int, int], controlled: bool) -> None:
-        """Raises ValueError if a condition belongs to the whole canvas, which windows cannot have."""
-        if controlled or self.network.encoders.map_channels:
+    def make_windowed(
+        self,
+        network: nn.Module,
+        batch: Batch | None,
+        options: CodeSampling,
+        x: Tensor,
+        control: Control | None,
+        window_stride: int | None,
+    ) -> Denoiser:
+        """Returns the denoiser of canvases x (B, H, W) by windows of the grid, each under its part of the conditions.
+
+        ValueError for a control branch, whose input belongs to the whole canvas.
+        """
+        shape, encoders = tuple(x.shape[1:]), self.network.encoders
+        if control is not None:
             raise ValueError(
-                f"got a canvas of {shape} codes in windows of {self.grid} with an image condition or a control branch, "
-                "which windows cannot take: leave --shape and --window_stride out, or train with --position rope"
+                f"got a canvas of {shape} codes in windows of {self.grid} with a control branch, which windows cannot "
+                "take: leave --shape and --window_stride out, or train with --position rope"
             )
+        stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
+        windows = window_offsets(shape, self.grid, stride)
+        windows = windows if encoders.map_channels or encoders.region_encoders else ()  # else all have the same
+        denoise = self.make_denoiser(network, batch, options, x, windows=windows)
+        may_change = {"may_change": lambda x: self.process.may_change(x, 1.0, 0.0)}
+        return windowed(denoise, self.grid, stride, **may_change, canvases=len(x) if windows else None)
 
     @abstractmethod
     def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
@@ -176,9 +207,18 @@ class CodeSampler(LearnedSampler):
 
     @abstractmethod
     def make_denoiser(
-        self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor, control: Control | None = None
+        self,
+        network: nn.Module,
+        batch: Batch | None,
+        options: CodeSampling,
+        x: Tensor,
+        control: Control | None = None,
+        windows: Windows = (),
     ) -> Denoiser:
-        """Returns the guided denoiser of grids like x (B, H, W) and a batch's conditions, for one call of `sample`."""
+        """Returns the guided denoiser of grids like x (B, H, W) and a batch's conditions, for one call of `sample`.
+
+        With `windows`, x are canvases, and `rows` are those of windows with conditions of their own; see `windowed`.
+        """
 
     def sampling_process(self, solver: Solver, options: CodeSampling) -> DiscreteProcess | Autoregression:
         """Returns the process to run the solver on."""
@@ -238,9 +278,8 @@ class DiscreteSampler(CodeSampler):
         logits = self.predict(
             network, x_t, t, raw, control, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
-        loss = self.process.loss(
-            logits, x0, x_t, t, **self.loss_options, loss_weight=loss_weight(self.config, batch, x0.shape[-2:])
-        )
+        loss_of = partial(self.process.loss, logits, x0, x_t, t, **self.loss_options)
+        loss = foreground_loss(self.config, loss_of, batch, x0.shape[-2:], network.training)
         outputs = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})
 
@@ -267,6 +306,7 @@ class DiscreteSampler(CodeSampler):
         options: DiscreteSampling,
         x: Tensor,
         control: Control | None = None,
+        windows: Windows = (),
     ) -> Denoiser:
         """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once.
 
@@ -274,11 +314,12 @@ class DiscreteSampler(CodeSampler):
         than the CPU equal rows are looked for in the first call only, in which most of them are: the host waits for the
         answer.
         """
-        conditions = self.guidance_chain(network, batch, options, x)
+        conditions = self.guidance_chain(network, batch, options, x, windows)
         process = self.sampling_process(select_solver(self.process, options)[0], options)
         ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
         may_repeat = ids is None or len(ids.unique()) < len(ids)
-        condition_rows = torch.arange(2 * len(x), device=x.device)
+        condition_rows = torch.arange(2 * len(x) * max(1, len(windows)), device=x.device).view(-1, 2, len(x))
+        nulls, others = condition_rows.transpose(0, 1).flatten(1)  # by window, then by canvas
         select = LastResult(lambda rows: (conditions[rows], None if ids is None else ids[rows]))
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
@@ -292,7 +333,7 @@ class DiscreteSampler(CodeSampler):
             return self.predict(network, x, t, condition, control)
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
-        return guided(denoise, condition_rows.chunk(2), [options.guidance], **kwargs)
+        return guided(denoise, [nulls, others], [options.guidance], **kwargs)
 
     def training_time(self, t: Tensor, process: DiscreteProcess) -> Tensor:
         """Returns the time (B,) in training at which codes are as corrupted as at t (B,) of the process that sampling

@@ -1,6 +1,7 @@
 """Autoregressive model of VQGAN codes: a causal transformer that samples them in raster order."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from models.kv_cache import KVCache
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control
-from train.samplers._codes import CodeSampler, CodeSampling
+from train.samplers._codes import CodeSampler, CodeSampling, Windows
 from train.samplers._conditions import check_nulls, draw_drops, make_encoders, raw_conditions
-from train.samplers._foreground import loss_weight
+from train.samplers._foreground import foreground_loss
 from train.samplers._transformer import TransformerConfig, make_network
 
 SPACE = "codes"
@@ -75,7 +76,8 @@ class AutoregressiveSampler(CodeSampler):
         logits = self.predict(
             network, x0, t, raw, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
-        loss = self.process.loss(logits, x0, loss_weight=loss_weight(self.config, batch, x0.shape[-2:]))
+        loss_of = partial(self.process.loss, logits, x0)
+        loss = foreground_loss(self.config, loss_of, batch, x0.shape[-2:], network.training)
         outputs = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})
 
@@ -96,7 +98,13 @@ class AutoregressiveSampler(CodeSampler):
         return False
 
     def make_denoiser(
-        self, network: nn.Module, batch: Batch | None, options: Sampling, x: Tensor, control: Control | None = None
+        self,
+        network: nn.Module,
+        batch: Batch | None,
+        options: Sampling,
+        x: Tensor,
+        control: Control | None = None,
+        windows: Windows = (),
     ) -> Denoiser:
         """Returns the guided denoiser of the next code, with a KV cache.
 

@@ -128,12 +128,10 @@ def test_windows_of_a_larger_canvas_keep_each_image_s_label(guidance):
             assert (crops == window).flatten(-2).all(-1).any()
 
 
-def test_windows_of_an_image_as_condition_are_refused():
-    sampler, batch = make_sampler(n_classes=0, conditions=("image",)), {"condition_image": torch.zeros(1, 3, 5, 7)}
-    with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\) with an image"):
-        sampler.sample(sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
-    rope_sampler = make_sampler(n_classes=0, conditions=("image",), position="rope")
-    ids = rope_sampler.sample(rope_sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
+def test_a_canvas_in_one_pass_takes_an_image_as_condition():
+    batch = {"condition_image": torch.zeros(1, 3, 5, 7)}
+    sampler = make_sampler(n_classes=0, conditions=("image",), position="rope")
+    ids = sampler.sample(sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
     assert ids.shape == (1, 5, 7)
 
 
