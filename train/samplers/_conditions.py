@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffusion.rng import Streams
 from models.conditioning import ConditionConfig, ConditionEncoder, Conditioner
 from models.regions import check_region_fields
+from models.unet_attention import SELF_ATTENTION
 from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
 from train.data.loading import BatchSource
@@ -54,6 +55,14 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
         module = load_plugin("models.conditions", name, "condition")
         encoders[name] = module.build(plugin_options(config.condition_options, module.Config), width, n_classes)
     return encoders
+
+
+def check_tokens_are_read(encoders: Mapping[str, ConditionEncoder], *kinds: str | None) -> None:
+    """Raises ValueError for conditions of tokens in a UNet whose attention blocks, of these kinds, all ignore them."""
+    unread = [name for name, encoder in encoders.items() if encoder.token_width]
+    if unread and {*kinds} <= {*SELF_ATTENTION, "none", None}:
+        got = f"got conditions {', '.join(unread)}, whose tokens attn_block_type {kinds[0]} ignores"
+        raise ValueError(f"{got}: pass --attn_block_type transformer")
 
 
 def with_region_classes(config: SamplerConfig, dataset: Dataset) -> SamplerConfig:

@@ -4,7 +4,7 @@ The rule is that of Chen et al. 2024 (GeoDiffusion), with cells that boxes touch
 small boxes in front of large ones whatever their order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.types import Loss
 from models.regions import Regions
 from train.config import SamplerConfig
 from train.loop import Batch
 
 Foreground = Literal["none", "constant", "area"]
 DEFAULT_WEIGHTS = {"none": None, "constant": 2.0, "area": 0.2}
+SIZES = {"small": 0.05, "medium": 0.2, "large": 1.0}  # the largest share of the image, in cells
 CONSTANT_POWER = 0.2  # of the area, in `constant`
 
 
@@ -56,14 +58,39 @@ def loss_weight(config: ForegroundConfig, batch: Batch, grid: Sequence[int]) -> 
     if "boxes" not in batch:
         got = f"got foreground {kind} and a batch without boxes"
         raise ValueError(f"{got}: take a --dataset with boxes, or pass --foreground none")
-    regions = Regions.from_fields({name: batch[name] for name in ("boxes", "boxes_mask") if name in batch})
-    cells, areas = touched_cells(regions, grid)
+    cells, areas = boxes_in_cells(batch, grid)
     weight = DEFAULT_WEIGHTS[kind] if config.foreground_weight is None else config.foreground_weight
     weights = paint_weights(cells, areas, kind, weight, config.foreground_norm)
     if given is None:
         return weights
     given = given.view(-1, 1, 1) if given.ndim == 1 else given
     return given * (weights.unsqueeze(1) if given.ndim == 4 else weights)
+
+
+def foreground_loss(
+    config: ForegroundConfig, loss_of: Callable[..., Loss], batch: Batch, grid: Sequence[int], training: bool
+) -> Loss:
+    """Returns the loss of a batch at a grid (h, w), of a process's `loss_of(loss_weight=)`, with the config's weights.
+
+    In validation its metrics tell the mean loss of cells by the size of their smallest box, if the batch has boxes:
+    the mean over the batch is that over its cells, 0 if there are none. That takes more calls of `loss_of`.
+    """
+    loss = loss_of(loss_weight=loss_weight(config, batch, grid))
+    if training or "boxes" not in batch:
+        return loss
+    smallest, by_size, start = smallest_areas(*boxes_in_cells(batch, grid)), {}, 0.0
+    for name, share in SIZES.items():
+        end = share * smallest[0].numel()
+        inside = ((start < smallest) & (smallest <= end)).float()
+        weight, start = inside / inside.mean().clamp(min=1e-12), end
+        by_size[f"loss_of_{name}_boxes"] = loss_of(loss_weight=weight).per_example
+    return loss._replace(metrics=loss.metrics | by_size)
+
+
+def boxes_in_cells(batch: Batch, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns `touched_cells` of the boxes of a batch."""
+    regions = Regions.from_fields({name: batch[name] for name in ("boxes", "boxes_mask") if name in batch})
+    return touched_cells(regions, grid)
 
 
 def touched_cells(regions: Regions, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -81,12 +108,19 @@ def paint_weights(cells: Tensor, areas: Tensor, foreground: Foreground, weight: 
 
     With `norm`, their mean is 1 in each image; without it they are far below.
     """
-    whole = cells.shape[2] * cells.shape[3]
-    area = torch.where(cells, areas[:, :, None, None].float(), float("inf"))
-    smallest = F.pad(area, (0, 0, 0, 0, 0, 1), value=float("inf")).amin(1)  # there may be no boxes
+    whole, smallest = cells.shape[2] * cells.shape[3], smallest_areas(cells, areas)
     inside = smallest.isfinite()
     power = CONSTANT_POWER if foreground == "constant" else weight
     weights = smallest.where(inside, whole) ** -power
     if foreground == "constant":
         weights = weights * torch.where(inside, weight, 1.0)
     return weights / weights.mean((1, 2), keepdim=True) if norm else weights
+
+
+def smallest_areas(cells: Tensor, areas: Tensor) -> Tensor:
+    """Returns the area of the smallest box that covers each cell, of cells (B, R, h, w) with areas (B, R): (B, h, w).
+
+    Infinite where there is none.
+    """
+    area = torch.where(cells, areas[:, :, None, None].float(), float("inf"))
+    return F.pad(area, (0, 0, 0, 0, 0, 1), value=float("inf")).amin(1)  # there may be no boxes

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,12 +29,13 @@ from train.samplers import ConditionInput, Control, LearnedSampler, check_finite
 from train.samplers._conditions import (
     ConditionsConfig,
     check_nulls,
+    check_tokens_are_read,
     draw_drops,
     fields_by_condition,
     make_encoders,
     raw_conditions,
 )
-from train.samplers._foreground import loss_weight
+from train.samplers._foreground import foreground_loss
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels, or latents if --ae_load_dir names a VQGAN
@@ -223,7 +225,9 @@ def make_network(config: Config, process: ContinuousProcess, channels: int, n_cl
         out_channels=2 * channels if process.variance == "learned_range" else channels,
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
-    return UNet(unet, make_encoders(config, unet.emb_dim, n_classes))
+    encoders = make_encoders(config, unet.emb_dim, n_classes)
+    check_tokens_are_read(encoders, config.attn_block_type, config.middle_attn_block_type)
+    return UNet(unet, encoders)
 
 
 class GaussianSampler(LearnedSampler):
@@ -292,12 +296,13 @@ class GaussianSampler(LearnedSampler):
         x0, (t, weight) = batch["x0"], self.times(streams, len(batch["x0"]), network.training)
         noise = streams.noise(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw = raw_conditions(self.fields_of, batch)
-        drop = draw_drops(self.config, self.network.encoders, streams, len(x0))
-        output = self.predict(network, x_t, t, raw, control, drop=drop)
-        loss = self.process.loss(
-            output, x0, noise, t, loss_weight=loss_weight(self.config, batch, x0.shape[-2:]), **self.loss_options
+        raw, drop = (
+            raw_conditions(self.fields_of, batch),
+            draw_drops(self.config, self.network.encoders, streams, len(x0)),
         )
+        output = self.predict(network, x_t, t, raw, control, drop=drop)
+        loss_of = partial(self.process.loss, output, x0, noise, t, **self.loss_options)
+        loss = foreground_loss(self.config, loss_of, batch, x0.shape[-2:], network.training)
         weight = to_device(weight, x0.device)
         outputs = {"x0": x0, "x_t": x_t, "t": t, "noise": noise, "prediction": output, "loss": loss.per_example}
         outputs = {name: value.detach() for name, value in outputs.items()}

@@ -8,10 +8,12 @@ from torch import nn
 
 from diffusion.rng import Streams, seed_of
 from models.conditioning import Conditioner
+from models.conditions import boxes
 from models.conditions.image import ImageEncoder
 from models.conditions.label import LabelEncoder
 from models.conditions.layout import Config as LayoutConfig
 from models.conditions.layout import LayoutEncoder
+from train.samplers import ddpm
 from train.samplers._conditions import (
     ConditionsConfig,
     check_nulls,
@@ -114,3 +116,14 @@ def test_a_run_keeps_the_number_of_classes_of_regions():
     assert with_region_classes(config, shapes).condition_options == LayoutConfig(layout_classes=2)
     assert with_region_classes(config, SimpleNamespace()) == config
     assert with_region_classes(ConditionsConfig(), shapes) == ConditionsConfig()
+
+
+def test_tokens_that_no_attention_block_reads_are_refused():
+    config, space = {"conditions": ("boxes",), "condition_options": boxes.Config(boxes_classes=2)}, (3, 8, 8)
+    with pytest.raises(
+        ValueError, match="conditions boxes, whose tokens attn_block_type softmax ignores: pass --attn_b"
+    ):
+        ddpm.build(ddpm.Config(**config), shape=space, pixels=True, n_classes=0)
+    small = {"channels": 32, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (1,)}
+    for kinds in ({"attn_block_type": "transformer"}, {"middle_attn_block_type": "transformer"}):
+        ddpm.build(ddpm.Config(**config, **small, **kinds), shape=space, pixels=True, n_classes=0)

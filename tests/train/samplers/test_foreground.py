@@ -105,24 +105,55 @@ def test_a_weight_of_the_batch_multiplies_it():
     assert loss_weight(none, {"loss_weight": given}, GRID) is given and loss_weight(none, {}, GRID) is None
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_weighs_its_loss(name):
-    module, (options, space) = load_plugin("train.samplers", name, "sampler"), SAMPLERS[name]
+@pytest.fixture(params=SAMPLERS)
+def case(request):
+    """A function that returns the loss of a sampler with random weights, and a batch of it with a box in each image."""
+    module, (options, space) = load_plugin("train.samplers", request.param, "sampler"), SAMPLERS[request.param]
 
-    def loss(batch, **more):
+    def loss(batch, training=True, **more):
         torch.manual_seed(0)
         sampler = module.build(module.Config(**options, **more), **space, n_classes=0)
         for parameter in sampler.network.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-        return sampler.loss(sampler.network, batch, TrainingStreams(0, batch, 6, torch.device("cpu")))
+        network = sampler.network.train(training)
+        return sampler.loss(network, batch, TrainingStreams(0, batch, 6, torch.device("cpu")))
 
     x0 = {"codes": torch.arange(48).view(6, 2, 4) % 4} if "codes" in space else {"x0": torch.rand(6, 1, 4, 8)}
-    batch = x0 | {"boxes": BOXES[:6].unsqueeze(1), "position": torch.arange(6)}
+    return loss, x0 | {"boxes": BOXES[:6].unsqueeze(1), "position": torch.arange(6)}
+
+
+def grid_of(batch):
+    return batch["codes" if "codes" in batch else "x0"].shape[-2:]
+
+
+def test_every_sampler_weighs_its_loss(case):
+    loss, batch = case
     plain, weighted = loss(batch), loss(batch, foreground="constant")
-    weights = weights_of(batch["boxes"], next(iter(x0.values())).shape[-2:])
+    weights = weights_of(batch["boxes"], grid_of(batch))
     assert torch.equal(weighted.per_example, loss(batch | {"loss_weight": weights}).per_example)
     assert not torch.allclose(weighted.per_example, plain.per_example, rtol=1e-3)
+    assert weighted.metrics.keys() == plain.metrics.keys()
     assert all(torch.equal(weighted.metrics[key], value) for key, value in plain.metrics.items())
+
+
+def test_validation_tells_the_loss_by_size_of_box(case):
+    """Of boxes that cover the left half, a corner, and everything, and an image without any."""
+    loss, batch = case
+    half, corner, all_of_it = [0, 0, 0.5, 1], [0.75, 0.5, 1, 1], [0, 0, 1, 1]
+    batch["boxes"] = torch.tensor([[half, corner], [half, half], [all_of_it, corner], *[[half, half]] * 3])
+    batch["boxes_mask"] = torch.ones(6, 2, dtype=torch.bool)
+    batch["boxes_mask"][3:] = False
+    rows, columns = grid_of(batch)
+    medium, large = torch.zeros(2, 6, rows, columns)
+    medium[[0, 2], rows // 2 :, 3 * columns // 4 :] = 1  # an eighth of the image
+    large[:2, :, : columns // 2], large[2] = 1, 1
+    large = large * (1 - medium)
+    told = loss(batch, training=False, foreground="area").metrics
+    for name, mask in {"medium": medium, "large": large}.items():
+        whole = loss(batch | {"loss_weight": mask}, training=False).per_example.mean() / mask.mean()
+        torch.testing.assert_close(told[f"loss_of_{name}_boxes"].mean(), whole)
+    assert not told["loss_of_small_boxes"].any()
+    assert not any("boxes" in name for name in loss(batch).metrics)
 
 
 WRONG = {
