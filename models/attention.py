@@ -187,16 +187,11 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """Attention of a grid to the tokens of a condition; the output is exactly 0 where all tokens are masked."""
+    """Attention of a grid to the tokens of a condition, with a mask (B, M) or (B, N, M).
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, *grid, D), context (B, M, context_width), mask (B, M) or (B, N, M) bool -> (B, *grid, D)."""
-        out = super().forward(x, context, mask)
-        if mask is None:
-            return out
-        unmasked = mask.any(-1)  # (B,) or (B, N)
-        unmasked = unmasked.view(len(x), *(x.shape[1:-1] if mask.ndim == 3 else [1] * (x.ndim - 2)), 1)
-        return out.masked_fill(~unmasked, 0.0)  # zero before the projection, which would add its bias
+    A place that sees no token attends to nothing, neither to the tokens of other places nor to padding. Its output is
+    the bias of the last projection, which is learned.
+    """
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:

@@ -186,7 +186,7 @@ class Condition:
 
         Cells attend to a token if any of the regions that it describes covers them by this rule (see `Regions.at`), to
         tokens of the whole image always, to padding never. None if no token describes a region. A cell may have no
-        token to attend to: attention must return zeros there.
+        token to attend to: attention must give zeros there, before its output projection.
         """
         tokens = self.tokens()
         if tokens is None or tokens.membership is None:

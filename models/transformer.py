@@ -102,7 +102,7 @@ class TransformerBlock(nn.Module):
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
     def cross_attend(self, x: Tensor, context: Context | None) -> Tensor:
-        """Adds cross-attention to x (B, *grid, D); positions that see no condition token do not change."""
+        """Adds cross-attention to x (B, *grid, D); where no token is seen, that is the bias of its projection."""
         if self.cross is None:
             return x
         if context is None:

@@ -1,7 +1,9 @@
 """Attention layers against explicit formulas, map by map; masks, causality, dropout and rejected arguments."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.attention import (
     ATTENTION_TYPES,
+    CrossAttention,
     DiffAttentionV1,
     DiffAttentionV2,
     FullAttention,
@@ -296,3 +299,43 @@ def test_only_cross_attention_takes_a_context(kind):
         layer_of(kind)(x, context)
     with pytest.raises(ValueError, match="leave them out with a context"):
         layer_of(kind, rotary=Rotary(4), context_width=CONTEXT)
+
+
+def masked_cross_attention():
+    """A layer, two prompts padded to one length and their masks, of MaMoE's reference code; and its outputs."""
+    f = np.load(Path(__file__).parents[1] / "fixtures" / "spatial" / "mamoe_cross_attention.npz")
+    f = {name: torch.from_numpy(f[name]) for name in f.files}
+    layer = CrossAttention(40, int(f["heads"]), context_width=12)
+    weights = {name: f[f"weights.to_{name}.weight"] for name in "qkv"}
+    state = {"q.weight": weights["q"], "q.bias": torch.zeros(40), "kv.bias": torch.zeros(80)}
+    state |= {"kv.weight": torch.cat([weights["k"], weights["v"]])}
+    state |= {f"proj.{name}": f[f"weights.to_out.0.{name}"] for name in ("weight", "bias")}
+    layer.load_state_dict(state)
+    context, mask = torch.zeros(2, 15, 12), torch.zeros(2, 128, 15, dtype=torch.bool)
+    for i in range(2):
+        count = len(f[f"tokens_{i}"])
+        context[i, :count], mask[i, :, :count] = f[f"tokens_{i}"], f[f"mask_{i}"] == 0
+    return layer, context, mask, f
+
+
+def test_masked_cross_attention_equals_the_reference():
+    layer, context, mask, f = masked_cross_attention()
+    out, blind = layer(f["x"], context, mask), f["blind_1"]
+    assert torch.equal(blind, ~mask[1].any(-1)) and blind.sum() == 16 and not f["blind_0"].any()
+    assert torch.allclose(out[1][~blind], f["out"][1][~blind], rtol=0, atol=1e-5)
+    for i in range(2):
+        assert torch.allclose(out[i], f[f"right_out_{i}"], rtol=0, atol=1e-5)
+    assert (out[1] - f["out"][1])[blind].abs().max() > 0.1  # the reference attends to padding there
+    assert torch.equal(out[1][blind], layer.proj.bias.expand(16, -1))
+
+
+def test_what_no_place_sees_changes_nothing_and_gets_no_gradient():
+    layer, context, mask, f = masked_cross_attention()
+    other = context.clone().requires_grad_()
+    with torch.no_grad():
+        other[1, 5:] += 1e4  # padding
+        other[0] += 1  # the other image
+    out = layer(f["x"], other, mask)
+    assert torch.equal(out[1], layer(f["x"], context, mask)[1])
+    out.sum().backward()
+    assert other.grad.isfinite().all() and not other.grad[1, 5:].any() and other.grad[1, :5].any()
