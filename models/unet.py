@@ -13,8 +13,9 @@ from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import TimeEmbedding
 from models.neighborhood import Backend
 from models.ranges import POSITIVE, SIZE, check_ranges
+from models.region_attention import OVERLAPS, REGION_ATTENTION
 from models.registry import resolve_class
-from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions
+from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions, RegionBlock
 
 RES_BLOCKS = {"basic": ResBlock}
 
@@ -47,6 +48,9 @@ class UNetConfig:
     na_backend: Backend = "auto"
     transformer_attention: str = "softmax"  # self-attention in blocks of type "transformer"
     feed_forward: str = "geglu"  # in blocks of type "transformer"
+    region_attention: str = "none"  # or one of REGION_ATTENTION: a block after each attention block but the middle one
+    overlap: str = "mean"  # region attention: one of OVERLAPS
+    region_places: bool = True  # region attention: prompts know where in the box a pixel lies
 
     RANGES = {
         **{"in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mults": "(0, 1000]"},
@@ -68,6 +72,10 @@ class UNetConfig:
         if any(kernel % 2 == 0 for kernel in self.kernel_sizes) or not self.dilations:
             sizes = f"kernel_sizes {self.kernel_sizes}, dilations {self.dilations}"
             raise ValueError(f"got {sizes}: wanted odd kernels, and at least one dilation")
+        if self.region_attention not in ("none", *REGION_ATTENTION) or self.overlap not in OVERLAPS:
+            wanted = f"none, {', '.join(REGION_ATTENTION)}; {', '.join(OVERLAPS)}"
+            got = f"region_attention {self.region_attention!r}, overlap {self.overlap!r}"
+            raise ValueError(f"got {got}, wanted {wanted}")
         for factor, width in zip(self.factors, self.widths, strict=True):
             if factor in (*self.attn_factors, self.factors[-1]):
                 self.num_heads(width)
@@ -101,6 +109,7 @@ class BlockFactory:
 
     def __init__(self, config: UNetConfig, context_width: int):
         self.config, self.context_width, self.depth = config, context_width, 0
+        self.attended: dict[nn.Module, int] = {}  # the channels of each attention block
         self.res_block = resolve_class(config.res_block_type, RES_BLOCKS, (EmbedBlock,), "res_block_type")
 
     def res(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
@@ -121,7 +130,15 @@ class BlockFactory:
         """Builds an attention block of `kind` (default: the config's attn_block_type)."""
         config, bases = self.config, (ConditionBlock, EmbedBlock)
         block = resolve_class(kind or config.attn_block_type, ATTENTION_BLOCKS, bases, "attn_block_type")
-        options = AttentionOptions(
+        block = block(channels, self.options(channels))
+        self.attended[block] = channels
+        self.depth += 1
+        return block
+
+    def options(self, channels: int) -> AttentionOptions:
+        """Returns the options of an attention block."""
+        config = self.config
+        return AttentionOptions(
             heads=config.num_heads(channels),
             emb_dim=config.emb_dim,
             depth=self.depth,
@@ -131,9 +148,18 @@ class BlockFactory:
             na_backend=config.na_backend,
             transformer_attention=config.transformer_attention,
             feed_forward=config.feed_forward,
+            region_attention=config.region_attention,
+            overlap=config.overlap,
+            region_places=config.region_places,
         )
-        self.depth += 1
-        return block(channels, options)
+
+    def regions(self, steps: nn.ModuleList) -> nn.ModuleDict:
+        """Builds a region block for each step with attention, by the index of the step."""
+        blocks = nn.ModuleDict()
+        for index, step in enumerate(steps):
+            for channels in (self.attended[block] for block in step if block in self.attended):
+                blocks[str(index)] = RegionBlock(channels, self.options(channels))
+        return blocks
 
     def step(self, in_channels: int, out_channels: int, level: int) -> nn.ModuleList:
         """Builds a residual block, followed by attention if the level has it."""
@@ -167,7 +193,7 @@ class UNet(nn.Module):
         self.encoders = Conditioner(encoders)
         self.time = TimeEmbedding(config.channels, config.emb_dim, config.time_scale)
         factory, widths = BlockFactory(config, self.encoders.token_width), config.widths
-        self.conv_in = nn.Conv2d(config.in_channels + self.encoders.map_channels, widths[0], 3, padding=1)
+        self.conv_in = build_input(config.in_channels, self.encoders, widths[0])
         self.down_blocks, skips = build_down(factory)
         self.middle_blocks = nn.ModuleList(
             [
@@ -179,6 +205,11 @@ class UNet(nn.Module):
         self.up_blocks = build_up(factory, skips)
         self.norm = group_norm(widths[0], eps=EPS)
         self.conv_out = zero_module(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+        self.region_blocks = nn.ModuleDict()  # the last: all other weights start as without
+        if config.region_attention != "none":
+            self.region_blocks.update(
+                {"down": factory.regions(self.down_blocks), "up": factory.regions(self.up_blocks)}
+            )
 
     def encode(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
@@ -232,8 +263,8 @@ class UNet(nn.Module):
             )
         maps = condition.map()
         skips = [self.conv_in(x if maps is None else torch.cat([x, maps], 1))]
-        for blocks in self.down_blocks:
-            skips.append(self.run_blocks(blocks, skips[-1], emb, condition))
+        for blocks, region in zip(self.down_blocks, self.regions("down", self.down_blocks), strict=True):
+            skips.append(self.run_blocks(blocks, skips[-1], emb, condition, region))
         return skips[-1], skips
 
     def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
@@ -242,16 +273,43 @@ class UNet(nn.Module):
 
     def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:
         """h at the last level and the skips of `down` -> the prediction (B, C', H, W)."""
-        for blocks, skip in zip(self.up_blocks, reversed(skips), strict=True):
-            h = self.run_blocks(blocks, torch.cat([h, skip], 1), emb, condition)
+        for blocks, region, skip in zip(
+            self.up_blocks, self.regions("up", self.up_blocks), reversed(skips), strict=True
+        ):
+            h = self.run_blocks(blocks, torch.cat([h, skip], 1), emb, condition, region)
         return self.conv_out(F.silu(self.norm(h)))
 
-    def run_blocks(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
-        """Applies blocks to h (B, C, h, w), each with the arguments of its base classes."""
-        for block in blocks:
+    def regions(self, side: str, steps: nn.ModuleList) -> list[nn.Module | None]:
+        """Returns the region block of each step, None where it has none."""
+        blocks = self.region_blocks[side] if side in self.region_blocks else {}
+        return [blocks[str(index)] if str(index) in blocks else None for index in range(len(steps))]
+
+    def run_blocks(
+        self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition, region: nn.Module | None = None
+    ) -> Tensor:
+        """Applies blocks to h (B, C, h, w), each with the arguments of its base classes; `region` after the second."""
+        for i, block in enumerate(blocks):
             inputs = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
             h = block(h, *inputs)
+            if i == 1 and region is not None:
+                h = region(h, condition)
         return h
+
+
+def build_input(in_channels: int, encoders: Conditioner, width: int) -> nn.Conv2d:
+    """Builds the first convolution, of x and the maps of the encoders.
+
+    Weights of maps of regions start at zero, and all others as without them: they change nothing at first.
+    """
+    parts = [(in_channels, False)]
+    parts += [(encoder.map_channels, name in encoders.region_encoders) for name, encoder in encoders.items()]
+    conv = nn.Conv2d(sum(channels for channels, zero in parts if not zero), width, 3, padding=1)
+    columns, start = [], 0
+    for channels, zero in parts:
+        columns.append(conv.weight.new_zeros(width, channels, 3, 3) if zero else conv.weight[:, start:][:, :channels])
+        start += 0 if zero else channels
+    conv.weight, conv.in_channels = nn.Parameter(torch.cat(columns, 1).detach()), in_channels + encoders.map_channels
+    return conv
 
 
 def build_down(factory: BlockFactory) -> tuple[nn.ModuleList, list[int]]:

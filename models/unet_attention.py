@@ -10,6 +10,7 @@ from models.attention import ATTENTION_TYPES, Attention, CrossAttention
 from models.blocks import FEED_FORWARDS, ConditionBlock, group_norm, zero_module
 from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
+from models.region_attention import RegionAttention, layout_of, prompts_of
 from models.registry import resolve_class
 
 EPS = 1e-5  # of GroupNorm in the UNet (Nichol & Dhariwal 2021)
@@ -29,6 +30,9 @@ class AttentionOptions:
     na_backend: Backend = "auto"
     transformer_attention: str = "softmax"  # self-attention of a transformer block: one of SELF_ATTENTION
     feed_forward: str = "geglu"  # of a transformer block: one of FEED_FORWARDS, or a dotted path
+    region_attention: str = "v2"  # of a region block: one of REGION_ATTENTION
+    overlap: str = "mean"  # of a region block: one of OVERLAPS
+    region_places: bool = True  # of a region block: its prompts know where in the box a cell lies
 
 
 def build_self_attention(kind: str, channels: int, options: AttentionOptions) -> Attention:
@@ -91,6 +95,39 @@ class SpatialTransformer(ConditionBlock):
             h = h + self.cross(self.cross_norm(h), *context)
         h = h + self.feed_forward(self.norm2(h))
         return x + rearrange(self.proj_out(h), "b h w c -> b c h w")
+
+
+class RegionBlock(ConditionBlock):
+    """x + attention(norm(x)) within the regions of the condition; the last layer starts at zero.
+
+    Without regions, all cells attend to the whole map.
+    """
+
+    def __init__(self, channels: int, options: AttentionOptions):
+        super().__init__()
+        if not options.context_width:
+            raise ValueError(
+                "got region_attention without a condition whose tokens describe regions: pass --conditions objects"
+            )
+        self.norm = group_norm(channels, eps=EPS)
+        self.attention = RegionAttention(
+            channels,
+            options.heads,
+            options.context_width,
+            kind=options.region_attention,
+            overlap=options.overlap,
+            places=options.region_places,
+        )
+        zero_module(self.attention.proj)
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        h, attention = rearrange(self.norm(x), "b c h w -> b h w c"), self.attention
+        if condition is None or condition.regions is None:
+            h = attention(h)
+        else:
+            layout = layout_of(condition.regions, *x.shape[2:], attention.kind, attention.overlap)
+            h = attention(h, prompts_of(condition), layout)
+        return x + rearrange(h, "b h w c -> b c h w")
 
 
 class NoAttention(ConditionBlock):

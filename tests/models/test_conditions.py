@@ -22,7 +22,7 @@ from models.conditioning import (
     Tokens,
     Vector,
 )
-from models.conditions import image, layout
+from models.conditions import image, layout, objects
 from models.conditions.label import LabelEncoder
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
@@ -41,6 +41,7 @@ RAW = {  # options of each encoder, and a batch of its raw field
     "layout": ({"layout_classes": 3}, LAYOUT),
     "boxes": ({"boxes_classes": 3}, LAYOUT),
     "location_words": ({"location_words_classes": 3, "location_words_grid": (4, 3)}, LAYOUT),
+    "objects": ({"objects_classes": 3}, LAYOUT),
 }
 DROP = torch.tensor([False, True, False, True])
 
@@ -65,13 +66,6 @@ def encode(name, encoder, raw, drop=None):
     return conditioner({name: raw}, x(), drop).streams[name]
 
 
-def told(stream):
-    """What a stream tells each example, (B, ...): the sum of its tokens, which may be padded, or the values."""
-    if not isinstance(stream, Tokens) or stream.mask is None:
-        return stream.values.sum(1) if isinstance(stream, Tokens) else stream.values
-    return (stream.values * stream.mask.unsqueeze(-1)).sum(1)
-
-
 def test_every_encoder_is_tested():
     assert NAMES == sorted(RAW)
 
@@ -86,13 +80,21 @@ def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
     assert len(stream.values) == B and stream.values.shape[1 if isinstance(stream, Map) else -1] == width
 
 
+def read(stream):
+    """What a network sees of a stream: of tokens, the sum of those that are no padding."""
+    if not isinstance(stream, Tokens):
+        return stream.values
+    mask = torch.ones(stream.values.shape[:2]).bool() if stream.mask is None else stream.mask
+    return stream.values.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_dropped_examples_equal_the_null_others_are_unchanged(name):
     encoder, raw = build_encoder(name), RAW[name][1]
-    encoded, null, mixed = (told(encode(name, encoder, *args)) for args in ((raw,), (None,), (raw, DROP)))
+    encoded, null, mixed = (read(encode(name, encoder, *args)) for args in ((raw,), (None,), (raw, DROP)))
     assert torch.equal(mixed[DROP], null[DROP]) and torch.equal(mixed[~DROP], encoded[~DROP])
     assert (encoded - null).flatten(1).abs().amax(1).min() > 1e-3
-    assert torch.equal(told(encode(name, encoder, None, DROP)), null)
+    assert torch.equal(read(encode(name, encoder, None, DROP)), null)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -565,3 +567,44 @@ def test_the_classes_of_a_layout_are_those_of_the_data():
         layout.Config(layout_colors=2, layout_regions="segments")
     both = merge_configs([image.Config, layout.Config], ConditionConfig)(condition_channels=2)
     assert both.for_data(5) == dataclasses.replace(both, layout_classes=5)
+
+
+# Objects
+
+
+def test_an_object_is_the_sum_of_its_class_and_colour():
+    raw = LAYOUT | {"box_color": torch.tensor([[1, 0], [0, 0]] * 2)}
+    encoder = objects.build(objects.Config(objects_classes=3, objects_colors=2), WIDTH, 0)
+    assert encoder.fields == ("boxes", "box_class", "box_color") and encoder.token_width == WIDTH
+    condition = Conditioner({"objects": encoder}).eval()({"objects": raw}, x())
+    tokens = condition.streams["objects"]
+    assert torch.equal(tokens.values[0, 0], encoder.embedding.weight[0] + encoder.color.weight[1])
+    assert torch.equal(tokens.values[0, 1], encoder.embedding.weight[2] + encoder.color.weight[0])
+    assert torch.equal(tokens.mask, LAYOUT["boxes_mask"])
+    seen = condition.regions.at(2, 2).flatten(2).mT  # each cell sees the tokens of the boxes that cover it
+    assert torch.equal(condition.attention_mask(2, 2), seen) and not seen[1, :, 1].any()
+    with pytest.raises(ValueError, match="got box_color 2 as region 0, wanted 0 to 1"):
+        Conditioner({"objects": encoder}).eval()({"objects": raw | {"box_color": torch.full((4, 2), 2)}}, x())
+
+
+def test_objects_of_segments_and_none_at_all():
+    encoder = objects.build(objects.Config(objects_classes=3, objects_regions="segments"), WIDTH, 0)
+    tokens = Conditioner({"objects": encoder})({"objects": SEGMENTS}, x()).streams["objects"]
+    assert torch.equal(tokens.values[:, 0], encoder.embedding.weight[2].expand(4, -1)) and not tokens.mask[:, 2].any()
+    raw = {"boxes": torch.zeros(4, 0, 4), "boxes_mask": torch.zeros(4, 0).bool(), "box_class": torch.zeros(4, 0).long()}
+    empty = Conditioner({"objects": build_encoder("objects")})({"objects": raw}, x())
+    assert empty.tokens().values.shape == (4, 0, WIDTH) and empty.attention_mask(2, 2).shape == (4, 4, 0)
+    null = Conditioner({"objects": build_encoder("objects")})({}, x())
+    assert null.regions is None and Condition.cat([null, empty]).attention_mask(2, 2).shape == (8, 4, 0)
+
+
+def test_the_classes_of_objects_are_those_of_the_data():
+    assert objects.Config().for_data(7).objects_classes == 7
+    both = merge_configs([objects.Config, layout.Config], ConditionConfig)()
+    assert (both.for_data(5).objects_classes, both.for_data(5).layout_classes) == (5, 5)
+    with pytest.raises(ValueError, match="got objects_classes 4, the data set has 7: leave --objects_classes out"):
+        objects.Config(objects_classes=4).for_data(7)
+    with pytest.raises(ValueError, match="no classes for the condition objects, .*: pass --objects_classes N"):
+        objects.build(objects.Config().for_data(0), WIDTH, 0)
+    with pytest.raises(ValueError, match="objects_colors for segments"):
+        objects.Config(objects_colors=2, objects_regions="segments")

@@ -126,6 +126,13 @@ class Config(ConditionsConfig):
     """attn_block_type transformer: type of self-attention."""
     feed_forward: str = "geglu"
     """attn_block_type transformer: gelu, geglu, or the dotted path of a module class that takes the width."""
+    region_attention: Literal["none", "v2", "v1", "no_partial", "segmentation"] = "none"
+    """Attention of pixels to those of the same object, with its prompt, after each attention block of attn_factors (see
+    docs/attention.md); it needs a condition such as objects."""
+    overlap: Literal["mean", "mean_prompt", "front"] = "mean"
+    """Region attention where objects overlap: each has its own prompt, or the mean prompt, or the front one alone."""
+    region_places: bool = True
+    """Region attention: add to prompts where in the object's box a pixel lies."""
     adapt: str = ""
     """Dotted path of a function from a data set item to the fields of a batch."""
 

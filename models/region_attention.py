@@ -1,0 +1,281 @@
+"""Attention within the regions of an image, each with the prompt of its object (Cheng et al. 2023, LayoutDiffuse).
+
+Shapes: R regions, N = h w cells of a grid, D width of prompts, C channels, L cells of a group's regions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention
+from models.conditioning import Condition
+from models.regions import Regions
+
+REGION_ATTENTION = ("v2", "v1", "no_partial", "segmentation")
+OVERLAPS = ("mean", "mean_prompt", "front")
+LENGTHS = 6  # groups of regions, at most: those of up to N, N / 2, ... N / 32 cells are padded to that many
+FREQUENCIES = 4  # of the sines and cosines of a place in a box, in half turns: 1, 2, 4, 8
+
+
+class Group(NamedTuple):
+    """Sets of cells of similar size, padded to L cells."""
+
+    owners: Tensor  # (n,) int64: whose cells they are, regions in [0, B R) or images in [0, B)
+    cells: Tensor  # (n, L) int64 in [0, B N)
+    inside: Tensor  # (n, L) bool, False for padding
+
+
+class Branches(NamedTuple):
+    """Which cells attend together, and which of their outputs are added up in each cell."""
+
+    objects: list[Group]  # the cells of each region
+    null: list[Group]  # of each image, the cells that attend to the whole map
+    rows: Tensor  # (B N, K) int64: the outputs for each cell, counted through all groups; the number of outputs: none
+    count: Tensor  # (B N, 1) int64: how many they are, at least 1
+
+
+class Layout(NamedTuple):
+    """The regions of a batch on a grid, as attention reads them."""
+
+    weights: Tensor  # (B, R, h, w): the share of each region's prompt in the prompt of a cell
+    u: Tensor  # (B, R, w): places in the box, from 0 to 1
+    v: Tensor  # (B, R, h)
+    branches: Branches | None  # None: one attention over the whole map
+
+
+def make_layout(cells: Tensor, kind: str, u: Tensor, v: Tensor, weights: Tensor | None = None) -> Layout:
+    """Returns the layout of cells (B, R, h, w) bool for a kind of region attention; u (B, R, w), v (B, R, h).
+
+    Without `weights`, the prompt of a cell is the mean over the regions that cover it.
+    """
+    if weights is None:
+        weights = cells / cells.sum(1, keepdim=True).clamp(min=1)
+    branches = None
+    if kind in ("v1", "v2"):
+        covered = cells.flatten(2)
+        null = ~covered.any(1, keepdim=True)
+        branches = find_branches(covered, torch.ones_like(null) if kind == "v1" else null)
+    return Layout(weights, u, v, branches)
+
+
+def layout_of(regions: Regions, height: int, width: int, kind: str, overlap: str) -> Layout:
+    """Returns the layout of regions on a grid; computed once per grid, kind and overlap."""
+
+    def compute() -> Layout:
+        cells, weights = regions.at(height, width), None
+        if overlap == "front":
+            index = torch.arange(cells.shape[1], device=cells.device)
+            cells = regions.front(height, width).unsqueeze(1) == index[:, None, None]
+        elif kind == "segmentation":
+            weights = regions.visible(height, width)
+        return make_layout(cells, kind, *regions.places(height, width), weights)
+
+    return regions.compute_once(("layout", height, width, kind, overlap), compute)
+
+
+def prompts_of(condition: Condition) -> Tensor:
+    """Returns the prompt of each region, (B, R, D): the mean of the tokens that describe it, 0 without any."""
+    tokens = condition.tokens()
+    if tokens is None or tokens.membership is None:
+        raise ValueError("got regions and no tokens that describe them: add a condition that does, such as objects")
+    members = tokens.membership if tokens.mask is None else tokens.membership & tokens.mask.unsqueeze(-1)
+    members = members.mT.to(tokens.values.dtype)  # (B, R, M)
+    return members @ tokens.values / members.sum(-1, keepdim=True).clamp(min=1)
+
+
+# Groups of similar size
+
+
+def find_branches(cells: Tensor, null: Tensor) -> Branches:
+    """Returns the branches of cells (B, R, N) bool, and of those that attend to the whole map, `null` (B, 1, N).
+
+    The CPU waits for the device once, for the sizes of the groups. How far a region is padded depends on its own size
+    alone, so that no number depends on the rest of the batch. Compiled graphs have fixed shapes: all regions, absent
+    ones too, are padded to N cells there.
+    """
+    (batch, regions, length), fixed = cells.shape, torch.compiler.is_compiling()
+    cells = torch.cat([cells, null], 1)  # (B, S, N): the sets
+    lengths = [length] if fixed else sorted({-(-length // 2**i) for i in range(LENGTHS)})
+    sizes, packed = cells.sum(2).flatten(), pack_cells(cells)
+    image, number = index_sets(cells)
+    kinds = sum((sizes > each).long() for each in lengths) + len(lengths) * (number == regions)
+    kinds = kinds if fixed else kinds.where(sizes > 0, 2 * len(lengths))
+    if fixed:
+        counts, most = [batch * regions, batch], regions + 1
+    else:
+        totals = [(kinds == each).sum() for each in range(2 * len(lengths))]
+        *counts, most = torch.stack([*totals, cells.sum(1).amax()]).tolist()
+    groups, rows = [], torch.zeros_like(sizes)  # of each set: its first row
+    order, start, row = kinds.argsort(stable=True), 0, 0
+    for i, n in enumerate(counts):
+        padded, chosen = lengths[i % len(lengths)], order[start : start + n]
+        owners = image[chosen] if i >= len(lengths) else (image * regions + number)[chosen]
+        inside = torch.arange(padded, device=cells.device) < sizes[chosen].unsqueeze(1)
+        groups.append(Group(owners, packed[chosen, :padded], inside))
+        rows[chosen] = row + padded * torch.arange(n, device=cells.device)
+        start, row = start + n, row + n * padded
+    rows = (rows.view(batch, -1, 1) + cells.cumsum(2) - 1).where(cells, row)
+    turns = (cells.cumsum(1) - 1).where(cells, most)  # the turn of each set among those of a cell
+    rows = rows.new_full((batch, most + 1, length), row).scatter_(1, turns, rows)[:, :most]
+    objects, empty = groups[: len(lengths)], groups[len(lengths) :]
+    objects = [group for group in objects if len(group.owners)] or objects[:1]  # prompts always get a gradient
+    empty, count = [group for group in empty if len(group.owners)], cells.sum(1).view(-1, 1)
+    return Branches(objects, empty, rows.mT.flatten(0, 1), count)
+
+
+def index_sets(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the image and the number in it of each set of cells (B, S, N), (B S,) each."""
+    index = torch.arange(cells.shape[0] * cells.shape[1], device=cells.device)
+    return index // cells.shape[1], index % cells.shape[1]
+
+
+def pack_cells(cells: Tensor) -> Tensor:
+    """Returns the covered ones of cells (B, S, N) bool in order, counted through the batch, and padding: (B S, N)."""
+    batch, sets, length = cells.shape
+    index = torch.arange(length, device=cells.device).expand_as(cells)
+    places = (cells.cumsum(2) - 1).where(cells, length)
+    packed = index.new_zeros(batch, sets, length + 1).scatter_(2, places, index)[..., :length]
+    return (packed + length * torch.arange(batch, device=cells.device).view(-1, 1, 1)).flatten(0, 1)
+
+
+# Attention
+
+
+class RegionAttention(Attention):
+    """Attention of cells to those of the same region, with the prompt of its object: x (B, h, w, C) -> the same shape.
+
+    The prompt is added to queries, keys and values. `kind` is one of REGION_ATTENTION:
+
+    - v2: each cell gets the mean over the regions that cover it; without any, attention to the whole map.
+    - v1: attention to the whole map is one more in that mean, in every cell.
+    - no_partial: one attention over the whole map, with the mean prompt of each cell.
+    - segmentation: the same, with the prompts of what is visible in a cell by their shares.
+
+    `overlap` is one of OVERLAPS. mean: each region has its own prompt; mean_prompt: where regions overlap, all have the
+    mean of their prompts, as published; front: a cell belongs to the region in front alone. With `places`, a layer that
+    starts at zero adds where in the region's box a cell lies.
+
+    The published null prompt, of cells that no region covers, is the bias of queries, keys and values here: a prompt
+    added to all of them in all branches changes nothing else.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        prompt_width: int,
+        *,
+        kind: str = "v2",
+        overlap: str = "mean",
+        places: bool = True,
+    ):
+        super().__init__(width, heads)
+        if kind not in REGION_ATTENTION or overlap not in OVERLAPS:
+            wanted = f"{', '.join(REGION_ATTENTION)} and {', '.join(OVERLAPS)}"
+            raise ValueError(f"got region attention {kind!r} with overlap {overlap!r}, wanted one of {wanted}")
+        self.kind, self.overlap = kind, overlap
+        self.prompt = nn.Linear(prompt_width, sum(self.sizes), bias=False)
+        self.places = None
+        if places:
+            self.places = nn.ModuleList(nn.Linear(2 * FREQUENCIES, sum(self.sizes), bias=False) for _ in "uv")
+            for layer in self.places:
+                nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor, prompts: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """x (B, h, w, C), prompts (B, R, D) of the regions of `layout`; without a layout no region covers anything."""
+        if layout is None:
+            return super().forward(x)
+        qkv, offsets = self.qkv(x), self.offsets(prompts, layout)  # (B, h, w, 3 C)
+        if layout.branches is None:
+            q, k, v = self.split_heads(qkv + mix_prompts(offsets, layout.weights))
+            out = self.core(q, k, v, scale=self.scale).flatten(-2)
+            maps = self.core.attention_map(q, k, scale=self.scale) if self.map_lists else None
+        else:
+            parts = self.branch_inputs(qkv, offsets, layout)
+            rows, count = layout.branches.rows, layout.branches.count
+            outputs = [self.core(*part.qkv, mask=part.mask, scale=self.scale).flatten(-2) for part in parts]
+            out = add_rows(outputs, rows) / count
+            maps = self.branch_map(parts, layout.branches, x.shape[1] * x.shape[2]) if self.map_lists else None
+        for recorded in self.map_lists:
+            recorded.append(maps)
+        return self.proj(out.view_as(x))
+
+    def offsets(self, prompts: Tensor, layout: Layout) -> list[Tensor]:
+        """Returns what is added to queries, keys and values: (B, R, 3 C), and of places (B, R, w or h, 3 C)."""
+        offsets = [self.prompt(prompts)]
+        if self.places is not None:
+            u, v = (place_features(place, prompts.dtype) for place in (layout.u, layout.v))
+            offsets += [self.places[0](u), self.places[1](v)]
+        return offsets
+
+    def split_heads(self, qkv: Tensor) -> list[Tensor]:
+        """(..., 3 C) -> queries, keys and values (..., heads, C / heads)."""
+        return [part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, -1)]
+
+    def branch_inputs(self, qkv: Tensor, offsets: list[Tensor], layout: Layout) -> list["Inputs"]:
+        """Returns the inputs of each group of branches; qkv (B, h, w, 3 C)."""
+        (batch, height, width), inputs = qkv.shape[:3], []
+        mixed = qkv + mix_prompts(offsets, layout.weights) if self.overlap == "mean_prompt" else qkv
+        for owners, cells, inside in layout.branches.objects:
+            rows = F.embedding(cells, mixed.flatten(0, 2))  # (n, L, 3 C)
+            if self.overlap != "mean_prompt":
+                rows = rows + F.embedding(owners, offsets[0].flatten(0, 1)).unsqueeze(1)
+                for offset, place in zip(offsets[1:], (cells % width, cells // width % height), strict=False):
+                    rows = rows + F.embedding(owners.unsqueeze(1) * offset.shape[2] + place, offset.flatten(0, 2))
+            inputs.append(Inputs(self.split_heads(rows), inside, cells))
+        for images, cells, _ in layout.branches.null:
+            q, k, v = self.split_heads(qkv.flatten(1, 2))
+            q = F.embedding(cells, q.flatten(0, 1).flatten(1)).unflatten(-1, (self.heads, -1))
+            if len(images) < batch:
+                k, v = k.index_select(0, images), v.index_select(0, images)
+            inputs.append(Inputs([q, k, v], None, None))
+        return inputs
+
+    def branch_map(self, parts: list["Inputs"], branches: Branches, length: int) -> Tensor:
+        """Returns the mean of the maps of the branches of each cell, (B, heads, N, N)."""
+        spread = []
+        for (q, k, _), mask, cells in parts:
+            weights = self.core.attention_map(q, k, mask=mask, scale=self.scale)  # (n, heads, L, M)
+            if cells is not None:
+                index = (cells % length)[:, None, None].expand_as(weights)
+                weights = weights.new_zeros(*weights.shape[:3], length).scatter_add_(3, index, weights)
+            spread.append(weights.transpose(1, 2).flatten(2))  # (n, L, heads N)
+        maps = add_rows(spread, branches.rows) / branches.count
+        return maps.view(-1, length, self.heads, length).transpose(1, 2)
+
+
+class Inputs(NamedTuple):
+    """What attends in a group of branches."""
+
+    qkv: list[Tensor]  # (n, L, heads, d), (n, M, heads, d) and (n, M, heads, d)
+    mask: Tensor | None  # (n, M) bool, True for keys; None: all
+    cells: Tensor | None  # (n, M) the cells of the keys; None: all of an image
+
+
+def add_rows(parts: list[Tensor], rows: Tensor) -> Tensor:
+    """Adds up rows of parts (n, L, C) by their numbers `rows` (B N, K), counted through, the next one being 0: (B N, C).
+
+    They are added in order, so that a sum does not depend on K.
+    """
+    table = torch.cat([*(part.flatten(0, 1) for part in parts), parts[0].new_zeros(1, parts[0].shape[-1])])
+    return F.embedding_bag(rows, table, mode="sum")
+
+
+def mix_prompts(offsets: list[Tensor], weights: Tensor) -> Tensor:
+    """Returns the weighted sum of offsets in each cell, (B, h, w, 3 C); `weights` (B, R, h, w)."""
+    weights = weights.to(offsets[0].dtype)
+    mixed = torch.einsum("brhw,brc->bhwc", weights, offsets[0])
+    if len(offsets) > 1:
+        mixed = mixed + torch.einsum("brhw,brwc->bhwc", weights, offsets[1])
+        mixed = mixed + torch.einsum("brhw,brhc->bhwc", weights, offsets[2])
+    return mixed
+
+
+def place_features(place: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns sines and cosines of places in [0, 1], (...) -> (..., 2 FREQUENCIES), computed in float32 or more."""
+    place = place.to(torch.promote_types(place.dtype, dtype)).unsqueeze(-1)
+    angle = math.pi * place * 2.0 ** torch.arange(FREQUENCIES, device=place.device)
+    return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
