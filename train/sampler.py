@@ -1,5 +1,6 @@
 """Training of the second stage: the training step, validation and sample images."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -157,6 +158,7 @@ class WithNoise:
 def validation_losses(step: SamplerStep, network: torch.nn.Module, source: BatchSource, count: int) -> dict[str, float]:
     """Returns mean loss and metrics over the first `count` validation images, at fixed times and noise.
 
+    A metric is NaN for images that it says nothing about, which are left out of its mean.
     `network` must be in eval mode. The batches are divided among the ranks, and every rank gets the result.
     """
     size, world = step.training.batch_size, step.world
@@ -169,6 +171,7 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Batch
         loss = step.loss(network, batch, validation_size=size)
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():
             value = value.float().cpu().double()
+            value = value if name == "loss" else value[~value.isnan()]
             total_and_count = torch.stack([value.sum(), torch.tensor(value.numel()).double()]) * counts
             sums[name] = sums.get(name, 0) + total_and_count
     totals = world.sum(torch.stack(list(sums.values())))
@@ -218,7 +221,8 @@ class SamplerReports:
         """Logs the loss on fixed validation images, times and noise, comparable across steps and runs."""
         network = state.eval_module("network").eval()
         losses = validation_losses(self.step, network, self.validation, min(len(self.validation), VALIDATION_IMAGES))
-        self.logger.log_scalars(state.step, {f"val/{name}": value for name, value in losses.items()})
+        known = {f"val/{name}": value for name, value in losses.items() if name == "loss" or not math.isnan(value)}
+        self.logger.log_scalars(state.step, known)
         self.logger.log_best(state, "val/loss", losses["loss"])
 
     def log_loss_by_level(self, state: TrainState, outputs: Outputs) -> None:

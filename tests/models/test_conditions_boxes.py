@@ -60,8 +60,8 @@ def test_location_indices_equal_the_recorded_ones(grid):
 
 
 def test_halves_are_rounded_to_even():
-    centres = torch.tensor([[0.5, 0], [0, 0.5], [1 / 6, 0], [0.5, 0.5]], dtype=torch.float64)
-    assert location_index(centres, (4, 4)).tolist() == [2, 8, 0, 10]
+    centres = torch.tensor([[0.5, 0], [0, 0.5], [1 / 6, 0], [0, 1 / 6], [0.5, 0.5]], dtype=torch.float64)
+    assert location_index(centres, (4, 4)).tolist() == [2, 8, 0, 0, 10]
 
 
 def test_the_table_of_places_equals_the_recorded_one():

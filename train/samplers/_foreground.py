@@ -72,8 +72,8 @@ def foreground_loss(
 ) -> Loss:
     """Returns the loss of a batch at a grid (h, w), of a process's `loss_of(loss_weight=)`, with the config's weights.
 
-    In validation its metrics tell the mean loss of cells by the size of their smallest box, if the batch has boxes:
-    the mean over the batch is that over its cells, 0 if there are none. That takes more calls of `loss_of`.
+    In validation of a batch with boxes, its metrics tell the mean loss of an image's cells by the size of their
+    smallest box, NaN for images without such cells. That takes more calls of `loss_of`.
     """
     loss = loss_of(loss_weight=loss_weight(config, batch, grid))
     if training or "boxes" not in batch:
@@ -82,8 +82,9 @@ def foreground_loss(
     for name, share in SIZES.items():
         end = share * smallest[0].numel()
         inside = ((start < smallest) & (smallest <= end)).float()
-        weight, start = inside / inside.mean().clamp(min=1e-12), end
-        by_size[f"loss_of_{name}_boxes"] = loss_of(loss_weight=weight).per_example
+        share, start = inside.mean((1, 2)), end  # (B,)
+        losses = loss_of(loss_weight=inside / share.clamp(min=1e-12)[:, None, None]).per_example
+        by_size[f"loss_of_{name}_boxes"] = losses.where(share > 0, float("nan"))
     return loss._replace(metrics=loss.metrics | by_size)
 
 

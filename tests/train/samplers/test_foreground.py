@@ -1,16 +1,21 @@
 """Foreground-weighted losses: recorded weights, small boxes in front, no box lost, a mean of 1, every sampler."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from diffusion.types import Loss
 from experiments.metrics.cost import count_launches
 from helpers.fake_device import DEVICE, FakeDeviceMode
 from models.regions import Regions
 from train.data.streams import TrainingStreams
+from train.distributed import DistContext
 from train.registry import load_plugin
+from train.sampler import validation_losses
 from train.samplers._foreground import ForegroundConfig, loss_weight, paint_weights, touched_cells
 
 RECORDED = np.load(Path(__file__).parents[2] / "fixtures" / "spatial" / "foreground_loss.npz")
@@ -150,9 +155,9 @@ def test_validation_tells_the_loss_by_size_of_box(case):
     large = large * (1 - medium)
     told = loss(batch, training=False, foreground="area").metrics
     for name, mask in {"medium": medium, "large": large}.items():
-        whole = loss(batch | {"loss_weight": mask}, training=False).per_example.mean() / mask.mean()
-        torch.testing.assert_close(told[f"loss_of_{name}_boxes"].mean(), whole)
-    assert not told["loss_of_small_boxes"].any()
+        mean = loss(batch | {"loss_weight": mask}, training=False).per_example / mask.mean((1, 2))  # else 0 / 0
+        torch.testing.assert_close(told[f"loss_of_{name}_boxes"], mean, equal_nan=True)
+    assert told["loss_of_small_boxes"].isnan().all()
     assert not any("boxes" in name for name in loss(batch).metrics)
 
 
@@ -182,3 +187,23 @@ def test_weights_never_wait_for_the_device():
             weights = weights_of(boxes)
         assert torch.allclose(weights.cpu(), expected)
     assert launches.waits == 0, launches.waiting
+
+
+def test_images_without_such_boxes_are_left_out_of_a_mean():
+    """However they fall into batches."""
+    values = torch.tensor([1.0, float("nan"), float("nan"), 2.0, 6.0, float("nan")])
+
+    def loss(network, batch, validation_size):
+        told = values[batch["position"]]
+        return Loss(told.nan_to_num(), {"loss_of_small_boxes": told, "loss_of_large_boxes": told * float("nan")})
+
+    class Positions:
+        def __getitem__(self, positions):
+            return {"position": torch.tensor(positions)}
+
+    for size in (1, 2, 6):
+        world = DistContext(device=torch.device("cpu"))
+        step = SimpleNamespace(training=SimpleNamespace(batch_size=size), world=world, loss=loss)
+        means = validation_losses(step, None, Positions(), 6)
+        assert means["loss"] == pytest.approx(1.5) and means["loss_of_small_boxes"] == pytest.approx(3)
+        assert math.isnan(means["loss_of_large_boxes"])
