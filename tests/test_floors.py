@@ -27,7 +27,6 @@ SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a seco
 CONCEPTS = {
     "diffusion.flow": "a process",
     "experiments.metrics.layout.colors": "a metric",
-    "models.unet_attention": "the attention blocks of the UNet, with a registry of their own",
     "train.data.patches": "a data set of parts of images",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
     "train.data.formats.metadata": "a file format",
