@@ -18,6 +18,7 @@ REGION_ATTENTION = ("v2", "v1", "no_partial", "segmentation")
 OVERLAPS = ("mean", "mean_prompt", "front")
 LENGTHS = 6  # groups of regions, at most: those of up to N, N / 2, ... N / 32 cells are padded to that many
 FREQUENCIES = 4  # of the sines and cosines of a place in a box, in half turns: 1, 2, 4, 8
+FEATURES = 4 * FREQUENCIES  # of a place
 
 
 class Group(NamedTuple):
@@ -41,15 +42,16 @@ class Layout(NamedTuple):
     """The regions of a batch on a grid, as attention reads them."""
 
     weights: Tensor  # (B, R, h, w): the share of each region's prompt in the prompt of a cell
-    u: Tensor  # (B, R, w): places in the box, from 0 to 1
-    v: Tensor  # (B, R, h)
+    columns: Tensor  # (B, R, w, FEATURES / 2) of where columns lie in the box of a region
+    rows: Tensor  # (B, R, h, FEATURES / 2)
     branches: Branches | None  # None: one attention over the whole map
 
 
 def make_layout(cells: Tensor, kind: str, u: Tensor, v: Tensor, weights: Tensor | None = None) -> Layout:
-    """Returns the layout of cells (B, R, h, w) bool for a kind of region attention; u (B, R, w), v (B, R, h).
+    """Returns the layout of cells (B, R, h, w) bool for a kind of region attention.
 
-    Without `weights`, the prompt of a cell is the mean over the regions that cover it.
+    Columns lie at u (B, R, w) in the box of a region, rows at v (B, R, h), from 0 to 1. Without `weights`, the prompt
+    of a cell is the mean over the regions that cover it.
     """
     if weights is None:
         weights = cells / cells.sum(1, keepdim=True).clamp(min=1)
@@ -58,7 +60,7 @@ def make_layout(cells: Tensor, kind: str, u: Tensor, v: Tensor, weights: Tensor 
         covered = cells.flatten(2)
         null = ~covered.any(1, keepdim=True)
         branches = find_branches(covered, torch.ones_like(null) if kind == "v1" else null)
-    return Layout(weights, u, v, branches)
+    return Layout(weights, place_features(u), place_features(v), branches)
 
 
 def layout_of(regions: Regions, height: int, width: int, kind: str, overlap: str) -> Layout:
@@ -180,21 +182,20 @@ class RegionAttention(Attention):
         self.prompt = nn.Linear(prompt_width, sum(self.sizes), bias=False)
         self.places = None
         if places:
-            self.places = nn.ModuleList(nn.Linear(2 * FREQUENCIES, sum(self.sizes), bias=False) for _ in "uv")
-            for layer in self.places:
-                nn.init.zeros_(layer.weight)
+            self.places = nn.Linear(FEATURES, sum(self.sizes), bias=False)
+            nn.init.zeros_(self.places.weight)
 
     def forward(self, x: Tensor, prompts: Tensor | None = None, layout: Layout | None = None) -> Tensor:
         """x (B, h, w, C), prompts (B, R, D) of the regions of `layout`; without a layout no region covers anything."""
         if layout is None:
             return super().forward(x)
-        qkv, offsets = self.qkv(x), self.offsets(prompts, layout)  # (B, h, w, 3 C)
+        qkv, prompts = self.qkv(x), self.prompt(prompts)  # (B, h, w, 3 C), (B, R, 3 C)
         if layout.branches is None:
-            q, k, v = self.split_heads(qkv + mix_prompts(offsets, layout.weights))
+            q, k, v = self.split_heads(qkv + self.mean_prompt(prompts, layout))
             out = self.core(q, k, v, scale=self.scale).flatten(-2)
             maps = self.core.attention_map(q, k, scale=self.scale) if self.map_lists else None
         else:
-            parts = self.branch_inputs(qkv, offsets, layout)
+            parts = self.branch_inputs(qkv, prompts, layout)
             rows, count = layout.branches.rows, layout.branches.count
             outputs = [self.core(*part.qkv, mask=part.mask, scale=self.scale).flatten(-2) for part in parts]
             out = add_rows(outputs, rows) / count
@@ -203,33 +204,45 @@ class RegionAttention(Attention):
             recorded.append(maps)
         return self.proj(out.view_as(x))
 
-    def offsets(self, prompts: Tensor, layout: Layout) -> list[Tensor]:
-        """Returns what is added to queries, keys and values: (B, R, 3 C), and of places (B, R, w or h, 3 C)."""
-        offsets = [self.prompt(prompts)]
-        if self.places is not None:
-            u, v = (place_features(place, prompts.dtype) for place in (layout.u, layout.v))
-            offsets += [self.places[0](u), self.places[1](v)]
-        return offsets
+    def mean_prompt(self, prompts: Tensor, layout: Layout) -> Tensor:
+        """Returns the prompt of each cell, (B, h, w, 3 C), from those of the regions, (B, R, 3 C)."""
+        mean = torch.einsum("brhw,brc->bhwc", layout.weights.to(prompts.dtype), prompts)
+        if self.places is None:
+            return mean
+        places = [
+            torch.einsum("brhw,brwf->bhwf", layout.weights, layout.columns),
+            torch.einsum("brhw,brhf->bhwf", layout.weights, layout.rows),
+        ]
+        return mean + self.places(torch.cat(places, -1).to(prompts.dtype))
+
+    def own_prompts(self, owners: Tensor, cells: Tensor, prompts: Tensor, layout: Layout) -> Tensor:
+        """Returns what regions add to queries, keys and values of their cells (n, L): (n, L, 3 C)."""
+        own = F.embedding(owners, prompts.flatten(0, 1)).unsqueeze(1)
+        if self.places is None:
+            return own
+        (height, width), owners = layout.weights.shape[2:], owners.unsqueeze(1)
+        columns = F.embedding(owners * width + cells % width, layout.columns.flatten(0, 2))
+        rows = F.embedding(owners * height + cells // width % height, layout.rows.flatten(0, 2))
+        features = torch.cat([columns, rows], -1).to(own.dtype)  # (n, L, FEATURES)
+        weight = self.places.weight.T.to(own.dtype).expand(len(cells), -1, -1)
+        return own + features @ weight  # a product for each region: its bits do not depend on how many there are
 
     def split_heads(self, qkv: Tensor) -> list[Tensor]:
         """(..., 3 C) -> queries, keys and values (..., heads, C / heads)."""
         return [part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, -1)]
 
-    def branch_inputs(self, qkv: Tensor, offsets: list[Tensor], layout: Layout) -> list["Inputs"]:
+    def branch_inputs(self, qkv: Tensor, prompts: Tensor, layout: Layout) -> list["Inputs"]:
         """Returns the inputs of each group of branches; qkv (B, h, w, 3 C)."""
-        (batch, height, width), inputs = qkv.shape[:3], []
-        mixed = qkv + mix_prompts(offsets, layout.weights) if self.overlap == "mean_prompt" else qkv
+        inputs, together = [], self.overlap == "mean_prompt"
+        source = qkv + self.mean_prompt(prompts, layout) if together else qkv
         for owners, cells, inside in layout.branches.objects:
-            rows = F.embedding(cells, mixed.flatten(0, 2))  # (n, L, 3 C)
-            if self.overlap != "mean_prompt":
-                rows = rows + F.embedding(owners, offsets[0].flatten(0, 1)).unsqueeze(1)
-                for offset, place in zip(offsets[1:], (cells % width, cells // width % height), strict=False):
-                    rows = rows + F.embedding(owners.unsqueeze(1) * offset.shape[2] + place, offset.flatten(0, 2))
+            rows = F.embedding(cells, source.flatten(0, 2))  # (n, L, 3 C)
+            rows = rows if together else rows + self.own_prompts(owners, cells, prompts, layout)
             inputs.append(Inputs(self.split_heads(rows), inside, cells))
         for images, cells, _ in layout.branches.null:
             q, k, v = self.split_heads(qkv.flatten(1, 2))
             q = F.embedding(cells, q.flatten(0, 1).flatten(1)).unflatten(-1, (self.heads, -1))
-            if len(images) < batch:
+            if len(images) < len(qkv):
                 k, v = k.index_select(0, images), v.index_select(0, images)
             inputs.append(Inputs([q, k, v], None, None))
         return inputs
@@ -256,7 +269,7 @@ class Inputs(NamedTuple):
 
 
 def add_rows(parts: list[Tensor], rows: Tensor) -> Tensor:
-    """Adds up rows of parts (n, L, C) by their numbers `rows` (B N, K), counted through, the next one being 0: (B N, C).
+    """Adds up rows of parts (n, L, C) by their numbers `rows` (B N, K), counted through; the next one is 0: (B N, C).
 
     They are added in order, so that a sum does not depend on K.
     """
@@ -264,18 +277,7 @@ def add_rows(parts: list[Tensor], rows: Tensor) -> Tensor:
     return F.embedding_bag(rows, table, mode="sum")
 
 
-def mix_prompts(offsets: list[Tensor], weights: Tensor) -> Tensor:
-    """Returns the weighted sum of offsets in each cell, (B, h, w, 3 C); `weights` (B, R, h, w)."""
-    weights = weights.to(offsets[0].dtype)
-    mixed = torch.einsum("brhw,brc->bhwc", weights, offsets[0])
-    if len(offsets) > 1:
-        mixed = mixed + torch.einsum("brhw,brwc->bhwc", weights, offsets[1])
-        mixed = mixed + torch.einsum("brhw,brhc->bhwc", weights, offsets[2])
-    return mixed
-
-
-def place_features(place: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns sines and cosines of places in [0, 1], (...) -> (..., 2 FREQUENCIES), computed in float32 or more."""
-    place = place.to(torch.promote_types(place.dtype, dtype)).unsqueeze(-1)
-    angle = math.pi * place * 2.0 ** torch.arange(FREQUENCIES, device=place.device)
-    return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
+def place_features(place: Tensor) -> Tensor:
+    """Returns sines and cosines of places in [0, 1], (...) -> (..., FEATURES / 2)."""
+    angle = math.pi * place.unsqueeze(-1) * 2.0 ** torch.arange(FREQUENCIES, device=place.device)
+    return torch.cat([angle.sin(), angle.cos()], -1)
