@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.conditioning import Conditioner
 from models.registry import current_names
 from train.distributed import DistContext, full_tensor, shard_like
 from train.files import fsync, sha256, write_errors_as_oserror, write_text
@@ -217,8 +218,9 @@ def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> P
 
     Two kinds of weights may be larger than in the file. A linear layer or convolution directly in the module (the input
     layer, which sees the image and concatenated conditions) gets zeros for new input channels, so its output does not
-    change. Deeper layers are not grown, since their inputs may be concatenated in another order. An embedding with more
-    rows keeps its last row (the null or mask token) last; new rows keep their initial values.
+    change; conditions that the file has keep theirs, wherever new ones are joined. Deeper layers are not grown, since
+    their inputs may be concatenated in another order. An embedding with more rows keeps its last row (the null or mask
+    token) last; new rows keep their initial values.
     """
     current, loaded = module.state_dict(), {}
     saved = module_tensors(name, tensors, current)
@@ -230,7 +232,7 @@ def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> P
         elif shape == tuple(tensor.shape):
             report.taken.append(f"{name}.{key}")
             loaded[key] = tensor
-        elif (larger := grow(module, key, tensor, full_tensor(value).cpu())) is not None:
+        elif (larger := grow(module, key, tensor, full_tensor(value).cpu(), saved)) is not None:
             report.grown.append(f"{name}.{key}: {tuple(tensor.shape)} -> {shape}")
             loaded[key] = larger
         else:
@@ -239,8 +241,11 @@ def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> P
     return report
 
 
-def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor) -> Tensor | None:
-    """Expands a saved weight to the shape of the current one (see `load_matching`); None if it cannot be expanded."""
+def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor, keys: Collection[str]) -> Tensor | None:
+    """Expands a saved weight to the shape of the current one (see `load_matching`); None if it cannot be expanded.
+
+    `keys` are those of all saved weights.
+    """
     owner, _, leaf = key.rpartition(".")
     layer, (rows, *_), out = module.get_submodule(owner), saved.shape, current.clone()
     if leaf != "weight" or saved.ndim != current.ndim:
@@ -248,8 +253,8 @@ def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor) -> Tensor 
     if isinstance(layer, nn.Linear | nn.Conv2d) and "." not in owner and saved.shape[1] < current.shape[1]:
         if saved.select(1, 0).shape != current.select(1, 0).shape:
             return None
-        out[:, : saved.shape[1]], out[:, saved.shape[1] :] = saved, 0
-        return out
+        columns = torch.tensor(saved_columns(module, saved.shape[1], current.shape[1], keys))
+        return torch.zeros_like(out).index_copy_(1, columns, saved.to(out.dtype))
     if isinstance(layer, nn.Embedding) and saved.shape[1] == current.shape[1] and rows < len(current):
         out[: rows - 1], out[-1] = saved[:-1], saved[-1]
         return out
@@ -321,6 +326,22 @@ def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[st
     for name, average in state.posthoc_averages.items():
         load_matching(average.module, averaged, name.partition("/")[2])
     return manifest[WEIGHTS]["sha256"], report
+
+
+def saved_columns(module: nn.Module, count: int, total: int, keys: Collection[str]) -> list[int]:
+    """Returns where the `count` input channels of a saved input layer are among the `total` of the current one.
+
+    The last channels are the maps of conditions, of which those with saved weights had theirs; else: the first ones.
+    """
+    columns, encoders = list(range(total)), dict(module.named_children()).get("encoders")
+    if isinstance(encoders, Conditioner) and encoders.map_channels <= total:
+        start = total - encoders.map_channels
+        columns = list(range(start))
+        for name, encoder in encoders.items():
+            if any(key.startswith(f"encoders.{name}.") for key in keys):
+                columns += range(start, start + encoder.map_channels)
+            start += encoder.map_channels
+    return columns if len(columns) == count else list(range(count))
 
 
 def load_posthoc_averages(path: Path, state: TrainState) -> None:

@@ -9,7 +9,9 @@ from helpers.labels import label_encoders
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import weights
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
+from models.conditions import image, layout, objects
 from models.transformer import Transformer
+from models.unet import UNet, UNetConfig
 from train.checkpoint import checkpoint_path, load_matching
 from train.optim import freeze_all_but, is_selected
 
@@ -184,6 +186,38 @@ def test_layers_with_concatenated_inputs_do_not_grow(layer):
     file = {f"net.{key}": value for key, value in build(3).state_dict().items()}
     report = load_matching(build(4), file, "net")
     assert report.grown == [] and any(key.startswith(f"net.{layer}.weight") for key in report.misshapen)
+
+
+@pytest.mark.parametrize("names", [("layout", "image"), ("image", "layout"), ("layout",)], ids=" ".join)
+def test_old_networks_start_the_same_with_regions(names):
+    """A joined layout and region attention change nothing at first, wherever the layout is joined."""
+
+    def build(names, **changes):
+        made = {
+            "image": image.build(image.Config(condition_channels=2), 32, 0),
+            "layout": layout.build(layout.Config(layout_classes=3), 32, 0),
+            "objects": objects.build(objects.Config(objects_classes=3), 32, 0),
+        }
+        config = UNetConfig(channels=8, channel_mults=(1, 2), res_blocks=1, attn_factors=(2,), heads=2, **changes)
+        return UNet(config, {name: made[name] for name in names}).eval()
+
+    others = tuple(name for name in names if name == "image")
+    old, new = build(others), build((*names, "objects"), region_attention="v2")
+    for p in old.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    report = load_matching(new, {f"net.{key}": value for key, value in old.state_dict().items()}, "net")
+    channels = 3 + 2 * len(others)
+    assert report.grown == [f"net.conv_in.weight: (8, {channels}, 3, 3) -> (8, {channels + 5}, 3, 3)"]
+    assert report.unexpected == report.misshapen == [] and len(report.taken) == len(old.state_dict()) - 1
+    added = ("net.encoders.layout.null", "net.encoders.objects.embedding.weight")
+    assert set(added) <= set(report.missing)
+    assert all(key in added or key.startswith("net.region_blocks.") for key in report.missing)
+    boxes = {"boxes": torch.tensor([[[0.1, 0, 0.6, 1]]] * 2), "box_class": torch.tensor([[1], [2]])}
+    fields = {"image": torch.randn(2, 2, 4, 6), "layout": boxes, "objects": boxes}
+    x, t = torch.randn(2, 3, 4, 6), torch.tensor([3.0, 700.0])
+    expected = old(x, t, {name: fields[name] for name in others})
+    out = new(x, t, {name: fields[name] for name in (*names, "objects")})
+    assert torch.allclose(out, expected, rtol=0, atol=1e-5) and expected.any()
 
 
 def test_a_renamed_weight_is_loaded_by_its_new_name():
