@@ -61,7 +61,7 @@ def test_region_attention_changes_no_bit_at_first(kind, updown):
         assert torch.equal(network(x, t, fields), plain(x, t, fields)) and network(x, t, fields).any()
 
 
-def test_region_blocks_follow_the_attention_blocks_of_their_levels():
+def test_region_blocks_follow_attention_at_its_levels():
     network, ran = unet(("objects",), region_attention="v2", attn_factors=(1, 2)), []
     for name, module in network.named_modules():
         if name.count(".") in (1, 2) and module.children() and not name.startswith(("encoders", "time")):
