@@ -233,7 +233,8 @@ def make_network(config: Config, process: ContinuousProcess, channels: int, n_cl
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
     encoders = make_encoders(config, unet.emb_dim, n_classes)
-    check_tokens_are_read(encoders, config.attn_block_type, config.middle_attn_block_type)
+    if unet.region_attention == "none":  # whose blocks read the tokens of regions
+        check_tokens_are_read(encoders, config.attn_block_type, config.middle_attn_block_type)
     return UNet(unet, encoders)
 
 

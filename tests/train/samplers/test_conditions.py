@@ -125,5 +125,6 @@ def test_tokens_that_no_attention_block_reads_are_refused():
     ):
         ddpm.build(ddpm.Config(**config), shape=space, pixels=True, n_classes=0)
     small = {"channels": 32, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (1,)}
-    for kinds in ({"attn_block_type": "transformer"}, {"middle_attn_block_type": "transformer"}):
+    read = ({"attn_block_type": "transformer"}, {"middle_attn_block_type": "transformer"}, {"region_attention": "v2"})
+    for kinds in read:
         ddpm.build(ddpm.Config(**config, **small, **kinds), shape=space, pixels=True, n_classes=0)
