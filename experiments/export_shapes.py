@@ -307,7 +307,10 @@ def write_prompts(folder: Path, word: str, scenes: Sequence[tuple[str, Scene, li
     """Writes prompts_<word>.csv, the first caption of each image, and instance_prompts_<word>.json, words for each
     thing by the id of its segment; ids are those of the things, and of grounds after them."""
     captions = {name: captions_of(scene)[0] for name, scene, _ in scenes}
-    words = {name: dict(zip(ids, map(describe, scene.things), strict=False)) for name, scene, ids in scenes}
+    words = {
+        name: dict(zip(ids[: len(scene.things)], map(describe, scene.things), strict=True))
+        for name, scene, ids in scenes
+    }
     save_text(folder / f"prompts_{word}.csv", prompts.encode_prompts(captions))
     save_text(folder / f"instance_prompts_{word}.json", prompts.encode_instance_prompts(words))
 

@@ -99,7 +99,7 @@ class Segment(NamedTuple):
     """A segment of a panoptic map; its id is its position in the list, from 1."""
 
     category: int
-    crowd: bool  # several things that are not told apart
+    crowd: bool  # several things under one label
 
 
 class EncodedMap(NamedTuple):

@@ -333,7 +333,7 @@ class ConditionEncoder(nn.Module, ABC):
 
 
 class RegionEncoder(ConditionEncoder):
-    """Encodes the regions of images and what else the batch tells of them.
+    """Encodes the regions of images and what else a batch has of them.
 
     All such encoders of a network share one `Regions`, made of the fields that they read, and one drop, named REGIONS:
     the regions of an example are null for all of them, or for none.
@@ -344,6 +344,14 @@ class RegionEncoder(ConditionEncoder):
     @abstractmethod
     def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None, regions: Regions | None = None) -> Stream:
         """As in ConditionEncoder, with the regions of the batch; dropped examples have none. None: the null."""
+
+
+def check_classes(condition: str, count: int) -> None:
+    """Raises ValueError for an encoder of regions without classes."""
+    if count < 1:
+        raise ValueError(
+            f"got no classes for the condition {condition}, and none from the data: pass --{condition}_classes N"
+        )
 
 
 class Conditioner(nn.ModuleDict):

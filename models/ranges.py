@@ -10,6 +10,7 @@ FINITE = "(-inf, inf)"
 POSITIVE = "(0, inf)"
 NOT_NEGATIVE = "[0, inf)"
 SIZE = "[1, 65536]"  # of an axis of a tensor: sides, widths, channels
+SIZE_OR_ZERO = "[0, 65536]"
 MILLION = "[1, 1000000]"  # of images at once, of steps of a process or a solver
 COUNT = "[1, 1000000000]"  # of images, codes or steps
 COUNT_OR_ZERO = "[0, 1000000000]"

@@ -189,7 +189,7 @@ def masks_outside(masks: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def guess_encoding(dataset: Dataset, indices: Sequence[int], items: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Compares the encoding in which panoptic maps are read with those that their colours allow, the likeliest first.
+    """Compares the encoding in which panoptic maps are read with those that their colours allow, most likely first.
 
     None for a data set without files of panoptic maps.
     """

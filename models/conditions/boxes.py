@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.conditioning import ConditionConfig, RegionEncoder, Tokens, tokens_after_null
-from models.ranges import SIZE
+from models.conditioning import ConditionConfig, RegionEncoder, Tokens, check_classes, tokens_after_null
+from models.ranges import SIZE, SIZE_OR_ZERO
 from models.regions import Regions
 
 FIELDS = ("boxes", "box_class")  # batch fields that the encoder reads, with its default options
-MOST = "[0, 65536]"  # classes or colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Config(ConditionConfig):
     boxes_classes: int = 0
     """Number of classes of boxes; 0: as many as the data set has."""
     boxes_colors: int = 0
-    """Number of colours of the field box_color, which tokens then tell too; 0: it is not read."""
+    """Number of colours of the field box_color, which tokens then contain too; 0: it is not read."""
     boxes_frequencies: int = 8
     """Frequencies, from 1 to almost 100, of the sines and cosines of the coordinates."""
     boxes_everywhere: bool = True
@@ -31,7 +30,12 @@ class Config(ConditionConfig):
     boxes_width: int | None = None
     """Width of the tokens, the same for all conditions with tokens; default: that of the network's embeddings."""
 
-    RANGES = {"boxes_classes": MOST, "boxes_colors": MOST, "boxes_frequencies": SIZE, "boxes_width": SIZE}
+    RANGES = {
+        "boxes_classes": SIZE_OR_ZERO,
+        "boxes_colors": SIZE_OR_ZERO,
+        "boxes_frequencies": SIZE,
+        "boxes_width": SIZE,
+    }
     CLASSES = "boxes_classes"
 
 
@@ -44,8 +48,7 @@ class BoxEncoder(RegionEncoder):
 
     def __init__(self, classes: int, width: int, colors: int = 0, frequencies: int = 8, everywhere: bool = True):
         super().__init__()
-        if classes < 1:
-            raise ValueError("got no classes for the condition boxes, and none from the data: pass --boxes_classes N")
+        check_classes("boxes", classes)
         self.token_width, self.frequencies, self.everywhere = width, frequencies, everywhere
         self.fields = (*FIELDS, *(["box_color"] if colors else []))
         self.limits = {"box_class": classes} | ({"box_color": colors} if colors else {})

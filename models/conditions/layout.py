@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.conditioning import ConditionConfig, Map, RegionEncoder
+from models.conditioning import ConditionConfig, Map, RegionEncoder, check_classes
+from models.ranges import SIZE_OR_ZERO
 from models.regions import Regions
 
 FIELDS = ("boxes", "box_class")  # batch fields that the encoder reads, with its default options
 FIELDS_OF = {"boxes": FIELDS, "segments": ("panoptic", "segment_id", "segment_class")}
-MOST = "[0, 65536]"  # classes or colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Config(ConditionConfig):
     layout_colors: int = 0
     """Number of colours of the field box_color, whose shares are added; 0: it is not read."""
 
-    RANGES = {"layout_classes": MOST, "layout_colors": MOST}
+    RANGES = {"layout_classes": SIZE_OR_ZERO, "layout_colors": SIZE_OR_ZERO}
     CLASSES = "layout_classes"
 
     def __post_init__(self):
@@ -46,8 +46,7 @@ class LayoutEncoder(RegionEncoder):
 
     def __init__(self, classes: int, regions: str = "boxes", places: bool = True, colors: int = 0):
         super().__init__()
-        if classes < 1:
-            raise ValueError("got no classes for the condition layout, and none from the data: pass --layout_classes N")
+        check_classes("layout", classes)
         self.classes, self.colors, self.places = classes, colors, places
         self.fields = (*FIELDS_OF[regions], *(["box_color"] if colors else []))
         self.limits = {self.fields[-1 - bool(colors)]: classes} | ({"box_color": colors} if colors else {})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention
 from models.blocks import FeedForward
-from models.conditioning import ConditionConfig, RegionEncoder, Tokens, tokens_after_null
+from models.conditioning import ConditionConfig, RegionEncoder, Tokens, check_classes, tokens_after_null
 from models.embeddings import sinusoidal_embedding
 from models.ranges import SIZE
 from models.regions import Regions, to_double
@@ -28,7 +28,7 @@ class Config(ConditionConfig):
     location_words_grid: tuple[int, int] = (32, 32)
     """Columns and rows of the grid of places, each of which is a word."""
     location_words_layers: int = 1
-    """Layers of attention between the words, without which none tells which other ones belong to it."""
+    """Layers of attention between the words, without which a word is not linked to the others of its box."""
     location_words_width: int | None = None
     """Width of the words, the same for all conditions with tokens; default: that of the network's embeddings."""
 
@@ -65,9 +65,7 @@ class LocationWords(RegionEncoder):
 
     def __init__(self, classes: int, grid: tuple[int, int], width: int, layers: int = 1):
         super().__init__()
-        if classes < 1:
-            remedy = "pass --location_words_classes N"
-            raise ValueError(f"got no classes for the condition location_words, and none from the data: {remedy}")
+        check_classes("location_words", classes)
         self.token_width, self.grid, self.limits = width, tuple(grid), {"box_class": classes}
         places, named = location_table(self.grid, width), torch.randn(classes, width)
         places = places * (named.norm(dim=1).mean() / places.norm(dim=1, keepdim=True))
@@ -109,7 +107,7 @@ def location_index(points: Tensor, grid: tuple[int, int]) -> Tensor:
 def location_table(grid: tuple[int, int], width: int) -> Tensor:
     """Returns an embedding of each place of a grid of (columns, rows), row by row: (rows * columns, width).
 
-    The first half of the width tells the column, the second the row; each is the sines, then the cosines, of their
+    The first half of the width encodes the column, the second the row; each is the sines, then the cosines, of their
     number at the frequencies 10000^(-i / (width / 4)).
     """
     if width % 4:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.conditioning import ConditionConfig, RegionEncoder, Tokens
-from models.conditions.layout import FIELDS_OF, MOST
+from models.conditioning import ConditionConfig, RegionEncoder, Tokens, check_classes
+from models.conditions.layout import FIELDS_OF
+from models.ranges import SIZE_OR_ZERO
 from models.regions import Regions
 
 FIELDS = FIELDS_OF["boxes"]  # batch fields that the encoder reads, with its default options
@@ -25,7 +26,7 @@ class Config(ConditionConfig):
     objects_colors: int = 0
     """Number of colours of the field box_color, which are added to the classes; 0: it is not read."""
 
-    RANGES = {"objects_classes": MOST, "objects_colors": MOST}
+    RANGES = {"objects_classes": SIZE_OR_ZERO, "objects_colors": SIZE_OR_ZERO}
     CLASSES = "objects_classes"
 
     def __post_init__(self):
@@ -42,10 +43,7 @@ class ObjectsEncoder(RegionEncoder):
 
     def __init__(self, classes: int, width: int, regions: str = "boxes", colors: int = 0):
         super().__init__()
-        if classes < 1:
-            raise ValueError(
-                "got no classes for the condition objects, and none from the data: pass --objects_classes N"
-            )
+        check_classes("objects", classes)
         self.token_width = width
         self.fields = (*FIELDS_OF[regions], *(["box_color"] if colors else []))
         self.limits = {FIELDS_OF[regions][-1]: classes} | ({"box_color": colors} if colors else {})

@@ -107,7 +107,7 @@ def test_samples_are_matched_with_the_layouts_asked_for(logs, samples):
     dataset = shapes.build(shapes.Config(), "val")
     images = [to_item(dataset.read_at_size(int(item), (16, 16)), (16, 16), 3)["image"][:1] for item in items]
     assert torch.allclose(conditions, torch.stack(images).float() / 127.5 - 1)
-    results = measure(logs, f"--samples {path}", "measured")  # the run tells the data
+    results = measure(logs, f"--samples {path}", "measured")  # the run names the data
     assert results["figures"].keys() == {"samples", "real scenes", "wrong layouts"}
     assert (results["n_images"], results["n_layouts"], results["size"]) == (6, 4, [16, 16])
     figures = {kind: each["all"]["colour"] for kind, each in results["figures"].items()}

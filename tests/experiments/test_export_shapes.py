@@ -217,8 +217,8 @@ def test_mamoe_has_prompts_under_the_same_names(exported):
 def test_file_names_say_what_the_pictures_show(exported):
     for truth in truths():
         data = decode_name(f"val2017/{truth.name}")
-        told = (data.camera, data.time, data.weather, data.light, data.location)
-        assert told == tuple(truth.item[name] for name in ("camera", "time", "weather", "light", "location"))
+        metadata = (data.camera, data.time, data.weather, data.light, data.location)
+        assert metadata == tuple(truth.item[name] for name in ("camera", "time", "weather", "light", "location"))
 
 
 def refusal(flags, capfd):

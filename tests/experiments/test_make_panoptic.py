@@ -239,7 +239,7 @@ def test_missing_flags_are_named():
 
 
 def test_the_layout_of_cityscapes_needs_no_list_of_classes(tmp_path):
-    """Maps, instances and images are in folders by city and told apart by their endings."""
+    """Maps, instances and images are in folders by city and differ in their endings."""
     semantic = np.where(CAR, 13, 0).astype(np.uint8)
     instances = np.where(CAR, 26_000, 7).astype(np.uint16)  # 7: the road, which is no thing
     folder = tmp_path / "gtFine/train/aachen"

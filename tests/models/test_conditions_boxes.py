@@ -168,8 +168,8 @@ def test_tokens_of_regions_are_seen_inside_them():
 
 def test_the_data_set_tells_the_number_of_classes():
     kind = merge_configs([boxes.Config, location_words.Config], boxes.ConditionConfig)
-    told = kind(boxes_classes=4).for_data(4)
-    assert (told.boxes_classes, told.location_words_classes) == (4, 4)
+    resolved = kind(boxes_classes=4).for_data(4)
+    assert (resolved.boxes_classes, resolved.location_words_classes) == (4, 4)
     with pytest.raises(ValueError, match="got location_words_classes 3, the data set has 4: leave --location_words_cl"):
         kind(location_words_classes=3).for_data(4)
     for module in (boxes, location_words):

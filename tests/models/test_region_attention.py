@@ -42,7 +42,7 @@ def recorded(name):
 def published(f, heads, **options):
     """The layer of recorded weights, and the function from classes to prompts.
 
-    Its null prompt is part of the bias, and prompts are told from it.
+    Its null prompt is part of the bias, and prompts are relative to it.
     """
     layer = RegionAttention(32, heads, 16, places=False, **options)
 

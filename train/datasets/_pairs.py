@@ -159,7 +159,7 @@ def keep_unpaired(pairs: Pairs, noun: str) -> Pairs:
 def pair_files(images: Sequence[str], annotations: Sequence[str], files: AnnotationFiles) -> Pairs:
     """Pairs two lists of paths, relative to their folders.
 
-    ValueError for files that cannot be told apart by their names, and if there is no pair.
+    ValueError for files whose names do not distinguish them, and if there is no pair.
     """
     keys = [strip_names(images, files.endings[0]), strip_names(annotations, files.endings[1])]
     if any(not any("/" in key for key in each) for each in keys):  # a folder without subfolders

@@ -53,7 +53,7 @@ def draw_grounds(scene: Scene, n: int) -> Array:
     canvas = np.empty((3, n, n), np.float32)
     points = ((np.arange(n) + 0.5) / n).astype(np.float32)
     split = int(np.searchsorted(points, scene.horizon)) if len(scene.grounds) == 2 else n
-    for number, rows in zip(scene.grounds, (slice(0, split), slice(split, n)), strict=False):
+    for number, rows in zip(scene.grounds, (slice(0, split), slice(split, n))[: len(scene.grounds)], strict=True):
         TEXTURES[GROUNDS[number]](canvas[:, rows], points[None, :], points[rows, None], scene)
     return canvas
 

@@ -72,7 +72,7 @@ def foreground_loss(
 ) -> Loss:
     """Returns the loss of a batch at a grid (h, w), of a process's `loss_of(loss_weight=)`, with the config's weights.
 
-    In validation of a batch with boxes, its metrics tell the mean loss of an image's cells by the size of their
+    In validation of a batch with boxes, its metrics include the mean loss of an image's cells by the size of their
     smallest box, NaN for images without such cells. That takes more calls of `loss_of`.
     """
     loss = loss_of(loss_weight=loss_weight(config, batch, grid))

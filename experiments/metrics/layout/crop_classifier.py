@@ -1,6 +1,7 @@
 """A classifier of crops of objects, with a class for crops that show none."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class CropClassifier(nn.Module):
         super().__init__()
         widths = (n_channels, *WIDTHS)
         layers = []
-        for channels_in, channels_out in zip(widths, widths[1:], strict=False):
+        for channels_in, channels_out in pairwise(widths):
             layers += [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out)]
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers[:-1])

@@ -12,7 +12,7 @@ from train.files import parse_json
 
 THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))  # of the intersection over union
 RECALLS = torch.arange(101, dtype=torch.float64) / 100
-MOST_DETECTIONS = 100  # of a class in an image, the surest
+MOST_DETECTIONS = 100  # of a class in an image, those of the highest scores
 SPURIOUS_SCORE, SPURIOUS_IOU = 0.3, 0.5  # an object is spurious if it is surer and overlaps no box by as much
 COCO_KEYS = ("image_id", "category_id", "bbox", "score")
 

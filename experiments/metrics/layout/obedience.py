@@ -51,7 +51,7 @@ def with_all(layouts: Layouts) -> dict[str, Tensor]:
 def wrong_layouts(layouts: Layouts, sources: Tensor) -> Layouts:
     """Returns for each image the layout of another: the next one, or as many further as it takes for all to differ.
 
-    `sources` (N,) tells which layout each image has. ValueError: all images have the same.
+    `sources` (N,) says which layout each image has. ValueError: all images have the same.
     """
     for step in range(1, layouts.count):
         if (sources != sources.roll(-step)).all():

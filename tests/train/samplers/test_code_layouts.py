@@ -130,18 +130,18 @@ def test_equal_rows_share_a_call_if_their_layouts_are_equal(name):
 
 
 def paints(sampler, what):
-    """Lets the network paint what it is told: the largest share of its map, or the regions of its condition."""
+    """Lets the network paint what it is given: the largest share of its map, or the regions of its condition."""
 
     def forward(ids, condition):
         if what == "regions":
             number = condition.regions.front(*ids.shape[1:], "half")
             index = number.clamp(min=0).flatten(1)
             painted = condition.regions.class_ids.gather(1, index).view_as(number).where(number >= 0, -1)
-            told = nn.functional.one_hot(painted + 1, CODES)
+            given = nn.functional.one_hot(painted + 1, CODES)
         else:
             shares = condition.map()
-            told = torch.cat([0.5 - shares.sum(1, keepdim=True), shares, shares[:, :1] * 0 - 1], 1).movedim(1, -1)
-        return 1000.0 * told
+            given = torch.cat([0.5 - shares.sum(1, keepdim=True), shares, shares[:, :1] * 0 - 1], 1).movedim(1, -1)
+        return 1000.0 * given
 
     sampler.network.forward = forward
     return sampler

@@ -153,11 +153,11 @@ def test_validation_tells_the_loss_by_size_of_box(case):
     medium[[0, 2], rows // 2 :, 3 * columns // 4 :] = 1  # an eighth of the image
     large[:2, :, : columns // 2], large[2] = 1, 1
     large = large * (1 - medium)
-    told = loss(batch, training=False, foreground="area").metrics
+    metrics = loss(batch, training=False, foreground="area").metrics
     for name, mask in {"medium": medium, "large": large}.items():
         mean = loss(batch | {"loss_weight": mask}, training=False).per_example / mask.mean((1, 2))  # else 0 / 0
-        torch.testing.assert_close(told[f"loss_of_{name}_boxes"], mean, equal_nan=True)
-    assert told["loss_of_small_boxes"].isnan().all()
+        torch.testing.assert_close(metrics[f"loss_of_{name}_boxes"], mean, equal_nan=True)
+    assert metrics["loss_of_small_boxes"].isnan().all()
     assert not any("boxes" in name for name in loss(batch).metrics)
 
 
@@ -194,8 +194,8 @@ def test_images_without_such_boxes_are_left_out_of_a_mean():
     values = torch.tensor([1.0, float("nan"), float("nan"), 2.0, 6.0, float("nan")])
 
     def loss(network, batch, validation_size):
-        told = values[batch["position"]]
-        return Loss(told.nan_to_num(), {"loss_of_small_boxes": told, "loss_of_large_boxes": told * float("nan")})
+        losses = values[batch["position"]]
+        return Loss(losses.nan_to_num(), {"loss_of_small_boxes": losses, "loss_of_large_boxes": losses * float("nan")})
 
     class Positions:
         def __getitem__(self, positions):

@@ -116,7 +116,7 @@ def possible_encodings(
     things: Mapping[int, bool],
     segment_ids: Sequence[Collection[int]] | None = None,
 ) -> list[Encoding]:
-    """Returns the encodings in which pictures (H, W, 3) of one data set make sense, the likeliest first.
+    """Returns the encodings in which pictures (H, W, 3) of one data set make sense, the most probable first.
 
     `things` says of each category, by its id, whether it is a thing. `segment_ids` are those of COCO's JSON for each
     picture: its ids are among them. Without, coco is possible whatever the colours, and comes last.

@@ -1,4 +1,4 @@
-"""Small judges of shapes tell real scenes from shifted, blurred and wrong ones, in the expected order and size."""
+"""Small judges of shapes rank real scenes above shifted, blurred and wrong ones, in the expected order and size."""
 
 import pytest
 import torch
