@@ -43,7 +43,8 @@ def main(config: Config) -> None:
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
     with run_context(run, training) as world:
         resumed = resumed_run(run, training.resume)
-        training = choose_memory_format(training, world, None if resumed is None else read_provenance(resumed))
+        origin = None if resumed is None else read_provenance(resumed)
+        training = choose_memory_format(training, world, config.network.nf, origin)
         splits = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, splits["train"])
         margins = {"train": data.crop_margin, "val": 0}

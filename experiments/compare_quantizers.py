@@ -41,7 +41,7 @@ from train.optim import BadStepRecorder
 from train.progress import Progress
 from train.registry import load_plugin, plugin_names
 from train.runs import open_run, perceptual_provenance, run_lock
-from train.vqgan import VQGANStep, build_state
+from train.vqgan import VQGANStep, build_state, choose_memory_format
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import load_perceptual, net_for_channels
 
@@ -181,7 +181,7 @@ class Bench:
     def run(self, name: str, network: VQGANConfig, seed: int) -> dict[str, Any]:
         """Trains a VQGAN with one seed and measures it; <name>.png shows images above their reconstructions."""
         data, start = self.images.config, time.perf_counter()
-        training = replace(self.training, seed=seed)
+        training = choose_memory_format(replace(self.training, seed=seed), self.world, network.nf)
         state = build_state(network, self.loss, data, training, self.world)
         seconds = self.train(name, state, training)
         autoencoder = state.eval_module("autoencoder").eval().requires_grad_(False)

@@ -143,7 +143,7 @@ class TrainingConfig:
     """Compile the networks with torch.compile."""
     channels_last: Literal["auto", "yes", "no"] = "auto"
     """Channels-last memory format for convolutions; auto: yes where it is faster, in half precision on CUDA
-    and, for a VQGAN, on CPUs with AMX."""
+    and, for a VQGAN with an --nf of 64 or more, on CPUs with AMX."""
     tf32: bool = True
     """Use TF32 for float32 matrix products on CUDA."""
     activation_checkpointing: bool = False

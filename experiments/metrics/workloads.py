@@ -29,7 +29,7 @@ from train.sampler import SamplerStep
 from train.sampler import build_state as build_sampler_state
 from train.samplers import LearnedSampler
 from train.spaces import CodeSpace, EditInput, LatentSpace, PixelSpace, Space
-from train.vqgan import VQGANStep
+from train.vqgan import VQGANStep, choose_memory_format
 from train.vqgan import build_state as build_vqgan_state
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -114,6 +114,7 @@ def vqgan_trainees(
     perceptual = Perceptual(net, trained=False) if needed else None
     trainees = []
     for name, way in precision_variants(training, world.device).items():
+        way = choose_memory_format(way, world, network.nf)
         state = build_vqgan_state(network, loss, data, way, world)
         trainees.append(Trainee(name, VQGANStep(loss, way, world, perceptual), state))
     return trainees

@@ -36,9 +36,15 @@ HALF = {"amp_dtype": "bfloat16"}
 )
 def test_the_rule_of_a_vqgan(device, amx, settings, origin, expected, monkeypatch):
     monkeypatch.setattr(vqgan, "has_amx", lambda device: amx)
-    training = choose_memory_format(TrainingConfig(**settings), DistContext(device), origin)
+    training = choose_memory_format(TrainingConfig(**settings), DistContext(device), 64, origin)
     assert training.channels_last == expected
     assert uses_channels_last(training, device) == (expected == "yes")
+
+
+@pytest.mark.parametrize(("device", "nf", "expected"), [(CPU, 63, "no"), (CPU, 64, "yes"), (CUDA, 16, "yes")])
+def test_narrow_networks_stay_contiguous_on_cpus(device, nf, expected, monkeypatch):
+    monkeypatch.setattr(vqgan, "has_amx", lambda device: True)
+    assert choose_memory_format(TrainingConfig(**HALF), DistContext(device), nf).channels_last == expected
 
 
 def test_one_process_without_amx_decides_for_all(monkeypatch):
@@ -47,7 +53,7 @@ def test_one_process_without_amx_decides_for_all(monkeypatch):
             return [True for _ in flags]
 
     monkeypatch.setattr(vqgan, "has_amx", lambda device: True)
-    assert choose_memory_format(TrainingConfig(**HALF), OtherWithout(CPU, size=2)).channels_last == "no"
+    assert choose_memory_format(TrainingConfig(**HALF), OtherWithout(CPU, size=2), 64).channels_last == "no"
 
 
 def recorded(run):
@@ -56,6 +62,7 @@ def recorded(run):
 
 def test_a_run_keeps_its_format_on_another_machine(tmp_path, monkeypatch):
     flags = f"--logs_root {tmp_path} {VQGAN} {GAN} --amp_dtype bfloat16 --steps_per_log 1 --disc_start_step 1"
+    monkeypatch.setattr(vqgan, "WIDE", 1)
     monkeypatch.setattr(vqgan, "has_amx", lambda device: True)
     call("train_vqgan.py", f"--log_dir whole --train_steps 4 {flags}")
     call("train_vqgan.py", f"--log_dir parts --train_steps 2 {flags}")
