@@ -109,17 +109,19 @@ def report_coding(name: str, trainee: Trainee, seconds: Sequence[float], size: i
 
 
 def report_solver_loops(trainee: Trainee, batch: Batch, options: SamplingConfig) -> list[Row]:
-    """Measures what a step of each solver costs apart from its network."""
+    """Measures what a step of each solver on the whole batch costs apart from its network, and its set-up."""
     sampler, device, size = trainee.step.sampler, trainee.step.world.device, len(batch["position"])
     rows = []
     for name, settings in workloads.solver_loop_options(sampler, options).items():
         cost = workloads.solver_loop_cost(sampler, batch, settings, device)
         counts = {"launches": cost.launches} | ({} if device.type == "cpu" else {"waits": cost.waits})
-        rows.append(timing_row(f"solver loop, {name}", [cost.seconds], images=size, **counts))
+        figures = {"images": size, "setup_seconds": cost.setup, **counts}
+        rows.append(timing_row(f"solver loop, {name}", [cost.seconds], **figures))
     names = [name for name in COUNTS if name in rows[0]]
-    columns = [("seconds", 1000.0), *((name, 1.0) for name in names)]
+    columns = [("seconds", 1000.0), ("setup_seconds", 1000.0), *((name, 1.0) for name in names)]
+    heading = ("workload", "ms between network calls", "ms of set-up", *names)
     cells = [(row["workload"], *(three_digits(row[key], unit) for key, unit in columns)) for row in rows]
-    print(f"\n{table([('workload', 'ms between network calls', *names), *cells])}\n", flush=True)
+    print(f"solver loops, batch of {size}, apart from the network:\n\n{table([heading, *cells])}\n", flush=True)
     return rows
 
 

@@ -21,7 +21,7 @@ from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, T
 from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
-from train.execution import training_dtype
+from train.execution import frozen_weights_cast_once, training_dtype
 from train.first_stage import FirstStage
 from train.loop import Batch, TrainState, fit
 from train.registry import load_plugin
@@ -184,7 +184,7 @@ def draw_samples(trainee: Trainee, batch: Batch, options: SamplingConfig, **kwar
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
     conditions = {name: batch[name] for name in step.sampler.conditions} or None
     network = trainee.state.eval_module("network").eval()
-    with step.autocast():
+    with step.autocast(), frozen_weights_cast_once(network):  # as `TrainedSampler.draw`
         return step.sampler.sample(network, rng, batch=conditions, options=options, **kwargs)
 
 
@@ -223,11 +223,12 @@ class ConstantNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class LoopCost:
-    """What a solver costs from one call of its network to the next, apart from the network itself."""
+    """What sampling costs apart from its network: before the first call, and from each call to the next."""
 
+    setup: float  # seconds
     seconds: float
-    launches: float  # operations on the device
-    waits: float  # of the host for the device
+    launches: float  # operations on the device from call to call
+    waits: float  # of the host for the device from call to call
 
 
 @torch.no_grad()
@@ -236,24 +237,31 @@ def solver_loop_cost(
 ) -> LoopCost:
     """Measures the loop of a solver by sampling one example per row of the batch with a ConstantNetwork; the seconds
     are medians over `repeats` samplings, after one to warm up; nan for 0 repeats, which only count."""
-    network, marks, seconds = ConstantNetwork(sampler.network), [], []
+    network, marks, setups, steps = ConstantNetwork(sampler.network), [], [], []
     conditions = {name: batch[name] for name in sampler.conditions} or None
-    network.register_forward_hook(lambda *_: marks.append((time.perf_counter(), launches.count, launches.waits)))
 
-    def draw() -> None:
+    def mark(*_: object) -> None:
+        marks.append((time.perf_counter(), launches.count, launches.waits))
+
+    def draw() -> list[tuple[float, int, int]]:  # the marks of its start, and of its first and last call
         marks.clear()
+        mark()
         rng = Streams([seed_of(0, "show", i) for i in range(len(batch["position"]))], device)
         sampler.sample(network, rng, batch=conditions, options=options)
+        return [marks[0], marks[1], marks[-1]]
 
+    network.register_forward_hook(mark)
     with count_launches(device) as launches:
         draw()  # fills the network's outputs
-        draw()
-    calls = max(1, len(marks) - 1)
-    counts = [(last - first) / calls for first, last in zip(marks[0][1:], marks[-1][1:], strict=True)]
+        _, first, last = draw()
+    calls = max(1, len(marks) - 2)
+    counts = [(after - before) / calls for before, after in zip(first[1:], last[1:], strict=True)]
     for _ in range(1 + repeats if repeats else 0):
-        draw()
-        seconds.append((marks[-1][0] - marks[0][0]) / calls)
-    return LoopCost(statistics.median(seconds[1:]) if repeats else math.nan, *counts)
+        start, first, last = (seconds for seconds, *_ in draw())
+        setups.append(first - start)
+        steps.append((last - first) / calls)
+    setup, step = (statistics.median(each[1:]) if repeats else math.nan for each in (setups, steps))
+    return LoopCost(setup, step, *counts)
 
 
 def solver_loop_options(sampler: LearnedSampler, options: SamplingConfig) -> dict[str, SamplingConfig]:

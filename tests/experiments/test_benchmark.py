@@ -148,10 +148,11 @@ def test_the_baseline_is_optional_and_for_absorbing_only(run_benchmark):
 def test_the_loop_of_every_solver_has_a_row(run_benchmark, monkeypatch, sampler, solver):
     monkeypatch.setattr(workloads, "LOOP_STEPS", 3)
     out, (heading, _, *rows) = run_benchmark(f"--sampler {sampler} --measure solver_loop --batch_size 1 --no_amp")
-    assert heading == ["workload", "ms between network calls", "launches"]
+    assert heading == ["workload", "ms between network calls", "ms of set-up", "launches"]
+    assert "solver loops, batch of 1, apart from the network:" in out
     names = {f"solver loop, {solver}", f"solver loop, {solver}, guided"}
     assert names <= {row[0] for row in rows} and "sampling with" not in out
-    assert all(float(row[1]) > 0 and float(row[2]) > 9 for row in rows)
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 and float(row[3]) > 9 for row in rows)
 
 
 def test_two_runs_are_compared_workload_by_workload(run_benchmark, tmp_path):

@@ -1,14 +1,13 @@
 """autocast's half-precision copies of the weights: how often they are made, and that they change no result."""
 
-from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from helpers.weight_casts import WeightCasts
 from train import execution
 from train import sampler as sampler_module
 from train import vqgan as vqgan_module
@@ -24,24 +23,6 @@ from vq.config import VQGANConfig, VQGANLossConfig
 CPU = torch.device("cpu")
 WORLD = DistContext(CPU)
 PARTS = 3
-
-
-class WeightCasts(TorchDispatchMode):
-    """Counts the casts to bfloat16 of each weight of a module."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.names = {weight.data_ptr(): name for name, weight in module.named_parameters()}
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
-            self.counts[self.names.get(args[0].data_ptr())] += 1
-        return result
-
-    def per_weight(self):
-        return {count for name, count in self.counts.items() if name is not None}
 
 
 def training(**changes):

@@ -10,6 +10,7 @@ from torch import nn
 from experiments.metrics import throughput, workloads
 from experiments.metrics.cost import count_nfe
 from experiments.metrics.throughput import measure_speeds
+from helpers.weight_casts import WeightCasts
 from train.config import DataConfig, TrainingConfig
 from train.datasets import digits
 from train.distributed import DistContext
@@ -42,7 +43,7 @@ def space_of(config, network):
 
 def build_trainee(config, n_classes=0):
     space = space_of(config, lambda: VQGANConfig(nf=4, ch_mult=(1, 2, 2), codebook_size=16))
-    (trainee,) = workloads.sampler_trainees(config.sampler, config.training, space, n_classes, WORLD)
+    *_, trainee = workloads.sampler_trainees(config.sampler, config.training, space, n_classes, WORLD)
     batch = workloads.random_batch(space, n_classes, config.training.batch_size, config.data, CPU)
     work = workloads.step_workload(trainee, workloads.split_batch(batch, config.training.accumulate), WORLD)
     return space, trainee, batch, work
@@ -180,3 +181,35 @@ def test_full_steps_evaluate_every_grid_and_skip_warm_ups(guidance, evaluations,
     assert (nfe.calls, nfe.evaluations) == (5, evaluations)
     assert len(seconds) == 3 and min(seconds) > 0
     assert (sampling_options[0].solver, sampling_options[0].guidance) == ("ancestral", guidance)
+
+
+def test_timed_sampling_casts_each_weight_once_as_sampling_does():
+    config = second_stage()
+    config.training = replace(config.training, amp=True, amp_dtype="bfloat16")
+    _, trainee, batch, _ = build_trainee(config)
+    with WeightCasts(trainee.state.eval_module("network")) as casts:
+        workloads.draw_samples(trainee, batch, absorbing.Sampling(sample_steps=3))
+    assert len(casts.counts) > 10 and casts.per_weight() == {1}
+
+
+class TimedSampler:
+    """A sampler that calls its network four times: 100 seconds before the first call, 2 between two, 50 at the end."""
+
+    conditions = ()
+
+    def __init__(self, clock):
+        self.clock, self.network = clock, nn.Identity()
+        self.network.encode = None
+
+    def sample(self, network, rng, *, batch, options):
+        self.clock.now += 100
+        for pause in (2, 2, 2, 50):
+            network(torch.zeros(len(rng), 1))
+            self.clock.now += pause
+
+
+def test_a_solvers_steps_cost_neither_its_set_up_nor_its_end(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(workloads, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    cost = workloads.solver_loop_cost(TimedSampler(clock), {"position": torch.arange(2)}, None, CPU)
+    assert (cost.setup, cost.seconds) == (100, 2)
