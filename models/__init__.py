@@ -5,13 +5,16 @@ from models.attention import (
     CrossAttention,
     DiffAttentionV1,
     DiffAttentionV2,
+    GatedCrossAttention,
     differential_from_softmax,
     record_maps,
 )
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, ResBlock, Upsample, count_parameters
-from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map, Regions, Tokens, Vector
+from models.conditioning import Condition, ConditionEncoder, Conditioner, Regions
 from models.neighborhood import HydraAttention, hydra_attention, neighborhood_attention_1d, neighborhood_attention_2d
-from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock, build_attention
+from models.streams import Context, DecoderMap, GatedTokens, Map, Tokens, Vector
+from models.transformer import CausalTransformer, Transformer
+from models.transformer_block import AttentionConfig, TransformerBlock, build_attention
 from models.unet import UNet, UNetConfig
 
 __all__ = [
@@ -24,10 +27,13 @@ __all__ = [
     "Conditioner",
     "Context",
     "CrossAttention",
+    "DecoderMap",
     "DiffAttentionV1",
     "DiffAttentionV2",
     "Downsample",
     "EmbedBlock",
+    "GatedCrossAttention",
+    "GatedTokens",
     "HydraAttention",
     "Map",
     "Regions",

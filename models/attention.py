@@ -98,7 +98,8 @@ class Attention(nn.Module):
     Keys and values are projected from x or, with `context_width`, from a context (B, M, context_width). `core` computes
     the attention itself (default: `FullAttention`); `rotary` rotates queries and keys. `dropout` is the dropout rate of
     the attention weights. `scale` multiplies the logits (default: 1/sqrt(key width)). `qk_norm` applies RMSNorm to
-    queries and keys before the rotation, so that logits stay bounded (Dehghani et al. 2023).
+    queries and keys before the rotation, so that logits stay bounded (Dehghani et al. 2023). Without `proj_bias`, the
+    last projection keeps zeros.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         qk_norm: bool = False,
+        proj_bias: bool = True,
     ):
         super().__init__()
         if rotary is not None and context_width is not None:
@@ -125,7 +127,7 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(width, sum(self.sizes))
         else:
             self.q, self.kv = nn.Linear(width, self.sizes[0]), nn.Linear(context_width, sum(self.sizes[1:]))
-        self.proj = nn.Linear(self.sizes[2], width)
+        self.proj = nn.Linear(self.sizes[2], width, bias=proj_bias)
         self.core = FullAttention() if core is None else core
         self.rotary = rotary
         self.norm_q, self.norm_k = (nn.RMSNorm(n.key_width, eps=1e-6) if qk_norm else None for _ in "qk")
@@ -190,8 +192,43 @@ class CrossAttention(Attention):
     """Attention of a grid to the tokens of a condition, with a mask (B, M) or (B, N, M).
 
     A place that sees no token attends to nothing, neither to the tokens of other places nor to padding. Its output is
-    the bias of the last projection, which is learned.
+    the bias of the last projection, which is learned, or 0 without one. In place of a context, it takes the keys and
+    values that `keys_values` returned for it.
     """
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the keys (B, M, heads, d) and values (B, M, heads, e) of a context (B, M, context_width)."""
+        no_queries = context.new_zeros(len(context), 0, self.width)
+        return tuple(super().project(no_queries, context)[1:])
+
+    def project(
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> list[Tensor]:
+        if isinstance(context, Tensor):
+            return super().project(x, context, cache)
+        q = self.q(x).unflatten(-1, (self.layout.query_heads, -1))
+        return [q if self.norm_q is None else rms_norm(q, self.norm_q), *context]
+
+
+class GatedCrossAttention(nn.Module):
+    """tanh(gate) * cross(norm(x)), to be added to x (B, *grid, D); the gate is one number, 0 at first.
+
+    The gated attention of Li et al. 2023 (GLIGEN, eq. 8), to the tokens of a context alone. It stands beside the
+    attention of a block, not before it: both read the same input (Lee & Sung 2024, ReGround). Where no token is seen it
+    is exactly 0.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int, *, dropout: float = 0.0, qk_norm: bool = False):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))  # sharding does not take parameters without axes
+        self.norm = nn.LayerNorm(width)
+        options = {"context_width": context_width, "dropout": dropout, "qk_norm": qk_norm, "proj_bias": False}
+        self.cross = CrossAttention(width, heads, **options)
+
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
+        """x (B, *grid, D), context (B, M, context_width) or its `keys_values`, mask as in `Attention` -> as x."""
+        out = self.cross(self.norm(x), context, mask)
+        return self.gate.tanh().to(out.dtype) * out
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W image or grid, N tokens, D width, E embedding w
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class ResBlock(EmbedBlock):
         if zero_init:
             zero_module(self.conv2)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, spade: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x (B, C, H, W), emb (B, E) -> (B, C', H', W'); `spade` follows the second norm, (B, C', H', W') -> as it."""
         if (emb is None) != (self.embed is None):
             raise ValueError(
                 f"ResBlock got emb={emb if emb is None else tuple(emb.shape)}, built with embed={self.embed}"
@@ -88,19 +90,38 @@ class ResBlock(EmbedBlock):
         h = F.silu(self.norm1(x))
         if self.resample is not None:
             x, h = resample_2x(x, self.resample), resample_2x(h, self.resample)
-        h = self.modulate(self.conv1(h), emb)  # (B, C', H', W')
+        h = self.modulate(self.conv1(h), emb, spade)  # (B, C', H', W')
         out = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
         return out / math.sqrt(2) if self.scale_skip else out
 
-    def modulate(self, h: Tensor, emb: Tensor | None) -> Tensor:
-        """Applies the second norm and the embedding to h (B, C', H', W')."""
-        if self.embed is None:
-            return self.norm2(h)
-        params = self.embed(F.silu(emb))[:, :, None, None]  # (B, C' or 2 C', 1, 1)
-        if not self.scale_shift:
-            return self.norm2(h + params)
+    def modulate(self, h: Tensor, emb: Tensor | None, spade: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Applies the second norm, `spade` and the embedding to h (B, C', H', W')."""
+        params = None if self.embed is None else self.embed(F.silu(emb))[:, :, None, None]  # (B, C' or 2 C', 1, 1)
+        h = self.norm2(h if params is None or self.scale_shift else h + params)
+        h = h if spade is None else spade(h)
+        if params is None or not self.scale_shift:
+            return h
         scale, shift = params.chunk(2, dim=1)
-        return self.norm2(h) * (1 + scale) + shift
+        return h * (1 + scale) + shift
+
+
+class SPADE(nn.Module):
+    """h * (1 + gamma(map)) + beta(map), for normalised h (B, C, h, w) (Park et al. 2019; Wang et al. 2022, SDM).
+
+    Two convolutions of the map, averaged over the cells of h, give gamma and beta. The last one starts at zero.
+    """
+
+    def __init__(self, channels: int, map_channels: int):
+        super().__init__()
+        hidden = min(channels, 128)  # 128 in the paper, whose layers have 64 channels and more
+        self.conv1 = nn.Conv2d(map_channels, hidden, 3, padding=1)
+        self.conv2 = zero_module(nn.Conv2d(hidden, 2 * channels, 3, padding=1))
+
+    def forward(self, h: Tensor, layout: Tensor) -> Tensor:
+        """h (B, C, h, w), layout (B, C', H, W), of whole multiples of h and w -> as h."""
+        layout = F.avg_pool2d(layout, (layout.shape[2] // h.shape[2], layout.shape[3] // h.shape[3])).to(h.dtype)
+        gamma, beta = self.conv2(F.silu(self.conv1(layout))).chunk(2, dim=1)
+        return h * (1 + gamma) + beta
 
 
 def resample_2x(x: Tensor, direction: Resample) -> Tensor:

@@ -7,51 +7,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ranges import check_ranges
 from models.regions import Regions, Rule, check_region_fields, check_window, crop_cells
+from models.streams import (
+    NDIM,
+    Context,
+    Map,
+    Stream,
+    Tokens,
+    Vector,
+    cat_streams,
+    cat_tokens,
+    check_tokens,
+    map_tensors,
+)
 
-
-class Vector(NamedTuple):
-    """One vector per example, added to the embedding of the time."""
-
-    values: Tensor  # (B, E)
-
-
-class Tokens(NamedTuple):
-    """A sequence per example, for cross-attention."""
-
-    values: Tensor  # (B, M, D)
-    mask: Tensor | None = None  # (B, M) bool, True for tokens, False for padding; None: all True
-    membership: Tensor | None = None  # (B, M, R) bool, the regions that a token describes; None: none
-    everywhere: Tensor | None = None  # (B, M) bool, tokens that describe the whole image; None: all without membership
-
-
-class Map(NamedTuple):
-    """An image or feature map, concatenated to x along the channels (UNet) or added to the embeddings of codes."""
-
-    values: Tensor  # (B, C, h, w)
-
-
-class Context(NamedTuple):
-    """Input of cross-attention from a grid: all tokens of a condition and their attention mask."""
-
-    values: Tensor  # (B, M, D)
-    mask: Tensor | None = None  # (B, M) or (B, N, M) bool, True where a cell attends to a token; None: all True
-
-    def at_positions(self, positions: slice) -> "Context":
-        """Returns the context of some of the N cells, in raster order."""
-        per_cell = self.mask is not None and self.mask.ndim == 3
-        return self._replace(mask=self.mask[:, positions]) if per_cell else self
-
-
-Stream = Vector | Tokens | Map
-NDIM = {Vector: 2, Tokens: 3, Map: 4}  # of `values`
 REGIONS = "regions"  # the name of the drop of all encoders of regions
 
 
@@ -66,15 +41,17 @@ class Condition:
     regions: Regions | None = None
     # keys and values of the tokens, (B, M, heads, d) each, in layers that computed them before
     keys: Mapping[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # attention masks by (height, width, rule)
-    attention_mask_cache: dict[tuple[int, int, Rule], Tensor] = field(default_factory=dict, init=False, repr=False)
+    # attention masks by (height, width, rule, kind)
+    attention_mask_cache: dict[tuple[int, int, Rule, type[Tokens]], Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self):
         for name, stream in self.streams.items():
             ndim = NDIM.get(type(stream))
             if ndim is None or stream.values.ndim != ndim:
                 got = type(stream).__name__ if ndim is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
-                wanted = "Vector (B, E), Tokens (B, M, D) or Map (B, C, h, w)"
+                wanted = "Vector (B, E), Tokens or GatedTokens (B, M, D), Map or DecoderMap (B, C, h, w)"
                 raise ValueError(f"got stream {name}: {got}, wanted {wanted}")
             if isinstance(stream, Tokens):
                 check_tokens(name, stream, self.regions)
@@ -101,7 +78,7 @@ class Condition:
 
     def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
         """Returns the condition with `fn` applied to every tensor."""
-        streams = {name: _map_tensors(stream, fn) for name, stream in self.streams.items()}
+        streams = {name: map_tensors(stream, fn) for name, stream in self.streams.items()}
         keys = {layer: (fn(keys), fn(values)) for layer, (keys, values) in self.keys.items()}
         return Condition(streams, None if self.regions is None else self.regions.map_tensors(fn), keys)
 
@@ -116,14 +93,14 @@ class Condition:
             raise ValueError(f"got conditions with the streams {sorted(names)}, wanted the same in all")
         first, regions = conditions[0].streams, _cat_regions(conditions)
         count = 0 if regions is None else regions.present.shape[1]
-        streams = {name: _cat_streams([condition.streams[name] for condition in conditions], count) for name in first}
+        streams = {name: cat_streams([condition.streams[name] for condition in conditions], count) for name in first}
         return cls(streams, regions)
 
     def window(self, top: int, left: int, height: int, width: int, grid: tuple[int, int]) -> "Condition":
         """Returns the condition of a window of cells of a grid: maps and regions are cropped to it, tokens stay."""
         rows, columns = check_window(top, left, height, width, grid)
         streams = {
-            name: Map(crop_cells(crop_cells(stream.values, -2, top, height, rows), -1, left, width, columns))
+            name: type(stream)(crop_cells(crop_cells(stream.values, -2, top, height, rows), -1, left, width, columns))
             if isinstance(stream, Map)
             else stream
             for name, stream in self.streams.items()
@@ -141,135 +118,68 @@ class Condition:
         return rows.unique(dim=0, return_inverse=True)[1].to(tensors[0].device)
 
     def streams_of(self, kind: type[Stream]) -> list[Stream]:
-        """Returns all streams of a type, in order."""
-        return [stream for stream in self.streams.values() if isinstance(stream, kind)]
+        """Returns all streams of exactly this type, in order."""
+        return [stream for stream in self.streams.values() if type(stream) is kind]
 
     def vector(self) -> Tensor | None:
         """Returns the sum of the vectors, (B, E); None without any."""
         vectors = [stream.values for stream in self.streams_of(Vector)]
         return sum(vectors[1:], vectors[0]) if vectors else None
 
-    def map(self) -> Tensor | None:
-        """Returns the maps concatenated along the channels, (B, C, h, w); None without any."""
-        maps = [stream.values for stream in self.streams_of(Map)]
+    def map(self, kind: type[Map] = Map) -> Tensor | None:
+        """Returns the maps of a type concatenated along the channels, (B, C, h, w); None without any."""
+        maps = [stream.values for stream in self.streams_of(kind)]
         return torch.cat(maps, 1) if maps else None
 
-    def tokens(self) -> Tokens | None:
-        """Returns all tokens as one sequence, with a mask and regions if any stream has them; None without any."""
-        streams = self.streams_of(Tokens)
+    def tokens(self, kind: type[Tokens] = Tokens) -> Tokens | None:
+        """Returns all tokens of a type as one sequence, with a mask and regions if any stream has them; None without
+        any."""
+        streams = self.streams_of(kind)
         if len(streams) < 2:
             return streams[0] if streams else None
-        return _cat_tokens(streams, 1)
+        return cat_tokens(streams, 1)
 
-    def context(self, height: int, width: int) -> Context | None:
-        """Returns the tokens and their mask for cross-attention from a grid, None without tokens.
+    def context(self, height: int, width: int, kind: type[Tokens] = Tokens) -> Context | None:
+        """Returns the tokens of a type and their mask for cross-attention from a grid, None without tokens.
 
         The mask differs between cells if tokens describe regions; see `attention_mask`.
         """
-        tokens = self.tokens()
+        tokens = self.tokens(kind)
         if tokens is None:
             return None
-        mask = self.attention_mask(height, width)
+        mask = self.attention_mask(height, width, kind=kind)
         return Context(tokens.values, tokens.mask if mask is None else mask)
 
-    def spans(self) -> dict[str, slice]:
-        """Returns the slice of each stream's tokens in `tokens()`."""
+    def spans(self, kind: type[Tokens] = Tokens) -> dict[str, slice]:
+        """Returns the slice of each stream's tokens in `tokens(kind)`."""
         spans, stop = {}, 0
         for name, stream in self.streams.items():
-            if isinstance(stream, Tokens):
+            if type(stream) is kind:
                 start, stop = stop, stop + stream.values.shape[1]
                 spans[name] = slice(start, stop)
         return spans
 
-    def attention_mask(self, height: int, width: int, rule: Rule = "touched") -> Tensor | None:
-        """Returns which tokens each cell of a grid attends to, (B, height * width, M) bool; cached per size and rule.
+    def attention_mask(
+        self, height: int, width: int, rule: Rule = "touched", kind: type[Tokens] = Tokens
+    ) -> Tensor | None:
+        """Returns which tokens of a type each cell of a grid attends to, (B, height * width, M) bool; computed once.
 
         Cells attend to a token if any of the regions that it describes covers them by this rule (see `Regions.at`), to
         tokens of the whole image always, to padding never. None if no token describes a region. A cell may have no
         token to attend to: attention must give zeros there, before its output projection.
         """
-        tokens = self.tokens()
+        tokens, key = self.tokens(kind), (height, width, rule, kind)
         if tokens is None or tokens.membership is None:
             return None
-        if (height, width, rule) not in self.attention_mask_cache:
+        if key not in self.attention_mask_cache:
             if self.regions is None:
                 raise ValueError("got tokens of regions, and no regions: pass Condition(..., regions=)")
             covered = self.regions.at(height, width, rule).flatten(2)  # (B, R, N)
             seen = covered.mT.float() @ tokens.membership.mT.float() > 0  # (B, N, M)
             seen = seen if tokens.everywhere is None else seen | tokens.everywhere.unsqueeze(1)
             seen = seen if tokens.mask is None else seen & tokens.mask.unsqueeze(1)
-            self.attention_mask_cache[height, width, rule] = seen
-        return self.attention_mask_cache[height, width, rule]
-
-
-def check_tokens(name: str, tokens: Tokens, regions: Regions | None) -> None:
-    """Raises ValueError for tokens of a stream whose mask and regions have other shapes."""
-    size = tokens.values.shape[:2]
-    if tokens.everywhere is not None and tokens.membership is None:
-        raise ValueError(f"got stream {name} with everywhere and no membership: without it, all tokens are everywhere")
-    wanted = {"mask": size, "everywhere": size}
-    if tokens.membership is not None:
-        count = tokens.membership.shape[-1] if regions is None else regions.present.shape[1]
-        wanted["membership"] = (*size, count)
-    for part, shape in wanted.items():
-        got = getattr(tokens, part)
-        if got is not None and got.shape != shape:
-            raise ValueError(
-                f"got stream {name} with tokens {tuple(tokens.values.shape)} and {part} {tuple(got.shape)}, "
-                f"wanted {tuple(shape)}"
-            )
-
-
-def _map_tensors(record: NamedTuple, fn: Callable[[Tensor], Tensor]) -> NamedTuple:
-    """Applies `fn` to each tensor of a named tuple; None stays."""
-    return type(record)(*(None if tensor is None else fn(tensor) for tensor in record))
-
-
-def _cat_tokens(streams: Sequence[Tokens], axis: int) -> Tokens:
-    """Concatenates token sequences along the batch (0) or the sequence (1)."""
-    if any(stream.mask is not None for stream in streams):
-        streams = [s._replace(mask=_true(s)) if s.mask is None else s for s in streams]
-    if counts := {s.membership.shape[-1] for s in streams if s.membership is not None}:
-        streams = [_with_membership(stream, max(counts)) for stream in streams]
-    return Tokens(*(None if parts[0] is None else torch.cat(parts, axis) for parts in zip(*streams, strict=True)))
-
-
-def _true(tokens: Tokens) -> Tensor:
-    """Returns True for each token, (B, M)."""
-    return tokens.values.new_ones(tokens.values.shape[:2], dtype=torch.bool)
-
-
-def _with_membership(tokens: Tokens, count: int) -> Tokens:
-    """Returns the tokens with membership in `count` regions, and with `everywhere`."""
-    everywhere, membership = tokens.everywhere, tokens.membership
-    if membership is None:
-        membership = _true(tokens).unsqueeze(-1)[..., :0]
-        everywhere = _true(tokens) if everywhere is None else everywhere
-    everywhere = ~_true(tokens) if everywhere is None else everywhere
-    return tokens._replace(membership=F.pad(membership, (0, count - membership.shape[-1])), everywhere=everywhere)
-
-
-def _cat_streams(streams: Sequence[Stream], count: int) -> Stream:
-    """Concatenates streams of one type along the batch; `count` is the largest R."""
-    cls = type(streams[0])
-    if cls is not Tokens:
-        return cls(torch.cat([stream.values for stream in streams]))
-    longest = max(stream.values.shape[1] for stream in streams)
-    padded = [_pad_tokens(stream, longest) for stream in streams]
-    if any(stream.membership is not None for stream in streams):
-        padded = [_with_membership(stream, count) for stream in padded]
-    return _cat_tokens(padded, 0)
-
-
-def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
-    """Pads token sequences to a length with masked tokens."""
-    missing = length - tokens.values.shape[1]
-    if missing == 0:
-        return tokens
-    mask = _true(tokens) if tokens.mask is None else tokens.mask
-    membership = None if tokens.membership is None else F.pad(tokens.membership, (0, 0, 0, missing))
-    everywhere = None if tokens.everywhere is None else F.pad(tokens.everywhere, (0, missing))
-    return Tokens(F.pad(tokens.values, (0, 0, 0, missing)), F.pad(mask, (0, missing)), membership, everywhere)
+            self.attention_mask_cache[key] = seen
+        return self.attention_mask_cache[key]
 
 
 def tokens_after_null(null: Tensor, values: Tensor, present: Tensor, drop: Tensor | None) -> Tokens:
@@ -311,7 +221,7 @@ class ConditionEncoder(nn.Module, ABC):
     """Encodes one raw condition of a batch as one stream, with a learned null.
 
     A file `models/conditions/<name>.py` defines:
-    - the encoder. With `map_channels` it returns a Map, with a `token_width` Tokens, with neither a Vector;
+    - the encoder. It returns a Map, a DecoderMap, Tokens or GatedTokens if it says how wide they are, else a Vector;
     - `Config`, a `ConditionConfig` whose fields become flags; they begin with the condition's name, to avoid clashes;
     - `FIELDS`, the batch fields that the encoder reads; `fields` of the encoder, if they depend on its options;
     - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none).
@@ -320,8 +230,10 @@ class ConditionEncoder(nn.Module, ABC):
     """
 
     fields: tuple[str, ...] = ()  # batch fields that it reads; none: the FIELDS of its file
-    map_channels: int = 0  # C of its map
-    token_width: int = 0  # D of its tokens
+    map_channels: int = 0  # C of its Map
+    decoder_channels: int = 0  # C of its DecoderMap
+    token_width: int = 0  # D of its Tokens
+    gated_width: int = 0  # D of its GatedTokens
     pretrained: bool = False  # True: a network that contains it does not reinitialise its weights
 
     @abstractmethod
@@ -359,27 +271,36 @@ class Conditioner(nn.ModuleDict):
 
     def __init__(self, encoders: Mapping[str, ConditionEncoder] | None = None):
         super().__init__(encoders)
-        if len(set(self._token_widths().values())) > 1:
-            raise ValueError(f"got encoders whose tokens have widths {self._token_widths()}, wanted one width for all")
-
-    def _token_widths(self) -> dict[str, int]:
-        """Returns D of each encoder that returns tokens, by name."""
-        return {name: encoder.token_width for name, encoder in self.items() if encoder.token_width}
+        for kind in ("token_width", "gated_width"):
+            widths = {name: getattr(encoder, kind) for name, encoder in self.items() if getattr(encoder, kind)}
+            if len(set(widths.values())) > 1:
+                raise ValueError(f"got encoders whose tokens have widths {widths}, wanted one width for all")
 
     @property
     def token_width(self) -> int:
-        """D of the encoders' tokens, 0 if none returns tokens."""
-        return next(iter(self._token_widths().values()), 0)
+        """D of the encoders' Tokens, 0 if none returns any."""
+        return max((encoder.token_width for encoder in self.values()), default=0)
+
+    @property
+    def gated_width(self) -> int:
+        """D of the encoders' GatedTokens, 0 if none returns any."""
+        return max((encoder.gated_width for encoder in self.values()), default=0)
 
     @property
     def map_channels(self) -> int:
-        """Sum of the channels of all maps."""
+        """Sum of the channels of all Maps."""
         return sum(encoder.map_channels for encoder in self.values())
+
+    @property
+    def decoder_channels(self) -> int:
+        """Sum of the channels of all DecoderMaps."""
+        return sum(encoder.decoder_channels for encoder in self.values())
 
     @property
     def makes_vectors(self) -> bool:
         """Whether any encoder returns a vector."""
-        return any(not (encoder.map_channels or encoder.token_width) for encoder in self.values())
+        sizes = ("map_channels", "decoder_channels", "token_width", "gated_width")
+        return any(not any(getattr(encoder, size) for size in sizes) for encoder in self.values())
 
     @property
     def region_encoders(self) -> dict[str, RegionEncoder]:

@@ -5,160 +5,27 @@ Conditions enter by adaptive norms (vectors), cross-attention (tokens) and added
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import ATTENTION_TYPES, Attention, CrossAttention, FullAttention, rms_norm
-from models.blocks import FEED_FORWARDS, FeedForward, init_normal, zero_module
-from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map
-from models.embeddings import RelativeBias, Rotary, TimeEmbedding
+from models.attention import CrossAttention, GatedCrossAttention
+from models.blocks import init_normal, zero_module
+from models.conditioning import Condition, ConditionEncoder, Conditioner
+from models.embeddings import TimeEmbedding
 from models.kv_cache import KVCache, LayerCache
-from models.neighborhood import Backend, HydraAttention
-from models.registry import resolve_class
-
-
-class TokenAttention(CrossAttention):
-    """Cross-attention that also takes keys and values in place of a context, which `keys_values` returned for it."""
-
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the keys (B, M, heads, d) and values (B, M, heads, e) of a context (B, M, context_width)."""
-        no_queries = context.new_zeros(len(context), 0, self.width)
-        return tuple(super().project(no_queries, context)[1:])
-
-    def project(
-        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], cache: LayerCache | None = None
-    ) -> list[Tensor]:
-        if isinstance(context, Tensor):
-            return super().project(x, context, cache)
-        q = self.q(x).unflatten(-1, (self.layout.query_heads, -1))
-        return [q if self.norm_q is None else rms_norm(q, self.norm_q), *context]
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), for tokens of any kind.
-
-    With `adaptive`, a vector gives shift, scale and gate of both branches (adaLN-Zero, Peebles & Xie 2023); their
-    projection starts at zero, so the block starts as the identity. `cross` adds cross-attention to the tokens of a
-    condition between the two, with its own norm. `feed_forward` is a module (..., D) -> (..., D); by default it is the
-    block's own layers `expand` and `contract` with a GELU in between.
-    """
-
-    def __init__(
-        self,
-        attention: Attention,
-        *,
-        adaptive: bool,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        cross: TokenAttention | None = None,
-        feed_forward: nn.Module | None = None,
-    ):
-        super().__init__()
-        width, hidden = attention.width, int(mlp_ratio * attention.width)
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=not adaptive)
-        self.attention = attention
-        self.cross_norm = None if cross is None else nn.LayerNorm(width)
-        self.cross = cross
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=not adaptive)
-        self.feed_forward = feed_forward
-        if feed_forward is None:  # named as in the weights of earlier runs
-            self.expand = nn.Linear(width, hidden)
-            self.contract = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
-        self.modulation = nn.Linear(width, 6 * width) if adaptive else None
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """The feed-forward layer: (..., D) -> (..., D)."""
-        return self.contract(F.gelu(self.expand(x))) if self.feed_forward is None else self.feed_forward(x)
-
-    def residual_projections(self) -> list[nn.Linear]:
-        """Returns the last layers of attention and feed-forward, which write into the residual stream.
-
-        The last layer of a feed-forward module is only known for a `FeedForward`.
-        """
-        last = self if self.feed_forward is None else self.feed_forward
-        return [self.attention.proj, *([last.contract] if last is self or isinstance(last, FeedForward) else [])]
-
-    def forward(
-        self, x: Tensor, emb: Tensor | None = None, context: Context | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """x (B, *grid, D) -> the same shape; emb (B, D) for an adaptive block, context for one with cross-attention.
-
-        With `cache`, x (B, n, D) are the next n tokens of its grid and the context is that of their positions.
-        """
-        if self.modulation is None:
-            x = x + self.dropout(self.attention(self.norm1(x), cache=cache))
-            x = self.cross_attend(x, context)
-            return x + self.dropout(self.mlp(self.norm2(x)))
-        modulation = self.modulation(F.silu(emb)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1, cache=cache))
-        x = self.cross_attend(x, context)
-        return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
-
-    def cross_attend(self, x: Tensor, context: Context | None) -> Tensor:
-        """Adds cross-attention to x (B, *grid, D); where no token is seen, that is the bias of its projection."""
-        if self.cross is None:
-            return x
-        if context is None:
-            raise ValueError("got no tokens for a block with cross-attention: encode the condition, nulls included")
-        return x + self.dropout(self.cross(self.cross_norm(x), *context))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Options of a transformer's self-attention; see `build_attention`."""
-
-    attention: Literal["full", "neighborhood"] = "full"
-    attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
-    position: Literal["learned", "rope", "bias", "none"] = "learned"
-    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention: one per group of heads, or one for all
-    dilations: tuple[int, ...] = (1,)
-    na_backend: Backend = "auto"
-    dropout: float = 0.0  # of attention weights
-    qk_norm: bool = False
-    causal: bool = False  # a position attends to itself and those before it in raster order
-
-
-def build_attention(config: AttentionConfig, width: int, heads: int, grid: tuple[int, int], depth: int) -> Attention:
-    """Builds the self-attention of block `depth` (from 0) over a grid; ValueError if options do not fit together.
-
-    `heads` counts the heads of softmax attention: diff_v1 halves them and doubles their width, which keeps the number
-    of parameters; diff_v2 keeps them, with two queries each.
-    """
-    if config.causal and (config.attention == "neighborhood" or config.position == "bias"):
-        named = f"attention {config.attention} and position {config.position}"
-        raise ValueError(
-            f"got {named} for a causal transformer: neighbourhoods are not causal in raster order, and a bias covers "
-            "whole maps where sampling needs one row: choose full attention, and position learned, rope or none"
-        )
-    kind, v1 = ATTENTION_TYPES[config.attention_type], config.attention_type == "diff_v1"
-    if v1 and heads % 2:
-        raise ValueError(f"got {heads} heads, diff_v1 pairs them: wanted an even number")
-    heads = heads // 2 if v1 else heads
-    layout = kind.head_layout(width, heads)
-    biased = config.position == "bias"
-    if config.attention == "full":
-        core = FullAttention(config.causal, RelativeBias(layout.query_heads, grid) if biased else None)
-    else:
-        core = HydraAttention(
-            heads,
-            config.kernel_sizes,
-            config.dilations,
-            keys_per_head=layout.key_heads // heads,
-            queries_per_head=layout.query_heads // heads,
-            bias=biased,
-            backend=config.na_backend,
-        )
-        core.groups(grid)  # ValueError if a window does not fit
-    rotary = Rotary(layout.key_width) if config.position == "rope" else None
-    options = {"qk_norm": config.qk_norm} | ({"depth": depth} if v1 else {})
-    return kind(width, heads, core=core, rotary=rotary, dropout=config.dropout, **options)
+from models.streams import Context, GatedTokens, Map
+from models.transformer_block import (
+    AttentionConfig,
+    TransformerBlock,
+    build_attention,
+    build_cross_attention,
+    build_feed_forward,
+)
 
 
 class Transformer(nn.Module):
@@ -168,8 +35,9 @@ class Transformer(nn.Module):
     al. 2022.
 
     `encoders` encode raw fields, by name, as the streams of a `Condition` (see models/conditions). The sum of the
-    vectors, of the transformer's width, goes to adaptive norms; tokens go to cross-attention in each block; maps are
-    added to the embeddings through a linear layer. Cross-attention and that layer start at zero.
+    vectors, of the transformer's width, goes to adaptive norms; tokens go to cross-attention in each block, gated ones
+    to gated cross-attention beside it; maps are added to the embeddings through a linear layer. Both attentions and
+    that layer change nothing at first.
 
     By default the network has no time input: the optimal prediction of a masked code does not depend on it (Ou et al.
     2025). With a `time_scale`, which multiplies t, it has one (`takes_time`), for processes that change codes into
@@ -205,6 +73,8 @@ class Transformer(nn.Module):
         self.code = nn.Embedding(codes + 1, width)
         self.position = nn.Parameter(torch.zeros(*self.grid, width)) if attention.position == "learned" else None
         self.encoders = Conditioner(encoders)
+        if self.encoders.decoder_channels:
+            raise ValueError("got a map into a decoder, which a transformer does not have: pass --layout_into input")
         self.time = TimeEmbedding(width, width, time_scale) if self.takes_time else None
         self.map_in = nn.Linear(self.encoders.map_channels, width) if self.encoders.map_channels else None
         self.dropout = nn.Dropout(embd_dropout)
@@ -222,16 +92,18 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = None if tied_head else nn.Linear(width, codes, bias=False)
         self.init_weights(zero_init)
+        if self.encoders.gated_width:
+            self.add_gated_attention(attention, heads)
 
     def init_weights(self, zero_init: bool) -> None:
-        """Initialises all weights but those of pretrained encoders.
+        """Initialises all weights but those of pretrained encoders and, here, of gated tokens.
 
         N(0, 0.02^2), and 1 / sqrt(2 layers) of that standard deviation where a layer writes into the residual stream
         (GPT-2). Modulations, cross-attention and the layer of the maps start at zero.
         """
-        pretrained = {m for encoder in self.encoders.values() if encoder.pretrained for m in encoder.modules()}
+        others = {m for e in self.encoders.values() if e.pretrained or e.gated_width for m in e.modules()}
         for module in self.modules():
-            if module not in pretrained:
+            if module not in others:
                 init_normal(module)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
@@ -249,6 +121,16 @@ class Transformer(nn.Module):
                 if zero_init:
                     for gate in block.modulation.bias.detach().chunk(6)[2::3]:
                         nn.init.ones_(gate)
+
+    def add_gated_attention(self, attention: AttentionConfig, heads: int) -> None:
+        """Builds the attention to gated tokens and initialises it and their encoders; all else starts as without."""
+        options = {"dropout": attention.dropout, "qk_norm": attention.qk_norm}
+        for block in self.blocks:
+            width = block.attention.width
+            block.gated = GatedCrossAttention(width, heads, self.encoders.gated_width, **options)
+        encoders = [e for e in self.encoders.values() if e.gated_width and not e.pretrained]
+        for part in (*encoders, *(block.gated for block in self.blocks)):
+            part.apply(init_normal)
 
     def encode(
         self, fields: Mapping[str, Any] | None, ids: Tensor, drop: Mapping[str, Tensor] | None = None
@@ -289,7 +171,7 @@ class Transformer(nn.Module):
         anew = {
             name: encoder(fields[name], blank_image(ids, tuple(ids.shape[1:])), None, window.regions)
             for name, encoder in self.encoders.region_encoders.items()
-            if encoder.token_width and fields.get(name) is not None
+            if (encoder.token_width or encoder.gated_width) and fields.get(name) is not None
         }
         return Condition({**window.streams, **anew}, window.regions)
 
@@ -298,9 +180,12 @@ class Transformer(nn.Module):
 
         Calls with it, or with some rows of it, do not compute them again. The weights must not change in between.
         """
-        tokens = condition.tokens()
-        layers = [block.cross for block in self.blocks if block.cross is not None]
-        keys = {} if tokens is None else {layer: layer.keys_values(tokens.values) for layer in layers}
+        tokens, gated, keys = condition.tokens(), condition.tokens(GatedTokens), {}
+        for block in self.blocks:
+            if block.cross is not None and tokens is not None:
+                keys[block.cross] = block.cross.keys_values(tokens.values)
+            if block.gated is not None and gated is not None:
+                keys[block.gated.cross] = block.gated.cross.keys_values(gated.values)
         return Condition(condition.streams, condition.regions, keys)
 
     def forward(
@@ -321,8 +206,8 @@ class Transformer(nn.Module):
         self.check_grid(grid)
         condition = self.encode_for_grid(grid, condition, ids, drop)
         x = self.embed(ids, grid, condition, residual)
-        emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
-        return self.logits(self.run_blocks(x, emb, context, condition.keys))
+        emb = self.embed_vectors(condition, t, len(ids))
+        return self.logits(self.run_blocks(x, emb, condition, grid))
 
     def check_grid(self, grid: tuple[int, ...]) -> None:
         """ValueError if positions are learned and the grid is not the one they were learned for."""
@@ -373,14 +258,20 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         emb: Tensor | None,
-        context: Context | None,
-        keys: Mapping[nn.Module, tuple[Tensor, Tensor]],
+        condition: Condition,
+        grid: tuple[int, int],
+        positions: slice | None = None,
         layer_caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Applies all blocks: x (B, *grid, D) -> the same shape; `keys` are those of a condition."""
+        """Applies all blocks: x (B, *grid, D) -> the same shape; or x (B, n, D) at some positions of the grid."""
+        context, gated_context = condition.context(*grid), condition.context(*grid, GatedTokens)
+        if positions is not None:
+            context = None if context is None else context.at_positions(positions)
+            gated_context = None if gated_context is None else gated_context.at_positions(positions)
         for block, cache in zip(self.blocks, layer_caches or [None] * len(self.blocks), strict=True):
-            known = keys.get(block.cross)
-            x = block(x, emb, context if known is None else context._replace(values=known), cache)
+            known = with_known_keys(context, block.cross, condition)
+            gated = None if block.gated is None else with_known_keys(gated_context, block.gated.cross, condition)
+            x = block(x, emb, known, cache, gated)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -394,16 +285,10 @@ def blank_image(ids: Tensor, size: tuple[int, int]) -> Tensor:
     return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 
-def build_cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> TokenAttention | None:
-    """Builds softmax attention to the tokens (B, M, token_width) of a condition; None if there are none."""
-    if token_width == 0:
-        return None
-    return TokenAttention(width, heads, context_width=token_width, dropout=config.dropout, qk_norm=config.qk_norm)
-
-
-def build_feed_forward(name: str, width: int, ratio: float) -> nn.Module | None:
-    """Builds a block's feed-forward module; None for "gelu", which uses the block's own layers."""
-    return None if name == "gelu" else resolve_class(name, FEED_FORWARDS, (nn.Module,), "feed_forward")(width, ratio)
+def with_known_keys(context: Context | None, layer: CrossAttention | None, condition: Condition) -> Context | None:
+    """Returns a context whose values (B, M, D) are keys and values, if a condition has those of a layer."""
+    known = condition.keys.get(layer)
+    return context if known is None else context._replace(values=known)
 
 
 class CausalTransformer(Transformer):
@@ -442,8 +327,7 @@ class CausalTransformer(Transformer):
             got = f"got {positions.stop - 1} codes of a grid of {grid}, of which {positions.start} are cached"
             raise ValueError(f"{got}: wanted at least as many as are cached, and fewer than the grid has")
         condition = self.encode_for_grid(grid, condition, ids, drop)
-        emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
-        context = None if context is None else context.at_positions(positions)
+        emb = self.embed_vectors(condition, t, len(ids))
         x = self.embed(torch.cat([start, ids], 1)[:, positions], grid, condition, residual, positions)  # (B, n, D)
-        x = self.run_blocks(x, emb, context, condition.keys, kv_cache.layer_caches(len(self.blocks)))
+        x = self.run_blocks(x, emb, condition, grid, positions, kv_cache.layer_caches(len(self.blocks)))
         return self.logits(x[:, -1])

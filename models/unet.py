@@ -2,20 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResBlock, Upsample, group_norm, zero_module
+from models.blocks import (
+    SPADE,
+    ConditionBlock,
+    Downsample,
+    EmbedBlock,
+    Resample,
+    ResBlock,
+    Upsample,
+    group_norm,
+    zero_module,
+)
 from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import TimeEmbedding
 from models.neighborhood import Backend
 from models.ranges import POSITIVE, SIZE, check_ranges
 from models.region_attention import OVERLAPS, REGION_ATTENTION
 from models.registry import resolve_class
-from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions, RegionBlock
+from models.streams import DecoderMap
+from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions, GatedBlock, RegionBlock
 
 RES_BLOCKS = {"basic": ResBlock}
 
@@ -107,14 +119,15 @@ class UNetConfig:
 class BlockFactory:
     """Builds the blocks of a UNet and counts its attention blocks: differential attention depends on the depth."""
 
-    def __init__(self, config: UNetConfig, context_width: int):
-        self.config, self.context_width, self.depth = config, context_width, 0
+    def __init__(self, config: UNetConfig, encoders: Conditioner):
+        self.config, self.encoders, self.depth = config, encoders, 0
         self.attended: dict[nn.Module, int] = {}  # the channels of each attention block
+        self.res_blocks: dict[nn.Module, int] = {}  # those out of each residual block
         self.res_block = resolve_class(config.res_block_type, RES_BLOCKS, (EmbedBlock,), "res_block_type")
 
     def res(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
         """Builds a residual block."""
-        return self.res_block(
+        block = self.res_block(
             in_channels,
             out_channels,
             emb_dim=self.config.emb_dim,
@@ -125,6 +138,8 @@ class BlockFactory:
             scale_skip=self.config.scale_skip,
             eps=EPS,
         )
+        self.res_blocks[block] = out_channels
+        return block
 
     def attention(self, channels: int, kind: str | None = None) -> nn.Module:
         """Builds an attention block of `kind` (default: the config's attn_block_type)."""
@@ -142,7 +157,8 @@ class BlockFactory:
             heads=config.num_heads(channels),
             emb_dim=config.emb_dim,
             depth=self.depth,
-            context_width=self.context_width,
+            context_width=self.encoders.token_width,
+            gated_width=self.encoders.gated_width,
             kernel_sizes=config.kernel_sizes,
             dilations=config.dilations,
             na_backend=config.na_backend,
@@ -153,12 +169,24 @@ class BlockFactory:
             region_places=config.region_places,
         )
 
-    def regions(self, steps: nn.ModuleList) -> nn.ModuleDict:
-        """Builds a region block for each step with attention, by the index of the step."""
+    def at_attention(self, steps: Sequence[nn.ModuleList], kind: type[ConditionBlock]) -> nn.ModuleDict:
+        """Builds a block for each step with attention, by the index of the step."""
         blocks = nn.ModuleDict()
         for index, step in enumerate(steps):
             for channels in (self.attended[block] for block in step if block in self.attended):
-                blocks[str(index)] = RegionBlock(channels, self.options(channels))
+                blocks[str(index)] = kind(channels, self.options(channels))
+        return blocks
+
+    def spade(self, steps: Sequence[nn.ModuleList]) -> nn.ModuleDict:
+        """Builds a SPADE for each residual block, by the indices of its step and of the block in it."""
+        blocks = nn.ModuleDict()
+        for index, step in enumerate(steps):
+            for i, block in enumerate(step):
+                if block in self.res_blocks:
+                    if not isinstance(block, ResBlock):
+                        kind = f"res_block_type {self.config.res_block_type}, which takes no map"
+                        raise ValueError(f"got a condition into the decoder and {kind}: pass --res_block_type basic")
+                    blocks[f"{index}_{i}"] = SPADE(self.res_blocks[block], self.encoders.decoder_channels)
         return blocks
 
     def step(self, in_channels: int, out_channels: int, level: int) -> nn.ModuleList:
@@ -183,6 +211,9 @@ class UNet(nn.Module):
     `encoders` encode raw fields, by name, as the streams of a `Condition` (see models/conditions); vectors have width
     `config.emb_dim`. An EmbedBlock is called with the embedding, a ConditionBlock with the condition, a block that is
     both with the embedding and the condition. Height and width are multiples of the last factor.
+
+    Gated tokens are read beside each attention block, and decoder maps modulate each ResBlock going up; both change
+    nothing at first.
     """
 
     takes_time = True
@@ -192,7 +223,7 @@ class UNet(nn.Module):
         self.config = config
         self.encoders = Conditioner(encoders)
         self.time = TimeEmbedding(config.channels, config.emb_dim, config.time_scale)
-        factory, widths = BlockFactory(config, self.encoders.token_width), config.widths
+        factory, widths = BlockFactory(config, self.encoders), config.widths
         self.conv_in = build_input(config.in_channels, self.encoders, widths[0])
         self.down_blocks, skips = build_down(factory)
         self.middle_blocks = nn.ModuleList(
@@ -205,11 +236,15 @@ class UNet(nn.Module):
         self.up_blocks = build_up(factory, skips)
         self.norm = group_norm(widths[0], eps=EPS)
         self.conv_out = zero_module(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
-        self.region_blocks = nn.ModuleDict()  # the last: all other weights start as without
+        # The last: all other weights start as without
+        self.region_blocks, self.gated_blocks, self.spade_blocks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        sides = {"down": self.down_blocks, "middle": [self.middle_blocks], "up": self.up_blocks}
         if config.region_attention != "none":
-            self.region_blocks.update(
-                {"down": factory.regions(self.down_blocks), "up": factory.regions(self.up_blocks)}
-            )
+            self.region_blocks.update({side: factory.at_attention(sides[side], RegionBlock) for side in ("down", "up")})
+        if self.encoders.gated_width:
+            self.gated_blocks.update({side: factory.at_attention(steps, GatedBlock) for side, steps in sides.items()})
+        if self.encoders.decoder_channels:
+            self.spade_blocks["up"] = factory.spade(self.up_blocks)
 
     def encode(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
@@ -263,37 +298,45 @@ class UNet(nn.Module):
             )
         maps = condition.map()
         skips = [self.conv_in(x if maps is None else torch.cat([x, maps], 1))]
-        for blocks, region in zip(self.down_blocks, self.regions("down", self.down_blocks), strict=True):
-            skips.append(self.run_blocks(blocks, skips[-1], emb, condition, region))
+        for index, blocks in enumerate(self.down_blocks):
+            skips.append(self.run_blocks(blocks, skips[-1], emb, condition, ("down", index)))
         return skips[-1], skips
 
     def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
         """Applies the middle blocks: h (B, C, h, w) -> the same shape."""
-        return self.run_blocks(self.middle_blocks, h, emb, condition)
+        return self.run_blocks(self.middle_blocks, h, emb, condition, ("middle", 0))
 
     def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:
         """h at the last level and the skips of `down` -> the prediction (B, C', H, W)."""
-        for blocks, region, skip in zip(
-            self.up_blocks, self.regions("up", self.up_blocks), reversed(skips), strict=True
-        ):
-            h = self.run_blocks(blocks, torch.cat([h, skip], 1), emb, condition, region)
+        for index, (blocks, skip) in enumerate(zip(self.up_blocks, reversed(skips), strict=True)):
+            h = self.run_blocks(blocks, torch.cat([h, skip], 1), emb, condition, ("up", index))
         return self.conv_out(F.silu(self.norm(h)))
 
-    def regions(self, side: str, steps: nn.ModuleList) -> list[nn.Module | None]:
-        """Returns the region block of each step, None where it has none."""
-        blocks = self.region_blocks[side] if side in self.region_blocks else {}
-        return [blocks[str(index)] if str(index) in blocks else None for index in range(len(steps))]
-
     def run_blocks(
-        self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition, region: nn.Module | None = None
+        self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition, step: tuple[str, int]
     ) -> Tensor:
-        """Applies blocks to h (B, C, h, w), each with the arguments of its base classes; `region` after the second."""
+        """Applies the blocks of a step ("up", 3) to h (B, C, h, w), each with the arguments of its base classes.
+
+        Beside attention, the second block, is gated attention of the same input; after both is region attention.
+        """
+        side, index = step
+        region, gated = (find_block(each, side, str(index)) for each in (self.region_blocks, self.gated_blocks))
         for i, block in enumerate(blocks):
             inputs = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
+            spade = find_block(self.spade_blocks, side, f"{index}_{i}")
+            if spade is not None:
+                inputs.append(partial(spade, layout=condition.map(DecoderMap)))
+            branch = None if i != 1 or gated is None else gated(h, condition)
             h = block(h, *inputs)
+            h = h if branch is None else h + branch
             if i == 1 and region is not None:
                 h = region(h, condition)
         return h
+
+
+def find_block(blocks: nn.ModuleDict, side: str, key: str) -> nn.Module | None:
+    """Returns the block of a side and step, None where there is none."""
+    return blocks[side][key] if side in blocks and key in blocks[side] else None
 
 
 def build_input(in_channels: int, encoders: Conditioner, width: int) -> nn.Conv2d:

@@ -6,12 +6,13 @@ from functools import partial
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.attention import ATTENTION_TYPES, Attention, CrossAttention
+from models.attention import ATTENTION_TYPES, Attention, CrossAttention, GatedCrossAttention
 from models.blocks import FEED_FORWARDS, ConditionBlock, group_norm, zero_module
 from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
 from models.region_attention import RegionAttention, layout_of, prompts_of
 from models.registry import resolve_class
+from models.streams import GatedTokens
 
 EPS = 1e-5  # of GroupNorm in the UNet (Nichol & Dhariwal 2021)
 SELF_ATTENTION = (*ATTENTION_TYPES, "neighborhood")
@@ -25,6 +26,7 @@ class AttentionOptions:
     emb_dim: int = 0  # E, for a block that also takes the embedding
     depth: int = 0  # number of attention blocks before it in the network
     context_width: int = 0  # D of the condition's tokens, 0 without tokens
+    gated_width: int = 0  # D of its gated tokens
     kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention: one per group of heads, or one for all
     dilations: tuple[int, ...] = (1,)
     na_backend: Backend = "auto"
@@ -128,6 +130,20 @@ class RegionBlock(ConditionBlock):
             layout = layout_of(condition.regions, *x.shape[2:], attention.kind, attention.overlap)
             h = attention(h, prompts_of(condition), layout)
         return x + rearrange(h, "b h w c -> b c h w")
+
+
+class GatedBlock(ConditionBlock):
+    """Gated cross-attention to the gated tokens of the condition, to be added to x: 0 at first."""
+
+    def __init__(self, channels: int, options: AttentionOptions):
+        super().__init__()
+        self.attention = GatedCrossAttention(channels, options.heads, options.gated_width)
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        context = None if condition is None else condition.context(*x.shape[2:], GatedTokens)
+        if context is None:
+            raise ValueError("got no gated tokens for a block that reads them: encode the condition, nulls included")
+        return rearrange(self.attention(rearrange(x, "b c h w -> b h w c"), *context), "b h w c -> b c h w")
 
 
 class NoAttention(ConditionBlock):

@@ -3,6 +3,7 @@
 import yaml
 
 from helpers.tiny_runs import ROOT
+from models.conditions import boxes, layout
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, LoggingConfig, TrainingConfig
@@ -109,6 +110,13 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
         *("activation_checkpointing", "deterministic", "hooks", "resume", "change"),
     }
+
+
+def test_the_flags_of_boxes_and_layouts_are_frozen():
+    options = ("classes", "colors", "frequencies", "everywhere", "gated", "width")
+    assert cli.flag_names(boxes.Config) == {f"boxes_{name}" for name in options}
+    options = ("classes", "regions", "places", "colors", "into")
+    assert cli.flag_names(layout.Config) == {f"layout_{name}" for name in options}
 
 
 def test_registries_list_plugin_files():

@@ -56,8 +56,16 @@ def make_optimizer(
 
 
 def is_selected(name: str, prefixes: Sequence[str]) -> bool:
-    """Returns whether a dotted name equals or starts with one of the prefixes; True without prefixes."""
-    return not prefixes or any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+    """Returns whether a dotted name equals or starts with one of the prefixes; True without prefixes.
+
+    A part `*` of a prefix stands for any one part of the name: "blocks.*.gated".
+    """
+    parts = name.split(".")
+
+    def matches(prefix: list[str]) -> bool:
+        return len(prefix) <= len(parts) and all(a in ("*", b) for a, b in zip(prefix, parts, strict=False))
+
+    return not prefixes or any(matches(prefix.split(".")) for prefix in prefixes)
 
 
 def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.conditioning import ConditionConfig, RegionEncoder, Tokens, check_classes, tokens_after_null
 from models.ranges import SIZE, SIZE_OR_ZERO
 from models.regions import Regions
+from models.streams import GatedTokens
 
 FIELDS = ("boxes", "box_class")  # batch fields that the encoder reads, with its default options
 
@@ -27,8 +28,10 @@ class Config(ConditionConfig):
     """Frequencies, from 1 to almost 100, of the sines and cosines of the coordinates."""
     boxes_everywhere: bool = True
     """Every position reads the tokens of all boxes; if not, those of the boxes that cover it."""
+    boxes_gated: bool = False
+    """A cross-attention of their own, through a gate that starts at 0, reads the tokens, not that of other tokens."""
     boxes_width: int | None = None
-    """Width of the tokens, the same for all conditions with tokens; default: that of the network's embeddings."""
+    """Width of the tokens, if not gated the same for all conditions with tokens; default: that of the embeddings."""
 
     RANGES = {
         "boxes_classes": SIZE_OR_ZERO,
@@ -44,12 +47,22 @@ class BoxEncoder(RegionEncoder):
 
     Boxes are clipped to the image; those outside have no token. An example without boxes has nothing to read; one that
     is dropped reads a learned null. A token is a member of its own region or, with `everywhere`, of the whole image.
+    With `gated`, they are GatedTokens.
     """
 
-    def __init__(self, classes: int, width: int, colors: int = 0, frequencies: int = 8, everywhere: bool = True):
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        colors: int = 0,
+        frequencies: int = 8,
+        everywhere: bool = True,
+        gated: bool = False,
+    ):
         super().__init__()
         check_classes("boxes", classes)
-        self.token_width, self.frequencies, self.everywhere = width, frequencies, everywhere
+        self.token_width, self.gated_width = (0, width) if gated else (width, 0)
+        self.frequencies, self.everywhere, self.kind = frequencies, everywhere, GatedTokens if gated else Tokens
         self.fields = (*FIELDS, *(["box_color"] if colors else []))
         self.limits = {"box_class": classes} | ({"box_color": colors} if colors else {})
         self.classes = nn.Parameter(torch.randn(classes, width))  # as loud as the features, whatever the network's init
@@ -67,13 +80,13 @@ class BoxEncoder(RegionEncoder):
     ) -> Tokens:
         null = self.null.expand(len(x), 1, -1)
         if regions is None:
-            return Tokens(null)
+            return self.kind(null)
         about = F.embedding(regions.class_ids.clamp(min=0), self.classes)  # (B, R, D)
         if self.colors is not None:
             about = about + F.embedding(raw["box_color"].clamp(min=0), self.colors)
         place = fourier_features(regions.bounds().float(), self.frequencies).to(about.dtype)
         values = self.norm(self.mlp(torch.cat([about, place], -1)))
-        tokens = tokens_after_null(null, values, regions.present, drop)
+        tokens = self.kind(*tokens_after_null(null, values, regions.present, drop))
         if self.everywhere:
             return tokens
         own = torch.eye(values.shape[1], dtype=torch.bool, device=x.device)
@@ -99,4 +112,5 @@ def build(config: Config, width: int, n_classes: int) -> BoxEncoder:
         config.boxes_colors,
         config.boxes_frequencies,
         config.boxes_everywhere,
+        config.boxes_gated,
     )

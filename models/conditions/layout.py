@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.conditioning import ConditionConfig, Map, RegionEncoder, check_classes
 from models.ranges import SIZE_OR_ZERO
 from models.regions import Regions
+from models.streams import DecoderMap
 
 FIELDS = ("boxes", "box_class")  # batch fields that the encoder reads, with its default options
 FIELDS_OF = {"boxes": FIELDS, "segments": ("panoptic", "segment_id", "segment_class")}
@@ -28,6 +29,9 @@ class Config(ConditionConfig):
     """Add where in its box each pixel of the front region lies, from 0 at the left and the top to 1."""
     layout_colors: int = 0
     """Number of colours of the field box_color, whose shares are added; 0: it is not read."""
+    layout_into: Literal["input", "decoder"] = "input"
+    """input: concatenate the map to x, or add it to the embeddings of codes; decoder: it scales and shifts the features
+    of the UNet going up (SPADE)."""
 
     RANGES = {"layout_classes": SIZE_OR_ZERO, "layout_colors": SIZE_OR_ZERO}
     CLASSES = "layout_classes"
@@ -42,16 +46,18 @@ class LayoutEncoder(RegionEncoder):
     """Returns the shares of classes in cells of x's size, places in front boxes, and shares of colours.
 
     Regions in front hide those behind them. Without any region, all is 0; the null is one learned number per channel.
+    With `into` "decoder" it is a DecoderMap.
     """
 
-    def __init__(self, classes: int, regions: str = "boxes", places: bool = True, colors: int = 0):
+    def __init__(self, classes: int, regions: str = "boxes", places: bool = True, colors: int = 0, into: str = "input"):
         super().__init__()
         check_classes("layout", classes)
         self.classes, self.colors, self.places = classes, colors, places
         self.fields = (*FIELDS_OF[regions], *(["box_color"] if colors else []))
         self.limits = {self.fields[-1 - bool(colors)]: classes} | ({"box_color": colors} if colors else {})
-        self.map_channels = classes + 2 * places + colors
-        self.null = nn.Parameter(torch.zeros(self.map_channels, 1, 1))
+        channels, self.kind = classes + 2 * places + colors, DecoderMap if into == "decoder" else Map
+        self.map_channels, self.decoder_channels = (0, channels) if into == "decoder" else (channels, 0)
+        self.null = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(
         self,
@@ -62,7 +68,7 @@ class LayoutEncoder(RegionEncoder):
     ) -> Map:
         null = self.null.expand(len(x), -1, *x.shape[2:])  # (B, C, H, W)
         if regions is None:
-            return Map(null)
+            return self.kind(null)
         seen = regions.visible(*x.shape[2:])  # (B, R, H, W)
         parts = [sum_by_number(seen, regions.class_ids, self.classes)]
         if self.places:
@@ -70,7 +76,7 @@ class LayoutEncoder(RegionEncoder):
         if self.colors:
             parts.append(sum_by_number(seen, raw["box_color"], self.colors))
         layout = torch.cat(parts, 1)
-        return Map(layout if drop is None else torch.where(drop[:, None, None, None], null, layout))
+        return self.kind(layout if drop is None else torch.where(drop[:, None, None, None], null, layout))
 
 
 def sum_by_number(shares: Tensor, numbers: Tensor, count: int) -> Tensor:
@@ -90,4 +96,5 @@ def places_in_front(regions: Regions, height: int, width: int) -> Tensor:
 
 def build(config: Config, width: int, n_classes: int) -> LayoutEncoder:
     """Builds the encoder; a map depends on neither the embedding width nor the number of classes of images."""
-    return LayoutEncoder(config.layout_classes, config.layout_regions, config.layout_places, config.layout_colors)
+    options = config.layout_places, config.layout_colors, config.layout_into
+    return LayoutEncoder(config.layout_classes, config.layout_regions, *options)

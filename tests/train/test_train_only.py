@@ -152,6 +152,12 @@ def test_a_part_without_parameters_leaves_nothing_to_train():
         freeze_all_but(nn.ModuleDict({"norm": nn.BatchNorm1d(2, affine=False), "out": nn.Linear(2, 2)}), ["norm"])
 
 
+def test_a_star_stands_for_any_one_part():
+    names = ["blocks.0.gated.gate", "blocks.11.gated.cross.q.bias", "blocks.0.cross.q.bias", "blocks.0", "gated.gate"]
+    assert [is_selected(name, ["blocks.*.gated"]) for name in names] == [True, True, False, False, False]
+    assert not is_selected("blocks", ["blocks.*"]) and is_selected("blocks.0.cross", ["embed", "*.0"])
+
+
 def test_prefixes_end_at_dots():
     module = net()
     freeze_all_but(module, ["embed", "out.bias"])

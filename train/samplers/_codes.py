@@ -105,7 +105,8 @@ class CodeSampler(LearnedSampler):
             parts = [network.encode_window(*each, ids, corner, shape) for corner in windows for each in chain]
             return Condition.cat(parts)  # the keys of all their tokens would be large
         conditions = Condition.cat([condition for _, condition in chain])
-        return network.with_keys(conditions) if self.network.encoders.token_width else conditions
+        has_tokens = self.network.encoders.token_width or self.network.encoders.gated_width
+        return network.with_keys(conditions) if has_tokens else conditions
 
     def predict(
         self,

@@ -6,7 +6,8 @@ from typing import Literal
 
 from models.conditioning import ConditionEncoder
 from models.ranges import SIZE
-from models.transformer import AttentionConfig, CausalTransformer, Transformer
+from models.transformer import CausalTransformer, Transformer
+from models.transformer_block import AttentionConfig
 from train.samplers._conditions import ConditionsConfig
 
 

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from diffusion.rng import Streams
+from models.attention import CrossAttention
 from models.conditioning import Condition
 from models.conditions import boxes, image, layout
 from models.kv_cache import KVCache
+from models.streams import GatedTokens, Tokens
 from models.transformer import AttentionConfig, CausalTransformer, Transformer
 from train.samplers import absorbing, autoregressive
 from train.samplers.absorbing import AbsorbingSampler
@@ -17,6 +19,7 @@ GRID, CANVAS, CODES, CLASSES = (4, 4), (6, 10), 5, 3
 SMALL = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
 OPTIONS = {
     "boxes": boxes.Config(boxes_classes=CLASSES),
+    "gated": boxes.Config(boxes_classes=CLASSES, boxes_gated=True, boxes_width=12),
     "layout": layout.Config(layout_classes=CLASSES, layout_places=False),
     "image": image.Config(condition_channels=CLASSES),
 }
@@ -29,7 +32,8 @@ OBJECTS = [((0, 6), (3, 5), 1), ((1, 3), (7, 10), 2)]
 def build_sampler(name, condition):
     """A sampler of codes with random weights."""
     torch.manual_seed(0)
-    config = CONFIGS[name](**SMALL, conditions=(condition,), condition_options=OPTIONS[condition])
+    named = "boxes" if condition == "gated" else condition
+    config = CONFIGS[name](**SMALL, conditions=(named,), condition_options=OPTIONS[condition])
     sampler = KINDS[name](config, codes=CODES, grid=GRID, n_classes=0)
     for parameter in sampler.network.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -66,8 +70,9 @@ BATCH = layouts([A], [A, B], [A], [B, A])
 
 def count_calls(network, counts):
     """Counts the calls of the layers that project condition tokens to keys and values."""
-    for block in network.blocks:
-        block.cross.kv.register_forward_hook(lambda *_: counts.append(1))
+    for layer in network.modules():
+        if isinstance(layer, CrossAttention):
+            layer.kv.register_forward_hook(lambda *_: counts.append(1))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -106,9 +111,10 @@ def test_the_next_code_takes_keys_computed_before():
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("condition", ["boxes", "gated"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_sampling_run_computes_token_keys_once(name, guidance):
-    sampler, calls = build_sampler(name, "boxes"), []
+def test_a_sampling_run_computes_token_keys_once(name, condition, guidance):
+    sampler, calls = build_sampler(name, condition), []
     count_calls(sampler.network, calls)
     module = {"absorbing": absorbing, "autoregressive": autoregressive}[name]
     sampler.sample(sampler.network, Streams([1, 2, 3, 4]), batch=BATCH, options=module.Sampling(guidance=guidance))
@@ -177,8 +183,9 @@ def test_guidance_leads_windows_to_their_part_of_a_layout():
     assert sum(torch.equal(each, null[:, None, None].expand_as(each)) for each in maps) == 1 and 2 < len(maps) <= 7
 
 
-def test_tokens_of_a_window_are_those_of_the_boxes_in_it():
-    network = build_sampler("absorbing", "boxes").network
+@pytest.mark.parametrize("condition, kind", [("boxes", Tokens), ("gated", GatedTokens)])
+def test_tokens_of_a_window_are_those_of_the_boxes_in_it(condition, kind):
+    network = build_sampler("absorbing", condition).network
     canvas, ids, raw = torch.zeros(1, *CANVAS).long(), torch.zeros(1, *GRID).long(), layouts(canvas_layout())
     whole = network.encode({"boxes": raw}, canvas)
     for corner in [(0, 0), (2, 3), (1, 6)]:
@@ -189,14 +196,16 @@ def test_tokens_of_a_window_are_those_of_the_boxes_in_it():
             left, right = (sorted((0, edge - corner[1], 4))[1] / 4 for edge in x)
             inside += [(left, top, right, bottom, number)] if left < right and top < bottom else []
         expected = network.encode({"boxes": layouts(inside)}, ids)
-        assert torch.allclose(read(window), read(expected), atol=1e-5) and len(read(window)) == len(inside)
+        assert torch.allclose(read(window, kind), read(expected, kind), atol=1e-5)
+        assert len(read(window, kind)) == len(inside)
     null = network.encode({}, canvas)
-    assert torch.equal(network.encode_window({}, null, ids, (0, 0), CANVAS).tokens().values, null.tokens().values)
+    window = network.encode_window({}, null, ids, (0, 0), CANVAS)
+    assert torch.equal(window.tokens(kind).values, null.tokens(kind).values)
 
 
-def read(condition: Condition):
+def read(condition: Condition, kind: type[Tokens]):
     """The tokens of the only image that are no padding."""
-    tokens = condition.tokens()
+    tokens = condition.tokens(kind)
     return tokens.values[0][tokens.mask[0]]
 
 

@@ -128,3 +128,6 @@ def test_tokens_that_no_attention_block_reads_are_refused():
     read = ({"attn_block_type": "transformer"}, {"middle_attn_block_type": "transformer"}, {"region_attention": "v2"})
     for kinds in read:
         ddpm.build(ddpm.Config(**config, **small, **kinds), shape=space, pixels=True, n_classes=0)
+    config["condition_options"] = boxes.Config(boxes_classes=2, boxes_gated=True)  # read by blocks of their own
+    sampler = ddpm.build(ddpm.Config(**config, **small), shape=space, pixels=True, n_classes=0)
+    assert len(sampler.network.gated_blocks["up"]) == 2
