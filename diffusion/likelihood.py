@@ -9,6 +9,7 @@ small noise; at alpha = 0 it is as smooth as the angle.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -208,3 +209,17 @@ def flow_bits_per_dimension(
     prior = (0.5 * (x / sigma).square().flatten(1).mean(1) + (sigma * math.sqrt(2 * math.pi)).log()) / math.log(2)
     volume = -(log_det / x0[0].numel() + (first.cos * last.scale).log()) / math.log(2)
     return Likelihood(prior + volume - math.log2(BIN_WIDTH), prior, volume)
+
+
+def flow_bound(
+    denoise: ContinuousDenoiser, process: ContinuousProcess, x0: Tensor, rng: Streams, nfe: int | None = None
+) -> Bound:
+    """Likelihood, as a Bound, of the model that stops at a noise of half an 8-bit level and rounds.
+
+    At less noise, networks have learned the levels of 8-bit images (see `flow_bits_per_dimension`). `nfe` is the number
+    of steps; None: its default.
+    """
+    end = process.t_from_half_logsnr(torch.tensor(-math.log(BIN_WIDTH / 2), dtype=torch.float64)).item()
+    steps = {} if nfe is None else {"steps": nfe}
+    bits = flow_bits_per_dimension(denoise, replace(process, end=end), x0, rng, **steps)
+    return Bound(bits.total, bits.prior, bits.total.new_zeros(len(x0), 0))

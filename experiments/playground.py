@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion.solvers import Solver, get_solver, solvers_for
 from experiments.harness.controls import Control, make_controls, parse_value
+from models.conditioning import Conditioner
 from train.checkpoint import resolve_step, saved_steps
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
@@ -115,8 +116,10 @@ class Playground:
     @property
     def controls(self) -> list[Control]:
         """The controls of the model's settings, with the solvers of its process."""
-        solvers = sorted(solvers_for(self.trained.sampler.process))
-        return make_controls(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
+        sampler = self.trained.sampler
+        modules = sampler.network.modules()
+        regions = any(isinstance(module, Conditioner) and module.region_encoders for module in modules)
+        return make_controls(self.options, sorted(solvers_for(sampler.process)), bool(sampler.conditions), regions)
 
     def controls_of(self, **choices: Any) -> list[Control]:
         """The controls beside these choices, such as of a solver: settings without effect are not visible, steps that
@@ -165,7 +168,7 @@ class Playground:
         condition, guidance is 1."""
         conditions, indices = self.conditions(request), list(range(request.count))
         unconditional = conditions is None and request.label == NO_CLASS
-        options = replace(request.options, guidance=1.0) if unconditional else request.options
+        options = request.options.without_guidance() if unconditional else request.options
         return self.trained.draw(indices, request.seed, options, conditions, **kwargs)
 
     def draw(self, request: Request, **kwargs) -> Tensor:

@@ -77,7 +77,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     }
     assert cli.flag_names(absorbing.Sampling) == {
         *("solver", "sample_steps", "guidance", "condition_file", "class_sampling", "guidance_schedule"),
-        *("guidance_interval", "reveal"),
+        *("guidance_interval", "region_guidance", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
     assert cli.flag_names(ddpm.Sampling) == {
@@ -85,6 +85,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             "solver",
             "sample_steps",
             "guidance",
+            "region_guidance",
             "condition_file",
             "class_sampling",
             "spacing",

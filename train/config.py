@@ -284,6 +284,9 @@ class SamplingConfig:
     """Sampling steps per image; by default the solver's own choice."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1: no guidance."""
+    region_guidance: float | None = None
+    """Guidance scale of regions beyond the other conditions, which --guidance then scales alone; in a model of regions
+    alone, the only scale. Default: --guidance scales all conditions together."""
     condition_file: str | None = None
     """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
     class_sampling: Literal["data", "uniform"] = "data"
@@ -291,7 +294,7 @@ class SamplingConfig:
     data, or, of the classes that have training images, all equally frequent."""
 
     EVERYDAY = ("solver", "sample_steps", "guidance")
-    RANGES = {"sample_steps": MILLION, "guidance": FINITE}
+    RANGES = {"sample_steps": MILLION, "guidance": FINITE, "region_guidance": FINITE}
 
     def __post_init__(self):
         check_ranges(self)
@@ -312,6 +315,15 @@ class SamplingConfig:
     def solver_setting_names(cls) -> set[str]:
         """Returns the names of the settings that belong to the chosen solver, and are reset for another one."""
         return {"sample_steps", *cls.option_names()}
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any guidance scale differs from 1."""
+        return self.guidance != 1 or self.region_guidance not in (None, 1)
+
+    def without_guidance(self) -> Self:
+        """Returns the same settings without guidance."""
+        return replace(self, guidance=1.0, region_guidance=None)
 
     @property
     def solver_options(self) -> dict[str, Any]:

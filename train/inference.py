@@ -135,8 +135,9 @@ class SamplerRun:
         conditions = {name: value for name, value in keywords.items() if name not in names}
         options = with_settings(self.settings, self.model.sampler.process, settings)
         source = self._condition_source(conditions, n, options)
-        if source is None and "guidance" not in settings:
-            options = dataclasses.replace(options, guidance=1.0)  # guidance from null to null changes nothing
+        if source is None:  # guidance from null to null changes nothing
+            given = {name: settings[name] for name in ("guidance", "region_guidance") if name in settings}
+            options = dataclasses.replace(options.without_guidance(), **given)
         canvas = {"shape": shape, "window_stride": window_stride, "on_step": on_step}
         images = []
         for indices in torch.arange(n).split(batch_size):

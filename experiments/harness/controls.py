@@ -16,6 +16,7 @@ LABELS = {  # of flags whose names are not the usual terms
     "last_temp": "last temperature",
     "choice_temp": "choice temperature",
     "guidance": "guidance scale",
+    "region_guidance": "region guidance scale",
     "top_k": "top-k",
     "top_p": "top-p",
     "sigma_min": "smallest sigma",
@@ -29,6 +30,7 @@ HINTS = {  # of the main settings, shorter than the help texts of their flags
     "sample_steps": "More take longer.",
     "temp": "Lower: safer, less varied.",
     "guidance": "Higher: more typical.",
+    "region_guidance": "Higher: closer to the layout. Empty: the guidance scale.",
 }
 CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
 LARGE = 1e5  # an upper limit from here on only catches slips of the keyboard
@@ -76,9 +78,9 @@ class Control(NamedTuple):
         return f"{text} Allowed: {limits}."
 
 
-def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
+def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool, regions: bool) -> list[Control]:
     """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
-    conditional models."""
+    conditional models, that of regions only for models conditioned on regions."""
     kinds, helps, controls = typing.get_type_hints(type(options)), field_docs(type(options)), []
     ranges = {k: v for base in reversed(type(options).__mro__) for k, v in vars(base).get("RANGES", {}).items()}
     for field in fields(options):
@@ -87,6 +89,8 @@ def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool
         own |= {"value": value, "optional": optional, "interval": ranges.get(name, FINITE)}
         if name in ("condition_file", "class_sampling") or (name.startswith("guidance") and not conditional):
             continue  # the source of conditions is opened once, with the page
+        if name == "region_guidance" and not regions:
+            continue
         if name == "solver":
             controls.append(Control(**own, kind="choice", choices=tuple(solvers)))
         elif typing.get_origin(kind) is Literal:

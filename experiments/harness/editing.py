@@ -210,7 +210,7 @@ def conditions_for(
     if labels is not None:
         conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
     elif not any(conditions) and {*fields} <= {"label"}:
-        return None, dataclasses.replace(options, guidance=1.0)
+        return None, options.without_guidance()
     elif "label" in fields:
         conditions = [{"label": None, **row} for row in conditions]
     return source.with_rows(conditions).draw(0, range(len(conditions))), options

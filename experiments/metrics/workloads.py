@@ -270,7 +270,7 @@ def solver_loop_options(sampler: LearnedSampler, options: SamplingConfig) -> dic
     settings = {}
     for solver, entry in solvers_for(sampler.process).items():
         steps = LOOP_STEPS if entry.takes_any_steps else None
-        settings[solver] = replace(options.with_solver(solver, steps), guidance=1.0)
+        settings[solver] = options.with_solver(solver, steps).without_guidance()
         if sampler.conditions:
             settings[f"{solver}, guided"] = replace(settings[solver], guidance=2.0)
     return settings

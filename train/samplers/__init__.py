@@ -112,7 +112,8 @@ def check_finite(x: Tensor, finite: Tensor, options: SamplingConfig) -> Tensor:
     """Returns samples x (B, ...) if `finite`, a single bool, is True; otherwise NotFiniteError names the settings."""
     if finite:
         return x
-    settings = {"sample_steps": options.sample_steps, "guidance": options.guidance} | options.solver_options
+    scales = {"guidance": options.guidance, "region_guidance": options.region_guidance}
+    settings = {"sample_steps": options.sample_steps} | scales | options.solver_options
     named = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     raise NotFiniteError(
         f"solver {options.solver} with {named} gave values that are not finite: pass --no_amp, less --guidance, "

@@ -25,8 +25,9 @@ from train.config import SamplingConfig
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
-from train.samplers._conditions import check_nulls, draw_drops, fields_by_condition, raw_conditions
+from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
 from train.samplers._foreground import foreground_loss
+from train.samplers._guidance import Chain, check_nulls, guidance_chain
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
 
@@ -87,24 +88,22 @@ class CodeSampler(LearnedSampler):
 
     # Conditions
 
-    def guidance_chain(
-        self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor, windows: Windows = ()
-    ) -> Condition:
-        """Returns 2 B conditions for grids like x (B, H, W): B nulls, then those of the batch.
+    def guidance_chain(self, batch: Batch | None, options: CodeSampling) -> Chain:
+        """Returns the conditions of a batch, from the null on, and their guidance scales."""
+        return guidance_chain(self.config, self.network.encoders, self.fields_of, batch, options, self.n_classes)
 
-        With `windows`, x are canvases, and each window, of the size of the grid, has 2 B conditions of its own.
+    def encode_chain(self, network: nn.Module, chain: Chain, x: Tensor, windows: Windows = ()) -> Condition:
+        """Returns the C conditions of a chain for grids like x (B, H, W): C B of them, B for each, weakest first.
+
+        With `windows`, x are canvases, and each window, of the size of the grid, has C B conditions of its own.
         """
-        raw = raw_conditions(self.fields_of, batch) if batch else {}
-        if options.guidance != 1 and not raw:
-            raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
-        check_nulls(self.config, self.conditions, options.guidance, batch, self.n_classes)
-        null = network.encode({}, x)
-        chain = [({}, null), (raw, network.encode(raw, x) if raw else null)]
+        encoded = [network.encode(raw, x) for raw in chain.raw]
         if windows:
             ids, shape = x[:, : self.grid[0], : self.grid[1]], tuple(x.shape[1:])
-            parts = [network.encode_window(*each, ids, corner, shape) for corner in windows for each in chain]
+            pairs = list(zip(chain.raw, encoded, strict=True))
+            parts = [network.encode_window(*each, ids, corner, shape) for corner in windows for each in pairs]
             return Condition.cat(parts)  # the keys of all their tokens would be large
-        conditions = Condition.cat([condition for _, condition in chain])
+        conditions = Condition.cat(encoded)
         has_tokens = self.network.encoders.token_width or self.network.encoders.gated_width
         return network.with_keys(conditions) if has_tokens else conditions
 
@@ -151,7 +150,7 @@ class CodeSampler(LearnedSampler):
         process = self.sampling_process(solver, options)
         steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
         times, kwargs = even_times(steps), {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
-        if options.guidance != 1 and solver.takes_any_steps:
+        if options.is_guided and solver.takes_any_steps:
             self.check_guided(options, times)
         largest = [torch.zeros((), device=x.device)]  # logit of each call; NaN if one of them is
 
@@ -315,12 +314,13 @@ class DiscreteSampler(CodeSampler):
         than the CPU equal rows are looked for in the first call only, in which most of them are: the host waits for the
         answer.
         """
-        conditions = self.guidance_chain(network, batch, options, x, windows)
+        chain = self.guidance_chain(batch, options)
+        conditions, count = self.encode_chain(network, chain, x, windows), len(chain.raw)
         process = self.sampling_process(select_solver(self.process, options)[0], options)
         ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
         may_repeat = ids is None or len(ids.unique()) < len(ids)
-        condition_rows = torch.arange(2 * len(x) * max(1, len(windows)), device=x.device).view(-1, 2, len(x))
-        nulls, others = condition_rows.transpose(0, 1).flatten(1)  # by window, then by canvas
+        condition_rows = torch.arange(count * len(x) * max(1, len(windows)), device=x.device).view(-1, count, len(x))
+        condition_rows = condition_rows.transpose(0, 1).flatten(1)  # (C, rows): by window, then by canvas
         select = LastResult(lambda rows: (conditions[rows], None if ids is None else ids[rows]))
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
@@ -334,7 +334,7 @@ class DiscreteSampler(CodeSampler):
             return self.predict(network, x, t, condition, control)
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
-        return guided(denoise, [nulls, others], [options.guidance], **kwargs)
+        return guided(denoise, condition_rows.unbind(), chain.scales, **kwargs)
 
     def training_time(self, t: Tensor, process: DiscreteProcess) -> Tensor:
         """Returns the time (B,) in training at which codes are as corrupted as at t (B,) of the process that sampling
@@ -346,7 +346,7 @@ class DiscreteSampler(CodeSampler):
 
         It is estimated from `nfe` network calls per example; None computes all of its terms.
         """
-        check_nulls(self.config, self.conditions, 1, batch, self.n_classes)
+        check_nulls(self.config, self.conditions, batch, self.n_classes)
         condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe

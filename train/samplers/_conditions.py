@@ -1,6 +1,6 @@
 """Conditions of learned samplers: their flags, encoders and batch fields."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -150,21 +150,3 @@ def with_checked_regions(source: BatchSource, network: nn.Module) -> BatchSource
             fields = fields_by_condition(encoders.region_encoders).values()
             return CheckedRegions(source, frozenset().union(*fields), encoders.region_limits)
     return source
-
-
-def check_nulls(
-    config: ConditionsConfig, fields: Collection[str], guidance: float, batch: Batch | None = None, n_classes: int = 0
-) -> None:
-    """Raises ValueError if guidance or a batch without a condition needs a null that training never used.
-
-    `fields` are those that the network is conditioned on; label `n_classes` is the null. Converted weights whose nulls
-    are untrained have drops of 0 in their config.
-    """
-    for name in fields:
-        if getattr(config, drop_flag(name)):
-            continue
-        reason = f"but the model was trained with {drop_flag(name)} 0, which leaves the null of {name} untrained"
-        if guidance != 1:
-            raise ValueError(f"got guidance {guidance}, {reason}: pass --guidance 1")
-        if not batch or (name == "label" and (batch["label"] == n_classes).any()):
-            raise ValueError(f"got no {name}, {reason}: pass a {name}")

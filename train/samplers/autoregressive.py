@@ -16,8 +16,9 @@ from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling, Windows
-from train.samplers._conditions import check_nulls, draw_drops, make_encoders, raw_conditions
+from train.samplers._conditions import draw_drops, make_encoders, raw_conditions
 from train.samplers._foreground import foreground_loss
+from train.samplers._guidance import check_nulls
 from train.samplers._transformer import TransformerConfig, make_network
 
 SPACE = "codes"
@@ -108,20 +109,22 @@ class AutoregressiveSampler(CodeSampler):
     ) -> Denoiser:
         """Returns the guided denoiser of the next code, with a KV cache.
 
-        A sequence is identified by its row of the 2 B conditions: example i is row i under the null, B + i otherwise.
+        A sequence is identified by its row of the C B conditions: example i is row i under the null, B + i under the
+        next condition of the chain.
         """
         refuse_control(control)
-        conditions, kv_cache = self.guidance_chain(network, batch, options, x), KVCache(self.grid)
-        sequences, select = torch.arange(2 * len(x), device=x.device), LastResult(lambda rows: conditions[rows])
+        chain, kv_cache = self.guidance_chain(batch, options), KVCache(self.grid)
+        conditions, count = self.encode_chain(network, chain, x), len(chain.raw)
+        sequences, select = torch.arange(count * len(x), device=x.device), LastResult(lambda rows: conditions[rows])
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             return self.predict(network, x, t, select(rows), kv_cache=kv_cache.keep_rows(rows))
 
-        return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
+        return guided(denoise, sequences.chunk(count), chain.scales, schedule=options.guidance_schedule)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
         """Returns the exact -log2 p of {"codes": (B, h, w)}, in one network call whatever `nfe` is."""
-        check_nulls(self.config, self.conditions, 1, batch, self.n_classes)
+        check_nulls(self.config, self.conditions, batch, self.n_classes)
         x0 = batch["codes"]
         with torch.no_grad():
             t = torch.zeros(len(x0), device=x0.device)

@@ -14,12 +14,12 @@ from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
 from diffusion.gaussian_solvers import ChurnOptions, from_strength, remaining_steps, step_times
-from diffusion.likelihood import bits_per_dimension, flow_bits_per_dimension
+from diffusion.likelihood import bits_per_dimension, flow_bound
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, to_device
 from diffusion.solvers import solver_options_for
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
-from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
+from diffusion.types import Bound, Loss, OnStep, Prediction
 from models.ranges import FINITE, POSITIVE
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
@@ -28,7 +28,6 @@ from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import (
     ConditionsConfig,
-    check_nulls,
     check_tokens_are_read,
     draw_drops,
     fields_by_condition,
@@ -36,6 +35,7 @@ from train.samplers._conditions import (
     raw_conditions,
 )
 from train.samplers._foreground import foreground_loss
+from train.samplers._guidance import check_nulls, guidance_chain
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels, or latents if --ae_load_dir names a VQGAN
@@ -48,7 +48,6 @@ PROCESS_FLAGS = {  # flags that only some processes have
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
 SAMPLING_OF_EDM = {"sigma_min", "sigma_max"} | {field.name for field in fields(ChurnOptions)}  # settings of sampling
-HALF_LEVEL = 1 / 255  # half the distance of 8-bit levels in [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,10 +303,8 @@ class GaussianSampler(LearnedSampler):
         x0, (t, weight) = batch["x0"], self.times(streams, len(batch["x0"]), network.training)
         noise = streams.noise(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw, drop = (
-            raw_conditions(self.fields_of, batch),
-            draw_drops(self.config, self.network.encoders, streams, len(x0)),
-        )
+        raw = raw_conditions(self.fields_of, batch)
+        drop = draw_drops(self.config, self.network.encoders, streams, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
         loss_of = partial(self.process.loss, output, x0, noise, t, **self.loss_options)
         loss = foreground_loss(self.config, loss_of, batch, x0.shape[-2:], network.training)
@@ -356,27 +353,23 @@ class GaussianSampler(LearnedSampler):
         """
         if window_stride is not None:
             raise ValueError(f"got window_stride {window_stride}: a UNet samples any canvas in one piece, leave it out")
-        if options.guidance != 1 and not self.conditions:
-            raise ValueError(f"got guidance {options.guidance} for a model without conditions: pass --guidance 1")
-        if options.guidance != 1 and not batch:
-            raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
-        check_nulls(self.config, self.conditions, options.guidance, batch, self.n_classes)
+        encoders = self.network.encoders
+        chain = guidance_chain(self.config, encoders, self.fields_of, batch, options, self.n_classes)
         whole, shape = self.sampling_process(options), (len(rng), self.shape[0], *(shape or self.shape[1:]))
         process, x = self.initial_state(whole, edit, shape, rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
-        null = network.encode({}, x)
-        conditions = [null, network.encode(raw_conditions(self.fields_of, batch), x) if batch else null]
+        conditions = [network.encode(raw, x) for raw in chain.raw]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         denoise = self.make_denoiser(network, control)
-        denoise = guided(denoise, conditions, [options.guidance], **guidance, process=whole)
+        denoise = guided(denoise, conditions, chain.scales, **guidance, process=whole)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
         solver, solver_kwargs = select_solver(self.process, options)
         times = self.solver_times(whole, process, options)
-        if options.guidance != 1:
+        if options.is_guided:
             check_interval_is_met(options.guidance_interval, times)
         x = solver.solve(denoise, process, x, times, rng=rng, on_step=on_step, **solver_kwargs)
         return check_finite(x, x.isfinite().all(), options)
@@ -436,7 +429,7 @@ class GaussianSampler(LearnedSampler):
         """
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: use a model of pixels")
-        check_nulls(self.config, self.conditions, 1, batch, self.n_classes)
+        check_nulls(self.config, self.conditions, batch, self.n_classes)
         x0 = batch["x0"]
         condition, denoise = network.encode(raw_conditions(self.fields_of, batch), x0), self.make_denoiser(network)
 
@@ -445,18 +438,7 @@ class GaussianSampler(LearnedSampler):
 
         if isinstance(self.process, GaussianDiffusion):
             return bits_per_dimension(thresholded(conditional, self.process), self.process, x0, rng, nfe)
-        return self.flow_bound(conditional, x0, rng, nfe)
-
-    def flow_bound(self, denoise: Denoiser, x0: Tensor, rng: Streams, nfe: int | None) -> Bound:
-        """Returns the likelihood of the model that stops at a noise of half an 8-bit level and rounds, as a Bound.
-
-        At less noise, networks have learned the levels.
-        """
-        end = self.process.t_from_half_logsnr(torch.tensor(-math.log(HALF_LEVEL), dtype=torch.float64)).item()
-        process = replace(self.process, end=end)
-        steps = {} if nfe is None else {"steps": nfe}
-        bits = flow_bits_per_dimension(denoise, process, x0, rng, **steps)
-        return Bound(bits.total, bits.prior, bits.total.new_zeros(len(x0), 0))
+        return flow_bound(conditional, self.process, x0, rng, nfe)
 
 
 def build(config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int) -> GaussianSampler:

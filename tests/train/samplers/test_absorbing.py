@@ -52,7 +52,7 @@ def test_without_classes_labels_are_ignored():
         sampler.loss(recorder, batch, draws(0, 2))
         assert sampler.conditions == ()
         assert recorder.calls[0][1].tolist() == [5, 5] and sampler.n_classes == 0  # the null
-        with pytest.raises(ValueError, match="without a condition: pass --guidance 1"):
+        with pytest.raises(ValueError, match="for a model without conditions: pass --guidance 1"):
             sampler.sample(sampler.network, Streams([0]), options=absorbing.Sampling(guidance=2.0))
 
 

@@ -77,7 +77,7 @@ def test_without_classes_labels_are_ignored():
         assert sampler.n_classes == 0 and sampler.conditions == ()
         sampler.loss(sampler.network, batch(2), draws(0, 2))  # would refuse labels
         assert sample_codes(sampler, [0, 1], [3, 4]).shape == (2, *GRID)
-        with pytest.raises(ValueError, match="without a condition: pass --guidance 1"):
+        with pytest.raises(ValueError, match="for a model without conditions: pass --guidance 1"):
             sample_codes(sampler, [0], [3], options=options(guidance=2.0))
 
 

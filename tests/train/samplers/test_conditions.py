@@ -16,7 +16,6 @@ from models.conditions.layout import LayoutEncoder
 from train.samplers import ddpm
 from train.samplers._conditions import (
     ConditionsConfig,
-    check_nulls,
     draw_drops,
     fields_by_condition,
     raw_conditions,
@@ -42,18 +41,6 @@ def test_conditions_name_their_fields():
     encoders = {"image": ImageEncoder(2), "label": LabelEncoder(3, 4), "layout": LayoutEncoder(3, "segments")}
     fields = {"image": ("condition_image",), "label": ("label",), "layout": ("panoptic", "segment_id", "segment_class")}
     assert fields_by_condition(encoders) == fields
-
-
-def test_each_condition_needs_its_own_null():
-    fields, batch = ["condition_image", "label"], {"label": torch.tensor([0, 3])}
-    drops = ConditionsConfig(label_drop=0.1, condition_drop=0.0)
-    check_nulls(drops, ["label"], guidance=3, batch=None, n_classes=3)
-    check_nulls(drops, fields, guidance=1, batch=batch, n_classes=3)
-    for guidance, given, remedy in ((3, batch, "--guidance 1"), (1, None, "a condition_image")):
-        with pytest.raises(ValueError, match=f"condition_drop 0, .* null of condition_image untrained: pass {remedy}"):
-            check_nulls(drops, fields, guidance, given, 3)
-    with pytest.raises(ValueError, match="got no label, .* label_drop 0, .*: pass a label"):
-        check_nulls(ConditionsConfig(label_drop=0.0), ["label"], 1, batch, n_classes=3)
 
 
 def encoders(*layouts):

@@ -1,0 +1,98 @@
+"""Guidance along a chain of conditions: the null, the conditions without regions, all conditions.
+
+With W = --guidance and V = --region_guidance, the prediction is
+
+    d(null) + W (d(others) - d(null)) + V (d(all) - d(others))
+
+as in Brooks et al. 2023 (InstructPix2Pix), eq. 3, for image and text. Without --region_guidance, and for V = W, it is
+d(null) + W (d(all) - d(null)). Training drops regions independently of other conditions, so it sees all three.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from models.conditioning import Conditioner
+from train.config import SamplingConfig
+from train.loop import Batch
+from train.samplers._conditions import ConditionsConfig, Raw, drop_flag, raw_conditions
+
+
+class Chain(NamedTuple):
+    """Conditions of a batch, weakest first, and the guidance scale of each step to the next (see `guided`)."""
+
+    raw: list[dict[str, Raw]]  # inputs of the encoders, by condition; conditions left out are null
+    scales: list[float]
+
+
+def guidance_chain(
+    config: ConditionsConfig,
+    encoders: Conditioner,
+    fields_of: Mapping[str, tuple[str, ...]],
+    batch: Batch | None,
+    options: SamplingConfig,
+    n_classes: int,
+) -> Chain:
+    """Returns the chain for a batch, from the null to all its conditions, whose fields are `fields_of`, by condition.
+
+    ValueError: a scale without a condition that it could scale, or nulls that training never used.
+    """
+    regions, scale, region_scale = encoders.region_encoders, options.guidance, options.region_guidance
+    fields = [field for names in fields_of.values() for field in names]
+    region_fields = [field for name in regions for field in fields_of[name]]
+    if region_scale is not None and not regions:
+        got = f"got region_guidance {region_scale} for a model without conditions of regions"
+        raise ValueError(f"{got}: leave --region_guidance out")
+    check_scale(config, f"guidance {scale}", scale, fields, batch, "pass --guidance 1")
+    check_scale(
+        config, f"region_guidance {region_scale}", region_scale, region_fields, batch, "leave --region_guidance out"
+    )
+    check_nulls(config, fields, batch, n_classes)
+    raw = raw_conditions(fields_of, batch) if batch else {}
+    if region_scale is None:
+        return Chain([{}, raw], [scale])
+    if fields_of.keys() > regions.keys():
+        others = {name: value for name, value in raw.items() if name not in regions}
+        return Chain([{}, others, raw], [scale, region_scale])
+    if scale != 1:
+        got = f"got guidance {scale} and region_guidance {region_scale}"
+        raise ValueError(f"{got} for a model of regions alone, which has one scale: pass --guidance 1")
+    return Chain([{}, raw], [region_scale])
+
+
+def check_scale(
+    config: ConditionsConfig,
+    setting: str,
+    scale: float | None,
+    fields: Collection[str],
+    batch: Batch | None,
+    remedy: str,
+) -> None:
+    """Raises ValueError if a guidance scale other than 1 needs conditions, or nulls of `fields`, that there are not.
+
+    Converted weights whose nulls are untrained have drops of 0 in their config.
+    """
+    if scale in (None, 1):
+        return
+    if not fields:
+        raise ValueError(f"got {setting} for a model without conditions: {remedy}")
+    if not batch:
+        raise ValueError(f"got {setting} without a condition: {remedy}")
+    for reason in untrained_nulls(config, fields).values():
+        raise ValueError(f"got {setting}, {reason}: {remedy}")
+
+
+def check_nulls(config: ConditionsConfig, fields: Collection[str], batch: Batch | None, n_classes: int) -> None:
+    """Raises ValueError if a batch lacks a condition whose null training never used; label `n_classes` is the null."""
+    for name, reason in untrained_nulls(config, fields).items():
+        if not batch or (name == "label" and (batch["label"] == n_classes).any()):
+            raise ValueError(f"got no {name}, {reason}: pass a {name}")
+
+
+def untrained_nulls(config: ConditionsConfig, fields: Collection[str]) -> dict[str, str]:
+    """Returns the fields whose nulls training never used, each with the reason."""
+    flags = {name: drop_flag(name) for name in fields}
+    return {
+        name: f"but the model was trained with {flag} 0, which leaves the null of {name} untrained"
+        for name, flag in flags.items()
+        if not getattr(config, flag)
+    }
