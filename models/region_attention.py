@@ -17,6 +17,7 @@ from models.regions import Regions
 REGION_ATTENTION = ("v2", "v1", "no_partial", "segmentation")
 OVERLAPS = ("mean", "mean_prompt", "front")
 LENGTHS = 6  # groups of regions, at most: those of up to N, N / 2, ... N / 32 cells are padded to that many
+EIGHTHS = 8  # cells that attend to the whole map are also padded to the next eighth of N
 FREQUENCIES = 4  # of the sines and cosines of a place in a box, in half turns: 1, 2, 4, 8
 FEATURES = 4 * FREQUENCIES  # of a place
 
@@ -101,31 +102,34 @@ def find_branches(cells: Tensor, null: Tensor) -> Branches:
     (batch, regions, length), fixed = cells.shape, torch.compiler.is_compiling()
     cells = torch.cat([cells, null], 1)  # (B, S, N): the sets
     lengths = [length] if fixed else sorted({-(-length // 2**i) for i in range(LENGTHS)})
-    sizes, packed = cells.sum(2).flatten(), pack_cells(cells)
-    image, number = index_sets(cells)
-    kinds = sum((sizes > each).long() for each in lengths) + len(lengths) * (number == regions)
-    kinds = kinds if fixed else kinds.where(sizes > 0, 2 * len(lengths))
+    null_lengths = [length] if fixed else sorted({*lengths, *(-(-length * i // EIGHTHS) for i in range(1, EIGHTHS))})
+    sizes, places = cells.sum(2).flatten(), cells.cumsum(2) - 1
+    packed, (image, number) = pack_cells(cells, places), index_sets(cells)
+    kinds = sum((sizes > each).long() for each in lengths)
+    null_kinds = len(lengths) + sum((sizes > each).long() for each in null_lengths)
+    kinds, padded = null_kinds.where(number == regions, kinds), lengths + null_lengths
+    kinds = kinds if fixed else kinds.where(sizes > 0, len(padded))
     if fixed:
         counts, most = [batch * regions, batch], regions + 1
     else:
-        totals = [(kinds == each).sum() for each in range(2 * len(lengths))]
-        *counts, most = torch.stack([*totals, cells.sum(1).amax()]).tolist()
-    groups, rows = [], torch.zeros_like(sizes)  # of each set: its first row
+        totals = (kinds.unsqueeze(1) == torch.arange(len(padded), device=cells.device)).sum(0)
+        *counts, most = torch.cat([totals, cells.sum(1).amax().view(1)]).tolist()
+    objects, empty, rows = [], [], torch.zeros_like(sizes)  # rows: of each set, its first one
     order, start, row = kinds.argsort(stable=True), 0, 0
-    for i, n in enumerate(counts):
-        padded, chosen = lengths[i % len(lengths)], order[start : start + n]
-        owners = image[chosen] if i >= len(lengths) else (image * regions + number)[chosen]
-        inside = torch.arange(padded, device=cells.device) < sizes[chosen].unsqueeze(1)
-        groups.append(Group(owners, packed[chosen, :padded], inside))
-        rows[chosen] = row + padded * torch.arange(n, device=cells.device)
-        start, row = start + n, row + n * padded
-    rows = (rows.view(batch, -1, 1) + cells.cumsum(2) - 1).where(cells, row)
+    for i, (n, size) in enumerate(zip(counts, padded, strict=True)):
+        if i and not n:
+            continue
+        chosen, of_regions = order[start : start + n], i < len(lengths)
+        owners = (image * regions + number)[chosen] if of_regions else image[chosen]
+        inside = torch.arange(size, device=cells.device) < sizes[chosen].unsqueeze(1)
+        (objects if of_regions else empty).append(Group(owners, packed[chosen, :size], inside))
+        rows[chosen] = row + size * torch.arange(n, device=cells.device)
+        start, row = start + n, row + n * size
+    objects = objects if counts[0] else objects[1:] or objects  # at least one: prompts always get a gradient
+    rows = (rows.view(batch, -1, 1) + places).where(cells, row)
     turns = (cells.cumsum(1) - 1).where(cells, most)  # the turn of each set among those of a cell
     rows = rows.new_full((batch, most + 1, length), row).scatter_(1, turns, rows)[:, :most]
-    objects, empty = groups[: len(lengths)], groups[len(lengths) :]
-    objects = [group for group in objects if len(group.owners)] or objects[:1]  # prompts always get a gradient
-    empty, count = [group for group in empty if len(group.owners)], cells.sum(1).view(-1, 1)
-    return Branches(objects, empty, rows.mT.flatten(0, 1), count)
+    return Branches(objects, empty, rows.mT.flatten(0, 1), cells.sum(1).view(-1, 1))
 
 
 def index_sets(cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,12 +138,12 @@ def index_sets(cells: Tensor) -> tuple[Tensor, Tensor]:
     return index // cells.shape[1], index % cells.shape[1]
 
 
-def pack_cells(cells: Tensor) -> Tensor:
-    """Returns the covered ones of cells (B, S, N) bool in order, counted through the batch, and padding: (B S, N)."""
+def pack_cells(cells: Tensor, places: Tensor) -> Tensor:
+    """Returns the covered ones of cells (B, S, N) bool at their places in order, (B, S, N), counted through the batch,
+    and padding: (B S, N)."""
     batch, sets, length = cells.shape
     index = torch.arange(length, device=cells.device).expand_as(cells)
-    places = (cells.cumsum(2) - 1).where(cells, length)
-    packed = index.new_zeros(batch, sets, length + 1).scatter_(2, places, index)[..., :length]
+    packed = index.new_zeros(batch, sets, length + 1).scatter_(2, places.where(cells, length), index)[..., :length]
     return (packed + length * torch.arange(batch, device=cells.device).view(-1, 1, 1)).flatten(0, 1)
 
 
@@ -209,18 +213,20 @@ class RegionAttention(Attention):
         mean = torch.einsum("brhw,brc->bhwc", layout.weights.to(prompts.dtype), prompts)
         if self.places is None:
             return mean
+        dtype = torch.promote_types(prompts.dtype, torch.float32)
+        weights, columns, rows = (part.to(dtype) for part in (layout.weights, layout.columns, layout.rows))
         places = [
-            torch.einsum("brhw,brwf->bhwf", layout.weights, layout.columns),
-            torch.einsum("brhw,brhf->bhwf", layout.weights, layout.rows),
+            torch.einsum("brhw,brwf->bhwf", weights, columns),
+            torch.einsum("brhw,brhf->bhwf", weights, rows),
         ]
         return mean + self.places(torch.cat(places, -1).to(prompts.dtype))
 
-    def own_prompts(self, owners: Tensor, cells: Tensor, prompts: Tensor, layout: Layout) -> Tensor:
-        """Returns what regions add to queries, keys and values of their cells (n, L): (n, L, 3 C)."""
-        own = F.embedding(owners, prompts.flatten(0, 1)).unsqueeze(1)
+    def own_prompt(self, prompt: Tensor, group: Group, layout: Layout) -> Tensor:
+        """Returns what regions with prompts (n, 3 C) add in each of L cells: (n, L, 3 C), or (n, 1, 3 C) in all."""
+        own = prompt.unsqueeze(1)
         if self.places is None:
             return own
-        (height, width), owners = layout.weights.shape[2:], owners.unsqueeze(1)
+        (height, width), owners, cells = layout.weights.shape[2:], group.owners.unsqueeze(1), group.cells
         columns = F.embedding(owners * width + cells % width, layout.columns.flatten(0, 2))
         rows = F.embedding(owners * height + cells // width % height, layout.rows.flatten(0, 2))
         features = torch.cat([columns, rows], -1).to(own.dtype)  # (n, L, FEATURES)
@@ -233,18 +239,23 @@ class RegionAttention(Attention):
 
     def branch_inputs(self, qkv: Tensor, prompts: Tensor, layout: Layout) -> list["Inputs"]:
         """Returns the inputs of each group of branches; qkv (B, h, w, 3 C)."""
+        objects, null = layout.branches.objects, layout.branches.null
         inputs, together = [], self.overlap == "mean_prompt"
         source = qkv + self.mean_prompt(prompts, layout) if together else qkv
-        for owners, cells, inside in layout.branches.objects:
-            rows = F.embedding(cells, source.flatten(0, 2))  # (n, L, 3 C)
-            rows = rows if together else rows + self.own_prompts(owners, cells, prompts, layout)
-            inputs.append(Inputs(self.split_heads(rows), inside, cells))
-        for images, cells, _ in layout.branches.null:
-            q, k, v = self.split_heads(qkv.flatten(1, 2))
-            q = F.embedding(cells, q.flatten(0, 1).flatten(1)).unflatten(-1, (self.heads, -1))
-            if len(images) < len(qkv):
-                k, v = k.index_select(0, images), v.index_select(0, images)
-            inputs.append(Inputs([q, k, v], None, None))
+        own = gather(prompts.flatten(0, 1), [group.owners for group in objects])
+        rows = gather(source.flatten(0, 2), [group.cells for group in objects])  # (n, L, 3 C) each
+        for group, prompt, part in zip(objects, own, rows, strict=True):
+            part = part if together else part + self.own_prompt(prompt, group, layout)
+            inputs.append(Inputs(self.split_heads(part), group.inside, group.cells))
+        if not null:
+            return inputs
+        q, kv = qkv.flatten(1, 2).split((self.sizes[0], sum(self.sizes[1:])), -1)
+        queries = gather(q.flatten(0, 1), [group.cells for group in null])
+        counts = [len(group.owners) for group in null]
+        kv = kv if counts == [len(kv)] else kv.index_select(0, torch.cat([group.owners for group in null]))
+        for query, key_value in zip(queries, kv.split(counts), strict=True):
+            parts = [query, *key_value.chunk(2, -1)]
+            inputs.append(Inputs([part.unflatten(-1, (self.heads, -1)) for part in parts], None, None))
         return inputs
 
     def branch_map(self, parts: list["Inputs"], branches: Branches, length: int) -> Tensor:
@@ -266,6 +277,13 @@ class Inputs(NamedTuple):
     qkv: list[Tensor]  # (n, L, heads, d), (n, M, heads, d) and (n, M, heads, d)
     mask: Tensor | None  # (n, M) bool, True for keys; None: all
     cells: Tensor | None  # (n, M) the cells of the keys; None: all of an image
+
+
+def gather(table: Tensor, indices: list[Tensor]) -> list[Tensor]:
+    """Returns the rows of a table (N, C) at indices (...) each, (..., C) each, in one look-up."""
+    rows = F.embedding(torch.cat([index.flatten() for index in indices]), table)
+    parts = rows.split([index.numel() for index in indices])
+    return [part.view(*index.shape, table.shape[1]) for part, index in zip(parts, indices, strict=True)]
 
 
 def add_rows(parts: list[Tensor], rows: Tensor) -> Tensor:
