@@ -21,6 +21,7 @@ from experiments.harness.report import table, three_digits
 from experiments.metrics.attention_speed import AttentionConfig, attention_timings, measure_attention
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.prdc import prdc
+from experiments.metrics.region_attention_speed import compare_ways, region_attention_cases
 from experiments.metrics.speed_results import Row, timing_row
 from experiments.metrics.throughput import MAX_SECONDS
 from experiments.metrics.unet_speed import UNetBenchmarkConfig, measure_unet
@@ -49,12 +50,21 @@ def measure_without_preset(names: Sequence[str], repeats: int, world: DistContex
         rows += attention_timings(measure_attention(AttentionConfig(repeats=repeats, device=device.type), device))
     if "unet" in names:
         rows += measure_unet(UNetBenchmarkConfig(repeats=repeats, device=device.type), world)
+    if "region_attention" in names:
+        rows += measure_region_attention(repeats, device)
     if "metrics" in names:
         rows += measure_metrics(repeats, device)
     if "image_folder" in names:
         rows += measure_image_folder(repeats, device)
     if "startup" in names:
         rows += measure_startup(repeats, device)
+    return rows
+
+
+def measure_region_attention(repeats: int, device: torch.device) -> list[Row]:
+    """Times attention within regions, a loop over objects, and attention to the whole map; prints their ratios."""
+    rows = report_in_turn("region attention", region_attention_cases(device), repeats, device)
+    print("\n".join(compare_ways(rows, "region attention")))
     return rows
 
 
