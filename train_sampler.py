@@ -20,7 +20,7 @@ from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
-from train.samplers._conditions import with_checked_regions, with_region_classes
+from train.samplers._conditions import with_checked_regions, with_declared_values, with_numbered_metadata
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -51,7 +51,7 @@ def main(config: Config) -> None:
         adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
-        config = replace(config, data=data, sampler=with_region_classes(config.sampler, images["train"]))
+        config = replace(config, data=data, sampler=with_declared_values(config.sampler, *images.values()))
         resumed = resumed_provenance(run, training.resume)
         space = open_space(config, resumed, images["train"], world)
         frequencies, recorded = class_frequencies(images["train"]), recorded_class_names(resumed, run)
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
         model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names)
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
-        rows = model.read_rows(config.sampling.condition_file)
+        rows = model.with_metadata(model.read_rows(config.sampling.condition_file), config.sampling)
         check_sampling(model, state, config.sampling, rows, images["val"])
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         open_or_resume(run, config, state, world, provenance, images["train"])
@@ -74,6 +74,8 @@ def main(config: Config) -> None:
             for split, (seed, balance) in draws.items()
         }
         sources = {split: with_checked_regions(source, sampler.network) for split, source in sources.items()}
+        sources["train"] = with_numbered_metadata(sources["train"], sampler.network, training.seed)
+        sources["val"] = with_numbered_metadata(sources["val"], sampler.network)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}

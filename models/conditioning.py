@@ -204,10 +204,10 @@ class ConditionConfig:
     def __post_init__(self):
         check_ranges(self)
 
-    def for_data(self, region_classes: int) -> "ConditionConfig":
+    def for_data(self, region_classes: int, metadata: Mapping[str, Sequence[str]] | None = None) -> "ConditionConfig":
         """Returns the options with the number of classes of regions in the data (0: none) where they leave it to them.
 
-        `CLASSES` of a subclass names its option. ValueError for another number than that of the data.
+        `CLASSES` of a subclass names its option; others may take values of `metadata`. ValueError for other options.
         """
         names = [vars(base)["CLASSES"] for base in type(self).__mro__ if "CLASSES" in vars(base)]
         for name in names:

@@ -76,7 +76,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("foreground", "foreground_weight", "foreground_norm"),
     }
     assert cli.flag_names(absorbing.Sampling) == {
-        *("solver", "sample_steps", "guidance", "condition_file", "class_sampling", "guidance_schedule"),
+        *("solver", "sample_steps", "guidance", "condition_file", "metadata", "class_sampling", "guidance_schedule"),
         *("guidance_interval", "region_guidance", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
@@ -87,6 +87,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             "guidance",
             "region_guidance",
             "condition_file",
+            "metadata",
             "class_sampling",
             "spacing",
             "rho",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
+from models.conditions.metadata import UNKNOWN, check_value, parse_metadata
 from train.checkpoint import (
     EMA_WEIGHTS,
     checkpoint_path,
@@ -41,6 +42,7 @@ from train.registry import import_callable, load_plugin
 from train.resumed_settings import find_code
 from train.runs import read_run
 from train.samplers import Control, LearnedSampler
+from train.samplers._conditions import find_metadata
 from train.spaces import EditInput, PixelSpace, Space, reopen_space
 from vq.weights import refuse_nan
 
@@ -108,6 +110,29 @@ class TrainedSampler:
         """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
         return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names)
 
+    def with_metadata(self, rows: Sequence[Row], options: SamplingConfig, skip: Collection[str] = ()) -> list[Row]:
+        """Returns rows of conditions with the values of --metadata, which override theirs.
+
+        Where nothing but the label, metadata and `skip` is missing in a row, so that no held-out image gives it, the
+        other fields of metadata are unknown. ValueError for unknown fields and values, also in the rows.
+        """
+        encoder = find_metadata(self.sampler.network)
+        if encoder is None:
+            if options.metadata:
+                got = f"got metadata {' '.join(options.metadata)}, which {self.run} is not conditioned on"
+                raise ValueError(f"{got}: leave --metadata out, or train with --conditions metadata")
+            return list(rows)
+        given = parse_metadata(options.metadata, encoder.values)
+        for i, row in enumerate(rows):
+            for field in encoder.values.keys() & row.keys():
+                check_value(field, row[field], encoder.values[field], f"row {i}")
+        if not given:
+            return list(rows)
+        rows = [{**row, **given} for row in rows or ({},)]
+        missing = {*self.sampler.conditions} - {"label", *skip, *rows[0]}
+        unknown = dict.fromkeys(missing, UNKNOWN) if missing <= encoder.values.keys() else {}
+        return [{**unknown, **row} for row in rows]
+
     def captions(self, labels: Tensor | None) -> list[str]:
         """Returns the names of classes, labels (B,), or their numbers if they have none; [] without labels."""
         return class_captions(labels, self.sampler.n_classes, self.class_names)
@@ -115,11 +140,11 @@ class TrainedSampler:
     def condition_source(self, options: SamplingConfig, skip: Collection[str] = ()) -> ConditionSource:
         """Returns the source of the conditions of generated images.
 
-        Held-out images are read only for conditions that are neither in the --condition_file nor in `skip`, the fields
-        that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for a --condition_file
-        that cannot be used, and for uniform classes where none are drawn.
+        Held-out images are read only for conditions that are neither in the --condition_file, nor in --metadata, nor in
+        `skip`, the fields that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for
+        a --condition_file or --metadata that cannot be used, and for uniform classes where none are drawn.
         """
-        sampler, rows = self.sampler, self.read_rows(options.condition_file)
+        sampler, rows = self.sampler, self.with_metadata(self.read_rows(options.condition_file), options, skip)
         missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}
         held_out = self.batches("val") if missing else None
         frequencies = self.class_frequencies

@@ -33,6 +33,7 @@ HINTS = {  # of the main settings, shorter than the help texts of their flags
     "region_guidance": "Higher: closer to the layout. Empty: the guidance scale.",
 }
 CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
+CONDITION_SETTINGS = ("condition_file", "metadata", "class_sampling")  # of their source, opened once, with the page
 LARGE = 1e5  # an upper limit from here on only catches slips of the keyboard
 
 
@@ -87,8 +88,8 @@ def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool
         name, value, (kind, optional) = field.name, getattr(options, field.name), split_optional(kinds[field.name])
         own = {"name": name, "label": label_of(name), "help": helps.get(name, "")}
         own |= {"value": value, "optional": optional, "interval": ranges.get(name, FINITE)}
-        if name in ("condition_file", "class_sampling") or (name.startswith("guidance") and not conditional):
-            continue  # the source of conditions is opened once, with the page
+        if name in CONDITION_SETTINGS or (name.startswith("guidance") and not conditional):
+            continue
         if name == "region_guidance" and not regions:
             continue
         if name == "solver":

@@ -201,12 +201,13 @@ def conditions_for(
 ) -> tuple[Batch | None, SamplingConfig]:
     """Returns the conditions of results that start from the input images of these numbers, and matching options.
 
-    A result's label is the requested one, else that of its image's row of conditions, else null. Without any condition,
-    guidance is turned off. ValueError: a condition is missing.
+    A result's label is the requested one, else that of its image's row of conditions, else null; values of --metadata
+    override those of the row. Without any condition, guidance is turned off. ValueError: a condition is missing.
     """
     fields, rows = trained.sampler.conditions, inputs.rows
     source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)
     conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
+    conditions = trained.with_metadata(conditions, options)
     if labels is not None:
         conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
     elif not any(conditions) and {*fields} <= {"label"}:

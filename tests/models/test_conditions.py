@@ -39,6 +39,10 @@ RAW = {  # options of each encoder, and a batch of its raw field
     "boxes": ({"boxes_classes": 3}, LAYOUT),
     "location_words": ({"location_words_classes": 3, "location_words_grid": (4, 3)}, LAYOUT),
     "objects": ({"objects_classes": 3}, LAYOUT),
+    "metadata": (
+        {"metadata_values": ("camera=front", "camera=back", "light=night")},
+        {"camera": ["front", "back", "unknown", "back"], "light": torch.tensor([1, 0, 1, 1])},
+    ),
 }
 DROP = torch.tensor([False, True, False, True])
 

@@ -93,7 +93,9 @@ class Dataset(Protocol):
     pixels than a file has, for images of `size` (height, width), has a method `read_at_size(index, size)` as well.
     One whose annotations have regions has `region_classes`, the names of their classes by number, and `region_things`,
     whether each is a thing that can be counted; `sides: train.data.sides.Sides | None`, what swaps in a mirrored image;
-    and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind.
+    and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind. One whose items
+    have fields of a few words each, such as the weather, has `metadata_values: dict[str, tuple[str, ...]]`, those words
+    by field; "unknown" is always among them and left out.
     """
 
     n_classes: int

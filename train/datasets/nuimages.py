@@ -15,6 +15,7 @@ from train.datasets import check_split, data_root
 from train.datasets import coco as coco_files
 from train.datasets.coco import CocoImages, build_images
 
+FIELDS = ("camera", "time", "weather", "light", "location")
 SIDES = Sides(words=(("left", "right"), ("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT"), ("CAM_BACK_LEFT", "CAM_BACK_RIGHT")))
 
 
@@ -36,8 +37,15 @@ class DrivingImages(CocoImages):
         parsed = metadata.decode_name(self.records[index]["name"])
         return {
             **fields,
-            **{name: getattr(parsed, name) for name in ("camera", "time", "weather", "light", "location")},
+            **{name: getattr(parsed, name) for name in FIELDS},
         }
+
+    @property
+    def metadata_values(self) -> dict[str, tuple[str, ...]]:
+        """The values of each field in the names of the images, sorted; not of the time, a time stamp."""
+        names = [metadata.decode_name(self.records[index]["name"]) for index in range(len(self))]
+        values = {field: {getattr(each, field) for each in names} - {metadata.UNKNOWN} for field in FIELDS}
+        return {field: tuple(sorted(found)) for field, found in values.items() if found and field != "time"}
 
 
 def build(config: Config, split: str, n_channels: int = 3) -> DrivingImages:

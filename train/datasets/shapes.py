@@ -17,7 +17,17 @@ from models.ranges import COUNT, SIZE, check_ranges
 from train.data.sides import Sides
 from train.datasets import SPLITS, DatasetConfig, Ragged
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
-from train.datasets._shapes_scene import GROUNDS, KINDS, PALETTE, SPLIT_NUMBERS, THINGS, Scene, Thing, draw_scene
+from train.datasets._shapes_scene import (
+    CAMERAS,
+    GROUNDS,
+    KINDS,
+    PALETTE,
+    SPLIT_NUMBERS,
+    THINGS,
+    Scene,
+    Thing,
+    draw_scene,
+)
 from train.registry import did_you_mean
 
 FEATURES = "pixels"  # what `--features auto` means for this data set
@@ -26,6 +36,7 @@ VERSION = 1  # of the scenes and how they are drawn: a change makes all caches a
 N_VAL = 1000  # scenes for validation
 NUMBERS = ("no", "a", "two", "three", "four", "five", "six")
 PLURALS = {"plus": "pluses"}
+PAIRS_OF_GROUNDS = tuple(f"{upper}-{lower}" for upper in GROUNDS for lower in GROUNDS if upper != lower)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +96,10 @@ class Shapes:
     region_classes = THINGS + GROUNDS
     region_things = (True,) * len(THINGS) + (False,) * len(GROUNDS)
     sides = Sides(words=(("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT"),))
+    metadata_values = {
+        **{"camera": tuple(CAMERAS), "weather": ("sunny", "rain"), "light": ("daytime", "night")},
+        "location": GROUNDS + PAIRS_OF_GROUNDS,
+    }
     palette = PALETTE  # by day; at night all colours are NIGHT times as bright
 
     def __len__(self) -> int:

@@ -1,12 +1,13 @@
 """Conditions of learned samplers: their flags, encoders and batch fields."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from diffusion.rng import Streams
+from diffusion.rng import Streams, seed_of
 from models.conditioning import ConditionConfig, ConditionEncoder, Conditioner
+from models.conditions.metadata import NULL, MetadataEncoder, to_numbers
 from models.regions import check_region_fields
 from models.unet_attention import SELF_ATTENTION
 from train.cli.plugins import merge_configs, plugin_options
@@ -65,12 +66,17 @@ def check_tokens_are_read(encoders: Mapping[str, ConditionEncoder], *kinds: str 
         raise ValueError(f"{got}: pass --attn_block_type transformer")
 
 
-def with_region_classes(config: SamplerConfig, dataset: Dataset) -> SamplerConfig:
-    """Returns the config with the number of classes of regions in a data set, to be saved with the run."""
+def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset) -> SamplerConfig:
+    """Returns the config with the number of classes of regions and the values of metadata that a data set declares, to
+    be saved with the run. Metadata may have values that occur in the `others`, such as the validation split, alone."""
     if not isinstance(config, ConditionsConfig):
         return config
-    count = len(getattr(dataset, "region_classes", ()))
-    return replace(config, condition_options=config.condition_options.for_data(count))
+    metadata: dict[str, tuple[str, ...]] = {}
+    for dataset in (train, *others) if "metadata" in config.conditions else ():
+        for field, values in getattr(dataset, "metadata_values", {}).items():
+            metadata[field] = tuple(dict.fromkeys((*metadata.get(field, ()), *values)))
+    count = len(getattr(train, "region_classes", ()))
+    return replace(config, condition_options=config.condition_options.for_data(count, metadata))
 
 
 def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:
@@ -150,3 +156,48 @@ def with_checked_regions(source: BatchSource, network: nn.Module) -> BatchSource
             fields = fields_by_condition(encoders.region_encoders).values()
             return CheckedRegions(source, frozenset().union(*fields), encoders.region_limits)
     return source
+
+
+@dataclass(frozen=True)
+class NumberedMetadata:
+    """Batches of a source whose metadata are numbers (B,) instead of words, which no training step needs to look up.
+
+    With a seed, each field of an example becomes null with probability `drop`, from the stream "metadata_fields" of the
+    seed and its position. Images are known by the field file_name, if they have one. ValueError for other words.
+    """
+
+    source: BatchSource
+    values: Mapping[str, Sequence[str]]  # by field
+    drop: float
+    seed: int | None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the item at a position."""
+        return self.source.item_index(position)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        batch = self.source[positions]
+        numbers = {
+            field: to_numbers(field, batch[field], words, batch.get("file_name"))
+            for field, words in self.values.items()
+        }
+        if self.seed is not None:
+            streams = Streams([seed_of(self.seed, "metadata_fields", position) for position in positions])
+            drop = streams.uniform((len(positions), len(numbers))) < self.drop
+            numbers = {name: each.masked_fill(drop[:, i], NULL) for i, (name, each) in enumerate(numbers.items())}
+        return batch | numbers
+
+
+def find_metadata(network: nn.Module) -> MetadataEncoder | None:
+    """Returns the encoder of metadata of a network; None if it has none."""
+    return next((each for each in network.modules() if isinstance(each, MetadataEncoder)), None)
+
+
+def with_numbered_metadata(source: BatchSource, network: nn.Module, seed: int | None = None) -> BatchSource:
+    """Returns a source whose metadata are numbers, if the network has a condition that reads them; with the seed of a
+    training some of them are null, as the condition's options say."""
+    encoder = find_metadata(network)
+    return source if encoder is None else NumberedMetadata(source, encoder.values, encoder.field_drop, seed)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from experiments.harness.controls import flags_to_labels, make_controls, parse_value
+from experiments.harness.controls import CONDITION_SETTINGS, flags_to_labels, make_controls, parse_value
 from train.cli.help import field_docs
 from train.config import SamplingConfig
 from train.registry import load_plugin, plugin_names
@@ -68,7 +68,7 @@ def test_a_model_without_conditions_has_no_guidance():
 def test_every_sampler_setting_has_a_control_with_help(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     controls = by_name(options)
-    assert controls.keys() == {field.name for field in fields(options)} - {"condition_file", "class_sampling"}
+    assert controls.keys() == {field.name for field in fields(options)} - {*CONDITION_SETTINGS}
     assert all(each.help for each in controls.values())
 
 
@@ -76,7 +76,7 @@ def test_every_sampler_setting_has_a_control_with_help(sampler):
 def test_initial_control_values_are_those_of_the_options(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     values = {name: parse_value(each, each.value) for name, each in by_name(options).items()}
-    assert values | {"condition_file": None, "class_sampling": "data"} == vars(options)
+    assert values | {"condition_file": None, "metadata": (), "class_sampling": "data"} == vars(options)
 
 
 def test_control_contents_are_converted_to_field_values():

@@ -6,7 +6,7 @@ The file on disk has only the first three parts: the others were added to the na
 import posixpath
 from typing import NamedTuple
 
-UNKNOWN = "unknown"  # a value like any other: of the weather, light and location of a name of three parts
+UNKNOWN = "unknown"  # the weather, light and location of a name of three parts; to networks, the null
 SEPARATOR = "__"
 
 
