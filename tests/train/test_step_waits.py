@@ -13,6 +13,7 @@ from torch.optim import Adam
 
 from experiments.metrics.cost import count_launches
 from helpers.fake_device import DEVICE, FakeDeviceMode
+from models.conditions import metadata
 from train.config import DataConfig, TrainingConfig
 from train.distributed import DistContext
 from train.sampler import SamplerStep, build_state
@@ -24,6 +25,10 @@ from vq.config import VQGANConfig, VQGANLossConfig
 CPU = DistContext(torch.device("cpu"))
 NETWORK = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 1}
 UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 2}
+METADATA = {
+    "conditions": ("metadata",),
+    "condition_options": metadata.Config(metadata_values=("light=daytime", "light=night", "camera=front")),
+}
 SAMPLERS = {
     "absorbing": absorbing.Config(**NETWORK),
     "absorbing, elbo, fixed masks": absorbing.Config(**NETWORK, loss_type="elbo", mask_schedule="fixed"),
@@ -39,6 +44,7 @@ SAMPLERS = {
     ),
     "edm": ddpm.Config(**UNET, sampler="ddpm", process="edm"),
     "flow": ddpm.Config(**UNET, sampler="ddpm", process="flow", time_embedding="noise_level"),
+    "metadata": ddpm.Config(**UNET, sampler="ddpm", total_steps=12, **METADATA),
 }
 
 
@@ -86,6 +92,7 @@ def test_no_step_of_a_sampler_waits(name):
     step = SamplerStep(sampler, space, training, DistContext(DEVICE))
     codes = {"codes": torch.arange(48).view(4, 3, 4) % 8}
     data = {"x0": torch.rand(4, 1, 4, 4)} if isinstance(config, ddpm.Config) else codes
+    data |= {"light": torch.arange(4) % 3, "camera": torch.arange(4) % 2}  # numbers, as they are loaded
     launches = waits_of_steps(state, step, data | {"label": torch.arange(4) % 3, "position": torch.arange(4)})
     assert not launches.waiting and launches.count > 50
 

@@ -42,10 +42,16 @@ class DrivingImages(CocoImages):
 
     @property
     def metadata_values(self) -> dict[str, tuple[str, ...]]:
-        """The values of each field in the names of the images, sorted; not of the time, a time stamp."""
+        """The values of each field in the names of the images and of mirrored ones, sorted; not of the time, which is a
+        time stamp."""
         names = [metadata.decode_name(self.records[index]["name"]) for index in range(len(self))]
         values = {field: {getattr(each, field) for each in names} - {metadata.UNKNOWN} for field in FIELDS}
-        return {field: tuple(sorted(found)) for field, found in values.items() if found and field != "time"}
+        mirrored = {field: {SIDES.swap_field(field, value) for value in values[field]} for field in FIELDS}
+        return {
+            field: tuple(sorted(values[field] | mirrored[field]))
+            for field in FIELDS
+            if values[field] and field != "time"
+        }
 
 
 def build(config: Config, split: str, n_channels: int = 3) -> DrivingImages:

@@ -223,6 +223,9 @@ def test_names_of_nuimages_say_what_the_image_shows(tmp_path):
     assert item["file_name"] == "samples/CAM_FRONT_LEFT/a__CAM_FRONT_LEFT__150.png" and level(item) == 0
     assert item["boxes"].tolist() == [BOX] and dataset[1]["boxes"].shape == (0, 4) and "masks" not in item
     assert dataset.sides.swap({"camera": item["camera"]}) == {"camera": "CAM_FRONT_RIGHT"}
+    assert dataset.metadata_values == {
+        **{"camera": ("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT"), "weather": ("rain",), "light": ("night",), "location": ("boston-seaport",)}
+    }
 
 
 def test_a_file_with_all_of_its_name_is_found_too(tmp_path):

@@ -254,6 +254,12 @@ def test_items_have_all_fields_and_survive_a_cache():
     assert_same_fields(unpack(pack(fields)), fields)
 
 
+def test_metadata_have_the_values_that_are_declared():
+    scenes = [shapes.build(shapes.Config(), "train").scene(index) for index in range(400)]
+    for field, values in shapes.Shapes.metadata_values.items():
+        assert {getattr(scene, field) for scene in scenes} == {*values} and len(values) == len({*values})
+
+
 def test_items_are_read_at_the_size_of_a_training():
     dataset = shapes.build(shapes.Config(), "train")
     item = to_item(dataset.read_at_size(8, (24, 40)), (24, 40), 3)

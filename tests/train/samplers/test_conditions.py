@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from diffusion.rng import Streams, seed_of
-from models.conditioning import Conditioner
-from models.conditions import boxes
+from models.conditioning import ConditionConfig, Conditioner
+from models.conditions import boxes, objects
 from models.conditions.image import ImageEncoder
 from models.conditions.label import LabelEncoder
 from models.conditions.layout import Config as LayoutConfig
 from models.conditions.layout import LayoutEncoder
+from models.conditions.metadata import Config as MetadataConfig
+from models.conditions.metadata import MetadataEncoder
+from train.cli.plugins import merge_configs
 from train.samplers import ddpm
 from train.samplers._conditions import (
     ConditionsConfig,
@@ -20,7 +23,8 @@ from train.samplers._conditions import (
     fields_by_condition,
     raw_conditions,
     with_checked_regions,
-    with_region_classes,
+    with_declared_values,
+    with_numbered_metadata,
 )
 
 
@@ -100,9 +104,72 @@ def test_regions_are_checked_where_batches_are_loaded():
 def test_a_run_keeps_the_number_of_classes_of_regions():
     config = ConditionsConfig(conditions=("layout",))
     shapes = SimpleNamespace(region_classes=("disc", "square"))
-    assert with_region_classes(config, shapes).condition_options == LayoutConfig(layout_classes=2)
-    assert with_region_classes(config, SimpleNamespace()) == config
-    assert with_region_classes(ConditionsConfig(), shapes) == ConditionsConfig()
+    assert with_declared_values(config, shapes).condition_options == LayoutConfig(layout_classes=2)
+    assert with_declared_values(config, SimpleNamespace()) == config
+    assert with_declared_values(ConditionsConfig(), shapes) == ConditionsConfig()
+
+
+def test_a_run_keeps_the_values_of_metadata():
+    config = ConditionsConfig(conditions=("metadata",))
+    train = SimpleNamespace(metadata_values={"light": ("day", "night"), "camera": ("front",)})
+    val = SimpleNamespace(metadata_values={"camera": ("back", "front")})
+    expected = MetadataConfig(
+        metadata_fields=("light", "camera"),
+        metadata_values=("light=day", "light=night", "camera=front", "camera=back"),
+    )
+    assert with_declared_values(config, train, val).condition_options == expected
+    assert with_declared_values(config, SimpleNamespace()) == config
+    assert with_declared_values(ConditionsConfig(), train, val) == ConditionsConfig()
+
+
+class Scenes(Batches):
+    """Words of two fields, which follow from the position."""
+
+    def __len__(self):
+        return 4000
+
+    def __getitem__(self, positions):
+        light = [("day", "night", "unknown")[position % 3] for position in positions]
+        camera = [("front", "back")[position % 2] for position in positions]
+        return {"light": light, "camera": camera, "file_name": [f"{position}.png" for position in positions]}
+
+
+def metadata_network(field_drop=0.0, **values):
+    values = {"light": ("day", "night"), "camera": ("front", "back")} | values
+    return nn.Sequential(nn.Linear(1, 1), Conditioner({"metadata": MetadataEncoder(values, 4, "vector", field_drop)}))
+
+
+def test_metadata_are_numbers_where_batches_are_loaded():
+    source = Scenes()
+    numbered = with_numbered_metadata(source, metadata_network(field_drop=0.9))
+    batch = numbered[[3, 4, 5]]
+    assert len(numbered) == 4000 and numbered.item_index(3) == 30 and batch.keys() == source[[3]].keys()
+    assert batch["light"].tolist() == [1, 2, 0] and batch["camera"].tolist() == [2, 1, 2]
+    assert with_numbered_metadata(source, encoders()) is source
+    with pytest.raises(ValueError, match="^4.png: got light 'night', wanted one of day, dusk, or unknown"):
+        with_numbered_metadata(source, metadata_network(light=("day", "dusk")))[[3, 4]]
+
+
+def test_fields_of_metadata_become_null_independently():
+    positions = list(range(4000))
+    whole = with_numbered_metadata(Scenes(), metadata_network())[positions]
+    numbered = with_numbered_metadata(Scenes(), metadata_network(field_drop=0.3), seed=5)
+    batch, present = numbered[positions], whole["light"] > 0
+    light, camera = ((batch[name] == 0)[present] for name in ("light", "camera"))
+    for rate, expected in ((light, 0.3), (camera, 0.3), (light & camera, 0.09)):
+        assert abs(rate.float().mean().item() - expected) < 0.03
+    assert ((batch["light"] == whole["light"]) | (batch["light"] == 0)).all()
+    assert torch.equal(numbered[[7, 1900]]["camera"], batch["camera"][[7, 1900]])  # of the position, not of the batch
+    other = with_numbered_metadata(Scenes(), metadata_network(field_drop=0.3), seed=6)[positions]
+    assert not torch.equal(other["camera"], batch["camera"])
+
+
+def test_metadata_have_a_drop_of_their_own():
+    network = metadata_network()[1]
+    network["layout"] = LayoutEncoder(3)
+    config = ConditionsConfig(condition_drop=0.5)
+    drops = draw_drops(config, network, lambda name: Streams([seed_of(1, name, i) for i in range(400)]), 400)
+    assert [*drops] == ["metadata", "regions"] and not torch.equal(drops["metadata"], drops["regions"])
 
 
 def test_tokens_that_no_attention_block_reads_are_refused():
@@ -118,3 +185,10 @@ def test_tokens_that_no_attention_block_reads_are_refused():
     config["condition_options"] = boxes.Config(boxes_classes=2, boxes_gated=True)  # read by blocks of their own
     sampler = ddpm.build(ddpm.Config(**config, **small), shape=space, pixels=True, n_classes=0)
     assert len(sampler.network.gated_blocks["up"]) == 2
+    both = {"conditions": ("objects", "metadata"), "region_attention": "v2"}
+    options = merge_configs([objects.Config, MetadataConfig], ConditionConfig)
+    words = {"objects_classes": 2, "metadata_values": ("light=day",), "metadata_as": "tokens"}
+    with pytest.raises(ValueError, match="conditions metadata, whose tokens attn_block_type softmax ignores"):
+        ddpm.build(
+            ddpm.Config(**both, **small, condition_options=options(**words)), shape=space, pixels=True, n_classes=0
+        )
