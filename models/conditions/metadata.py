@@ -71,7 +71,8 @@ class Config(ConditionConfig):
         for field in own or self.metadata_fields or declared:
             if declared and field not in {**declared, **own}:
                 hint = did_you_mean(field, declared)
-                raise ValueError(f"got metadata_fields {field}{hint}, the data set has values of {', '.join(declared)}")
+                wanted = f"wanted some of {', '.join(declared)}, whose values the data set declares"
+                raise ValueError(f"got metadata_fields {field}{hint}, {wanted}")
             values = own.get(field, declared.get(field, ()))
             if missing := [value for value in declared.get(field, ()) if value not in values]:
                 got = f"got metadata_values without {field}={missing[0]}, which the data set has"
@@ -123,12 +124,12 @@ class MetadataEncoder(ConditionEncoder):
             return torch.full(x.shape[:1], NULL, device=x.device)
         if not isinstance(column, Tensor):
             column = to_numbers(field, column, self.values[field]).to(x.device, non_blocking=True)
-        if column.shape != x.shape[:1]:
-            raise ValueError(f"got {field} of shape {tuple(column.shape)} for {len(x)} images, wanted ({len(x)},)")
-        if not (self.training or torch.compiler.is_compiling()):
+        elif not (self.training or torch.compiler.is_compiling()):
             count = len(self.values[field])
             if column.is_floating_point() or ((column < 0) | (column > count)).any():
                 raise ValueError(f"got {field} {column.tolist()}, wanted whole numbers from 0 (unknown) to {count}")
+        if column.shape != x.shape[:1]:
+            raise ValueError(f"got {field} of shape {tuple(column.shape)} for {len(x)} images, wanted ({len(x)},)")
         return column
 
 

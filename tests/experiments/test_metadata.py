@@ -48,7 +48,9 @@ def test_a_run_keeps_the_values_of_its_data(logs):
     stored = yaml.safe_load((logs / "scenes" / "config.yaml").read_text())["sampler"]
     assert stored["metadata_fields"] == [*FIELDS] == [*Shapes.metadata_values]
     assert stored["metadata_values"][:2] == ["camera=CAM_FRONT", "camera=CAM_FRONT_LEFT"]
-    model = load_model(ModelConfig(sampler="ddpm", load_dir="scenes"), OutputConfig(logs_root=str(logs), amp=False))
+    model = load_model(
+        ModelConfig(sampler="ddpm", dataset="shapes", load_dir="scenes"), OutputConfig(logs_root=str(logs), amp=False)
+    )
     assert find_metadata(model.sampler.network).values == Shapes.metadata_values
     assert model.sampler.conditions == FIELDS
 

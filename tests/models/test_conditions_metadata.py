@@ -146,7 +146,9 @@ def test_given_values_may_be_more_than_those_of_the_data():
 
 
 def test_options_that_do_not_fit_the_data_are_refused():
-    with pytest.raises(ValueError, match="got metadata_fields lights, did you mean 'light'.*values of camera, light"):
+    with pytest.raises(
+        ValueError, match="got metadata_fields lights, did you mean 'light'.*wanted some of camera, light"
+    ):
         metadata.Config(metadata_fields=("lights",)).for_data(0, VALUES)
     with pytest.raises(ValueError, match="got metadata_values without light=night, which the data set has: add it"):
         metadata.Config(metadata_values=("light=daytime", "light=dusk")).for_data(0, VALUES)

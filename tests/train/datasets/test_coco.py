@@ -224,7 +224,12 @@ def test_names_of_nuimages_say_what_the_image_shows(tmp_path):
     assert item["boxes"].tolist() == [BOX] and dataset[1]["boxes"].shape == (0, 4) and "masks" not in item
     assert dataset.sides.swap({"camera": item["camera"]}) == {"camera": "CAM_FRONT_RIGHT"}
     assert dataset.metadata_values == {
-        **{"camera": ("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT"), "weather": ("rain",), "light": ("night",), "location": ("boston-seaport",)}
+        **{
+            "camera": ("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT"),
+            "weather": ("rain",),
+            "light": ("night",),
+            "location": ("boston-seaport",),
+        }
     }
 
 
