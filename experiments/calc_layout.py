@@ -5,6 +5,7 @@ scenes of the same layouts and that of the same images under other images' layou
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from experiments.metrics.layout.judges import (
     open_scenes,
     training_indices,
 )
-from experiments.metrics.layout.layouts import BUCKETS, Layouts
+from experiments.metrics.layout.layouts import BUCKETS, Layouts, join_layouts, read_layout
 from experiments.metrics.layout.obedience import ALL, OBJECTS, Measurement, make_reference, wrong_layouts
 from models.ranges import SEED, check_ranges
 from train.cli.files import read_run_config
@@ -39,8 +40,12 @@ from train.cli.parse import BaseSettings, run_script, to_dict
 from train.config import DataConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.datasets import SPLITS, DatasetConfig, content_fingerprint
+from train.datasets._regions import naming, read_text
 from train.datasets.webdataset.store import is_shell_command
+from train.files import parse_json
 from train.identity import results_identity
+from train.layout_files import vocabulary_of
+from train.layouts import layouts_provenance, read_layouts
 from train.runs import open_run, run_lock
 
 REAL = "real"  # as --samples: the real scenes of the layouts
@@ -101,8 +106,10 @@ class Judged(NamedTuple):
 
     name: str
     images: Tensor | None  # uint8 (N, C, H, W); None: the real scenes themselves
-    items: list[int]  # (N,) in the validation split
+    items: list[int]  # of the real scenes, in the validation split: those of the layouts, unless these are given
     source: ImageSource  # of that split
+    given: Layouts | None = None  # of the images, which were drawn for layouts that no real scene has
+    numbers: Sequence[int] = ()  # (N,) of the given layout that each image has
 
 
 def main(config: Config) -> None:
@@ -113,6 +120,7 @@ def main(config: Config) -> None:
     provenance = {"data_fingerprint": content_fingerprint(source.dataset), "judge_version": VERSION}
     files = {"samples": settings.samples, "detections": settings.detections}
     provenance |= {f"{name}_sha256": content for name, content in hash_files(files).items()}
+    provenance |= {} if judged.given is None else layouts_provenance(layouts_beside(settings))
     name = f"layout_{judged.name}"
     folder = choose_results_folder(output.logs_root, output.log_dir, name, config, provenance, results_identity)
     with run_lock(folder), deleted_if_refused(folder):
@@ -137,10 +145,12 @@ def open_samples(settings: LayoutConfig, source: ImageSource) -> Judged:
     path = Path(settings.samples).expanduser()
     samples = read_samples(path, source.config.n_channels)
     items = samples.get("held_out")
+    if "layout" in samples:
+        return open_drawn_layouts(settings, samples, source)
     if items is None:
         raise ValueError(
             f"{path} does not say which layouts its images are of (held_out): write it with get_samples.py from a "
-            "model with boxes or maps as conditions, without --condition_file"
+            "model with boxes or maps as conditions, with or without --layouts, but without --condition_file"
         )
     if len(items) != len(samples["image"]) or items.min() < 0 or items.max() >= len(source):
         got = f"{len(items)} numbers from {int(items.min())} to {int(items.max())}"
@@ -149,8 +159,37 @@ def open_samples(settings: LayoutConfig, source: ImageSource) -> Judged:
             "--dataset, and its options, that the model was trained on"
         )
     images = match_data_channels(samples["image"], source.config)[: settings.n_images].contiguous()
-    name = path.parent.name if path.name == "samples.npz" and path.parent.name else path.stem
-    return Judged(name, images, items[: settings.n_images].tolist(), source)
+    return Judged(samples_name(path), images, items[: settings.n_images].tolist(), source)
+
+
+def samples_name(path: Path) -> str:
+    """Returns the name of samples: that of their folder, or of the file if it has one of its own."""
+    return path.parent.name if path.name == "samples.npz" and path.parent.name else path.stem
+
+
+def layouts_beside(settings: LayoutConfig) -> Path:
+    """Returns the file of layouts beside the samples."""
+    return Path(settings.samples).expanduser().with_name("layouts.json")
+
+
+def open_drawn_layouts(settings: LayoutConfig, samples: dict[str, Tensor], source: ImageSource) -> Judged:
+    """Opens samples whose layouts are in the file beside them. ValueError: it does not have them."""
+    path, (H, W) = layouts_beside(settings), source.size
+    numbers = samples["layout"][: settings.n_images].tolist()
+    fields = ("boxes", "box_class")
+    with naming(path):
+        of_boxes = isinstance(parse_json(read_text(path, "keep it beside the samples")), list)
+    if not of_boxes:  # but of COCO's panoptic maps
+        fields += ("box_id", "panoptic", "segment_id", "segment_class")
+    rows = [layout.row for layout in read_layouts(path, vocabulary_of(source.dataset, fields, source.size))]
+    images = match_data_channels(samples["image"], source.config)[: settings.n_images].contiguous()
+    if len(numbers) != len(images) or not 0 <= min(numbers) <= max(numbers) < len(rows):
+        raise ValueError(f"{path} has {len(rows)} layouts, but the samples are of others: draw them with it again")
+    sides = torch.tensor([W, H, W, H])
+    parts = [read_layout({**row, "boxes": row["boxes"].as_subclass(Tensor) * sides}, (H, W)) for row in rows]
+    real = sorted(fixed_subset(len(source), settings.n_images))
+    given = join_layouts(parts).take(numbers)
+    return Judged(samples_name(Path(settings.samples)), images, real, source, given, numbers)
 
 
 def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache: Path) -> dict[str, Any]:
@@ -162,23 +201,26 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
     judges = load_judges(judging, cache, settings.judge_seed)
     trained = {"seconds_judges": time.perf_counter() - start, "cpu_seconds_judges": time.process_time() - cpu}
     real, images = load_layouts(judged)
-    wrong = wrong_layouts(real.layouts, torch.tensor(real.items))
+    asked, wrong = real.layouts, wrong_layouts(real.layouts, torch.tensor(real.items))
     measurement = open_measurement(judges, judging, settings.judge_seed)
     check = check_judges(measurement, real, wrong, settings.min_judge, judging.config)
+    if judged.given is not None:
+        asked, wrong = judged.given, wrong_layouts(judged.given, torch.tensor(judged.numbers))
     external = None
     if settings.detections is not None:
         size, n_classes = tuple(real.images.shape[2:]), measurement.n_classes
-        external = read_detections(Path(settings.detections), len(judged.items), n_classes, size)
+        external = read_detections(Path(settings.detections), asked.count, n_classes, size)
     figures = {REAL_SCENES: measurement(real.images, real.layouts, external if images is None else None)}
     if images is not None:
-        figures = {SAMPLES: measurement(images, real.layouts, external)} | figures
+        figures = {SAMPLES: measurement(images, asked, external)} | figures
     figures[WRONG] = measurement(real.images if images is None else images, wrong, external)
     return {
         "figures": figures,
         "check": check,
         "reference_objects": len(measurement.reference.classes) if measurement.reference is not None else 0,
-        "n_images": len(real.items),
-        "n_layouts": len({*real.items}),
+        "n_images": asked.count,
+        "n_layouts": len({*(judged.numbers or real.items)}),
+        "given_layouts": judged.given is not None,
         "size": list(real.images.shape[2:]),
         "dataset": judging.config.dataset,
         "judge_split": judge_split(judging.config),
@@ -248,8 +290,9 @@ def report(results: dict[str, Any], folder: Path) -> str:
     hashes = ", ".join(f"{name} {digest[:12]}" for name, digest in results["judges"].items())
     seconds = f"trained or read in {results['seconds_judges']:.0f} s, all in {results['seconds']:.0f} s"
     images = f"{results['n_images']:,} images of {results['n_layouts']:,} layouts"
+    of = "given ones; real scenes of others" if results.get("given_layouts") else "validation split"
     lines = [
-        f"{images} of {results['dataset']}, validation split, {size}",
+        f"{images} of {results['dataset']}, {of}, {size}",
         table(rows),
         "",
         *(f"{name}: {meaning}" for name, meaning in MEANINGS.items() if name in figures[REAL_SCENES][ALL]),

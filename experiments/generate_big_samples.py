@@ -12,11 +12,14 @@ from torch import Tensor
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import save_with_settings
+from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.report import progress, table
 from experiments.metrics.cost import count_nfe
+from experiments.metrics.layout_pictures import ShownImages, draw_rows, save_picture
 from models.ranges import COUNT, SIZE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
+from train.layouts import write_layouts
 from train.trained_sampler import TrainedSampler
 
 
@@ -29,10 +32,12 @@ class CanvasConfig:
     window_stride: int | None = None
     """Stride between windows, in codes or latents; if omitted, half of the training grid, or the whole canvas at once
     for networks with relative positions."""
+    layouts: str | None = None
+    """File or folder of layouts of the whole canvas, used in turn; as of get_samples.py."""
     n_samples: int = 4
     """Number of images."""
 
-    EVERYDAY = ("shape", "n_samples")
+    EVERYDAY = ("shape", "layouts", "n_samples")
     RANGES = {"shape": SIZE, "window_stride": SIZE, "n_samples": COUNT}
 
     def __post_init__(self):
@@ -41,7 +46,8 @@ class CanvasConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Samples larger canvases; writes each as <logs_root>/<log_dir>/big_<number>.png, with its settings as metadata."""
+    """Samples larger canvases; writes each as <logs_root>/<log_dir>/big_<number>.png, with its settings as metadata;
+    with --layouts also layouts.json and layouts.png."""
 
     EXAMPLES = (
         "python experiments/generate_big_samples.py --sampler {sampler} --dataset mnist --shape 32 16",
@@ -55,18 +61,28 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Passes on the canvas, so that one the model does not support is refused before the folder is created."""
-    canvas = config.canvas
-    window = {"shape": canvas.shape, "window_stride": canvas.window_stride}
-    return ExperimentSetup((canvas, config.sampling), **window, timed=True)
+    """Passes on the canvas and its layouts, so that what the model does not support is refused before the folder is
+    created."""
+    canvas, sampling, inputs = config.canvas, config.sampling, None
+    options = {"shape": canvas.shape, "window_stride": canvas.window_stride, "timed": True}
+    if canvas.layouts is not None:
+        height, width = (model.space.factor * side for side in canvas.shape)
+        inputs = open_layouts(canvas.layouts, model, sampling, (height, width))
+        options |= {"provenance": inputs.provenance, "source": inputs.source}
+    return ExperimentSetup((canvas, sampling, inputs), **options)
 
 
 def measure(
-    canvas: CanvasConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
+    canvas: CanvasConfig,
+    sampling: SamplingConfig,
+    inputs: LayoutInputs | None,
+    model: TrainedSampler,
+    batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Saves the canvases as big_<number>.png and measures their cost. All ranks must call it; only the main rank gets
     the results."""
-    source, size = model.condition_source(sampling), {"shape": canvas.shape, "window_stride": canvas.window_stride}
+    source = model.condition_source(sampling) if inputs is None else inputs.source
+    size = {"shape": canvas.shape, "window_stride": canvas.window_stride}
 
     def make(indices: list[int]) -> dict[str, Tensor]:
         start = time.perf_counter()
@@ -77,8 +93,10 @@ def measure(
         return {"image": batch["image"], "spent": cost}
 
     resumed = batches.resume("canvas", range(canvas.n_samples), make)
-    written, costs = 0, []
+    written, costs, shown = 0, [], None if inputs is None else ShownImages(inputs)
     for batch in progress(resumed, canvas.n_samples, "sampling", model.world.is_main):
+        if shown is not None:
+            shown.add(batch["image"])
         for image in batch["image"]:
             path = batches.folder / f"big_{written:03d}.png"
             save_with_settings(path, image, batches.run | {"number": written})
@@ -86,6 +104,9 @@ def measure(
         costs.append(batch["spent"])
     if not model.world.is_main:
         return None
+    if shown is not None:
+        write_layouts(batches.folder, inputs.layouts, inputs.vocabulary)
+        save_picture(batches.folder / "layouts.png", draw_rows(shown.rows, inputs.vocabulary))
     total = torch.stack(costs)  # (batches, 3)
     return {
         "n_samples": canvas.n_samples,

@@ -12,11 +12,14 @@ from diffusion.types import OnStep
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
+from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.report import progress
+from experiments.metrics.layout_pictures import ShownImages, draw_rows, save_picture
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
+from train.layouts import write_layouts
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
@@ -27,6 +30,11 @@ class SamplesConfig:
 
     n_samples: int = 100
     """Number of images."""
+    layouts: str | None = None
+    """File or folder of layouts, used in turn: image i has layout i modulo their number. A .json list, COCO's JSON, or
+    a folder of .txt or .png files."""
+    n_seeds: int | None = None
+    """Images of each layout, instead of --n_samples in all."""
     label: ClassLabel | None = None
     """Class of all images, by name or number; if omitted, classes are drawn: see --class_sampling."""
     save_individually: bool = False
@@ -34,17 +42,19 @@ class SamplesConfig:
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
-    EVERYDAY = ("n_samples", "label", "save_individually", "save_process")
-    RANGES = {"n_samples": COUNT, "label": NOT_NEGATIVE}
+    EVERYDAY = ("n_samples", "layouts", "n_seeds", "label", "save_individually", "save_process")
+    RANGES = {"n_samples": COUNT, "n_seeds": COUNT, "label": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)
+        if self.n_seeds is not None and self.layouts is None:
+            raise ValueError(f"got n_seeds {self.n_seeds} without layouts: pass --layouts FILE, or --n_samples N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Samples images; writes samples.npz (arr_0: uint8 N x H x W x 3, or x C of other images than grey and RGB) and
-    samples.png to <logs_root>/<log_dir>."""
+    samples.png to <logs_root>/<log_dir>, and with --layouts layouts.json and layouts.png."""
 
     EXAMPLES = (
         "python experiments/get_samples.py --sampler {sampler} --dataset mnist --n_samples 64 --label 7",
@@ -58,49 +68,78 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Returns the function that draws the images."""
-    draw = images_of_class(model, config.samples.label, config.output.seed, config.sampling)
-    return ExperimentSetup((config.samples, draw))
+    """Returns the function that draws the images, and their layouts, if any."""
+    settings, sampling, inputs = config.samples, config.sampling, None
+    if settings.layouts is not None:
+        inputs = open_layouts(settings.layouts, model, sampling)
+    draw = images_of_class(model, settings.label, config.output.seed, sampling, inputs)
+    if inputs is None:
+        return ExperimentSetup((settings, draw, None))
+    return ExperimentSetup((settings, draw, inputs), inputs.provenance, source=inputs.source)
 
 
 def measure(
-    settings: SamplesConfig, draw: Callable[..., Batch], model: TrainedSampler, batches: ResumableBatches
+    settings: SamplesConfig,
+    draw: Callable[..., Batch],
+    inputs: LayoutInputs | None,
+    model: TrainedSampler,
+    batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Saves samples.npz and its pictures. All ranks must call it; only the main rank gets the results."""
     folder, count, is_main = batches.folder, settings.n_samples, batches.world.is_main
+    if inputs is not None and settings.n_seeds is not None:
+        count = settings.n_seeds * len(inputs)
     samples = progress(batches.resume("samples", range(count), draw), count, "sampling", is_main)
     if not is_main:
         list(samples)
         return None
     with SampleWriter(folder, count, png_files=settings.save_individually) as writer:
+        shown = None if inputs is None else ShownImages(inputs)
         for batch in samples:
             writer.add(batch)
+            if shown is not None:
+                shown.add(batch["image"])
     if settings.save_process:
         save_denoising_strips(folder / "process.png", model, list(range(min(count, STRIP_IMAGES))), draw)
     labels = writer.others.get("labels")
     captions = model.captions(None if labels is None else torch.cat(labels)[: len(writer.first)])
     save_grid(folder / "samples.png", writer.first, captions=captions)
-    return {"n_samples": count, "seed": batches.seed, "label": settings.label}
+    results = {"n_samples": count, "seed": batches.seed, "label": settings.label}
+    if inputs is None:
+        return results
+    write_layouts(folder, inputs.layouts, inputs.vocabulary)
+    save_picture(folder / "layouts.png", draw_rows(shown.rows, inputs.vocabulary))
+    return results | {"n_layouts": len(inputs), **inputs.provenance}
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats the paths of the images."""
-    return f"{results['n_samples']} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}"
+    lines = [f"{results['n_samples']} images: {folder / 'samples.npz'}", f"grid: {folder / 'samples.png'}"]
+    if "n_layouts" in results:
+        lines.append(f"{results['n_layouts']} layouts: {folder / 'layouts.png'}")
+    return "\n".join(lines)
 
 
 def images_of_class(
-    trained: TrainedSampler, label: int | None, seed: int, options: SamplingConfig
+    trained: TrainedSampler,
+    label: int | None,
+    seed: int,
+    options: SamplingConfig,
+    inputs: LayoutInputs | None = None,
 ) -> Callable[..., Batch]:
     """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
     Conditions other than the class do not depend on it. Where they are those of held-out items, a batch has their
-    indices in the validation split as "held_out" (B,). All ranks must call it.
+    indices in the validation split as "held_out" (B,); where they are layouts, their numbers as "layout" (B,). All
+    ranks must call it.
     """
-    source = trained.condition_source(options)
+    source = trained.condition_source(options) if inputs is None else inputs.source
     source = source if label is None else source.with_values(label=label)
 
     def draw(indices: list[int], on_step: OnStep | None = None) -> Batch:
         batch = trained.draw(indices, seed, options, source.draw(seed, indices), on_step=on_step)
+        if inputs is not None:
+            return batch | {"layout": inputs.layout_of(indices)}
         items = source.held_out_items(indices)
         return batch if items is None else batch | {"held_out": items}
 

@@ -19,7 +19,7 @@ from train.class_names import with_class_numbers
 from train.cli.files import get_section, read_run_config, run_folder
 from train.cli.parse import BaseSettings, flatten_group, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag
-from train.condition_source import condition_provenance
+from train.condition_source import ConditionSource, condition_provenance
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.data.loading import build_dataset
 from train.datasets import content_fingerprint
@@ -289,6 +289,7 @@ class ExperimentSetup:
     name: str | None = None  # replaces the experiment's name in that of the folder
     shape: tuple[int, int] | None = None  # height and width of the canvas, if not the model's own
     window_stride: int | None = None
+    source: ConditionSource | None = None  # of the conditions of samples, if not the model's own
     is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results are still valid
     timed: bool = False  # the results tell seconds or calls, which depend on the batch size
 
@@ -334,7 +335,9 @@ def open_results_folder(
         folder = choose_results_folder(output.logs_root, output.log_dir, default, config, provenance, setup.identity)
     folder = broadcast_object(world, folder)
     if samples and any(world.any(world.is_main and is_new(folder))):
-        source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
+        source = setup.source
+        if source is None:
+            source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     with ExitStack() as stack:

@@ -25,6 +25,8 @@ from train.logging import grid_image
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
+# Arrays of a samples.npz beside the images, by the key of a batch.
+ARRAYS = {"codes": "codes", "values": "values", "label": "labels", "held_out": "held_out", "layout": "layout"}
 GRID_IMAGES = 64  # images in a grid
 STRIP_IMAGES, STRIP_STEPS = 6, 10  # images shown as denoising strips, and steps in each strip
 
@@ -65,7 +67,8 @@ class SampleWriter:
 
     Its arrays: arr_0, uint8 (N, H, W, 3), or (N, H, W, C) of other images than grey and RGB; `codes` (N, h, w) of
     models of codes; `values` (N, C, H, W) of models with a --data_range; `labels` (N,) of class-conditional models;
-    `held_out` (N,) of models with other conditions: the index in the validation split of the item they are from.
+    `held_out` (N,) of models with other conditions: the index in the validation split of the item they are from;
+    `layout` (N,) of samples from layouts: the number of the layout.
     Images are written to disk as they arrive, so memory does not bound their number.
     """
 
@@ -81,16 +84,15 @@ class SampleWriter:
 
     def add(self, batch: dict[str, Tensor]) -> None:
         """Adds a batch: "image" uint8 (B, C, H, W) and optionally "codes" (B, h, w), "values" (B, C, H, W), "label"
-        (B,), "held_out" (B,)."""
+        (B,), "held_out" (B,), "layout" (B,)."""
         images = grey_to_rgb(batch["image"]).permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         with (self.raw / "arr_0.npy").open("ab") as file:  # not memory-mapped: a full disk is an error, not SIGBUS
             if not self.written:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *images.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(images.tobytes())
-        for name, key in (("codes", "codes"), ("values", "values"), ("labels", "label"), ("held_out", "held_out")):
-            if key in batch:
-                self.others.setdefault(name, []).append(batch[key])
+        for key in ARRAYS.keys() & batch.keys():
+            self.others.setdefault(ARRAYS[key], []).append(batch[key])
         if self.png_files:
             (self.folder / "images").mkdir(exist_ok=True)
             for i, image in enumerate(images):
@@ -136,10 +138,7 @@ def read_samples(path: Path, n_channels: int | None = 3) -> dict[str, Tensor]:
     ValueError for other channels than `n_channels`; None: any.
     """
     C = 3 if n_channels in PICTURES else n_channels
-    names, wanted = (
-        ("arr_0", "codes", "values", "labels", "held_out"),
-        "wanted a samples.npz of experiments/get_samples.py",
-    )
+    names, wanted = ("arr_0", *ARRAYS.values()), "wanted a samples.npz of experiments/get_samples.py"
     content = {name: torch.from_numpy(array) for name, array in read_arrays(path, names, wanted).items()}
     images = content.pop("arr_0", None)
     is_array = images is not None and images.dtype == torch.uint8 and images.ndim == 4

@@ -115,6 +115,26 @@ def test_samples_are_matched_with_the_layouts_asked_for(logs, samples):
     assert results["run"]["reader"]["shapes_count"] == 40
 
 
+def test_samples_may_bring_their_own_layouts(logs, samples, tmp_path, capsys):
+    entries = [{"boxes": [[0.1, 0.1, 0.5, 0.6], [0.4, 0.4, 0.9, 0.9]], "classes": ["disc", "ring"]}]
+    entries += [{"boxes": [[0.2, 0.1, 0.8, 0.6]], "classes": ["bow"]}, {"boxes": [], "classes": []}]
+    (tmp_path / "layouts.json").write_text(json.dumps(entries))
+    path, images = tmp_path / "samples.npz", np.load(samples[0])["arr_0"]
+    np.savez(path, arr_0=images, layout=np.arange(6) % 3)
+    results = measure(logs, f"{SHAPES} --samples {path}", "own")
+    assert "6 images of 3 layouts of shapes, given ones" in capsys.readouterr().out
+    assert (results["n_images"], results["n_layouts"]) == (6, 3)
+    figures = {kind: each["all"] for kind, each in results["figures"].items()}
+    assert figures["samples"]["objects"] == figures["wrong layouts"]["objects"] == 6
+    assert figures["real scenes"]["objects"] > 6 and figures["samples"]["crop accuracy"] is not None
+    buckets = results["figures"]["samples"]
+    assert buckets["overlap"]["objects"] == 4 and buckets["small"]["objects"] == 0
+    (tmp_path / "layouts.json").write_text(json.dumps(entries[:2]))
+    with pytest.raises(SystemExit):
+        call(SCRIPT, f"--logs_root {logs} --min_judge 0 {SHAPES} --samples {path}")
+    assert "has 2 layouts, but the samples are of others" in capsys.readouterr().err
+
+
 def test_another_detector_adds_its_average_precision(logs, samples, tmp_path):
     items = np.load(samples[0])["held_out"]
     dataset, rows = shapes.build(shapes.Config(), "val"), []

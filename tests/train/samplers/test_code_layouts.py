@@ -1,5 +1,7 @@
 """Layouts for codes: keys of condition tokens, equal rows, and windows that each get their part of the layout."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,10 @@ from models.conditions import boxes, image, layout
 from models.kv_cache import KVCache
 from models.streams import GatedTokens, Tokens
 from models.transformer import AttentionConfig, CausalTransformer, Transformer
+from train.data.collate import collate
+from train.data.formats.categories import Categories
+from train.layout_files import LayoutVocabulary
+from train.layouts import read_layouts
 from train.samplers import absorbing, autoregressive
 from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.autoregressive import AutoregressiveSampler
@@ -167,6 +173,26 @@ def test_windows_paint_each_object_once(name, stride):
         sampler.network, Streams([1, 2]), batch=batch, options=options, shape=CANVAS, window_stride=stride
     )
     assert torch.equal(codes[0], painted()) and torch.equal(codes[1], painted(others))
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_file_of_a_whole_canvas_is_painted_once(tmp_path, stride):
+    boxes = [[x[0], y[0], x[1], y[1]] for y, x, _ in OBJECTS]
+    entry = {"boxes": boxes, "classes": [number for *_, number in OBJECTS], "size": list(CANVAS)}
+    (tmp_path / "canvas.json").write_text(json.dumps([entry]))
+    categories = Categories((0, 1, 2), ("a", "b", "c"), (True,) * CLASSES)
+    (read,) = read_layouts(tmp_path / "canvas.json", LayoutVocabulary(categories, (), layout.FIELDS, CANVAS))
+    sampler = paints(build_sampler("absorbing", "layout"), "map")
+    options = absorbing.Sampling(solver="halton", sample_steps=4, guidance=1.0)
+    codes = sampler.sample(
+        sampler.network,
+        Streams([1]),
+        batch=collate([read.row]),
+        options=options,
+        shape=CANVAS,
+        window_stride=stride,
+    )
+    assert torch.equal(codes[0], painted())
 
 
 def test_guidance_leads_windows_to_their_part_of_a_layout():
