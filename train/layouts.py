@@ -99,11 +99,11 @@ def layouts_provenance(path: str | Path | None) -> dict[str, str]:
     if path is None or not path.exists():
         return {}
     maps = path.with_suffix("")  # of COCO's panoptic JSON
-    files = [path] if path.is_file() else []
-    folders = [each for each in (path, maps) if each.is_dir()]
-    files += [file for folder in folders for file in list_files(folder) if file.is_file()]
-    lists = [path / name for name in CLASS_FILES if (path / name).is_file()]
-    contents = [f"{file.name} {sha256(file)}" for file in files + lists]
+    folders = [folder for folder in (path, maps) if folder.is_dir()]
+    files = [file for folder in folders for file in list_files(folder) if file.is_file()]
+    files += [path / name for name in CLASS_FILES if (path / name).is_file()]
+    contents = [sha256(path)] if path.is_file() else []
+    contents += [f"{file.name} {sha256(file)}" for file in files]
     return {"layouts_sha256": hashlib.sha256("\n".join(contents).encode()).hexdigest()}
 
 
@@ -151,6 +151,7 @@ def write_layouts(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVoc
     """Writes layouts to <folder>/layouts.json so that `read_layouts` reads them again; segments as COCO's panoptic
     JSON with its maps in <folder>/layouts/. Boxes are clipped to the image. Returns the path of the JSON file."""
     path = folder / "layouts.json"
+    folder.mkdir(parents=True, exist_ok=True)
     if "boxes" in layouts[0].row:
         entries = [json.dumps(describe_boxes(layout, vocabulary)) for layout in layouts]
         write_text(path, "[\n" + ",\n".join(entries) + "\n]\n")

@@ -114,7 +114,9 @@ def test_layouts_that_cannot_be_drawn_leave_no_folder(logs, file, capfd):
     flags = f"--logs_root {logs} --load_dir boxes {QUICK} --log_dir odd"
     wrong = f"{flags} --layouts {file}"
     assert "pass one of them" in refused(capfd, "get_samples", f"{wrong} --condition_file rows.json")
-    assert "got n_seeds 3 without layouts" in refused(capfd, "get_samples", f"{flags} --n_seeds 3")
+    with pytest.raises(SystemExit) as stop:
+        sample(logs, "--n_seeds 3 --log_dir odd")
+    assert stop.value.code == 2 and "got n_seeds 3 without layouts" in capfd.readouterr().err
     file.write_text(json.dumps([{"boxes": [[0, 0, 1, 1]], "classes": ["disc"]}]))
     assert "mine.json: layout_000 has no box_color" in refused(capfd, "get_samples", wrong)
     assert "layout_000 has no box_color" in refused(capfd, "generate_big_samples", f"{wrong} --shape 16 16")
