@@ -128,7 +128,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
 def own_flags(argv: list[str]) -> list[str]:
     """Returns the command line with the first word, if it is a path, and --output_dir as the flags that they stand for.
 
-    FileNotFoundError, ValueError: the path is in no run, or one of these flags is given, too.
+    ValueError: --output_dir has no folder, or --log_dir is given, too.
     """
     flags = argv
     if argv and not argv[0].startswith("-"):
@@ -144,12 +144,10 @@ def own_flags(argv: list[str]) -> list[str]:
 
 
 def checkpoint_flags(path: Path) -> list[str]:
-    """Returns the flags for the run that a path is in or, of a checkpoint, for its step, too."""
+    """Returns the flags for the run that a path is in and, of a checkpoint, for its step; a path that is in no run
+    stands for one, which is then not found."""
     path = path.absolute()
-    run = next((folder for folder in (path, *path.parents) if (folder / "config.yaml").is_file()), None)
-    if run is None or not path.exists():
-        problem = "is in no run" if path.exists() else "not found"
-        raise FileNotFoundError(f"{path} {problem}: pass the folder of a run, or a checkpoint in it")
+    run = next((folder for folder in (path, *path.parents) if (folder / "config.yaml").is_file()), path)
     steps = [match[1] for part in path.relative_to(run).parts if (match := STEP.fullmatch(part))]
     return ["--load_dir", str(run), *(["--load_step", steps[0]] if steps else [])]
 

@@ -202,7 +202,8 @@ def test_segments_are_drawn_from_maps_and_written_as_such(logs, tmp_path, condit
 
 
 def test_odd_command_lines_are_refused(logs, tmp_path, capfd):
-    assert "not found: pass the folder of a run" in refused(capfd, "run_layout_to_image", f"{tmp_path / 'x'} {QUICK}")
-    assert "is in no run" in refused(capfd, "run_layout_to_image", f"{tmp_path} {QUICK}")
+    assert "no run in" in refused(capfd, "run_layout_to_image", f"{tmp_path / 'x'} {QUICK}")
+    step = logs / "boxes" / "checkpoints" / "step_00000009" / "weights.safetensors"
+    assert "there are 1" in refused(capfd, "run_layout_to_image", f"{step} {QUICK}")
     words = f"{logs / 'boxes'} --output_dir a --log_dir b"
     assert "--output_dir without a folder or with --log_dir" in refused(capfd, "run_layout_to_image", words)
