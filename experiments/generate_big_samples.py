@@ -15,7 +15,7 @@ from experiments.harness.images import save_with_settings
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.report import progress, table
 from experiments.metrics.cost import count_nfe
-from experiments.metrics.layout_pictures import ShownImages, draw_rows, save_picture
+from experiments.metrics.layout_pictures import PictureRows, draw_rows, save_picture
 from models.ranges import COUNT, SIZE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -93,10 +93,10 @@ def measure(
         return {"image": batch["image"], "spent": cost}
 
     resumed = batches.resume("canvas", range(canvas.n_samples), make)
-    written, costs, shown = 0, [], None if inputs is None else ShownImages(inputs)
+    written, costs, pictures = 0, [], None if inputs is None else PictureRows(inputs)
     for batch in progress(resumed, canvas.n_samples, "sampling", model.world.is_main):
-        if shown is not None:
-            shown.add(batch["image"])
+        if pictures is not None:
+            pictures.add(batch["image"])
         for image in batch["image"]:
             path = batches.folder / f"big_{written:03d}.png"
             save_with_settings(path, image, batches.run | {"number": written})
@@ -104,9 +104,9 @@ def measure(
         costs.append(batch["spent"])
     if not model.world.is_main:
         return None
-    if shown is not None:
+    if pictures is not None:
         write_layouts(batches.folder, inputs.layouts, inputs.vocabulary)
-        save_picture(batches.folder / "layouts.png", draw_rows(shown.rows, inputs.vocabulary))
+        save_picture(batches.folder / "layouts.png", draw_rows(pictures.rows, inputs.vocabulary))
     total = torch.stack(costs)  # (batches, 3)
     return {
         "n_samples": canvas.n_samples,

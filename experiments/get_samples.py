@@ -14,7 +14,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.report import progress
-from experiments.metrics.layout_pictures import ShownImages, draw_rows, save_picture
+from experiments.metrics.layout_pictures import PictureRows, draw_rows, save_picture
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
@@ -94,11 +94,11 @@ def measure(
         list(samples)
         return None
     with SampleWriter(folder, count, png_files=settings.save_individually) as writer:
-        shown = None if inputs is None else ShownImages(inputs)
+        pictures = None if inputs is None else PictureRows(inputs)
         for batch in samples:
             writer.add(batch)
-            if shown is not None:
-                shown.add(batch["image"])
+            if pictures is not None:
+                pictures.add(batch["image"])
     if settings.save_process:
         save_denoising_strips(folder / "process.png", model, list(range(min(count, STRIP_IMAGES))), draw)
     labels = writer.others.get("labels")
@@ -108,7 +108,7 @@ def measure(
     if inputs is None:
         return results
     write_layouts(folder, inputs.layouts, inputs.vocabulary)
-    save_picture(folder / "layouts.png", draw_rows(shown.rows, inputs.vocabulary))
+    save_picture(folder / "layouts.png", draw_rows(pictures.rows, inputs.vocabulary))
     return results | {"n_layouts": len(inputs), **inputs.provenance}
 
 

@@ -1,7 +1,6 @@
 """Draws images for layouts, each with several seeds beside its layout: run_layout_to_image.py CKPT --output_dir FOLDER.
 
-CKPT, the folder of a run or a file in it, such as a checkpoint, stands for --load_dir and --load_step, and
---output_dir for --log_dir.
+CKPT, the folder of a run or a file in it, such as a checkpoint, stands for --load_dir and --load_step.
 """
 
 import re
@@ -18,10 +17,8 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import save_with_settings
 from experiments.harness.layout_inputs import LayoutInputs, held_out_layouts, open_layouts
 from experiments.harness.report import progress
-from experiments.metrics.layout_pictures import Shown, draw_layout, draw_rows, save_picture
+from experiments.metrics.layout_pictures import PictureRow, draw_layout, draw_rows, save_picture
 from models.ranges import COUNT, check_ranges
-from train.cli.parse import one_line_errors
-from train.cli.values import peek_flag
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.layouts import write_layouts
@@ -52,12 +49,30 @@ class LayoutToImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayoutToImageOutputConfig(OutputConfig):
+    """Output."""
+
+    output_dir: str | None = None
+    """Results folder, a path from the working folder, instead of --log_dir."""
+
+    EVERYDAY = ("output_dir",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output_dir is not None:
+            folder = str(Path(self.output_dir).expanduser().absolute())
+            if self.log_dir not in (None, folder):
+                raise ValueError(f"got --output_dir {self.output_dir} and --log_dir {self.log_dir}: pass one of them")
+            object.__setattr__(self, "log_dir", folder)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Draws images for layouts; writes <name>.png (the layout and its images), <name>_layout.png, images/, layouts.json
     and results.json to <logs_root>/<log_dir>.
 
     The first word may be the folder of a run or a file in it, such as a checkpoint, instead of --load_dir and
-    --load_step; --output_dir FOLDER is a --log_dir anywhere.
+    --load_step.
     """
 
     EXAMPLES = (
@@ -68,7 +83,7 @@ class Config:
     drawing: LayoutToImageConfig
     model: ModelConfig
     sampling: SamplingConfig
-    output: OutputConfig
+    output: LayoutToImageOutputConfig
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
@@ -107,7 +122,7 @@ def measure(
         own = images[number :: len(inputs)]
         for seed, image in enumerate(own):
             save_with_settings(folder / "images" / f"{layout.name}_{seed}.png", image, batches.run)
-        save_picture(folder / f"{layout.name}.png", draw_rows([Shown(layout, own)], inputs.vocabulary))
+        save_picture(folder / f"{layout.name}.png", draw_rows([PictureRow(layout, own)], inputs.vocabulary))
         save_picture(folder / f"{layout.name}_layout.png", draw_layout(layout, inputs.vocabulary))
     write_layouts(folder, inputs.layouts, inputs.vocabulary)
     return {
@@ -125,34 +140,16 @@ def report(results: dict[str, Any], folder: Path) -> str:
     return f"{count} images of {layouts}\nfiles of single images: {folder / 'images'}"
 
 
-def own_flags(argv: list[str]) -> list[str]:
-    """Returns the command line with the first word, if it is a path, and --output_dir as the flags that they stand for.
-
-    ValueError: --output_dir has no folder, or --log_dir is given, too.
-    """
-    flags = argv
-    if argv and not argv[0].startswith("-"):
-        flags = [*checkpoint_flags(Path(argv[0]).expanduser()), *argv[1:]]
-    names = [word.partition("=")[0].replace("-", "_") for word in flags]
-    if "__output_dir" not in names:
-        return flags
-    folder, place = peek_flag(flags, "output_dir"), names.index("__output_dir")
-    if folder is None or "__log_dir" in names:
-        raise ValueError("got --output_dir without a folder or with --log_dir: pass --output_dir FOLDER alone")
-    rest = flags[place + (1 if "=" in flags[place] else 2) :]
-    return [*flags[:place], "--log_dir", str(Path(folder).expanduser().absolute()), *rest]
-
-
-def checkpoint_flags(path: Path) -> list[str]:
+def model_flags(word: str) -> list[str]:
     """Returns the flags for the run that a path is in and, of a checkpoint, for its step; a path that is in no run
     stands for one, which is then not found."""
-    path = path.absolute()
+    path = Path(word).expanduser().absolute()
     run = next((folder for folder in (path, *path.parents) if (folder / "config.yaml").is_file()), path)
     steps = [match[1] for part in path.relative_to(run).parts if (match := STEP.fullmatch(part))]
     return ["--load_dir", str(run), *(["--load_step", steps[0]] if steps else [])]
 
 
 if __name__ == "__main__":
-    with one_line_errors(Path(sys.argv[0]).name):
-        sys.argv[1:] = own_flags(sys.argv[1:])
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv[1:2] = model_flags(sys.argv[1])
     run_experiment("layout_to_image", Config, measure, report, prepare=prepare)

@@ -22,19 +22,19 @@ PAPER = 236  # grey level behind a layout
 Size = tuple[int, int]  # height and width
 
 
-class Shown(NamedTuple):
+class PictureRow(NamedTuple):
     """A layout in a picture, and the images drawn for it."""
 
     layout: Layout
     images: list[Tensor]  # uint8 (C, H, W) each
 
 
-class ShownImages:
+class PictureRows:
     """Keeps the first images of the first layouts, while images arrive in order."""
 
     def __init__(self, inputs: LayoutInputs):
         self.inputs, self.count = inputs, 0
-        self.rows = [Shown(layout, []) for layout in inputs.layouts[:MOST_SHOWN]]
+        self.rows = [PictureRow(layout, []) for layout in inputs.layouts[:MOST_SHOWN]]
 
     def add(self, images: Tensor) -> None:
         """Adds the next images, uint8 (B, C, H, W)."""
@@ -73,7 +73,7 @@ def draw_image(image: Tensor, size: Size) -> Image.Image:
     return picture.resize((size[1], size[0]), Image.Resampling.NEAREST)
 
 
-def draw_rows(rows: Sequence[Shown], vocabulary: LayoutVocabulary) -> Image.Image:
+def draw_rows(rows: Sequence[PictureRow], vocabulary: LayoutVocabulary) -> Image.Image:
     """Draws a row for each layout: its name above, the layout, and the images beside it."""
     height, width = size = panel_size(vocabulary.size)
     columns = 1 + max(len(row.images) for row in rows)
