@@ -80,13 +80,16 @@ def vocabulary_of(dataset: Dataset, fields: Sequence[str], size: tuple[int, int]
 
 
 def number_of(value: Any, names: Sequence[str], what: str) -> int:
-    """Returns the number of a class or a colour, which is given by its name or its number; ValueError: no such."""
+    """Returns the number of a class or a colour, which is given by its name or its number; ValueError: no such.
+
+    Without names, every number from 0 on is one.
+    """
     if isinstance(value, str) and value in names:
         return names.index(value)
-    if type(value) is int and 0 <= value < len(names):
+    if type(value) is int and 0 <= value and (not names or value < len(names)):
         return value
     if not names:
-        raise ValueError(f"got the {what} {value!r}, but the data have no names of {what}s: leave it out")
+        raise ValueError(f"got the {what} {value!r}, but the data have no names of {what}s: pass numbers from 0 on")
     listed = ", ".join(names[:LISTED]) + (f", ... ({len(names)} names)" if len(names) > LISTED else "")
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
     raise ValueError(f"got the {what} {value!r}{hint}, wanted one of {listed}, or a number from 0 to {len(names) - 1}")
@@ -109,7 +112,7 @@ def read_file(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
         content = parse_json(read_text(path, REMEDY))
         if isinstance(content, list):
             return [read_entry(number, entry, vocabulary) for number, entry in enumerate(content)]
-        if not isinstance(content, dict) or "annotations" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
             raise ValueError(
                 'wanted a list such as [{"boxes": [[0.1, 0.2, 0.4, 0.6]], "classes": ["car"]}], or the images, '
                 "annotations and categories of COCO"

@@ -195,6 +195,7 @@ REFUSED = {
     "twice": ([{"boxes": [], "classes": [], "name": "a"}] * 2, "two layouts have the name a"),
     "empty": ([], "has no layouts"),
     "object": ({}, "wanted a list such as"),
+    "no list": ({"images": [], "annotations": None}, "wanted a list such as"),
     "no categories": ({"images": [], "annotations": []}, "has no categories"),
 }  # fmt: skip
 
@@ -212,9 +213,11 @@ def test_what_the_model_reads_must_be_there(tmp_path, written):
         read_layouts(save(tmp_path, [ENTRY]), of_shapes(SEGMENTS))
     with pytest.raises(ValueError, match="has no boxes, which the model reads: pass boxes"):
         read_layouts(written / "semantic/masks/val", of_shapes(BOXES))
-    plain = LayoutVocabulary(Categories((0,), ("disc",), (True,)), (), BOXES, (8, 8))
-    with pytest.raises(ValueError, match="the data have no names of colors"):
-        read_layouts(save(tmp_path, [{"boxes": [[0, 0, 1, 1]], "classes": [0], "colors": ["red"]}]), plain)
+    plain = LayoutVocabulary(Categories((0,), ("disc",), (True,)), (), COLORS, (8, 8))
+    entry = {"boxes": [[0, 0, 1, 1]], "classes": [0], "colors": [9]}
+    assert read_layouts(save(tmp_path, [entry]), plain)[0].row["box_color"].tolist() == [9]
+    with pytest.raises(ValueError, match="the data have no names of colors: pass numbers"):
+        read_layouts(save(tmp_path, [entry | {"colors": ["red"]}]), plain)
 
 
 def test_folders_of_other_files_are_refused(tmp_path, written):
