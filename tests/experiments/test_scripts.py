@@ -143,6 +143,7 @@ def test_other_archives_are_refused(tmp_path):
     "words",
     [
         "check_digits.py --samples missing.npz",
+        "run_layout_to_image.py --layouts missing.json",
         "calc_FID.py --features pixels --samples missing.npz",
         "compare_samplers.py --n_samples 2 --steps 2 --features pixels --data_dir somewhere",
     ],
