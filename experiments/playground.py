@@ -1,4 +1,4 @@
-"""The logic of the demo page: sampling, step-by-step sampling and inpainting with the trained samplers of a folder.
+"""The logic of the demo page: sampling, also step by step, inpainting and editing with the samplers of a folder.
 
 It maps settings to images and knows nothing of the browser; demo.py builds the page.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,16 @@ from torch import Tensor
 
 from diffusion.solvers import Solver, get_solver, solvers_for
 from experiments.harness.controls import Control, make_controls, parse_value
+from experiments.harness.layout_edits import (
+    FIELDS,
+    EditedLayout,
+    Layout,
+    LayoutNames,
+    changed_pixels,
+    layout_fields,
+    read_layout,
+    read_layout_names,
+)
 from models.conditioning import Conditioner
 from train.checkpoint import resolve_step, saved_steps
 from train.condition_source import ConditionSource
@@ -86,6 +97,7 @@ class Request:
     label: str | int = AS_IN_DATA  # a number or a text of `Playground.classes`
     count: int = 1  # number of images
     seed: int = 0  # image i of a seed is always the same
+    layout: Layout | None = None  # None: that of the data
 
     def __post_init__(self):
         if self.count < 1 or self.seed < 0:
@@ -112,6 +124,13 @@ class Playground:
         count = self.trained.sampler.n_classes
         names = self.trained.class_names or map(str, range(count))
         return [(AS_IN_DATA, AS_IN_DATA), (NO_CLASS, NO_CLASS), *zip(names, range(count), strict=True)] if count else []
+
+    @cached_property
+    def layout_names(self) -> LayoutNames | None:
+        """The names of the classes and colours of boxes; None if the model reads no boxes."""
+        if FIELDS[0] not in self.trained.sampler.conditions:
+            return None
+        return read_layout_names(self.trained.sampler.network, self.trained.dataset("val"), str(self.trained.run))
 
     @property
     def controls(self) -> list[Control]:
@@ -154,6 +173,8 @@ class Playground:
     def conditions(self, request: Request) -> Batch | None:
         """Returns the conditions of the requested images; None if unconditional."""
         source, classes = self.source, dict(self.classes)
+        if request.layout is not None:
+            source = source.with_values(**layout_fields(request.layout, bool(self.layout_names.colors)))
         label = classes.get(request.label, request.label)
         if label == AS_IN_DATA:
             return source.draw(request.seed, range(request.count))
@@ -208,11 +229,40 @@ class Playground:
             raise ValueError("nothing is masked: brush over the region to inpaint")
         if request.label == AS_IN_DATA and self.classes:
             request = replace(request, label=NO_CLASS, options=replace(request.options, guidance=1.0))
-        device = self.trained.device
-        start = self.trained.space.encode_masked(image[None].to(device), pixel_mask[None].to(device))
-        repeated = [each.expand(request.count, *each.shape[1:]) for each in (start.x0, start.keep)]
+        start = self.encode_masked(image, pixel_mask, request.count)
         masked = torch.where(expand_mask(~start.keep[0].cpu(), pixel_mask.shape), GREY, image)
-        return InpaintingResult(masked, self.sample(request, edit=EditInput(*repeated)))
+        return InpaintingResult(masked, self.sample(request, edit=start))
+
+    def encode_masked(self, image: Tensor, mask: Tensor, count: int) -> EditInput:
+        """Encodes an image uint8 (C, H, W) `count` times, to sample what its mask (H, W) covers."""
+        device = self.trained.device
+        start = self.trained.space.encode_masked(image[None].to(device), mask[None].to(device))
+        return EditInput(*(each.expand(count, *each.shape[1:]) for each in (start.x0, start.keep)))
+
+    def draw_layout(self, seed: int) -> Layout:
+        """Returns the layout of a held-out item, or that of a row of the --condition_file."""
+        batch = self.source.draw(seed, [seed])
+        present = {
+            name: batch.get(f"{name}_mask", torch.ones(batch[name].shape[:2], dtype=torch.bool))
+            for name in FIELDS
+            if name in batch
+        }
+        return read_layout({name: batch[name][mask] for name, mask in present.items()})
+
+    def edit_layout(self, request: Request, image: Tensor, layout: EditedLayout) -> Batch:
+        """Samples the boxes that change in an image uint8 (C, H, W) anew, under the layout after the edits.
+
+        The pixels outside these boxes, as they were and as they are, are those of the image. A random class means none
+        here: the rest of the image determines it. ValueError: nothing changes.
+        """
+        if not layout.changed_boxes:
+            raise ValueError("no box has changed: move, add, remove or relabel one")
+        if request.label == AS_IN_DATA and self.classes:
+            request = replace(request, label=NO_CLASS)
+        mask = changed_pixels(layout.changed_boxes, self.trained.data.size, self.trained.space.factor)
+        start = self.encode_masked(image, mask, request.count)
+        batch = self.sample(replace(request, layout=layout.after), edit=start)
+        return batch | {"image": torch.where(mask, batch["image"], image)}
 
 
 class Runs:

@@ -37,7 +37,9 @@ CONCEPTS = {
     "vq.losses": "the adversarial losses",
     "vq.tiles": "tiled encoding and decoding of an autoencoder",
 }
-COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground", "experiments.page"}  # used by demo.py
+COMMANDS_THAT_MAY_BE_IMPORTED = {  # the page of demo.py
+    *("experiments.playground", "experiments.page_components", "experiments.layout_page", "experiments.page"),
+}
 CANDIDATES = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
 SCRIPTS = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CANDIDATES if "__main__" in p.read_text()}
 FILES = sorted(path.relative_to(ROOT) for floor in MAY_IMPORT for path in (ROOT / floor).rglob("*.py"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.page import show_errors
+from experiments.page_components import show_errors
 from helpers.browser import (
     choose,
     content,
