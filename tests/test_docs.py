@@ -127,6 +127,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{
         "experiments/benchmark": "minutes of measuring",
         **{"calc_layout.py": "minutes of training", "tests/": "minutes of training"},
+        "edit_layout.py": "a model of boxes",
         "vqgan_plus": "a large network's time",
     },
 }
