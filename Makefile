@@ -3,7 +3,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo demo-ddpm app test test-all test-oldest fuzz lint
+.PHONY: help setup demo demo-ddpm demo-layout app test test-all test-oldest fuzz lint
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
@@ -43,6 +43,11 @@ demo-ddpm: $(VENV)/core  ## the same with Gaussian diffusion in pixel space
 	$(RUN) experiments/calc_FID.py --sampler ddpm
 	$(RUN) experiments/calc_approximate_ELBO.py --sampler ddpm
 	$(RUN) experiments/check_digits.py --sampler ddpm
+
+demo-layout: $(VENV)/core  ## train on drawn scenes with their layouts, sample, measure how well samples obey (15 minutes on 2 CPU cores)
+	$(RUN) train_sampler.py --sampler ddpm --config configs/shapes_layout.yaml
+	$(RUN) experiments/get_samples.py --config configs/shapes_layout.yaml --log_dir samples_layout
+	$(RUN) experiments/calc_layout.py --samples logs/samples_layout/samples.npz --log_dir layout
 
 app: $(VENV)/extra  ## serve a web page for the models of `make demo`: http://127.0.0.1:7860
 	$(RUN) demo.py

@@ -22,9 +22,7 @@ from experiments.harness.report import table
 from experiments.harness.results import load_results, write_results
 from experiments.metrics.layout.detections import read_detections
 from experiments.metrics.layout.judges import (
-    REFERENCE_SCENES,
     VERSION,
-    Judges,
     Scenes,
     judge_split,
     load_judges,
@@ -32,14 +30,15 @@ from experiments.metrics.layout.judges import (
     open_scenes,
     training_indices,
 )
+from experiments.metrics.layout.layout_grid import save_layout_grid
 from experiments.metrics.layout.layouts import BUCKETS, Layouts, join_layouts, read_layout
-from experiments.metrics.layout.obedience import ALL, OBJECTS, Measurement, make_reference, wrong_layouts
+from experiments.metrics.layout.obedience import ALL, OBJECTS, check_judges, open_measurement, wrong_layouts
 from models.ranges import SEED, check_ranges
 from train.cli.files import read_run_config
 from train.cli.parse import BaseSettings, run_script, to_dict
 from train.config import DataConfig
 from train.data.loading import ImageSource, fixed_subset
-from train.datasets import SPLITS, DatasetConfig, content_fingerprint
+from train.datasets import DatasetConfig, content_fingerprint
 from train.datasets._regions import naming, read_text
 from train.datasets.webdataset.store import is_shell_command
 from train.files import parse_json
@@ -48,10 +47,9 @@ from train.layout_files import vocabulary_of
 from train.layouts import layouts_provenance, read_layouts
 from train.runs import open_run, run_lock
 
+PICTURE = "layouts_samples.png"
 REAL = "real"  # as --samples: the real scenes of the layouts
 SAMPLES, REAL_SCENES, WRONG = "samples", "real scenes", "wrong layouts"  # what is measured
-MIN_JUDGE = 0.95  # what judges must recognise of real scenes that are made for them
-FLOOR_FACTOR = 2  # by which other real scenes must exceed wrong layouts
 MEANINGS = {  # of the figures
     "crop accuracy": "objects whose crop is taken for their class, of all classes and nothing",
     "crop FD": "Fréchet distance of crops to real ones, in the classifier's features: lower is better",
@@ -130,7 +128,7 @@ def main(config: Config) -> None:
         if results is None:
             judging = open_scenes(config.data, config.reader, judge_split(config.data))
             cache = Path(output.logs_root).expanduser() / ".cache" / "judges"
-            results = measure(settings, judged, judging, cache) | {"run": to_dict(config) | provenance}
+            results = measure(settings, judged, judging, cache, folder) | {"run": to_dict(config) | provenance}
             write_results(folder, results)
         print(report(results, folder))
 
@@ -192,8 +190,8 @@ def open_drawn_layouts(settings: LayoutConfig, samples: dict[str, Tensor], sourc
     return Judged(samples_name(Path(settings.samples)), images, real, source, given, numbers)
 
 
-def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache: Path) -> dict[str, Any]:
-    """Trains the judges unless they are in the folder `cache`, and measures all figures.
+def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache: Path, folder: Path) -> dict[str, Any]:
+    """Trains the judges unless they are in the folder `cache`, measures all figures, and writes PICTURE to `folder`.
 
     ValueError: the judges do not recognise real scenes well enough, or the layouts are too few or too much alike.
     """
@@ -214,6 +212,10 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
     if images is not None:
         figures = {SAMPLES: measurement(images, asked, external)} | figures
     figures[WRONG] = measurement(real.images if images is None else images, wrong, external)
+    columns = {} if images is None else {SAMPLES: images}
+    columns |= {REAL_SCENES: real.images} if judged.given is None else {}
+    names = judging.dataset.region_classes
+    save_layout_grid(folder / PICTURE, asked, columns, names, measurement.palette)
     return {
         "figures": figures,
         "check": check,
@@ -244,38 +246,6 @@ def load_layouts(judged: Judged) -> tuple[Scenes, Tensor | None]:
     return Scenes(scenes.images[order], scenes.layouts.take(order), list(judged.items)), judged.images
 
 
-def open_measurement(judges: Judges, judging: ImageSource, seed: int) -> Measurement:
-    """Loads the real crops that samples are compared with."""
-    reference, dataset = None, judging.dataset
-    if judges.crops is not None:
-        indices = training_indices(judging)[:REFERENCE_SCENES]
-        reference = make_reference(load_scenes(judging, indices, "reference scenes"))
-    palette = getattr(dataset, "palette", None) if judging.config.n_channels == 3 else None
-    return Measurement(judges, reference, palette, len(dataset.region_classes), seed)
-
-
-def check_judges(
-    measurement: Measurement, real: Scenes, wrong: Layouts, min_judge: float | None, data: DataConfig
-) -> dict[str, Any]:
-    """Returns what the judges recognise of real scenes, and of real scenes under wrong layouts.
-
-    ValueError: less than `min_judge`, or by default than MIN_JUDGE for data with a split of their own for judges and
-    than FLOOR_FACTOR times the floor for others.
-    """
-    name, value = measurement.recognise(real.images, real.layouts)
-    _, floor = measurement.recognise(real.images, wrong)
-    if value is None or floor is None:
-        raise ValueError(f"got {len(real.items)} images without a visible object: pass a larger --n_images")
-    own_split = judge_split(data) != SPLITS[0]
-    wanted = min_judge if min_judge is not None else MIN_JUDGE if own_split else FLOOR_FACTOR * floor
-    if value < wanted:
-        raise ValueError(
-            f"the judges reach a {name} of {value:.3f} on real scenes ({floor:.3f} under wrong layouts), wanted "
-            f"{wanted:.3f}: train them on more or larger images (--img_size), or accept them with --min_judge"
-        )
-    return {"figure": name, "real": value, "wrong": floor, "wanted": wanted}
-
-
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats one table: for each figure the rows of images, for each bucket a column."""
     figures, buckets = results["figures"], (ALL, *BUCKETS)
@@ -301,6 +271,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
         f"{results['judge_seed']}; {seconds}",
         "",
         str(folder / "results.json"),
+        *([str(folder / PICTURE)] if (folder / PICTURE).is_file() else []),  # not of an earlier version
     ]
     return "\n".join(lines)
 

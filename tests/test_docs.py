@@ -126,7 +126,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{
         "experiments/benchmark": "minutes of measuring",
-        **{"calc_layout.py": "minutes of training", "tests/": "minutes of training"},
+        **{name: "minutes of training" for name in ("calc_layout.py", "shapes_layout", "tests/")},
         "edit_layout.py": "a model of boxes",
         "vqgan_plus": "a large network's time",
     },

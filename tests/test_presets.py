@@ -39,7 +39,8 @@ def test_every_preset_parses_in_every_script(path, monkeypatch, tmp_path):
     assert (ROOT / "configs" / f"{dataset}.yaml").is_file() and dataset in path.stem
     scripts = ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py", "experiments/calc_VQGAN_FID.py"]
     compared = [f"experiments/compare_{what}.py" for what in ("attention", "quantizers")]
-    for script in scripts if sampler == "ddpm" else [*scripts, *compared]:
+    of_pixels = ["experiments/compare_layouts.py"]
+    for script in [*scripts, *(of_pixels if sampler == "ddpm" else compared)]:
         assert parse_config(script, flags, monkeypatch)["dataset"] == dataset
 
 

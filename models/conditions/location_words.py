@@ -25,6 +25,8 @@ class Config(ConditionConfig):
 
     location_words_classes: int = 0
     """Number of classes of boxes; 0: as many as the data set has."""
+    location_words_colors: int = 0
+    """Number of colours of the field box_color, which are added to the words of classes; 0: it is not read."""
     location_words_grid: tuple[int, int] = (32, 32)
     """Columns and rows of the grid of places, each of which is a word."""
     location_words_layers: int = 1
@@ -34,6 +36,7 @@ class Config(ConditionConfig):
 
     RANGES = {
         "location_words_classes": "[0, 65536]",
+        "location_words_colors": "[0, 65536]",
         "location_words_grid": SIZE,
         "location_words_layers": "[0, 1000]",
         "location_words_width": SIZE,
@@ -56,22 +59,25 @@ class WordLayer(nn.Module):
 
 
 class LocationWords(RegionEncoder):
-    """Returns the words of all boxes, in their order: class, top left corner, bottom right corner.
+    """Returns the words of all boxes, in their order: class, perhaps with its colour, top left and bottom right corner.
 
     Boxes are clipped to the image; those outside have no words, and there may be any number. The table of places starts
     from sines and cosines of their column and row, scaled to the norm of the classes' embeddings. An example without
     boxes has nothing to read; one that is dropped reads a learned null.
     """
 
-    def __init__(self, classes: int, grid: tuple[int, int], width: int, layers: int = 1):
+    def __init__(self, classes: int, grid: tuple[int, int], width: int, layers: int = 1, colors: int = 0):
         super().__init__()
         check_classes("location_words", classes)
-        self.token_width, self.grid, self.limits = width, tuple(grid), {"box_class": classes}
+        self.token_width, self.grid = width, tuple(grid)
+        self.fields = (*FIELDS, *(["box_color"] if colors else []))
+        self.limits = {"box_class": classes} | ({"box_color": colors} if colors else {})
         places, named = location_table(self.grid, width), torch.randn(classes, width)
         places = places * (named.norm(dim=1).mean() / places.norm(dim=1, keepdim=True))
         self.classes, self.places = nn.Parameter(named), nn.Parameter(places)  # no network initialises them again
         self.layers = nn.ModuleList(WordLayer(width) for _ in range(layers))
         self.null = nn.Parameter(torch.randn(width))
+        self.colors = nn.Parameter(torch.randn(colors, width)) if colors else None
 
     def forward(
         self,
@@ -84,8 +90,10 @@ class LocationWords(RegionEncoder):
         if regions is None:
             return Tokens(null)
         corners = location_index(to_double(regions.bounds()).unflatten(-1, (2, 2)), self.grid)  # (B, R, 2)
-        named = F.embedding(regions.class_ids.clamp(min=0), self.classes).unsqueeze(2)
-        words = torch.cat([named, F.embedding(corners, self.places)], 2).flatten(1, 2)  # (B, 3 R, D)
+        named = F.embedding(regions.class_ids.clamp(min=0), self.classes)
+        if self.colors is not None:
+            named = named + F.embedding(raw["box_color"].clamp(min=0), self.colors)
+        words = torch.cat([named.unsqueeze(2), F.embedding(corners, self.places)], 2).flatten(1, 2)  # (B, 3 R, D)
         present = regions.present.repeat_interleave(3, 1)
         order = torch.arange(words.shape[1], device=x.device)
         words = words + sinusoidal_embedding(order, self.token_width).to(words.dtype)
@@ -130,4 +138,5 @@ def build(config: Config, width: int, n_classes: int) -> LocationWords:
         config.location_words_grid,
         config.location_words_width or width,
         config.location_words_layers,
+        config.location_words_colors,
     )

@@ -43,6 +43,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/check_data.py": "--check_items 2 --sheet_items 1",
     "experiments/check_digits.py": "--no_amp",
     "experiments/compare_attention.py": "--features pixels",
+    "experiments/compare_layouts.py": "--sampler ddpm",
     "experiments/compare_quantizers.py": "--features pixels",
     "experiments/compare_samplers.py": f"{SAMPLE} --steps 2 --n_samples 4 --features pixels --log_dir new",
     "experiments/edit.py": f"{SAMPLE} --n_images 2 --label 1",
@@ -53,7 +54,8 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/make_panoptic.py": "",
     "experiments/reconstruct.py": "--n_images 2 --no_amp",
 }
-PARSED_ONLY = {"demo.py", "experiments/compare_attention.py", "experiments/compare_quantizers.py"}  # they take minutes
+COMPARISONS = {f"experiments/compare_{what}.py" for what in ("attention", "layouts", "quantizers")}
+PARSED_ONLY = {"demo.py", *COMPARISONS}  # they take minutes
 SAMPLERS = {"absorbing": SAMPLER, "autoregressive": SAMPLER.replace("--sample_steps 4", ""), "ddpm": DDPM}
 LEFT_OUT = {  # minutes; the user's code; where files are written
     *("compile", "measure", "hooks", "adapt", "logs_root", "shard_cache", "out"),

@@ -1,6 +1,7 @@
 """How well images obey their layouts: every figure, over all objects and over each kind of difficult ones."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,24 @@ from experiments.metrics.layout.crop_classifier import (
 from experiments.metrics.layout.crops import cut_crops
 from experiments.metrics.layout.detections import Detections, average_precision, count_spurious
 from experiments.metrics.layout.fitting import Recipe
-from experiments.metrics.layout.judges import Judges, Scenes
+from experiments.metrics.layout.judges import (
+    REFERENCE_SCENES,
+    Judges,
+    Scenes,
+    judge_split,
+    load_scenes,
+    training_indices,
+)
 from experiments.metrics.layout.layouts import SMALL_AREA, UNLABELLED, Layouts, find_buckets
 from experiments.metrics.layout.scene_network import detect, segment
+from train.config import DataConfig
+from train.data.loading import ImageSource
+from train.datasets import SPLITS
 
 ALL, OBJECTS = "all", "objects"  # a bucket; a count
 CROP_ACCURACY, MIOU = "crop accuracy", "mIoU"  # figures, by the first of which judges are checked
+MIN_JUDGE = 0.95  # what judges must recognise of real scenes that are made for them
+FLOOR_FACTOR = 2  # by which other real scenes must exceed wrong layouts
 CAS_RECIPE = Recipe(steps=250, batch_size=128, peak_lr=4e-3)
 
 Figures = dict[str, dict[str, float | None]]  # by bucket, by figure
@@ -121,6 +134,38 @@ class Measurement:
         classifier = train_crop_classifier(images, layouts, self.n_classes, CAS_RECIPE, self.seed, with_nothing=False)
         right = classify_crops(classifier, self.reference.crops) == self.reference.classes
         return {name: {"CAS": share(right[rows])} for name, rows in self.reference.buckets.items()}
+
+
+def open_measurement(judges: Judges, judging: ImageSource, seed: int) -> Measurement:
+    """Loads the real crops that samples are compared with."""
+    reference, dataset = None, judging.dataset
+    if judges.crops is not None:
+        indices = training_indices(judging)[:REFERENCE_SCENES]
+        reference = make_reference(load_scenes(judging, indices, "reference scenes"))
+    palette = getattr(dataset, "palette", None) if judging.config.n_channels == 3 else None
+    return Measurement(judges, reference, palette, len(dataset.region_classes), seed)
+
+
+def check_judges(
+    measurement: Measurement, real: Scenes, wrong: Layouts, min_judge: float | None, data: DataConfig
+) -> dict[str, Any]:
+    """Returns what the judges recognise of real scenes, and of real scenes under wrong layouts.
+
+    ValueError: less than `min_judge`, or by default than MIN_JUDGE for data with a split of their own for judges and
+    than FLOOR_FACTOR times the floor for others.
+    """
+    name, value = measurement.recognise(real.images, real.layouts)
+    _, floor = measurement.recognise(real.images, wrong)
+    if value is None or floor is None:
+        raise ValueError(f"got {len(real.items)} images without a visible object: pass a larger --n_images")
+    own_split = judge_split(data) != SPLITS[0]
+    wanted = min_judge if min_judge is not None else MIN_JUDGE if own_split else FLOOR_FACTOR * floor
+    if value < wanted:
+        raise ValueError(
+            f"the judges reach a {name} of {value:.3f} on real scenes ({floor:.3f} under wrong layouts), wanted "
+            f"{wanted:.3f}: train them on more or larger images (--img_size), or accept them with --min_judge"
+        )
+    return {"figure": name, "real": value, "wrong": floor, "wanted": wanted}
 
 
 def share(right: Tensor) -> float | None:
