@@ -270,8 +270,10 @@ def load_judged(bench: Bench, c: ComparisonConfig, cache: Path) -> Judged:
     source, kinds = bench.held_out.source, ()
     if c.eval_kinds:
         kinds = tuple(dict.fromkeys((*bench.reader.shapes_kinds, *c.eval_kinds)))
-    bench.held_out[list(range(c.n_images))]  # unreadable scenes are replaced when they are read
-    items = [bench.held_out.item_index(number) for number in range(c.n_images)]
+    items = []
+    for number in range(c.n_images):
+        bench.held_out[[number]]  # an unreadable scene is replaced when it is read
+        items.append(bench.held_out.item_index(number))
     real = load_scenes(source, items, "held-out scenes")
     judging = open_scenes(bench.data, with_kinds(bench.reader, kinds), judge_split(bench.data))
     judges = load_judges(judging, cache, c.judge_seed)

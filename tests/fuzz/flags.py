@@ -43,7 +43,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/check_data.py": "--check_items 2 --sheet_items 1",
     "experiments/check_digits.py": "--no_amp",
     "experiments/compare_attention.py": "--features pixels",
-    "experiments/compare_layouts.py": "--sampler ddpm",
+    "experiments/compare_layouts.py": "--n_images 4",
     "experiments/compare_quantizers.py": "--features pixels",
     "experiments/compare_samplers.py": f"{SAMPLE} --steps 2 --n_samples 4 --features pixels --log_dir new",
     "experiments/edit.py": f"{SAMPLE} --n_images 2 --label 1",

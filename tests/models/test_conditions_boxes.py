@@ -134,6 +134,21 @@ def test_words_are_a_class_and_two_corners_in_order():
     torch.testing.assert_close(words, torch.stack([*expected, *encoder.places[corners]]), atol=1e-5, rtol=0)
 
 
+def test_a_colour_is_added_to_the_word_of_its_class():
+    encoder = LocationWords(5, (4, 3), 12, layers=0, colors=3)
+    fields = {"boxes": torch.tensor([[[0, 0, 1, 1], [0.3, 0.5, 0.7, 1]]]), "box_class": torch.tensor([[2, 4]])}
+    plain, shown = (
+        encode(encoder, fields | {"box_color": torch.tensor([colors])}, name="location_words").tokens().values[0, 1:]
+        for colors in ((0, 0), (0, 2))
+    )
+    expected = torch.zeros(6, 12)
+    expected[3] = (encoder.colors[2] - encoder.colors[0]).detach()
+    torch.testing.assert_close(shown - plain, expected, atol=1e-5, rtol=0)
+    assert encoder.fields == ("boxes", "box_class", "box_color") and encoder.limits == {"box_class": 5, "box_color": 3}
+    built = location_words.build(location_words.Config(location_words_classes=5, location_words_colors=3), 12, 0)
+    assert built.colors.shape == (3, 12)
+
+
 def test_a_layer_tells_words_which_belong_together():
     """What a class word says depends on the corners that follow it."""
     fields = layouts([2])
