@@ -300,18 +300,20 @@ class Comparison:
         """Trains a run and measures its samples, unless the results have it. ValueError: with other settings."""
         trained, measured = self.results["trained"], self.results["measured"]
         weights, name = self.folder / f"{run.name}.safetensors", samples_name(run.name, guidance)
+        if run.name in trained:
+            self.check_unchanged(run)
+        if name in measured and (self.folder / f"{name}.npz").is_file():
+            return
         if run.name not in trained or not weights.is_file():
             trained[run.name] = self.bench.train(run, weights)
-            write_results(self.folder, self.results)
-        self.check_unchanged(run)
-        if name not in measured or not (self.folder / f"{name}.npz").is_file():
-            images = self.bench.sample(run, weights, guidance, len(self.judged.real.items))
-            self.save_samples(name, images)
-            figures = self.judged.measurement(images, self.judged.real.layouts)
-            known = {"arm": run.arm, "seed": run.seed, "guidance": guidance, "run": run.name}
-            measured[name] = {**known, "figures": figures}
             write_results(self.folder, self.results)  # an interrupted comparison resumes with what is missing
-            print(f"{name}: {CROP_ACCURACY} {figures[ALL][CROP_ACCURACY]:.3f}", flush=True)
+        images = self.bench.sample(run, weights, guidance, len(self.judged.real.items))
+        self.save_samples(name, images)
+        figures = self.judged.measurement(images, self.judged.real.layouts)
+        known = {"arm": run.arm, "seed": run.seed, "guidance": guidance, "run": run.name}
+        measured[name] = {**known, "figures": figures}
+        write_results(self.folder, self.results)
+        print(f"{name}: {CROP_ACCURACY} {figures[ALL][CROP_ACCURACY]:.3f}", flush=True)
 
     def check_unchanged(self, run: Run) -> None:
         """Raises ValueError if a run was trained with other settings of its arm."""
