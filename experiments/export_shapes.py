@@ -62,7 +62,7 @@ class ExportConfig:
 class ShapesConfig(ScenesConfig):
     """Which scenes there are."""
 
-    EVERYDAY = ("shapes_count", "shapes_size", "shapes_kinds", "shapes_seed")
+    EVERYDAY = ("shapes_size", "shapes_seed")
 
 
 @dataclass(frozen=True, kw_only=True)

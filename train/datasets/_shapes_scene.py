@@ -1,8 +1,8 @@
 """Scenes of the data set `shapes`: what is where, without pixels.
 
-A scene is a pure function of (seed, split, index). `RandomState.random_sample` is its only source of randomness, since
-numpy keeps that stream for ever, and everything else is arithmetic: scenes are the same on every machine. Geometry is
-in the unit square, x to the right and y down, so that a scene is the same at every size in pixels.
+A scene is a pure function of (seed, split, index) and what may occur. `RandomState.random_sample` is its only source of
+randomness, since numpy keeps that stream for ever, and everything else is arithmetic: scenes are the same on every
+machine. Geometry is in the unit square, x to the right and y down, so that a scene is the same at every size in pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -89,9 +89,17 @@ class Scene:
         return f"samples/{self.camera}/{'__'.join(parts)}.png"
 
 
-def draw_scene(seed: int, split: str, index: int, kinds: Sequence[str] = tuple(KINDS)) -> Scene:
+def draw_scene(
+    seed: int,
+    split: str,
+    index: int,
+    kinds: Sequence[str] = tuple(KINDS),
+    things: Sequence[str] = THINGS,
+    grounds: Sequence[str] = GROUNDS,
+) -> Scene:
     """Draws one scene. `kinds` are those that occur, in any order: a scene of another kind is replaced by one of these,
-    while scenes of these kinds are the same for any `kinds`."""
+    while scenes of these kinds are the same for any `kinds`. Likewise `things` and `grounds` are the classes that
+    occur: each of another class is replaced by one of these. With one ground, every scene has just that one."""
     rng = np.random.RandomState([seed, SPLIT_NUMBERS[split], index])
     of_kind, camera, weather, light, upper, lower, horizon, phase = map(float, rng.random_sample(8))
     grains, streaks = rng.random_sample((N_GRAINS, N_GRAINS)), rng.random_sample((N_STREAKS, 2))
@@ -99,7 +107,7 @@ def draw_scene(seed: int, split: str, index: int, kinds: Sequence[str] = tuple(K
     camera = pick(camera, tuple(CAMERAS))
     kind = choose_kind(of_kind, kinds)
     left, right = CAMERAS[camera]
-    placer = Placer(rng, BAR * left, 1 - BAR * right)
+    placer = Placer(rng, BAR * left, 1 - BAR * right, find_numbers(things, THINGS))
     PLACE[kind](placer)
     palette = np.array([PALETTE[thing.color][1] for thing in placer.things], float)
     return Scene(
@@ -109,7 +117,7 @@ def draw_scene(seed: int, split: str, index: int, kinds: Sequence[str] = tuple(K
         things=tuple(placer.things),
         visible=placer.visible_shares(),
         colors=np.clip(palette + JITTER * (2 * jitter[: len(palette)] - 1), 0, 255),
-        grounds=choose_grounds(upper, lower),
+        grounds=choose_grounds(upper, lower, find_numbers(grounds, GROUNDS)),
         horizon=0.25 + 0.5 * horizon,
         camera=camera,
         weather="rain" if weather < 0.25 else "sunny",
@@ -144,13 +152,29 @@ def find_share(u: float, shares: dict[str, float]) -> tuple[str, float]:
     return last, u / shares[last]
 
 
-def choose_grounds(upper: float, lower: float) -> tuple[int, ...]:
-    """Returns one ground in 1 of 5 scenes, otherwise two different ones."""
-    first = int(upper * len(GROUNDS))
-    if lower < 0.2:
+def find_numbers(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Returns the numbers of the classes that are in `names`, in ascending order."""
+    return [number for number, name in enumerate(classes) if name in names]
+
+
+def choose_number(u: float, numbers: Sequence[int], allowed: Sequence[int]) -> int:
+    """Returns the one of `numbers` at a uniform u in [0, 1); one that is not in `allowed` is chosen anew, from these.
+
+    All of `allowed`, which are some of `numbers`, are equally likely.
+    """
+    place = u * len(numbers)
+    number = numbers[int(place)]
+    return number if number in allowed else allowed[int((place - int(place)) * len(allowed))]
+
+
+def choose_grounds(upper: float, lower: float, allowed: Sequence[int]) -> tuple[int, ...]:
+    """Returns one of the allowed grounds in 1 of 5 scenes, or if there is no other, otherwise two different ones."""
+    first = choose_number(upper, range(len(GROUNDS)), allowed)
+    allowed = [number for number in allowed if number != first]
+    if lower < 0.2 or not allowed:
         return (first,)
     others = [number for number in range(len(GROUNDS)) if number != first]
-    return first, others[int((lower - 0.2) / 0.8 * len(others))]
+    return first, choose_number((lower - 0.2) / 0.8, others, allowed)
 
 
 def mask_in_window(kind: int, box: Box, n: int) -> tuple[slice, slice, NDArray[np.bool_]]:
@@ -187,10 +211,10 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 class Placer:
-    """Places things between the bars of a scene, each in front of those before it."""
+    """Places things of the classes `allowed` between the bars of a scene, each in front of those before it."""
 
-    def __init__(self, rng: np.random.RandomState, left: float, right: float):
-        self.rng, self.left, self.right = rng, left, right
+    def __init__(self, rng: np.random.RandomState, left: float, right: float, allowed: list[int]):
+        self.rng, self.left, self.right, self.allowed = rng, left, right, allowed
         self.things: list[Thing] = []
         self.masks: list[NDArray[np.bool_]] = []  # (GRID, GRID) each, its whole extent
 
@@ -207,7 +231,7 @@ class Placer:
         return x, y, x + side, y + side
 
     def scatter(self, low: float, high: float, exclude: int | None = None) -> bool:
-        """Places a thing of a class other than `exclude`, with sides in [low, high], nearly apart from all others."""
+        """Places a thing, of a class as `kind_except` chooses, with sides in [low, high], nearly apart from others."""
         for _ in range(TRIES):
             box = self.anywhere(self.uniform(low, high))
             if all(box_iou(box, other.box) <= MOST_OVERLAP for other in self.things):
@@ -216,10 +240,13 @@ class Placer:
         return False
 
     def kind_except(self, exclude: int | None) -> int:
-        """Returns the number of a random class of things other than `exclude`."""
+        """Returns the number of a random allowed class other than `exclude`, or `exclude` if it alone is allowed."""
         if exclude is None:
-            return self.integer(0, len(THINGS) - 1)
-        return (exclude + self.integer(1, len(THINGS) - 1)) % len(THINGS)
+            return choose_number(self.uniform(), range(len(THINGS)), self.allowed)
+        others = [(exclude + step) % len(THINGS) for step in range(1, len(THINGS))]
+        allowed = [kind for kind in self.allowed if kind != exclude]
+        u = self.uniform()
+        return choose_number(u, others, allowed) if allowed else exclude
 
     def add(self, kind: int, box: Box) -> bool:
         """Adds a thing of a random colour, which things under its box do not have; returns False, and adds nothing, if

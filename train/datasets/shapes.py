@@ -1,7 +1,7 @@
 """Shapes: drawn scenes of up to six coloured things on one or two grounds, with all annotations. Nothing to download.
 
-Each scene has boxes, masks, a panoptic map, captions and metadata, and follows from (seed, split, index) alone. It is
-drawn at the size in which it is read, and is the same scene at every size.
+Each scene has boxes, masks, a panoptic map, captions and metadata, and follows from (seed, split, index) and the
+options alone. It is drawn at the size in which it is read, and is the same scene at every size.
 """
 
 import hashlib
@@ -37,6 +37,7 @@ N_VAL = 1000  # scenes for validation
 NUMBERS = ("no", "a", "two", "three", "four", "five", "six")
 PLURALS = {"plus": "pluses"}
 PAIRS_OF_GROUNDS = tuple(f"{upper}-{lower}" for upper in GROUNDS for lower in GROUNDS if upper != lower)
+CHOICES = {"shapes_kinds": tuple(KINDS), "shapes_things": THINGS, "shapes_grounds": GROUNDS}  # of what occurs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +51,31 @@ class ScenesConfig:
     shapes_kinds: tuple[str, ...] = tuple(KINDS)
     """Kinds of scenes that occur: free, neighbours (of one class), occlusion, small, nested. Scenes of kinds left out
     are replaced; the others stay."""
+    shapes_things: tuple[str, ...] = THINGS
+    """Classes of things that occur: disc, square, triangle, plus, ring, bow. Things of classes left out are replaced by
+    others. Numbers of classes stay: a model has 10 classes of regions whatever occurs, so that files and judges fit."""
+    shapes_grounds: tuple[str, ...] = GROUNDS
+    """Grounds that occur: sky, grass, sand, water. Those left out are replaced by others; with one, every scene has
+    just that one. Numbers of classes stay."""
     shapes_seed: int = 0
     """Seed of all scenes."""
 
-    EVERYDAY = ("shapes_count", "shapes_kinds")
+    EVERYDAY = ("shapes_count", "shapes_kinds", "shapes_things", "shapes_grounds")
     RANGES = {"shapes_count": COUNT, "shapes_size": SIZE, "shapes_seed": "[0, 4294967295]"}
 
     def __post_init__(self):
         check_ranges(self)
-        for kind in self.shapes_kinds:
-            if kind not in KINDS:
-                hint = did_you_mean(kind, KINDS)
-                raise ValueError(f"got shapes_kinds {kind}, wanted some of {', '.join(KINDS)}{hint}")
-        if not self.shapes_kinds:
-            raise ValueError(f"got no shapes_kinds, wanted some of {', '.join(KINDS)}: pass --shapes_kinds KIND ...")
+        for flag, names in CHOICES.items():
+            given, wanted = getattr(self, flag), f"wanted some of {', '.join(names)}"
+            for name in given:
+                if name not in names:
+                    raise ValueError(f"got {flag} {name}, {wanted}{did_you_mean(name, names)}")
+            if not given:
+                raise ValueError(f"got no {flag}, {wanted}: pass --{flag} {names[0]} ...")
+
+    def occurring(self, flag: str) -> list[str]:
+        """Returns the names given to a flag of CHOICES, in the order of the full list: theirs has no effect."""
+        return [name for name in CHOICES[flag] if name in getattr(self, flag)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +121,9 @@ class Shapes:
         """Returns a scene without pixels; IndexError if there is none."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no scene {index} of {len(self):,} in split {self.split}")
-        return draw_scene(self.config.shapes_seed, self.split, int(index), self.config.shapes_kinds)
+        config = self.config
+        choices = config.shapes_kinds, config.shapes_things, config.shapes_grounds
+        return draw_scene(config.shapes_seed, self.split, int(index), *choices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return item_of(self.scene(index), self.config.shapes_size)
@@ -119,9 +133,12 @@ class Shapes:
         return item_of(self.scene(index), max(size))
 
     def fingerprint(self) -> str:
+        """Returns a hash of all that the scenes depend on."""
         config = self.config
-        kinds = [kind for kind in KINDS if kind in config.shapes_kinds]  # their order has no effect
+        kinds, things, grounds = map(config.occurring, CHOICES)
         settings = (VERSION, config.shapes_seed, self.split, len(self), config.shapes_size, kinds)
+        if len(things) < len(THINGS) or len(grounds) < len(GROUNDS):
+            settings += things, grounds  # with all of them, fingerprints are those of earlier releases
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 

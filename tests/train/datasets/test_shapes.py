@@ -24,7 +24,9 @@ from train.datasets._shapes_scene import (
     THINGS,
     Thing,
     box_iou,
+    choose_grounds,
     choose_kind,
+    choose_number,
     draw_scene,
     mask_in_window,
 )
@@ -92,6 +94,73 @@ def test_kinds_left_out_are_replaced_and_others_stay():
         assert (held_out.things == scene.things) == (scene.kind in kept)
     kinds = Counter(choose_kind((i + 0.5) / 7000, kept) for i in range(7000))
     assert kinds == {"free": 4000, "neighbours": 2000, "small": 1000}
+
+
+def test_a_choice_stays_if_it_is_allowed_and_is_even_anyway():
+    us = [(i + 0.5) / 5400 for i in range(5400)]
+    pairs = [(int(6 * u), choose_number(u, range(6), [0, 2, 3])) for u in us]
+    assert all(chosen == number for number, chosen in pairs if number in (0, 2, 3))
+    others = Counter((number, chosen) for number, chosen in pairs if number in (1, 4, 5))
+    assert others == {(number, chosen): 300 for number in (1, 4, 5) for chosen in (0, 2, 3)}
+
+
+FEWER_THINGS, FEWER_GROUNDS = ("disc", "square", "triangle", "ring"), ("sky", "sand", "water")
+
+
+@cache
+def simpler_scenes():
+    return [draw_scene(0, "val", i, things=FEWER_THINGS[::-1], grounds=FEWER_GROUNDS[::-1]) for i in range(1000)]
+
+
+def test_things_left_out_are_replaced():
+    kept = {THINGS.index(name) for name in FEWER_THINGS}
+    in_order = [draw_scene(0, "val", index, things=FEWER_THINGS) for index in range(20)]
+    assert [scene.things for scene in in_order] == [scene.things for scene in simpler_scenes()[:20]]
+    numbers = [thing.kind for scene in simpler_scenes() for thing in scene.things]
+    assert set(numbers) == kept
+    np.testing.assert_allclose([share(n == each for n in numbers) for each in kept], 1 / 4, atol=0.025)
+    for scene in simpler_scenes():
+        kinds = [thing.kind for thing in scene.things]
+        if scene.kind == "nested" and len(kinds) > 1:
+            assert kinds[0] != kinds[1]
+        if scene.kind == "neighbours":
+            assert kinds[0] == kinds[1]
+    pairs = zip(val_scenes(), simpler_scenes(), strict=True)
+    same = [scene.things == other.things for scene, other in pairs if {t.kind for t in scene.things} <= kept]
+    assert share(same) > 0.95 and len(same) > 200  # but where a class left out had found no place
+
+
+def test_grounds_left_out_are_replaced_and_others_stay():
+    kept = {GROUNDS.index(name) for name in FEWER_GROUNDS}
+    for scene, other in zip(val_scenes(), simpler_scenes(), strict=True):
+        assert set(other.grounds) <= kept and len(other.grounds) == len(scene.grounds) == len(set(other.grounds))
+        assert (other.grounds == scene.grounds) == (set(scene.grounds) <= kept)
+        assert all(vars(other)[name] == vars(scene)[name] for name in ("kind", "horizon", "camera", "light", "weather"))
+    pairs = Counter(scene.grounds for scene in simpler_scenes() if len(scene.grounds) == 2)
+    assert len(pairs) == 6 and max(pairs.values()) < 1.4 * min(pairs.values())
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_one_class_of_things_makes_every_kind_of_scene(name):
+    scenes = [draw_scene(0, "train", index, things=(name,)) for index in range(100)]
+    assert {thing.kind for scene in scenes for thing in scene.things} == {THINGS.index(name)}
+    assert {scene.kind for scene in scenes} == set(KINDS)
+    assert min(scene.visible.min() for scene in scenes) > 0.3
+    assert all(len(scene.things) >= 2 for scene in scenes if scene.kind in ("neighbours", "occlusion"))
+    assert share(len(scene.things) >= 2 for scene in scenes if scene.kind == "nested") > 0.8
+
+
+def test_annotations_follow_one_ground():
+    dataset = shapes.build(shapes.Config(shapes_grounds=("water",), shapes_things=("ring", "bow")), "judge")
+    assert dataset.region_classes == THINGS + GROUNDS  # and so the numbers of classes
+    for index in range(20):
+        item, n = dataset.read_at_size(index, (32, 32)), len(dataset.scene(index).things)
+        assert set(item["box_class"].tolist()) <= {4, 5} and item["segment_class"].tolist()[n:] == [9]
+        assert set(item["semantic"].unique().tolist()) <= {4, 5, 9, 255}
+        assert item["location"] == "water" and item["captions"][0].endswith(", water")
+        assert item["file_name"].endswith("__water.png")
+        assert all(words.split()[1] in ("ring", "bow") for words in item["box_words"])
+    assert {choose_grounds(u / 10, v / 10, [3]) for u in range(10) for v in range(10)} == {(3,)}
 
 
 def test_the_kinds_have_their_shares():
@@ -310,11 +379,24 @@ def test_the_fingerprint_covers_every_option():
         shapes.Config(shapes_size=32),
         shapes.Config(shapes_kinds=("free", "small")),
         shapes.Config(shapes_seed=1),
+        shapes.Config(shapes_things=("disc", "bow")),
+        shapes.Config(shapes_grounds=("sky", "sand")),
+        shapes.Config(shapes_grounds=("sky", "water")),
     ]
     prints = {shapes.build(config, split).fingerprint() for config in configs for split in ("train", "judge")}
-    assert len(prints) == 10
-    reordered = shapes.Config(shapes_kinds=("small", "free"))
-    assert shapes.build(reordered, "train").fingerprint() in prints
+    assert len(prints) == 16
+    for reordered in ({"shapes_kinds": ("small", "free")}, {"shapes_things": ("bow", "disc")}):
+        assert shapes.build(shapes.Config(**reordered), "train").fingerprint() in prints
+
+
+def test_fingerprints_of_earlier_releases_stay():
+    """They name caches and runs: options that are left at their defaults do not change them."""
+    given = shapes.Config(shapes_count=64, shapes_size=32, shapes_kinds=("small", "free"), shapes_seed=3)
+    found = [shapes.build(config, split).fingerprint()[:16] for config in (shapes.Config(), given) for split in SPLITS]
+    assert found == [
+        *("6b4b1e02a28bf587", "5c37f28b94e49ec4", "4989d08ff0489721"),
+        *("207f4334a8b98abf", "b26823c4ac5b3bf0", "8ed5b25af67cc355"),
+    ]
 
 
 def test_impossible_options_are_refused():
@@ -322,6 +404,14 @@ def test_impossible_options_are_refused():
         shapes.Config(shapes_kinds=("fre",))
     with pytest.raises(ValueError, match="no shapes_kinds.*--shapes_kinds"):
         shapes.Config(shapes_kinds=())
+    with pytest.raises(ValueError, match="got shapes_things rings, wanted some of disc, square.*ring"):
+        shapes.Config(shapes_things=("rings",))
+    with pytest.raises(ValueError, match="no shapes_things.*--shapes_things"):
+        shapes.Config(shapes_things=())
+    with pytest.raises(ValueError, match="got shapes_grounds disc, wanted some of sky, grass"):
+        shapes.Config(shapes_grounds=("disc",))
+    with pytest.raises(ValueError, match="no shapes_grounds.*--shapes_grounds"):
+        shapes.Config(shapes_grounds=())
     with pytest.raises(ValueError, match="shapes_seed 4294967296.*at most"):
         shapes.Config(shapes_seed=2**32)
     with pytest.raises(ValueError, match="shapes reads no folder, got /data: leave --data_dir out"):
