@@ -69,7 +69,7 @@ def find_differences(old: dict[str, Any], new: dict[str, Any], identity: Identit
     """Returns the identifying settings that differ between two contents of a config.yaml, those of both first.
 
     Data are compared by their fingerprints if both contents have one, otherwise by their folder. Beside another
-    fingerprint the numbers of images are told, and class frequencies, which follow from it, are not.
+    fingerprint the numbers of images are listed, and class frequencies, which follow from it, are not.
     """
     there, now = identity(old), identity(new)
     known = "data_fingerprint" in there and "data_fingerprint" in now
@@ -109,6 +109,6 @@ def format_value(value: Any) -> str:
 def comparison_identity(content: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that identify a comparison of trainings: those of the training, and of its sampling.
 
-    `images`, the earlier name of the data fingerprint, told modification times too.
+    `images`, the earlier name of the data fingerprint, covered modification times too.
     """
     return flatten_settings(content, NOT_IDENTITY | {"images"})

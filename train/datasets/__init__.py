@@ -81,7 +81,7 @@ class Dataset(Protocol):
 
     `dataset[i]` is an item `{"image": ..., "label": int, **annotations}`, without a label if `n_classes` is 0. The
     image is a PIL image of mode L, RGB or I;16, an array (H, W), (H, W, C) or (C, H, W) of uint8 or uint16, or a
-    `FloatImage`. A `build(config, split, n_channels)` is told the C that the run wants.
+    `FloatImage`. A `build(config, split, n_channels)` gets the C that the run wants.
     Annotations are `torchvision.tv_tensors` (BoundingBoxes, Mask, Image), which are resized, cropped, mirrored and
     shifted with the image; numbers, strings and lists of strings; tensors of the same shape in all items, or `Ragged`.
     Every item has the same fields. Raises `UnreadableImage` for a broken image file.
