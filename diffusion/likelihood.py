@@ -214,7 +214,7 @@ def flow_bits_per_dimension(
 def flow_bound(
     denoise: ContinuousDenoiser, process: ContinuousProcess, x0: Tensor, rng: Streams, nfe: int | None = None
 ) -> Bound:
-    """Likelihood, as a Bound, of the model that stops at a noise of half an 8-bit level and rounds.
+    """Returns the likelihood of x0 (B, C, H, W) in the model that stops at a noise of half an 8-bit level and rounds.
 
     At less noise, networks have learned the levels of 8-bit images (see `flow_bits_per_dimension`). `nfe` is the number
     of steps; None: its default.

@@ -98,27 +98,27 @@ def add_layout_tab(settings: Settings, loaded: Any) -> None:
                 results = add_results(COLUMNS)
     content = gr.JSON(canvas_content(play, Scene()), visible=False)  # of the canvas, when it was shown
     regions = gr.Textbox(visible=False)  # its boxes, which READ fills in
-    scenes, shown = gr.State([Scene()]), gr.State(0)  # those in the gallery, and which of them the canvas shows
+    scenes, number = gr.State([Scene()]), gr.State(0)  # those in the gallery, and which of them the canvas shows
     last_choice = gr.State(settings.run.value)
 
-    def sample_layout(text: str, scenes: list[Scene], shown: int, *values: Any) -> list:
+    def sample_layout(text: str, scenes: list[Scene], number: int, *values: Any) -> list:
         with show_errors():
             play, request = settings.read(*values)
-            layout = read_canvas(text, scenes[shown].layout, play.layout_names).after
+            layout = read_canvas(text, scenes[number].layout, play.layout_names).after
             batch = play.sample(replace(request, layout=layout))
             drawn = [Scene(image, layout) for image in batch["image"]]
             gallery = results.show(play, request, batch, kind="_layout")
             return [*gallery, request.seed, canvas_content(play, drawn[0]), drawn, 0]
 
-    def edit_layout(text: str, scenes: list[Scene], shown: int, *values: Any) -> list:
+    def edit_layout(text: str, scenes: list[Scene], number: int, *values: Any) -> list:
         with show_errors():
             play, request = settings.read(*values)
-            image, before = scenes[shown]
+            image, before = scenes[number]
             if image is None:
                 raise ValueError(f"there is no image to edit: draw boxes, and press {SAMPLE}")
             layout = read_canvas(text, before, play.layout_names)
             batch = play.edit_layout(request, image, layout)
-            drawn = [scenes[shown], *(Scene(each, layout.after) for each in batch["image"])]
+            drawn = [scenes[number], *(Scene(each, layout.after) for each in batch["image"])]
             first = (enlarge_to_picture(image, SIDE), "before")
             gallery = results.show(play, request, batch, (first,), "_edited")
             return [*gallery, request.seed, canvas_content(play, drawn[1]), drawn, 1]
@@ -142,14 +142,14 @@ def add_layout_tab(settings: Settings, loaded: Any) -> None:
         there = gr.update(visible=play.layout_names is not None)
         return [there, gr.update(visible=False), canvas_content(play, Scene()), [Scene()], 0, run]
 
-    inputs, outputs, model = [regions, scenes, shown, *settings.inputs], [content, scenes, shown], settings.inputs[:2]
+    inputs, outputs, model = [regions, scenes, number, *settings.inputs], [content, scenes, number], settings.inputs[:2]
     show = {"fn": None, "inputs": content, "outputs": None, "js": SHOW}
     for button, draw in ((sample_button, sample_layout), (edit_button, edit_layout)):
         results.fill_on(button, draw, inputs, settings.seed, *outputs, js=READ).success(**show)
     quietly = {"show_progress": "hidden", "api_visibility": "private"}
     take.click(take_layout, settings.inputs, [*outputs, settings.seed], **quietly).success(**show)
     clear.click(clear_layout, model, outputs, **quietly).success(**show)
-    results.gallery.select(select_image, [scenes, *model], [content, shown], **quietly).success(**show)
+    results.gallery.select(select_image, [scenes, *model], [content, number], **quietly).success(**show)
     switched = loaded.success(
         pick_run, [settings.run, last_choice], [tab, results.area, *outputs, last_choice], **quietly
     )

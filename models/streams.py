@@ -81,7 +81,7 @@ def check_tokens(name: str, tokens: Tokens, regions: Regions | None) -> None:
 
 
 def map_tensors(record: NamedTuple, fn: Callable[[Tensor], Tensor]) -> NamedTuple:
-    """Applies `fn` to each tensor of a named tuple; None stays."""
+    """Applies `fn` to each tensor, of any shape, of a named tuple; None stays."""
     return type(record)(*(None if tensor is None else fn(tensor) for tensor in record))
 
 

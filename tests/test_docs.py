@@ -68,6 +68,7 @@ FOREIGN = {
 # Files of the reader's, not of the repository.
 READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
+    "table.md",
     *("classes.txt", "classnames.txt", "a.txt"),
 }
 

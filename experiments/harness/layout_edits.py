@@ -223,9 +223,9 @@ def parse_labels(text: str, words: list[str], names: LayoutNames) -> tuple[int |
     return (number, color) if len(words) == 2 else (number, None) if number is not None else (None, color)
 
 
-def unknown_name(text: str, word: str, known: dict[str, Sequence[str]]) -> ValueError:
+def unknown_name(text: str, word: str, vocabulary: dict[str, Sequence[str]]) -> ValueError:
     """Returns the error for a word of an edit that is none of the names known, by what they are names of."""
-    kinds = {kind: names for kind, names in known.items() if names}
+    kinds = {kind: names for kind, names in vocabulary.items() if names}
     hint = did_you_mean(word, [name for names in kinds.values() for name in names])
     listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
     return ValueError(f"got --edit {text!r}, unknown {' or '.join(kinds)} {word!r}{hint}; wanted a {listed}")

@@ -146,7 +146,7 @@ def test_boxes_are_drawn_sampled_dragged_and_edited(tab):
 
 
 @in_browser
-def test_boxes_are_relabelled_removed_resized_and_taken_from_the_data(tab):
+def test_boxes_are_relabelled_removed_and_resized(tab):
     turn_to(tab, "Layout")
     tab.wait_for_function("document.querySelector('layout-canvas').scene.key")
     drag(tab, (0.2, 0.2), (0.5, 0.5))

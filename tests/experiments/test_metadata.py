@@ -89,7 +89,7 @@ def test_large_samples_have_the_metadata_that_are_given(logs, conditions):
     assert conditions[0]["weather"] == ["rain"] and conditions[0]["light"] == ["unknown"]
 
 
-def test_misspelled_metadata_are_refused_before_anything_is_written(logs, capsys):
+def test_misspelled_metadata_are_refused_before_any_file_is_made(logs, capsys):
     with pytest.raises(SystemExit) as stop:
         script(logs, "get_samples", "--n_samples 1 --metadata light=nigt --log_dir misspelled")
     assert stop.value.code == 2 and "got light 'nigt', did you mean 'night'?" in capsys.readouterr().err

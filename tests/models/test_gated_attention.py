@@ -174,7 +174,7 @@ def test_gates_learn_first_and_then_all_that_they_hide(kind):
 
 
 @KINDS
-def test_gated_attention_reads_the_input_of_the_attention_beside_it(kind):
+def test_gated_attention_and_the_one_beside_it_read_the_same(kind):
     if kind is UNet:
         network = open_all(network_of(kind, gated_boxes(), attn_block_type="softmax"))
         blocks, gated = network.up_blocks[0], network.gated_blocks["up"]["0"]

@@ -27,7 +27,7 @@ from train.progress import Progress
 from train.registry import load_plugin
 from train.sampler import SamplerStep, build_state
 from train.samplers import LearnedSampler, absorbing
-from train.samplers._conditions import ConditionsConfig, with_checked_regions, with_region_classes
+from train.samplers._conditions import ConditionsConfig, with_checked_regions, with_declared_values
 from train.spaces import CodeSpace, PixelSpace, Space
 from train.trained_sampler import TrainedSampler, class_frequencies
 
@@ -88,7 +88,7 @@ def condition_settings(arm: Arm, dataset: Dataset) -> dict[str, Any]:
 def pixel_settings(sampler: SamplerConfig, arm: Arm, dataset: Dataset) -> Callable[[int], SamplerConfig]:
     """Returns a function from the width of the UNet's last level to the settings of an arm."""
     settings = replace(sampler, **condition_settings(arm, dataset), **arm.network)
-    settings = with_region_classes(settings, dataset)
+    settings = with_declared_values(settings, dataset)
 
     def of_width(width: int) -> SamplerConfig:
         last = (width + 0.5) / sampler.channels  # widths are rounded down
@@ -104,7 +104,7 @@ def code_settings(
     shared = {each.name: getattr(sampler, each.name) for each in fields(ConditionsConfig)}
     shared |= {"sampler": "absorbing", **condition_settings(arm, dataset)}
     settings = absorbing.Config(**shared, bert_n_emb=heads, bert_n_head=heads, bert_n_layers=layers)
-    return lambda width: replace(with_region_classes(settings, dataset), bert_n_emb=width)
+    return lambda width: replace(with_declared_values(settings, dataset), bert_n_emb=width)
 
 
 def match_parameters(

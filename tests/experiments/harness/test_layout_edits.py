@@ -139,7 +139,7 @@ def test_bad_edits_are_refused_by_name(text, message):
         edited(text)
 
 
-def test_edits_that_contradict_each_other_or_the_model_are_refused():
+def test_edits_against_each_other_or_the_model_are_refused():
     with pytest.raises(ValueError, match="'relabel 0 ring', but an earlier edit removes region 0"):
         edited("remove 0", "relabel 0 ring")
     with pytest.raises(ValueError, match="a.png has no regions: add one instead"):

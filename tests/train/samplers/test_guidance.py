@@ -211,7 +211,7 @@ def test_conditions_without_weight_are_not_evaluated(name, scales, evaluations):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_in_a_model_of_regions_alone_the_region_scale_is_the_only_one(name):
+def test_models_of_regions_alone_have_the_region_scale_alone(name):
     sampler = build(name, n_classes=0)
     expected = sample(sampler, REGIONS_ALONE, guidance=3.0)
     assert torch.equal(sample(sampler, REGIONS_ALONE, region_guidance=3.0), expected)
@@ -315,7 +315,7 @@ def test_the_chain_holds_what_training_sees(condition):
     assert chain.scales == [3.0, 2.0]
 
 
-def test_all_conditions_of_regions_are_one_step_and_all_others_one():
+def test_all_conditions_of_regions_share_one_scale():
     encoders = Conditioner({"layout": LayoutEncoder(3), "image": ImageEncoder(2), "label": LabelEncoder(3, 4)})
     encoders["boxes"] = boxes.BoxEncoder(3, 4)
     fields_of = fields_by_condition(encoders)
