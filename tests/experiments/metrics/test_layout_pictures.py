@@ -40,8 +40,8 @@ def test_segments_have_the_colours_of_their_classes():
     row = {"panoptic": ids, "segment_id": Ragged([70_000_000, 70_000_001]), "segment_class": Ragged([0, 1])}
     picture = np.array(draw_layout(Layout("a", row), VOCABULARY)).astype(int)
     assert (picture[20, 80] == PAPER).all()
-    assert np.abs(picture[70, 50] - picture[70, 150]).max() > 30
-    assert np.abs(picture[70, 50] - PAPER).max() > 30
+    assert np.abs(picture[44, 6] - picture[44, 154]).max() > 30
+    assert np.abs(picture[44, 6] - PAPER).max() > 30
 
 
 def test_the_first_images_of_the_first_layouts_are_kept():
