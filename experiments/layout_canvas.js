@@ -1,7 +1,8 @@
 // <layout-canvas>: draws and edits boxes over an image, for the tab "Layout" of the demo page (layout_page.py).
 //
-// `show(scene)` shows an image and its boxes; `regions` is the JSON of the boxes as they are now. Coordinates are
-// fractions of the image. Later boxes are in front. `id` is the number of a box in the scene, null for one drawn since.
+// `LayoutCanvas.show(scene)` shows an image and its boxes, if need be when the tab is opened; `regions` of the element is
+// the JSON of the boxes as they are now. Coordinates are fractions of the image. Later boxes are in front. `id` is the
+// number of a box in the scene, null for one drawn since.
 
 const HANDLE = 9;  // pixels around a corner that take hold of it
 const LEAST = 6;  // pixels: smaller boxes are a click, not a box
@@ -17,6 +18,14 @@ const STYLE = `
 `;
 
 class LayoutCanvas extends HTMLElement {
+  static latest = null;  // the scene to show
+
+  static show(scene) {
+    if (!scene) return;  // of a model that reads no boxes
+    LayoutCanvas.latest = scene;
+    document.querySelector("layout-canvas")?.show(scene);
+  }
+
   constructor() {
     super();
     this.scene = { key: null, image: null, regions: [], classes: [], colors: [], class_colors: [], size: [1, 1] };
@@ -39,6 +48,7 @@ class LayoutCanvas extends HTMLElement {
 
   connectedCallback() {
     new ResizeObserver(() => this.draw()).observe(this.canvas);
+    if (LayoutCanvas.latest) this.show(LayoutCanvas.latest);
     this.draw();
   }
 

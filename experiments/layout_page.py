@@ -20,9 +20,8 @@ from experiments.page_components import SIDE, Settings, add_results, show_errors
 from experiments.playground import Playground, enlarge_to_picture
 
 CANVAS_SCRIPT = Path(__file__).with_name("layout_canvas.js")
-CANVAS = "document.querySelector('layout-canvas')"
-SHOW = f"scene => {{ {CANVAS}?.show(scene) }}"  # the canvas is not there while another tab is open
-READ = f"(regions, ...others) => [{CANVAS}.regions, ...others]"
+SHOW = "scene => { customElements.get('layout-canvas').show(scene) }"
+READ = "(regions, ...others) => [document.querySelector('layout-canvas').regions, ...others]"
 COLUMNS = 3  # of the gallery
 SAMPLE, EDIT = "Sample this layout", "Edit the image"
 HELP = (
