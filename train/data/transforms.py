@@ -78,8 +78,10 @@ def resize_and_crop(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
-    out = F.resize(trim(inpt, size), resized, F.InterpolationMode.BICUBIC, antialias=True)
-    out = F.center_crop(out, [*size])
+    out, pixels = inpt, (Image.Image, tv_tensors.Image, tv_tensors.Mask)
+    if not (isinstance(inpt, pixels) and F.get_size(inpt) == resized == [*size]):  # boxes are clamped by the crop
+        out = F.resize(trim(inpt, size), resized, F.InterpolationMode.BICUBIC, antialias=True)
+        out = F.center_crop(out, [*size])
     if isinstance(out, tv_tensors.Image) and out.is_floating_point():
         return tv_tensors.wrap(out.clamp(-1, 1), like=out)  # bicubic interpolation overshoots
     return F.to_image(out) if isinstance(out, Image.Image) else out

@@ -58,6 +58,32 @@ def test_the_centre_of_the_long_side_is_kept():
     assert (to_item({"image": image.T.copy()}, (10, 10), 1)["image"] == 255).all()
 
 
+@pytest.mark.parametrize("n_channels", [1, 3, 5])
+def test_items_of_the_wanted_size_are_not_resized(n_channels, monkeypatch):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (6, 8, n_channels) if n_channels > 1 else (6, 8), np.uint8)
+    item = item_with_box(image, [-1.5, 2, 9, 5], (6, 8))
+    item["masks"] = tv_tensors.Mask(torch.from_numpy(rng.integers(0, 2, (2, 6, 8), np.uint8)))
+    item["panoptic"] = tv_tensors.Mask(torch.arange(48, dtype=torch.int32).view(6, 8))
+    item["depth"] = tv_tensors.Image(3 * torch.rand(1, 6, 8, generator=torch.Generator().manual_seed(0)) - 1.5)
+    resized, resize = [], F.resize
+    monkeypatch.setattr(F, "resize", lambda inpt, *a, **kw: resized.append(type(inpt)) or resize(inpt, *a, **kw))
+    result = to_item(item, (6, 8), n_channels)
+    assert set(resized) <= {tv_tensors.BoundingBoxes}
+    assert result["image"].dtype == torch.uint8
+    assert torch.equal(result["image"], torch.from_numpy(image.reshape(6, 8, n_channels)).permute(2, 0, 1))
+    assert torch.equal(result["masks"], item["masks"]) and torch.equal(result["panoptic"], item["panoptic"])
+    assert torch.equal(result["depth"], item["depth"].clamp(-1, 1))
+    assert result["boxes"].tolist() == [[0, 2, 8, 5]]  # clamped as ever
+    assert all(type(result[name]) is type(item[name]) for name in ("masks", "panoptic", "depth", "boxes"))
+
+
+def test_masks_of_another_size_are_resized_all_the_same():
+    item = {"image": np.zeros((6, 8), np.uint8), "classes": tv_tensors.Mask(torch.arange(48).view(6, 8))}
+    item["classes"] = tv_tensors.Mask(item["classes"].repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert to_item(item, (6, 8), 1)["classes"].tolist() == torch.arange(48).view(6, 8).tolist()
+
+
 def test_the_cost_of_an_image_does_not_grow_with_its_length(monkeypatch):
     resized, resize = [], F.resize
     monkeypatch.setattr(F, "resize", lambda inpt, size, *options, **named: resized.append(size) or resize(inpt, size))
