@@ -127,7 +127,7 @@ class ResumableBatches:
                 yield {key: value.detach().cpu() for key, value in batch.items()}
 
         remaining = gather_in_order(world, compute())  # empty on ranks other than the main one
-        for batch, positions in zip(remaining, ranges, strict=False):
+        for batch, positions in zip(remaining, ranges if world.is_main else (), strict=True):
             file = f"{name}_{size}_{positions.start // size:06d}.safetensors"
             write_batch(self.folder / BATCHES_FOLDER / file, batch, positions)
             yield batch

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Set
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple
 
@@ -168,7 +169,7 @@ def field_docs(cls: type) -> dict[str, str]:
         if not (dataclasses.is_dataclass(each) and "__annotations__" in vars(each)):
             continue
         body = ast.parse(inspect.getsource(each)).body[0].body
-        for line, below in zip(body, body[1:], strict=False):
+        for line, below in pairwise(body):
             if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
                 docs[line.target.id] = ast.literal_eval(below.value)
     return docs
