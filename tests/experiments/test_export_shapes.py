@@ -221,6 +221,16 @@ def test_file_names_say_what_the_pictures_show(exported):
         assert metadata == tuple(truth.item[name] for name in ("camera", "time", "weather", "light", "location"))
 
 
+def test_classes_that_are_left_out_keep_their_numbers(tmp_path):
+    flags = "--format semantic --splits val --limit 3 --shapes_size 24 --shapes_things ring bow --shapes_grounds sand"
+    call("experiments/export_shapes.py", f"--out {tmp_path} {flags}")
+    maps = [read(path) for path in sorted((tmp_path / "semantic" / "masks" / "val").iterdir())]
+    assert len(maps) == 3 and {4, 5} & (found := {int(level) for each in maps for level in np.unique(each)})
+    assert 8 in found and found <= {4, 5, 8, 255}
+    categories = read_json(tmp_path / "semantic" / "categories.json")
+    assert [each["name"] for each in categories] == list(shapes.Shapes.region_classes)
+
+
 def refusal(flags, capfd):
     with pytest.raises(SystemExit) as stop:
         call("experiments/export_shapes.py", flags)
