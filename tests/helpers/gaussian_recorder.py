@@ -22,10 +22,10 @@ class Call(NamedTuple):
 
 
 class EncodedLabels(dict):
-    """The fields passed to `encode`, as "told"; `rows` are the labels of all examples, None for a null."""
+    """The fields passed to `encode`, as "fields"; `rows` are the labels of all examples, None for a null."""
 
     def __init__(self, rows: list[int | None], **fields: Any):
-        super().__init__(told=fields)
+        super().__init__(fields=fields)
         self.rows = rows
 
     @classmethod

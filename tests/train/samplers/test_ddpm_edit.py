@@ -66,6 +66,6 @@ def test_strength_0_changes_nothing():
 def test_without_conditions_the_network_gets_none():
     recorder = Recorder(channels=2)
     sample_edit(sampler(), recorder, EditInput(X0, KEEP), labels=())
-    assert all(not call.condition["told"] for call in recorder.calls)
+    assert all(not call.condition["fields"] for call in recorder.calls)
     with pytest.raises(ValueError, match="guidance 2.0 without a condition.*--guidance 1"):
         sample_edit(sampler(), recorder, EditInput(X0, KEEP), labels=(), guidance=2.0)

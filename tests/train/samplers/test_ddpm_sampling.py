@@ -26,7 +26,7 @@ def test_without_guidance_the_network_is_called_once_a_step():
     recorder = Recorder(by_label)
     sample_recorded(x0_sampler(), recorder, sample_steps=3)
     assert len(recorder.calls) == 3
-    assert all(torch.equal(call.condition["told"]["label"], torch.tensor([2, 2])) for call in recorder.calls)
+    assert all(torch.equal(call.condition["fields"]["label"], torch.tensor([2, 2])) for call in recorder.calls)
     assert all(call.drop is None for call in recorder.calls)
 
 
@@ -234,7 +234,7 @@ def test_the_likelihood_is_conditional_and_takes_nfe_calls():
         recorder, batch = Recorder(channels=2), images(3)
         bound = sampler().log_likelihood(recorder, batch, Streams([0, 1, 2]), calls)
         assert bound.total.shape == (3,) and len(recorder.calls) == expected
-        assert all(torch.equal(call.condition["told"]["label"], batch["label"]) for call in recorder.calls)
+        assert all(torch.equal(call.condition["fields"]["label"], batch["label"]) for call in recorder.calls)
 
 
 def test_the_bound_clips_predictions_as_sampling_does():
@@ -255,7 +255,7 @@ def test_processes_without_steps_are_measured_along_their_flow(process):
     times = torch.stack([call.t for call in recorder.calls])
     sigma = (4 * times).exp() if process == "edm" else times / (1 - times)  # relative to the data
     assert sigma.min() == pytest.approx(1 / 255, rel=1e-4)  # not lower: networks recognise the levels of 8-bit images
-    assert all(torch.equal(call.condition["told"]["label"], batch["label"]) for call in recorder.calls)
+    assert all(torch.equal(call.condition["fields"]["label"], batch["label"]) for call in recorder.calls)
 
 
 @pytest.mark.parametrize("process", ["edm", "flow"])
