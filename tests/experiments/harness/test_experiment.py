@@ -66,7 +66,7 @@ def test_every_experiment_has_config_measure_and_report(name):
     groups = {field.name: field.type for field in dataclasses.fields(module.Config)}
     first_stage = groups["model"] is FirstStageModelConfig
     model = FirstStage if first_stage else TrainedSampler
-    assert groups["output"] is (FirstStageOutputConfig if first_stage else OutputConfig)
+    assert issubclass(groups["output"], FirstStageOutputConfig if first_stage else OutputConfig)
 
     annotations = [parameter.annotation for parameter in inspect.signature(module.measure).parameters.values()]
     assert annotations[-2:] == [model, ResumableBatches] and not {inspect.Parameter.empty, Any, module.Config} & set(
