@@ -85,7 +85,7 @@ def drag(tab, start, end):
 
 
 def shown_key(tab):
-    return tab.evaluate("document.querySelector('layout-canvas').scene.key")
+    return tab.evaluate("document.querySelector('layout-canvas')?.scene.key")
 
 
 def wait_for_scene(tab, key):
@@ -99,7 +99,7 @@ def test_boxes_are_drawn_sampled_dragged_and_edited(tab):
     enter(tab, "images", 2)
     turn_to(tab, "Layout")
     tab.locator("layout-canvas canvas").wait_for()
-    tab.wait_for_function("document.querySelector('layout-canvas').scene.key")
+    tab.wait_for_function("document.querySelector('layout-canvas')?.scene.key")
     press(tab, EDIT)
     tab.get_by_text("there is no image to edit").wait_for()
     tab.get_by_label("class of the box").select_option("ring")
@@ -148,7 +148,7 @@ def test_boxes_are_drawn_sampled_dragged_and_edited(tab):
 @in_browser
 def test_boxes_are_relabelled_removed_and_resized(tab):
     turn_to(tab, "Layout")
-    tab.wait_for_function("document.querySelector('layout-canvas').scene.key")
+    tab.wait_for_function("document.querySelector('layout-canvas')?.scene.key")
     drag(tab, (0.2, 0.2), (0.5, 0.5))
     tab.get_by_label("colour of the box").select_option("green")
     drag(tab, (0.5, 0.5), (0.8, 0.7))  # the corner
