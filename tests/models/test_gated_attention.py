@@ -308,6 +308,8 @@ def test_autocast_keeps_the_precision_of_features():
     plain, network = (network_of(UNet, encoders) for encoders in ({}, gated_boxes()))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(network, {"boxes": layouts([2, 3])}), plain(*inputs(plain, 2)))
+        layer, x = GatedCrossAttention(WIDTH, 2, 10), torch.randn(2, 5, WIDTH)
+        assert layer(x, torch.randn(2, 3, 10)).dtype == torch.bfloat16
 
 
 @pytest.mark.slow
