@@ -63,7 +63,14 @@ def without_classes(play):
     """The same model for data without classes."""
     sampler_without_frequencies = replace(play.trained, class_frequencies=None)
     sampler = type(
-        "Unconditional", (), {"n_classes": 0, "conditions": (), "process": sampler_without_frequencies.sampler.process}
+        "Unconditional",
+        (),
+        {
+            "n_classes": 0,
+            "conditions": (),
+            "process": sampler_without_frequencies.sampler.process,
+            "network": torch.nn.Identity(),
+        },
     )()
     return replace(play, trained=replace(sampler_without_frequencies, sampler=sampler))
 
@@ -95,7 +102,7 @@ def test_steps_left_out_are_those_of_the_solver(play, gaussian):
     assert steps(play, sample_steps="7", solver="first_hitting") == 16  # one per code
     assert [steps(gaussian, sample_steps=None, solver=each) for each in ("ddpm", "heun")] == [20, 20]
     process = replace(play.trained.sampler.process, steps=None)
-    sampler = type("Continuous", (), {"process": process, "conditions": ()})()
+    sampler = type("Continuous", (), {"process": process, "conditions": (), "network": torch.nn.Identity()})()
     assert steps(replace(play, trained=replace(play.trained, sampler=sampler)), sample_steps="") == 16
 
 
@@ -108,7 +115,7 @@ def test_options_of_other_solvers_have_no_control_and_no_value(play):
 
 def test_settings_of_another_process_or_spacing_have_no_control(gaussian):
     of_edm = {"sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise", "rho"}
-    sampler = type("Edm", (), {"process": EDM(), "conditions": ()})()
+    sampler = type("Edm", (), {"process": EDM(), "conditions": (), "network": torch.nn.Identity()})()
     edm = replace(gaussian, trained=replace(gaussian.trained, sampler=sampler))
     cases = [
         (gaussian, {}, set()),
