@@ -30,7 +30,7 @@ from experiments.metrics.layout.judges import (
     open_scenes,
     training_indices,
 )
-from experiments.metrics.layout.layout_grid import save_layout_grid
+from experiments.metrics.layout.layout_pictures import draw_rows, pair_images, save_picture
 from experiments.metrics.layout.layouts import BUCKETS, Layouts, join_layouts, read_layout
 from experiments.metrics.layout.obedience import ALL, OBJECTS, check_judges, open_measurement, wrong_layouts
 from models.ranges import SEED, check_ranges
@@ -204,18 +204,18 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
     check = check_judges(measurement, real, wrong, settings.min_judge, judging.config)
     if judged.given is not None:
         asked, wrong = judged.given, wrong_layouts(judged.given, torch.tensor(judged.numbers))
-    external = None
+    size, external = tuple(real.images.shape[2:]), None
     if settings.detections is not None:
-        size, n_classes = tuple(real.images.shape[2:]), measurement.n_classes
-        external = read_detections(Path(settings.detections), asked.count, n_classes, size)
+        external = read_detections(Path(settings.detections), asked.count, measurement.n_classes, size)
     figures = {REAL_SCENES: measurement(real.images, real.layouts, external if images is None else None)}
     if images is not None:
         figures = {SAMPLES: measurement(images, asked, external)} | figures
     figures[WRONG] = measurement(real.images if images is None else images, wrong, external)
     columns = {} if images is None else {SAMPLES: images}
     columns |= {REAL_SCENES: real.images} if judged.given is None else {}
-    names = judging.dataset.region_classes
-    save_layout_grid(folder / PICTURE, asked, columns, names, measurement.palette)
+    rows, headings = pair_images(asked, [*columns.values()]), ("layout", *columns)
+    names, palette = judging.dataset.region_classes, measurement.palette or ()
+    save_picture(folder / PICTURE, draw_rows(rows, size, names, palette, headings))
     return {
         "figures": figures,
         "check": check,
@@ -223,7 +223,7 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
         "n_images": asked.count,
         "n_layouts": len({*(judged.numbers or real.items)}),
         "given_layouts": judged.given is not None,
-        "size": list(real.images.shape[2:]),
+        "size": list(size),
         "dataset": judging.config.dataset,
         "judge_split": judge_split(judging.config),
         "judge_scenes": len(training_indices(judging)),

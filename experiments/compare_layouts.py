@@ -25,7 +25,7 @@ from experiments.harness.report import table
 from experiments.harness.results import load_results, write_results
 from experiments.metrics.layout.arms import ARMS, Bench, Run, count_seeds, ordered_runs
 from experiments.metrics.layout.judges import VERSION, Scenes, judge_split, load_judges, load_scenes, open_scenes
-from experiments.metrics.layout.layout_grid import save_layout_grid
+from experiments.metrics.layout.layout_pictures import draw_rows, pair_images, save_picture
 from experiments.metrics.layout.layouts import BUCKETS
 from experiments.metrics.layout.obedience import (
     ALL,
@@ -370,8 +370,9 @@ class Comparison:
             if heading not in columns:
                 columns[heading] = read_samples(self.folder / f"{name}.npz", None)["image"]
         columns[REAL_SCENES] = grey_to_rgb(real.images)
-        palette = self.judged.measurement.palette
-        save_layout_grid(self.folder / PICTURE, real.layouts, columns, self.judged.names, palette)
+        rows, headings = pair_images(real.layouts, [*columns.values()]), ("layout", *columns)
+        size, palette = tuple(real.images.shape[2:]), self.judged.measurement.palette or ()
+        save_picture(self.folder / PICTURE, draw_rows(rows, size, self.judged.names, palette, headings))
 
 
 def samples_name(run: str, guidance: float) -> str:

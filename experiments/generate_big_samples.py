@@ -15,7 +15,7 @@ from experiments.harness.images import save_with_settings
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.report import progress, table
 from experiments.metrics.cost import count_nfe
-from experiments.metrics.layout_pictures import PictureRows, draw_rows, save_picture
+from experiments.metrics.layout.layout_pictures import PictureRows, save_picture
 from models.ranges import COUNT, SIZE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -106,7 +106,7 @@ def measure(
         return None
     if pictures is not None:
         write_layouts(batches.folder, inputs.layouts, inputs.vocabulary)
-        save_picture(batches.folder / "layouts.png", draw_rows(pictures.rows, inputs.vocabulary))
+        save_picture(batches.folder / "layouts.png", pictures.draw())
     total = torch.stack(costs)  # (batches, 3)
     return {
         "n_samples": canvas.n_samples,

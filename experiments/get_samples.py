@@ -14,7 +14,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.report import progress
-from experiments.metrics.layout_pictures import PictureRows, draw_rows, save_picture
+from experiments.metrics.layout.layout_pictures import PictureRows, save_picture
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
@@ -108,7 +108,7 @@ def measure(
     if inputs is None:
         return results
     write_layouts(folder, inputs.layouts, inputs.vocabulary)
-    save_picture(folder / "layouts.png", draw_rows(pictures.rows, inputs.vocabulary))
+    save_picture(folder / "layouts.png", pictures.draw())
     return results | {"n_layouts": len(inputs), **inputs.provenance}
 
 

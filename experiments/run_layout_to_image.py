@@ -17,7 +17,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import save_with_settings
 from experiments.harness.layout_inputs import LayoutInputs, held_out_layouts, open_layouts
 from experiments.harness.report import progress
-from experiments.metrics.layout_pictures import PictureRow, draw_layout, draw_rows, save_picture
+from experiments.metrics.layout.layout_pictures import PictureRow, draw_layout, draw_rows, panel_size, save_picture
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -118,12 +118,15 @@ def measure(
         images.extend(batch["image"])
     if not is_main:
         return None
+    known = inputs.vocabulary
     for number, layout in enumerate(inputs.layouts):
         own = images[number :: len(inputs)]
         for seed, image in enumerate(own):
             save_with_settings(folder / "images" / f"{layout.name}_{seed}.png", image, batches.run)
-        save_picture(folder / f"{layout.name}.png", draw_rows([PictureRow(layout, own)], inputs.vocabulary))
-        save_picture(folder / f"{layout.name}_layout.png", draw_layout(layout, inputs.vocabulary))
+        beside = draw_rows([PictureRow(layout, own)], known.size, known.classes, known.palette)
+        save_picture(folder / f"{layout.name}.png", beside)
+        alone = draw_layout(layout.row, panel_size(known.size), known.classes, known.palette)
+        save_picture(folder / f"{layout.name}_layout.png", alone)
     write_layouts(folder, inputs.layouts, inputs.vocabulary)
     return {
         "n_layouts": len(inputs),

@@ -21,6 +21,7 @@ GOLDEN = 0.618  # of the colour circle, between the classes of successive number
 STRENGTH = 0.55  # of the colours of a map over its image
 MOST_LINES = 6  # of text below an item
 MOST_LABELS = 20  # in one panel, the largest first; the legend has all classes
+WIDEST = 0.7  # of a panel: longer names are cut
 LEAST_SHARE = 0.004  # of a panel: smaller segments get no label
 
 Color = tuple[int, int, int]
@@ -30,7 +31,8 @@ Pixels = np.ndarray  # (H, W, 3) uint8
 class Label(NamedTuple):
     """The name of a class at a place of a panel."""
 
-    number: int
+    text: str
+    color: Color  # behind the text
     left: float
     top: float
     area: float  # larger ones are drawn first; others where there is room
@@ -105,9 +107,10 @@ def draw_boxes(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Im
     for (left, top, right, bottom), number, is_crowd in zip(boxes, classes, crowd, strict=True):
         corners = sorted((left, right - 1)), sorted((top, bottom - 1))
         (x1, x2), (y1, y2) = corners
-        ink.rectangle((x1, y1, x2, y2), outline=class_color(number), width=1 if is_crowd else 2)
-        labels.append(Label(number, max(x1, 0), max(y1, 0), (x2 - x1) * (y2 - y1)))
-    write_labels(panel, labels, names)
+        text, color = class_name(number, names), class_color(number)
+        ink.rectangle((x1, y1, x2, y2), outline=color, width=1 if is_crowd else 2)
+        labels.append(Label(text, color, max(x1, 0), max(y1, 0), (x2 - x1) * (y2 - y1)))
+    write_labels(panel, labels)
     return panel
 
 
@@ -121,16 +124,16 @@ def draw_map(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Imag
         return None
     canvas, labels = pixels.astype(np.float64), []
     for each, number in class_of.items():
-        inside = segments == each
-        canvas[inside] += STRENGTH * (np.array(class_color(number)) - canvas[inside])
+        inside, color = segments == each, class_color(number)
+        canvas[inside] += STRENGTH * (np.array(color) - canvas[inside])
         if inside.mean() >= LEAST_SHARE:
-            labels.append(Label(number, *central_pixel(inside), float(inside.sum())))
+            labels.append(Label(class_name(number, names), color, *central_pixel(inside), float(inside.sum())))
     edges = np.zeros(segments.shape, bool)
     edges[1:] |= segments[1:] != segments[:-1]
     edges[:, 1:] |= segments[:, 1:] != segments[:, :-1]
     canvas[edges] = 0
     panel = Image.fromarray(canvas.round().astype(np.uint8))
-    write_labels(panel, labels, names)
+    write_labels(panel, labels)
     return panel
 
 
@@ -162,18 +165,31 @@ def central_pixel(inside: np.ndarray) -> tuple[float, float]:
     return float(columns[len(columns) // 2]), float(row)
 
 
-def write_labels(panel: Image.Image, labels: Sequence[Label], names: Sequence[str]) -> None:
-    """Writes the names of classes on a panel where they do not cover each other, those of larger regions first."""
+def write_labels(panel: Image.Image, labels: Sequence[Label]) -> None:
+    """Writes names on a panel where they do not cover each other, those of larger regions first, each at its place or
+    else just below or above; long ones are cut."""
     ink, font, taken = ImageDraw.Draw(panel), ImageFont.load_default(size=TEXT), []
     for label in sorted(labels, key=lambda each: -each.area)[:MOST_LABELS]:
-        text, color = class_name(label.number, names), class_color(label.number)
+        text = cut_text(label.text, WIDEST * panel.width)
         width, height = font.getlength(text) + 4, TEXT + 3
-        left, top = max(0, min(label.left, panel.width - width)), max(0, min(label.top, panel.height - height))
-        if any(left < x2 and x1 < left + width and top < y2 and y1 < top + height for x1, y1, x2, y2 in taken):
-            continue
-        taken.append((left, top, left + width, top + height))
-        ink.rectangle(taken[-1], fill=color)
-        ink.text((left + 2, top), text, text_color(color), font)
+        left = max(0, min(label.left, panel.width - width))
+        for shift in (0, height + 1, -height - 1):
+            top = max(0, min(label.top + shift, panel.height - height))
+            if not any(left < x2 and x1 < left + width and top < y2 and y1 < top + height for x1, y1, x2, y2 in taken):
+                taken.append((left, top, left + width, top + height))
+                ink.rectangle(taken[-1], fill=label.color)
+                ink.text((left + 2, top), text, text_color(label.color), font)
+                break
+
+
+def cut_text(text: str, width: float) -> str:
+    """Returns a text that is not wider than `width` pixels, with an ellipsis where it is cut."""
+    font = ImageFont.load_default(size=TEXT)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def draw_legend(counts: Counter[int], names: Sequence[str], width: int) -> Image.Image:

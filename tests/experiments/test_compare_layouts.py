@@ -98,7 +98,7 @@ def test_each_run_is_trained_measured_and_shown_once(logs, trained_names, monkey
     ]  # fmt: skip
     assert "real scenes" in out and "± " in out and "standard error" in out
     with Image.open(folder / "layouts.png") as picture:
-        assert picture.width == 12 + 5 * (128 + 12)  # the layout, three columns of samples, the real scenes
+        assert picture.width == 12 + 5 * (160 + 12)  # the layout, three columns of samples, the real scenes
     asked = [[part["boxes"] for part in parts] for key, parts in drawn.items() if key[0] == "map_0"]
     asked = [torch.cat([boxes[..., 0].sum(1) for boxes in parts]) for parts in asked]  # of left sides
     dataset, items = shapes.build(shapes.Config(), "val"), np.load(folder / "map_0.npz")["held_out"]
