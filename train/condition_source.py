@@ -41,6 +41,7 @@ class ConditionSource:
     class_frequencies: Tensor | None = None  # (n_classes,)
     held_out: BatchSource | None = None
     rows: tuple[Row, ...] = ()
+    metadata: tuple[str, ...] = ()  # those of `fields` that --metadata gives
 
     def __post_init__(self):
         check_rows(self.rows, self.fields, self.n_classes)
@@ -71,23 +72,29 @@ class ConditionSource:
 
     def held_out_items(self, indices: Sequence[int]) -> Tensor | None:
         """Returns the indices (B,) in the validation split of the items that gave the conditions `draw` returned for
-        these images; None if no item did, or if the rows have fields of their own beside the class."""
-        if self.held_out is None or any(row.keys() - {"label"} for row in self.rows):
+        these images, except for what `rows` give of the whole image: its label and metadata. None if no item did, or
+        if the rows have other fields."""
+        if self.held_out is None or any(row.keys() - {"label", *self.metadata} for row in self.rows):
             return None
         return torch.tensor([self.held_out.item_index(i % len(self.held_out)) for i in indices])
 
     def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
         """Returns fields of held-out items, cycled through; ValueError if they do not have one."""
         if self.held_out is None:
-            raise ValueError(f"got no {', '.join(names)} to sample with: pass them in a --condition_file")
+            raise ValueError(f"got no {', '.join(names)} to sample with: pass them in {self.where_to_pass(names)}")
         items = self.held_out[[i % len(self.held_out) for i in indices]]
         missing = sorted({*names} - {*items})
         if missing:
             raise ValueError(
                 f"held-out images have no {', '.join(missing)}: add them to the items of the data set or in the "
-                "function of --adapt, or pass --condition_file"
+                f"function of --adapt, or pass them in {self.where_to_pass(missing)}"
             )
         return {name: value for name, value in items.items() if name.removesuffix("_mask") in names or name in names}
+
+    def where_to_pass(self, names: Sequence[str]) -> str:
+        """Returns the flags that give fields of these names, for an error message."""
+        words = [f"{name}=..." for name in names if name in self.metadata]
+        return "a --condition_file" + (f", or as --metadata {' '.join(words)}" if words else "")
 
 
 def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:

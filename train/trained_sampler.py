@@ -110,6 +110,12 @@ class TrainedSampler:
         """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
         return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names)
 
+    @property
+    def metadata_fields(self) -> tuple[str, ...]:
+        """The fields of --conditions metadata; () without that condition."""
+        encoder = find_metadata(self.sampler.network)
+        return () if encoder is None else tuple(encoder.values)
+
     def with_metadata(self, rows: Sequence[Row], options: SamplingConfig, skip: Collection[str] = ()) -> list[Row]:
         """Returns rows of conditions with the values of --metadata, which override theirs.
 
@@ -153,7 +159,10 @@ class TrainedSampler:
                 reason = "the sampler has none" if frequencies is None else "they come with other held-out conditions"
                 raise ValueError(f"got class_sampling uniform for the classes, but {reason}: leave it out")
             frequencies = (frequencies > 0).double()
-        return ConditionSource(sampler.conditions, sampler.n_classes, frequencies, held_out).with_rows(rows)
+        source = ConditionSource(
+            sampler.conditions, sampler.n_classes, frequencies, held_out, metadata=self.metadata_fields
+        )
+        return source.with_rows(rows)
 
     def sample_batches(
         self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **keywords: Any

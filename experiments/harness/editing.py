@@ -205,7 +205,7 @@ def conditions_for(
     override those of the row. Without any condition, guidance is turned off. ValueError: a condition is missing.
     """
     fields, rows = trained.sampler.conditions, inputs.rows
-    source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)
+    source = ConditionSource(fields, trained.sampler.n_classes, metadata=trained.metadata_fields).with_rows(rows)
     conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
     conditions = trained.with_metadata(conditions, options)
     if labels is not None:

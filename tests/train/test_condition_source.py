@@ -57,6 +57,15 @@ def test_the_items_that_conditions_are_from_are_told():
     assert label_source().held_out_items([1]) is None
 
 
+def test_metadata_leave_conditions_those_of_held_out_items():
+    source = ConditionSource(("condition_image", "label", "light"), 20, None, HeldOut(), metadata=("light",))
+    night = source.with_values(light="night", label=2)
+    assert night.held_out_items([3, 4, 5, 6]).tolist() == [4, 2, 0, 3]
+    batch = night.draw(0, [3, 6])
+    assert batch["condition_image"].tolist() == [3, 1] and batch["light"] == ["night"] * 2
+    assert night.with_values(condition_image=1.0).held_out_items([1]) is None
+
+
 def test_rows_override_other_sources_field_by_field():
     rows = [{"words": "a"}, {"words": "b"}]
     source = ConditionSource(("words", "label"), 3, FREQUENCIES).with_rows(rows)
@@ -102,6 +111,11 @@ def test_fields_without_a_source_are_refused():
         ConditionSource(("words",)).draw(0, [0])
     with pytest.raises(ValueError, match="held-out images have no boxes"):
         ConditionSource(("boxes",), held_out=HeldOut()).draw(0, [0])
+    flag = "pass them in a --condition_file, or as --metadata light=..."
+    with pytest.raises(ValueError, match=f"got no boxes, light to sample with: {flag}$"):
+        ConditionSource(("boxes", "light"), metadata=("light",)).draw(0, [0])
+    with pytest.raises(ValueError, match=f"held-out images have no light: .* or {flag}$"):
+        ConditionSource(("light",), held_out=HeldOut(), metadata=("light",)).draw(0, [0])
 
 
 @pytest.fixture
