@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.class_names import class_index
 from train.data.formats import coco, layout_lines, panoptic
 from train.data.formats.categories import Categories
 from train.datasets import Dataset, Ragged
@@ -52,6 +53,8 @@ class LayoutVocabulary:
     palette: tuple[tuple[str, Color], ...]  # names of colours by number, and RGB; () if the data have none
     fields: tuple[str, ...]  # of a batch that the model reads, beside the class of the image
     size: tuple[int, int]  # height and width in pixels
+    n_classes: int = 0  # of the classes of whole images; 0 without
+    class_names: tuple[str, ...] = ()  # their names by number; () without
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -164,6 +167,8 @@ def read_entry(number: int, entry: Any, vocabulary: LayoutVocabulary) -> Item:
         fields = {"boxes": boxes, "box_class": read_numbers(entry, "classes", vocabulary.classes, "class", n)}
         if "colors" in entry:
             fields["box_color"] = read_numbers(entry, "colors", vocabulary.colors, "color", n)
+        if isinstance(entry.get("label"), str) and vocabulary.n_classes:
+            others["label"] = class_index(entry["label"], vocabulary.n_classes, vocabulary.class_names)
         return name, fields | others
 
 

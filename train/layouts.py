@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,15 +66,16 @@ def trained_vocabulary(trained: TrainedSampler, size: tuple[int, int] | None = N
     if not {"boxes", "panoptic"} & {*fields}:
         reads = ", ".join(trained.sampler.conditions) or "no conditions"
         raise ValueError(f"got layouts for {trained.run}, which reads {reads}: pass a run with boxes or segments")
-    return vocabulary_of(trained.dataset("val"), fields, size or trained.data.size)
+    vocabulary = vocabulary_of(trained.dataset("val"), fields, size or trained.data.size)
+    return replace(vocabulary, n_classes=trained.sampler.n_classes, class_names=trained.class_names)
 
 
 def read_layouts(path: str | Path, vocabulary: LayoutVocabulary) -> list[Layout]:
     """Reads the layouts in a file or a folder; each row has all fields of regions that the model reads.
 
     In a JSON list, boxes are fractions of the generated image, or pixels of an image of "size": [height, width]. An
-    entry may have "colors", a "name", and other fields of the model. FileNotFoundError, ValueError: there is nothing,
-    or it cannot be used; the message names the image.
+    entry may have "colors", a "name", a "label" (the number or name of the image's class), and other fields of the
+    model. FileNotFoundError, ValueError: there is nothing, or it cannot be used; the message names the image.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():

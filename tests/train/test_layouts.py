@@ -1,5 +1,6 @@
 """Layouts from files: every format gives the regions of its images, cropped as in training; odd files are refused."""
 
+import dataclasses
 import json
 import shutil
 from functools import cache
@@ -66,6 +67,16 @@ def test_a_list_has_boxes_classes_and_colors_in_its_order(tmp_path):
     assert first.row["box_class"].tolist() == [4, 1] and first.row["box_color"].tolist() == [4, 0]
     batch = collate([first.row, second.row])
     assert batch["boxes"].shape == (2, 2, 4) and batch["boxes_mask"].tolist() == [[True, True], [False, False]]
+
+
+def test_the_label_of_a_layout_is_a_number_or_a_name(tmp_path):
+    labels = ["hat", "2", 0, None]
+    path = save(tmp_path, [ENTRY | {"label": label} for label in labels])
+    vocabulary = dataclasses.replace(of_shapes(BOXES), n_classes=3, class_names=("bag", "hat", "2 shoes"))
+    assert [layout.row["label"] for layout in read_layouts(path, vocabulary)] == [1, 2, 0, None]
+    path = save(tmp_path, [ENTRY, ENTRY | {"label": "hats"}])
+    with pytest.raises(ValueError, match="layouts.json: layout 1: got label 'hats', did you mean 'hat'?"):
+        read_layouts(path, vocabulary)
 
 
 def test_pixels_of_a_stated_size_are_cropped_as_in_training(tmp_path):
