@@ -1,6 +1,7 @@
 """The layouts of images to generate: those in a file, or of held-out images; each gets several seeds."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,7 @@ def open_layouts(
         raise ValueError("got --layouts and --condition_file, whose rows are layouts, too: pass one of them")
     vocabulary = trained_vocabulary(trained, size)
     layouts = tuple(read_layouts(path, vocabulary)[:most])
-    source = trained.condition_source(options, skip=layouts[0].row)
-    source = source.with_rows([layout.row for layout in layouts])
-    return LayoutInputs(layouts, vocabulary, source, layouts_provenance(path))
+    return LayoutInputs(layouts, vocabulary, source_of(layouts, trained, options), layouts_provenance(path))
 
 
 def held_out_layouts(trained: TrainedSampler, options: SamplingConfig, count: int) -> LayoutInputs:
@@ -63,5 +62,10 @@ def held_out_layouts(trained: TrainedSampler, options: SamplingConfig, count: in
     images = ImageSource(trained.dataset("val"), data)
     indices = fixed_subset(len(images), count)
     layouts = tuple(Layout(f"val_{i:06d}", make_row(trained.conditions_of(images[i], i))) for i in indices)
-    source = trained.condition_source(options, skip=layouts[0].row)
-    return LayoutInputs(layouts, vocabulary, source.with_rows([layout.row for layout in layouts]), {})
+    return LayoutInputs(layouts, vocabulary, source_of(layouts, trained, options), {})
+
+
+def source_of(layouts: Sequence[Layout], trained: TrainedSampler, options: SamplingConfig) -> ConditionSource:
+    """Returns the source of the conditions of images that have these layouts in turn, and the metadata in `options`."""
+    rows = trained.with_metadata([layout.row for layout in layouts], options)
+    return trained.condition_source(options, skip=rows[0]).with_rows(rows)

@@ -25,12 +25,12 @@ QUICK = "--no_amp --device cpu --sample_steps 2 --batch_size 4"
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Runs of one step whose condition is a map of boxes with colours, and one of segments."""
+    """A run of one step whose conditions are a map of boxes with colours, and metadata; and one of segments."""
     logs = tmp_path_factory.mktemp("logs")
-    run = f"--logs_root {logs} --no_amp --train_steps 1 --steps_per_eval 0 --conditions layout"
+    run = f"--logs_root {logs} --no_amp --train_steps 1 --steps_per_eval 0"
     flags = DDPM.replace("--img_size 8", SHAPES)
-    call("train_sampler.py", f"{run} {flags} --layout_colors 6 --log_dir boxes")
-    call("train_sampler.py", f"{run} {flags} --layout_regions segments --log_dir segments")
+    call("train_sampler.py", f"{run} {flags} --conditions layout metadata --layout_colors 6 --log_dir boxes")
+    call("train_sampler.py", f"{run} {flags} --conditions layout --layout_regions segments --log_dir segments")
     return logs
 
 
@@ -97,6 +97,26 @@ def test_several_seeds_are_drawn_of_each_layout(logs, file, conditions, capsys):
     assert len(read_samples(logs / "seeds" / "samples.npz")["image"]) == 6
     assert json.loads((logs / "seeds" / "results.json").read_text())["n_layouts"] == 3
     assert "3 layouts: " in capsys.readouterr().out
+
+
+def test_layouts_are_drawn_with_the_metadata_that_are_given(logs, file, tmp_path, conditions):
+    sample(logs, f"--layouts {file} --metadata light=night --n_samples 3 --log_dir night")
+    assert classes_of_batches(conditions) == [[0], [4, 5], []]
+    assert conditions[0]["light"] == ["night"] * 3 and conditions[0]["camera"] == ["unknown"] * 3
+    file.write_text(json.dumps([layout | {"camera": "CAM_BACK"} for layout in LAYOUTS]))
+    sample(logs, f"--layouts {file} --metadata light=night --n_samples 3 --log_dir back")
+    assert conditions[-1]["light"] == ["night"] * 3 and conditions[-1]["camera"] == ["CAM_BACK"] * 3
+    flags = f"{logs / 'boxes'} --output_dir {tmp_path / 'held'} {QUICK} --n_images 2 --n_seeds 1"
+    run_layouts(f"{flags} --metadata light=night")
+    assert conditions[-1]["light"] == ["night"] * 2 and "unknown" not in conditions[-1]["camera"]
+
+
+def test_with_metadata_layouts_are_still_those_of_items(logs, conditions):
+    sample(logs, "--metadata light=night --n_samples 3 --log_dir items")
+    dataset, items = shapes.build(shapes.Config(), "val"), np.load(logs / "items" / "samples.npz")["held_out"]
+    assert classes_of_batches(conditions) == [dataset[int(item)]["box_class"].tolist() for item in items]
+    assert conditions[0]["light"] == ["night"] * 3
+    assert conditions[0]["camera"] == [dataset[int(item)]["camera"] for item in items]
 
 
 def test_a_folder_with_other_layouts_is_refused(logs, file, tmp_path, capfd):
