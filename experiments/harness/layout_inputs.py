@@ -55,8 +55,10 @@ def open_layouts(
 def held_out_layouts(trained: TrainedSampler, options: SamplingConfig, count: int) -> LayoutInputs:
     """Returns the layouts of a fixed random subset of `count` held-out images, with all that the model reads of them.
 
-    ValueError for a model that reads no regions.
+    ValueError for a model that reads no regions, or if `options` name a --condition_file.
     """
+    if options.condition_file is not None:
+        raise ValueError("got --condition_file, but layouts come from --layouts, or from held-out images: leave it out")
     vocabulary = trained_vocabulary(trained)
     data = dataclasses.replace(trained.data.without_augmentation, in_memory=False, cache_images=False)
     images = ImageSource(trained.dataset("val"), data)

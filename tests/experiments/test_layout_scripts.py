@@ -134,6 +134,9 @@ def test_layouts_that_cannot_be_drawn_leave_no_folder(logs, file, capfd):
     flags = f"--logs_root {logs} --load_dir boxes {QUICK} --log_dir odd"
     wrong = f"{flags} --layouts {file}"
     assert "pass one of them" in refused(capfd, "get_samples", f"{wrong} --condition_file rows.json")
+    assert "got --condition_file, but layouts" in refused(
+        capfd, "run_layout_to_image", f"{flags} --condition_file a.csv"
+    )
     with pytest.raises(SystemExit) as stop:
         sample(logs, "--n_seeds 3 --log_dir odd")
     assert stop.value.code == 2 and "got n_seeds 3 without layouts" in capfd.readouterr().err
