@@ -42,7 +42,7 @@ class SamplesConfig:
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
-    EVERYDAY = ("n_samples", "layouts", "n_seeds", "label", "save_individually", "save_process")
+    EVERYDAY = ("n_samples", "layouts", "label", "save_process")
     RANGES = {"n_samples": COUNT, "n_seeds": COUNT, "label": NOT_NEGATIVE}
 
     def __post_init__(self):
