@@ -30,7 +30,7 @@ $(VENV)/dev: $(VENV)/extra requirements-dev.txt
 	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --no-build-isolation natten || echo "natten could not be installed: everything runs without it"
 	touch $@
 
-demo: $(VENV)/core  ## train both stages on handwritten digits, sample, evaluate (5 minutes on 2 CPU cores with bfloat16, about 15 without)
+demo: $(VENV)/core  ## train both stages on handwritten digits, sample, evaluate (5 to 10 minutes on 2 CPU cores with bfloat16, about 15 without)
 	$(RUN) train_vqgan.py
 	$(RUN) train_sampler.py --sampler absorbing
 	$(RUN) experiments/get_samples.py

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.harness.layout_edits import EditedLayout, Layout, LayoutNames, Region, check_box
 from experiments.metrics.contact_sheet import class_color
-from experiments.page_components import SIDE, Settings, add_results, show_errors
+from experiments.page_components import SIDE, Results, Settings, add_results, show_errors
 from experiments.playground import Playground, enlarge_to_picture
 
 CANVAS_SCRIPT = Path(__file__).with_name("layout_canvas.js")
@@ -78,6 +78,54 @@ def read_canvas(text: str, before: Layout, names: LayoutNames) -> EditedLayout:
     return EditedLayout(before, tuple(regions))
 
 
+@dataclass(frozen=True)
+class Handlers:
+    """What the buttons of the tab do, and what another run does to it: updates of components."""
+
+    settings: Settings
+    results: Results
+
+    def sample_layout(self, text: str, scenes: list[Scene], number: int, *values: Any) -> list:
+        with show_errors():
+            play, request = self.settings.read(*values)
+            layout = read_canvas(text, scenes[number].layout, play.layout_names).after
+            batch = play.sample(replace(request, layout=layout))
+            drawn = [Scene(image, layout) for image in batch["image"]]
+            gallery = self.results.show(play, request, batch, kind="_layout")
+            return [*gallery, request.seed, canvas_content(play, drawn[0]), drawn, 0]
+
+    def edit_layout(self, text: str, scenes: list[Scene], number: int, *values: Any) -> list:
+        with show_errors():
+            play, request = self.settings.read(*values)
+            image, before = scenes[number]
+            if image is None:
+                raise ValueError(f"there is no image to edit: draw boxes, and press {SAMPLE}")
+            layout = read_canvas(text, before, play.layout_names)
+            batch = play.edit_layout(request, image, layout)
+            drawn = [scenes[number], *(Scene(each, layout.after) for each in batch["image"])]
+            first = (enlarge_to_picture(image, SIDE), "before")
+            gallery = self.results.show(play, request, batch, (first,), "_edited")
+            return [*gallery, request.seed, canvas_content(play, drawn[1]), drawn, 1]
+
+    def take_layout(self, *values: Any) -> list:
+        with show_errors():
+            play, request = self.settings.read(*values)
+            scene = Scene(None, play.draw_layout(request.seed))
+            return [canvas_content(play, scene), [scene], 0, request.seed]
+
+    def clear_layout(self, run: str, step: int | str) -> list:
+        return [canvas_content(self.settings.runs.open(run, step), Scene()), [Scene()], 0]
+
+    def pick_run(self, run: str, last_choice: str) -> list:
+        import gradio as gr
+
+        if run == last_choice:
+            return [gr.skip()] * 6
+        play = self.settings.runs.open(run)
+        there = gr.update(visible=play.layout_names is not None)
+        return [there, gr.update(visible=False), canvas_content(play, Scene()), [Scene()], 0, run]
+
+
 def add_layout_tab(settings: Settings, loaded: Any) -> None:
     """Adds the tab, which is there for models that read boxes; `loaded` is the event of another run."""
     import gradio as gr
@@ -100,57 +148,20 @@ def add_layout_tab(settings: Settings, loaded: Any) -> None:
     scenes, number = gr.State([Scene()]), gr.State(0)  # those in the gallery, and which of them the canvas shows
     last_choice = gr.State(settings.run.value)
 
-    def sample_layout(text: str, scenes: list[Scene], number: int, *values: Any) -> list:
-        with show_errors():
-            play, request = settings.read(*values)
-            layout = read_canvas(text, scenes[number].layout, play.layout_names).after
-            batch = play.sample(replace(request, layout=layout))
-            drawn = [Scene(image, layout) for image in batch["image"]]
-            gallery = results.show(play, request, batch, kind="_layout")
-            return [*gallery, request.seed, canvas_content(play, drawn[0]), drawn, 0]
-
-    def edit_layout(text: str, scenes: list[Scene], number: int, *values: Any) -> list:
-        with show_errors():
-            play, request = settings.read(*values)
-            image, before = scenes[number]
-            if image is None:
-                raise ValueError(f"there is no image to edit: draw boxes, and press {SAMPLE}")
-            layout = read_canvas(text, before, play.layout_names)
-            batch = play.edit_layout(request, image, layout)
-            drawn = [scenes[number], *(Scene(each, layout.after) for each in batch["image"])]
-            first = (enlarge_to_picture(image, SIDE), "before")
-            gallery = results.show(play, request, batch, (first,), "_edited")
-            return [*gallery, request.seed, canvas_content(play, drawn[1]), drawn, 1]
-
-    def take_layout(*values: Any) -> list:
-        with show_errors():
-            play, request = settings.read(*values)
-            scene = Scene(None, play.draw_layout(request.seed))
-            return [canvas_content(play, scene), [scene], 0, request.seed]
-
-    def clear_layout(run: str, step: int | str) -> list:
-        return [canvas_content(settings.runs.open(run, step), Scene()), [Scene()], 0]
-
     def select_image(scenes: list[Scene], run: str, step: int | str, event: gr.SelectData) -> list:
         return [canvas_content(settings.runs.open(run, step), scenes[event.index]), event.index]
 
-    def pick_run(run: str, last_choice: str) -> list:
-        if run == last_choice:
-            return [gr.skip()] * 6
-        play = settings.runs.open(run)
-        there = gr.update(visible=play.layout_names is not None)
-        return [there, gr.update(visible=False), canvas_content(play, Scene()), [Scene()], 0, run]
-
+    handlers = Handlers(settings, results)
     inputs, outputs, model = [regions, scenes, number, *settings.inputs], [content, scenes, number], settings.inputs[:2]
     show = {"fn": None, "inputs": content, "outputs": None, "js": SHOW}
-    for button, draw in ((sample_button, sample_layout), (edit_button, edit_layout)):
+    for button, draw in ((sample_button, handlers.sample_layout), (edit_button, handlers.edit_layout)):
         results.fill_on(button, draw, inputs, settings.seed, *outputs, js=READ).success(**show)
     quietly = {"show_progress": "hidden", "api_visibility": "private"}
-    take.click(take_layout, settings.inputs, [*outputs, settings.seed], **quietly).success(**show)
-    clear.click(clear_layout, model, outputs, **quietly).success(**show)
+    take.click(handlers.take_layout, settings.inputs, [*outputs, settings.seed], **quietly).success(**show)
+    clear.click(handlers.clear_layout, model, outputs, **quietly).success(**show)
     results.gallery.select(select_image, [scenes, *model], [content, number], **quietly).success(**show)
     switched = loaded.success(
-        pick_run, [settings.run, last_choice], [tab, results.area, *outputs, last_choice], **quietly
+        handlers.pick_run, [settings.run, last_choice], [tab, results.area, *outputs, last_choice], **quietly
     )
     switched.success(**show)
     tab.select(**show)

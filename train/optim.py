@@ -63,7 +63,8 @@ def is_selected(name: str, prefixes: Sequence[str]) -> bool:
     parts = name.split(".")
 
     def matches(prefix: list[str]) -> bool:
-        return len(prefix) <= len(parts) and all(a in ("*", b) for a, b in zip(prefix, parts, strict=False))
+        first = parts[: len(prefix)]
+        return len(first) == len(prefix) and all(a in ("*", b) for a, b in zip(prefix, first, strict=True))
 
     return not prefixes or any(matches(prefix.split(".")) for prefix in prefixes)
 

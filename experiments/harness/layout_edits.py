@@ -127,11 +127,11 @@ def read_layout(row: Row) -> Layout:
     if missing := [name for name in FIELDS[:2] if name not in row]:
         raise ValueError(f"got {', '.join(row) or 'nothing'} as conditions, wanted {' and '.join(missing)} as well")
     boxes = collate_field("boxes", [row["boxes"]])["boxes"].reshape(-1, 4).tolist()
-    fields = [torch.as_tensor(row[name]).tolist() for name in FIELDS[1:] if name in row]
-    if {len(field) for field in fields} != {len(boxes)}:
-        lengths = ", ".join(f"{len(field)} of {name}" for name, field in zip(FIELDS[1:], fields, strict=False))
+    fields = {name: torch.as_tensor(row[name]).tolist() for name in FIELDS[1:] if name in row}
+    if {len(field) for field in fields.values()} != {len(boxes)}:
+        lengths = ", ".join(f"{len(field)} of {name}" for name, field in fields.items())
         raise ValueError(f"got {len(boxes)} boxes and {lengths}, wanted as many of each")
-    return tuple(Region(tuple(box), *numbers) for box, *numbers in zip(boxes, *fields, strict=True))
+    return tuple(Region(tuple(box), *numbers) for box, *numbers in zip(boxes, *fields.values(), strict=True))
 
 
 def layout_fields(layout: Layout, colors: bool) -> Row:

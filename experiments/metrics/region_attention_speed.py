@@ -90,7 +90,7 @@ def attend_object_by_object(
         for rows, columns in objects:
             count[rows, columns] += 1
         mixed = source + layer.prompt(prompt_map(own, objects, count)) if together else source
-        for prompt, (rows, columns) in zip(own, objects, strict=False):
+        for prompt, (rows, columns) in zip(own[: len(objects)], objects, strict=True):  # the rest is padding
             part = mixed[rows, columns] if together else mixed[rows, columns] + layer.prompt(prompt)
             total[rows, columns] += attend(layer, part)
         images.append(torch.where(count > 0, total / count.clamp(min=1), attend(layer, source)))
@@ -100,7 +100,7 @@ def attend_object_by_object(
 def prompt_map(prompts: Tensor, objects: Sequence[Slices], count: Tensor) -> Tensor:
     """Returns the mean of the prompts (R, D) of the objects in each cell, count (h, w, 1) of them: (h, w, D)."""
     total = prompts.new_zeros(*count.shape[:2], prompts.shape[-1])
-    for prompt, (rows, columns) in zip(prompts, objects, strict=False):
+    for prompt, (rows, columns) in zip(prompts[: len(objects)], objects, strict=True):
         total[rows, columns] += prompt
     return total / count.clamp(min=1)
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.metrics.layout import crop_classifier, judges, obedience, scene_network
+from experiments.metrics.layout import obedience
 from helpers.tiny_runs import DDPM, call
 from train.data.transforms import to_item
 from train.datasets import shapes
 from train.trained_sampler import TrainedSampler
 
+pytestmark = pytest.mark.usefixtures("tiny_judges")
 SCRIPT = "experiments/calc_layout.py"
 SHAPES = "--dataset shapes --img_size 16 --shapes_count 40"
 GREY = "def grey(item):\n    return {'image': item['image'], 'condition_image': item['image'][:1]}\n"
@@ -22,14 +23,6 @@ GREY = "def grey(item):\n    return {'image': item['image'], 'condition_image': 
 def logs(tmp_path_factory):
     """A folder for runs and judges, which are trained once."""
     return tmp_path_factory.mktemp("logs")
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setattr(crop_classifier, "RECIPE", crop_classifier.RECIPE._replace(steps=3, batch_size=16))
-    monkeypatch.setattr(scene_network, "RECIPE", scene_network.RECIPE._replace(steps=3, batch_size=8))
-    monkeypatch.setattr(obedience, "CAS_RECIPE", obedience.CAS_RECIPE._replace(steps=2, batch_size=16))
-    monkeypatch.setattr(judges, "SCENES", 40)
 
 
 def measure(logs: Path, flags: str, name: str) -> dict:

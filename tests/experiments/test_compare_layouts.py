@@ -12,7 +12,7 @@ from PIL import Image
 
 from experiments import compare_layouts
 from experiments.compare_layouts import Comparison, accuracy_of, compare_arms, table_rows
-from experiments.metrics.layout import arms, crop_classifier, judges, obedience, scene_network
+from experiments.metrics.layout import arms, judges
 from experiments.metrics.layout.arms import ARMS, Bench, count_seeds, match_parameters, ordered_runs
 from helpers.tiny_runs import ROOT, call, parse_config
 from train.config import DataConfig, SamplingConfig
@@ -22,6 +22,7 @@ from train.distributed import DistContext
 from train.samplers import ddpm
 from train.trained_sampler import TrainedSampler
 
+pytestmark = pytest.mark.usefixtures("tiny_judges")
 SCRIPT = "experiments/compare_layouts.py"
 DATA = "--dataset shapes --img_size 16 --shapes_count 24"
 TINY = (
@@ -35,14 +36,6 @@ TINY = (
 def logs(tmp_path_factory):
     """A folder for runs and judges, which are trained once."""
     return tmp_path_factory.mktemp("logs")
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setattr(crop_classifier, "RECIPE", crop_classifier.RECIPE._replace(steps=3, batch_size=16))
-    monkeypatch.setattr(scene_network, "RECIPE", scene_network.RECIPE._replace(steps=3, batch_size=8))
-    monkeypatch.setattr(obedience, "CAS_RECIPE", obedience.CAS_RECIPE._replace(steps=2, batch_size=16))
-    monkeypatch.setattr(judges, "SCENES", 24)
 
 
 @pytest.fixture

@@ -8,20 +8,6 @@ import torch
 
 from experiments.harness.images import read_samples
 from helpers.tiny_runs import call
-from train.trained_sampler import TrainedSampler
-
-
-@pytest.fixture
-def conditions(monkeypatch):
-    """The raw conditions of every sampled batch."""
-    batches, draw = [], TrainedSampler.draw
-
-    def record(model, indices, seed, options, conditions, **kwargs):
-        batches.append(conditions)
-        return draw(model, indices, seed, options, conditions, **kwargs)
-
-    monkeypatch.setattr(TrainedSampler, "draw", record)
-    return batches
 
 
 def sample(logs, flags):

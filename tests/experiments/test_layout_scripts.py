@@ -12,7 +12,6 @@ from helpers.tiny_runs import DDPM, call
 from train.datasets import shapes
 from train.layout_files import vocabulary_of
 from train.layouts import read_layouts
-from train.trained_sampler import TrainedSampler
 
 SHAPES = "--dataset shapes --img_size 16 --shapes_count 40"
 LAYOUTS = [
@@ -39,19 +38,6 @@ def file(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(LAYOUTS))
     return path
-
-
-@pytest.fixture
-def conditions(monkeypatch):
-    """The raw conditions of every sampled batch."""
-    batches, draw = [], TrainedSampler.draw
-
-    def record(model, indices, seed, options, conditions, **kwargs):
-        batches.append(conditions)
-        return draw(model, indices, seed, options, conditions, **kwargs)
-
-    monkeypatch.setattr(TrainedSampler, "draw", record)
-    return batches
 
 
 def sample(logs, flags):

@@ -27,19 +27,6 @@ def logs(tmp_path_factory):
     return logs
 
 
-@pytest.fixture
-def conditions(monkeypatch):
-    """The raw conditions of every sampled batch."""
-    batches, draw = [], TrainedSampler.draw
-
-    def record(model, indices, seed, options, conditions, **kwargs):
-        batches.append(conditions)
-        return draw(model, indices, seed, options, conditions, **kwargs)
-
-    monkeypatch.setattr(TrainedSampler, "draw", record)
-    return batches
-
-
 def script(logs, name, flags):
     call(f"experiments/{name}.py", f"--logs_root {logs} {SAMPLING} {flags}")
 
