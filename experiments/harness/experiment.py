@@ -335,9 +335,7 @@ def open_results_folder(
         folder = choose_results_folder(output.logs_root, output.log_dir, default, config, provenance, setup.identity)
     folder = broadcast_object(world, folder)
     if samples and any(world.any(world.is_main and is_new(folder))):
-        source = setup.source
-        if source is None:
-            source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
+        source = setup.source or loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     with ExitStack() as stack:
