@@ -6,10 +6,11 @@ import yaml
 
 from helpers.run_asserts import assert_equal_bits, lines, weights
 from helpers.tiny_runs import GAN, VQGAN, call
-from train import vqgan
+from train import first_stage, vqgan
 from train.config import TrainingConfig
 from train.distributed import DistContext
 from train.execution import uses_channels_last
+from train.first_stage import suits_channels_last
 from train.vqgan import choose_memory_format
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -45,6 +46,13 @@ def test_the_rule_of_a_vqgan(device, amx, settings, origin, expected, monkeypatc
 def test_narrow_networks_stay_contiguous_on_cpus(device, nf, expected, monkeypatch):
     monkeypatch.setattr(vqgan, "has_amx", lambda device: True)
     assert choose_memory_format(TrainingConfig(**HALF), DistContext(device), nf).channels_last == expected
+
+
+@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize(("amx", "nf"), [(True, 31), (True, 32), (False, 31)])
+def test_narrow_first_stages_stay_contiguous_with_amx(amx, nf, amp, monkeypatch):
+    monkeypatch.setattr(first_stage, "has_amx", lambda device: amx)
+    assert suits_channels_last(CPU, amp, nf) == (not amx or not amp or nf >= 32)
 
 
 def test_one_process_without_amx_decides_for_all(monkeypatch):
