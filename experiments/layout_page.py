@@ -24,6 +24,7 @@ SHOW = "scene => { customElements.get('layout-canvas').show(scene) }"
 READ = "(regions, ...others) => [document.querySelector('layout-canvas').regions, ...others]"
 COLUMNS = 3  # of the gallery
 SAMPLE, EDIT = "Sample this layout", "Edit the image"
+NO_BOXES = "This run reads no boxes. Choose one that was trained with `--conditions boxes`, `objects` or `layout`."
 HELP = (
     "Drag on the canvas to draw a box; drag a box to move it, a corner of it to resize it. Then sample images of these "
     "boxes, and edit them: where boxes move, come, go or change, the image is drawn anew, and the rest is kept."
@@ -120,29 +121,36 @@ class Handlers:
         import gradio as gr
 
         if run == last_choice:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 7
         play = self.settings.runs.open(run)
-        there = gr.update(visible=play.layout_names is not None)
-        return [there, gr.update(visible=False), canvas_content(play, Scene()), [Scene()], 0, run]
+        reads = play.layout_names is not None
+        areas = [gr.update(visible=visible) for visible in (reads, not reads, False)]
+        return [*areas, canvas_content(play, Scene()), [Scene()], 0, run]
 
 
 def add_layout_tab(settings: Settings, loaded: Any) -> None:
-    """Adds the tab, which is there for models that read boxes; `loaded` is the event of another run."""
+    """Adds the tab, with a canvas for models that read boxes; `loaded` is the event of another run."""
     import gradio as gr
 
     play = settings.runs.current
-    with gr.Tab("Layout", visible=play.layout_names is not None) as tab:
-        gr.Markdown(HELP)
-        with gr.Row():
-            with gr.Column(min_width=400):
-                gr.HTML("<layout-canvas></layout-canvas>")
-                with gr.Row():
-                    sample_button = gr.Button(SAMPLE, variant="primary", min_width=120)
-                    edit_button = gr.Button(EDIT, variant="primary", min_width=120)
-                with gr.Row():
-                    take, clear = gr.Button("A layout of the data", min_width=120), gr.Button("Clear", min_width=120)
-            with gr.Column(min_width=320):
-                results = add_results(COLUMNS)
+    reads = play.layout_names is not None
+    with gr.Tab("Layout") as tab:
+        message = gr.Markdown(NO_BOXES, visible=not reads)
+        with gr.Column(visible=reads) as area:
+            gr.Markdown(HELP)
+            with gr.Row():
+                with gr.Column(min_width=400):
+                    gr.HTML("<layout-canvas></layout-canvas>")
+                    with gr.Row():
+                        sample_button = gr.Button(SAMPLE, variant="primary", min_width=120)
+                        edit_button = gr.Button(EDIT, variant="primary", min_width=120)
+                    with gr.Row():
+                        take, clear = (
+                            gr.Button("A layout of the data", min_width=120),
+                            gr.Button("Clear", min_width=120),
+                        )
+                with gr.Column(min_width=320):
+                    results = add_results(COLUMNS)
     content = gr.JSON(canvas_content(play, Scene()), visible=False)  # of the canvas, when it was shown
     regions = gr.Textbox(visible=False)  # its boxes, which READ fills in
     scenes, number = gr.State([Scene()]), gr.State(0)  # those in the gallery, and which of them the canvas shows
@@ -161,7 +169,7 @@ def add_layout_tab(settings: Settings, loaded: Any) -> None:
     clear.click(handlers.clear_layout, model, outputs, **quietly).success(**show)
     results.gallery.select(select_image, [scenes, *model], [content, number], **quietly).success(**show)
     switched = loaded.success(
-        handlers.pick_run, [settings.run, last_choice], [tab, results.area, *outputs, last_choice], **quietly
+        handlers.pick_run, [settings.run, last_choice], [area, message, results.area, *outputs, last_choice], **quietly
     )
     switched.success(**show)
     tab.select(**show)

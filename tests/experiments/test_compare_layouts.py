@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,15 @@ def test_the_arms_of_the_preset_have_equal_networks(monkeypatch, tmp_path):
     assert bench.count(wide, runs["none"].space) > 1.3 * counts["none"]  # without narrower levels
     with pytest.raises(ValueError, match=r"got box_tokens 1,\d{3},\d{3} parameters, wanted"):
         arms.check_parameters({"none": counts["none"], "box_tokens": 1_000_000}, counts["none"], 0.05)
+
+
+def test_transformers_of_codes_join_the_map_that_a_unet_takes_in_its_decoder(monkeypatch, tmp_path):
+    bench = preset_bench(monkeypatch, tmp_path)
+    of_unet, of_codes = (
+        settings(bench.sampler, ARMS["map_decoder"], bench.train_images.dataset, *sizes)(32).condition_options
+        for settings, sizes in ((arms.pixel_settings, ()), (arms.code_settings, (2, 2)))
+    )
+    assert of_unet.layout_into == "decoder" and of_codes == replace(of_unet, layout_into="input")
 
 
 def test_the_nearest_number_of_parameters_is_chosen():

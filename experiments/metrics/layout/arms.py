@@ -46,12 +46,15 @@ ARMS: dict[str, Arm] = {  # where objects have colours, every condition has them
     "none": Arm(),
     "class_map": Arm(("layout",), {"layout_places": False}),
     "map": Arm(("layout",)),
+    "map_decoder": Arm(("layout",), {"layout_into": "decoder"}),
     "mean_prompt": Arm(("objects",), network=REGIONS | {"overlap": "mean_prompt"}),
     "per_object": Arm(("objects",), network=REGIONS),
     "per_object_places": Arm(("objects",), network=REGIONS | {"region_places": True}),
     "box_tokens": Arm(("boxes",), network=TOKENS),
+    "box_tokens_gated": Arm(("boxes",), {"boxes_gated": True}),
     "location_words": Arm(("location_words",), {"location_words_grid": (16, 16)}, TOKENS),
 }
+UNET_OPTIONS = ("layout_into",)  # of conditions; transformers of codes have none of them
 REFERENCE = "none"  # whose number of parameters all others have
 WIDEST = 1024  # of a transformer
 DEFAULT_STEPS = 20  # of sampling codes
@@ -102,7 +105,8 @@ def code_settings(
 ) -> Callable[[int], SamplerConfig]:
     """Returns a function from the width of a transformer to the settings of an arm on codes."""
     shared = {each.name: getattr(sampler, each.name) for each in fields(ConditionsConfig)}
-    shared |= {"sampler": "absorbing", **condition_settings(arm, dataset)}
+    options = {name: value for name, value in arm.options.items() if name not in UNET_OPTIONS}
+    shared |= {"sampler": "absorbing", **condition_settings(arm._replace(options=options), dataset)}
     settings = absorbing.Config(**shared, bert_n_emb=heads, bert_n_head=heads, bert_n_layers=layers)
     return lambda width: replace(with_declared_values(settings, dataset), bert_n_emb=width)
 
