@@ -175,6 +175,7 @@ def test_boxes_are_relabelled_removed_and_resized(tab):
 @in_browser
 def test_the_canvas_is_there_for_models_of_boxes_only(tab):
     canvas, message = tab.locator("layout-canvas"), tab.get_by_text("This run reads no boxes")
+    turn_to(tab, "Layout")
     canvas.wait_for()
     assert not message.is_visible()
     choose(tab, "run", "ddpm_digits")
