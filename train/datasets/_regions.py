@@ -190,6 +190,18 @@ def make_map(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
     return tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype))
 
 
+def class_map_fields(numbers: np.ndarray, segments: bool) -> dict[str, Any]:
+    """Returns the fields of a map of class numbers (H, W) uint8, 255 where there is none; with `segments` also those of
+    a segment for each class, which conditions of regions read. It does not part two things of a class."""
+    fields: dict[str, Any] = {"semantic": make_map(numbers, torch.uint8)}
+    if segments:
+        present = np.unique(numbers[numbers != UNLABELLED]).astype(np.int64)
+        ids = np.where(numbers == UNLABELLED, 0, numbers.astype(np.int32) + 1)
+        segment_fields = {"segment_id": Ragged(present + 1), "segment_class": Ragged(present)}
+        fields |= {"panoptic": make_map(ids, torch.int32), **segment_fields}
+    return fields
+
+
 def box_fields(boxes: Any, classes: Any, size: tuple[int, int], ids: Any = None) -> dict[str, Any]:
     """Returns the fields of n boxes in pixels, with their classes; the ids are 1 to n unless given."""
     n = len(boxes)

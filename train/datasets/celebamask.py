@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from train.data.formats.categories import Categories
 from train.data.sides import Sides
 from train.datasets import check_split, data_root, require_readable
 from train.datasets._pairs import AnnotationFiles, Pairs, RegionConfig, list_files, pair_split, select_split
-from train.datasets._regions import MAP_SUFFIXES, UNLABELLED, RegionDataset, make_map, naming, read_map
+from train.datasets._regions import MAP_SUFFIXES, UNLABELLED, RegionDataset, naming, read_map, class_map_fields
 from train.datasets.folder import SUFFIXES
 from train.datasets.semantic import number_levels
 
@@ -38,28 +37,34 @@ class Config(RegionConfig):
     """Folder of the images, relative to data_dir; val_fraction of them is held out."""
     mask_dir: str = "CelebAMask-HQ-mask-anno"
     """Folder of the parts or the maps, relative to data_dir; it may be that of the images."""
+    semantic_segments: bool = False
+    """Also give each class of a map as a segment, which --conditions objects, and layout with --layout_regions
+    segments, read."""
 
     EVERYDAY = ("mask_dir",)
 
 
 class FaceImages(RegionDataset):
-    """A `Dataset` of faces with a map of their parts, read from maps, or from `parts`: the files of each face."""
+    """A `Dataset` of faces with a map of their parts, read from maps, or from `parts`: the files of each face. With
+    `segments`, each part is also a segment."""
 
     sides = SIDES
 
-    def __init__(self, *args: Any, parts: Sequence[dict[int, str]] | None = None, **options: Any):
-        super().__init__(*args, **options)
-        self.parts = parts
+    def __init__(
+        self, *args: Any, parts: Sequence[dict[int, str]] | None = None, segments: bool = False, **options: Any
+    ):
+        super().__init__(*args, context=("segments",) if segments else (), **options)
+        self.parts, self.segments = parts, segments
         if parts is not None:
             self.files = [name for own in parts for name in own.values()]
 
     def annotations(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         if self.parts is not None:
-            return {"semantic": make_map(self.merge_parts(index, size), torch.uint8)}
+            return class_map_fields(self.merge_parts(index, size), self.segments)
         path = self.root / self.files[index]
         levels = read_map(path, size, self.max_pixels)
         with naming(path):
-            return {"semantic": make_map(number_levels(levels, CATEGORIES, (UNLABELLED,)), torch.uint8)}
+            return class_map_fields(number_levels(levels, CATEGORIES, (UNLABELLED,)), self.segments)
 
     def merge_parts(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """Returns the numbers of the parts (H, W) uint8 of a face: 0 is the background."""
@@ -85,6 +90,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> FaceImages:
         CATEGORIES,
         split,
         parts=[parts_of[face_number(name)] for name in pairs.images] if parts_of else None,
+        segments=config.semantic_segments,
         max_pixels=config.max_pixels,
         n_channels=n_channels,
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from train.data.formats.categories import Categories
 from train.datasets import check_split, data_root, require_readable
@@ -20,10 +19,10 @@ from train.datasets._regions import (
     UNLABELLED,
     ClassListConfig,
     RegionDataset,
-    make_map,
     naming,
     read_categories,
     read_map,
+    class_map_fields,
 )
 
 HIGHEST_LEVEL = 65535
@@ -41,23 +40,26 @@ class Config(ClassListConfig):
     """What names of maps end in, before the suffix, such as _gtFine_labelTrainIds."""
     unlabelled: tuple[int, ...] = (255,)
     """Levels of pixels without a class."""
+    semantic_segments: bool = False
+    """Also give each class of a map as a segment, which --conditions objects, and layout with --layout_regions
+    segments, read."""
 
     EVERYDAY = ("mask_dir", "categories", "unlabelled")
     RANGES = {**ClassListConfig.RANGES, "unlabelled": "[0, 65535]"}
 
 
 class SemanticImages(RegionDataset):
-    """A `Dataset` of images with a map of class numbers, 255 where there is none."""
+    """A `Dataset` of images with a map of class numbers, 255 where there is none, and perhaps its `segments`."""
 
-    def __init__(self, *args: Any, unlabelled: Sequence[int] = (), **options: Any):
-        super().__init__(*args, context=(tuple(unlabelled),), **options)
-        self.unlabelled = tuple(unlabelled)
+    def __init__(self, *args: Any, unlabelled: Sequence[int] = (), segments: bool = False, **options: Any):
+        super().__init__(*args, context=(tuple(unlabelled), *(["segments"] if segments else [])), **options)
+        self.unlabelled, self.segments = tuple(unlabelled), segments
 
     def annotations(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         path = self.root / self.files[index]
         levels = read_map(path, size, self.max_pixels)
         with naming(path):
-            return {"semantic": make_map(number_levels(levels, self.categories, self.unlabelled), torch.uint8)}
+            return class_map_fields(number_levels(levels, self.categories, self.unlabelled), self.segments)
 
 
 def number_levels(levels: np.ndarray, categories: Categories, unlabelled: Sequence[int] = ()) -> np.ndarray:
@@ -107,6 +109,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> SemanticImages:
         without_unlabelled(read_categories(root, config.categories), config.unlabelled),
         split,
         unlabelled=config.unlabelled,
+        segments=config.semantic_segments,
         max_pixels=config.max_pixels,
         n_channels=n_channels,
     )

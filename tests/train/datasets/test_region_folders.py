@@ -138,6 +138,20 @@ def test_layouts_of_all_splits_share_their_classes(tmp_path):
 # Semantic maps
 
 
+@pytest.mark.parametrize("reader", [semantic, celebamask])
+def test_classes_of_a_map_are_segments_if_asked_for(reader, tmp_path):
+    save = {semantic: tiny_regions.save_semantic, celebamask: tiny_regions.save_celebamask}[reader]
+    save(tmp_path)
+    plain, dataset = build(reader, tmp_path), build(reader, tmp_path, semantic_segments=True)
+    assert plain.fingerprint() != dataset.fingerprint()
+    item, levels = dataset[0], plain[0]["semantic"]
+    assert torch.equal(item["semantic"], levels) and "panoptic" not in plain[0]
+    ids = dict(zip(item["segment_id"].tolist(), item["segment_class"].tolist(), strict=True))
+    assert [*ids.values()] == sorted({*levels.flatten().tolist()} - {255})
+    named = torch.tensor([[ids.get(number, 255) for number in row] for row in item["panoptic"].tolist()])
+    assert 0 not in ids and torch.equal(named, levels.long())
+
+
 def test_levels_become_class_numbers(tmp_path):
     dataset = build(semantic, tiny_regions.save_semantic(tmp_path))
     assert np.array_equal(dataset[0]["semantic"].numpy(), np.array([255, 1, 0])[IDS])
