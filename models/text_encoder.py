@@ -1,0 +1,143 @@
+"""Transformers that encode text: those of CLIP (Radford et al. 2021) and OpenCLIP (Cherti et al. 2023), of any size.
+
+Shapes: B batch, L tokens with start and end, D width, C chunks of a long text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention, FullAttention
+from models.blocks import FeedForward, init_normal
+from models.ranges import SIZE, SIZE_OR_ZERO, check_ranges
+from models.tokenizer import Tokenizer
+
+CHUNK = 77  # tokens that CLIP's encoders have learned positions for, start and end included
+
+
+class TextFeatures(NamedTuple):
+    """Encoded text."""
+
+    tokens: Tensor  # (B, L, D)
+    pooled: Tensor  # (B, D), or (B, projection): the whole text
+
+
+class QuickGELU(FeedForward):
+    """Two-layer perceptron with x sigmoid(1.702 x) for GELU, (..., D) -> (..., D), as OpenAI's CLIP was trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.expand(x)
+        return self.contract(hidden * torch.sigmoid(1.702 * hidden))
+
+
+ACTIVATIONS = {"gelu": FeedForward, "quick_gelu": QuickGELU}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Options of a text encoder; the defaults suit one trained from scratch. ValueError if they do not fit together."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    vocab_size: int = Tokenizer.vocab_size
+    length: int = CHUNK  # L at most
+    end_id: int = Tokenizer.end_id  # whose first token stands for the whole text
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    clip_skip: int = 1  # layer of the tokens, from the last: 1 is the last, 2 the one before it
+    final_norm: bool = True  # of the tokens; the pooled vector always has it
+    projection: int = 0  # width of the pooled vector's projection; 0: none
+
+    RANGES = {
+        **dict.fromkeys(("width", "layers", "heads", "vocab_size", "length", "clip_skip"), SIZE),
+        "projection": SIZE_OR_ZERO,
+    }
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.clip_skip > self.layers:
+            raise ValueError(f"got clip_skip {self.clip_skip} of {self.layers} layers, wanted 1 to {self.layers}")
+
+
+CLIP_L = TextEncoderConfig(width=768, layers=12, heads=12, activation="quick_gelu")  # of Stable Diffusion 1
+OPENCLIP_H = TextEncoderConfig(width=1024, layers=24, heads=16, clip_skip=2, projection=1024)  # 2
+
+
+class TextBlock(nn.Module):
+    """Pre-norm transformer block, causal: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, width: int, heads: int, feed_forward: FeedForward):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, core=FullAttention(causal=True))
+        self.norm2 = nn.LayerNorm(width)
+        self.feed_forward = feed_forward
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D), mask (B, L) bool, False for tokens that no other attends to -> (B, L, D)."""
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """Causal transformer with learned positions: ids (B, L) -> a vector for each token, and one for the text.
+
+    A token does not depend on those after it, hence not on padding behind the end.
+    """
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.token = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Parameter(torch.empty(config.length, config.width))
+        feed_forward = ACTIVATIONS[config.activation]
+        self.blocks = nn.ModuleList(
+            TextBlock(config.width, config.heads, feed_forward(config.width)) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
+        self.apply(init_normal)  # N(0, 0.02^2) and, of positions, half of that, as in CLIP
+        nn.init.normal_(self.position, std=0.01)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> TextFeatures:
+        """Encodes ids (B, L) int64, which begin with the start token and have an end token.
+
+        `mask` (B, L) bool is False for tokens that no other attends to. `pooled` is the last layer at the first end
+        token, or at the last token of a text without one. ValueError for more tokens than there are positions.
+        """
+        x = self.embed(ids)  # (B, L, D)
+        hidden = []
+        for block in self.blocks:
+            x = block(x, mask)
+            hidden.append(x)
+        tokens, last = hidden[-self.config.clip_skip], self.norm(x)
+        if self.config.final_norm:
+            tokens = last if self.config.clip_skip == 1 else self.norm(tokens)
+        return TextFeatures(tokens, self.pool(last, ids))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Sums the embeddings of ids (B, L) and of their positions: (B, L, D)."""
+        if ids.ndim != 2 or ids.shape[1] > self.config.length:
+            raise ValueError(
+                f"got ids {tuple(ids.shape)}, wanted (B, L) with at most {self.config.length} tokens: split a longer "
+                "text into chunks with a start and an end each, and use encode_chunks"
+            )
+        return self.token(ids) + self.position[: ids.shape[1]]
+
+    def pool(self, last: Tensor, ids: Tensor) -> Tensor:
+        """Returns the vectors (B, D) of the first end tokens, projected if there is a projection."""
+        ends = ids == self.config.end_id
+        place = torch.where(ends.any(1), ends.int().argmax(1), ids.shape[1] - 1)  # argmax: of the first
+        pooled = last[torch.arange(len(ids), device=ids.device), place]
+        return pooled if self.projection is None else self.projection(pooled)
+
+    def encode_chunks(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encodes the chunks (B, C, L) of long texts, each with its own start and end: (B, C L, D).
+
+        `mask` (B, C, L) as in `forward`; a chunk does not see the others.
+        """
+        chunks = self(ids.flatten(0, 1), None if mask is None else mask.flatten(0, 1)).tokens  # (B C, L, D)
+        return chunks.view(len(ids), -1, chunks.shape[-1])

@@ -1,0 +1,132 @@
+"""Text encoders, against those of CLIP and OpenCLIP with the same weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.text_weights import SIZES, TEXTS, clip_tensors, openclip_tensors, tiny_clip, tiny_openclip
+from models.text_encoder import CHUNK, CLIP_L, OPENCLIP_H, TextEncoder, TextEncoderConfig
+
+ORACLE = {name: torch.from_numpy(array) for name, array in np.load(TEXTS / "encoders.npz").items()}
+CLIP_IDS, OPENCLIP_IDS = ORACLE["clip_tiny_ids"].long(), ORACLE["openclip_ids"].long()
+END = SIZES["end_id"]
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(got, wanted, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_clip_last_layer_and_pooled_vector():
+    features = tiny_clip()(CLIP_IDS)
+    assert close(features.tokens, ORACLE["clip_last_with_final_norm"])
+    assert close(features.pooled, ORACLE["clip_pooled"])
+
+
+@torch.no_grad()
+def test_clip_skip_and_no_final_norm():
+    assert close(tiny_clip(clip_skip=2)(CLIP_IDS).tokens, ORACLE["clip_penultimate_with_final_norm"])
+    raw = tiny_clip(final_norm=False)(CLIP_IDS)
+    assert close(raw.tokens, ORACLE["clip_last_raw"])
+    assert close(raw.pooled, ORACLE["clip_pooled"])  # always with the norm
+    assert close(tiny_clip(clip_skip=2)(CLIP_IDS).pooled, ORACLE["clip_pooled"])  # always of the last layer
+
+
+@torch.no_grad()
+def test_openclip_last_and_penultimate_layer_and_projected_vector():
+    features = tiny_openclip(clip_skip=2)(OPENCLIP_IDS)
+    assert close(features.tokens, ORACLE["openclip_penultimate"])
+    assert close(features.pooled, ORACLE["openclip_pooled"])
+    assert close(tiny_openclip()(OPENCLIP_IDS).tokens, ORACLE["openclip_last"])
+
+
+@torch.no_grad()
+def test_the_other_activation_is_another_function():
+    gelu = tiny_clip(activation="gelu")(CLIP_IDS).tokens
+    assert (gelu - ORACLE["clip_last_with_final_norm"]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_penultimate_layer_is_the_last_of_an_encoder_without_the_last():
+    """As Stable Diffusion 2 is stored: in folders with 23 layers, in single files with 24."""
+    weights = openclip_tensors(load_file(TEXTS / "openclip.safetensors"), 2)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("projection")}
+    shorter = TextEncoder(TextEncoderConfig(**SIZES | {"layers": 2}))
+    shorter.load_state_dict(weights)
+    assert torch.equal(shorter(OPENCLIP_IDS).tokens, tiny_openclip(clip_skip=2)(OPENCLIP_IDS).tokens)
+
+
+@torch.no_grad()
+def test_tokens_do_not_depend_on_what_follows():
+    encoder, ids = tiny_clip(), CLIP_IDS[:1].repeat(2, 1)
+    ids[1, 7:] = 5
+    first, second = encoder(ids).tokens
+    assert torch.equal(first[:7], second[:7]) and not torch.equal(first[7:], second[7:])
+
+
+@torch.no_grad()
+def test_pooled_vector_is_that_of_the_first_end():
+    """Padding with end tokens does not count, nor tokens of larger ids, as of learned words."""
+    encoder = tiny_clip(end_id=300)
+    ids = torch.tensor([[382, 5, 300, 383, 300], [382, 300, 5, 5, 5], [382, 5, 5, 5, 5]])
+    features = encoder(ids)
+    assert torch.equal(features.pooled, features.tokens[torch.arange(3), torch.tensor([2, 1, 4])])
+
+
+@torch.no_grad()
+def test_masked_tokens_are_seen_by_no_other():
+    encoder, ids = tiny_clip(), CLIP_IDS[:1, :8].repeat(2, 1)
+    ids[1, 3] = 7
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[:, 3] = False
+    others = torch.arange(8) != 3
+    plain, masked = encoder(ids).tokens[:, others], encoder(ids, mask).tokens[:, others]
+    assert not torch.allclose(plain[0, 3:], plain[1, 3:])
+    assert torch.equal(masked[0], masked[1])
+    assert torch.allclose(encoder(ids, torch.ones_like(mask)).tokens, encoder(ids).tokens, atol=1e-6)
+
+
+@torch.no_grad()
+def test_chunks_are_encoded_each_for_itself():
+    encoder, chunks = tiny_clip(), CLIP_IDS.view(2, 2, CHUNK)
+    together = encoder.encode_chunks(chunks)
+    assert together.shape == (2, 2 * CHUNK, 32)
+    assert torch.allclose(together.view(4, CHUNK, 32), encoder(CLIP_IDS).tokens, atol=1e-6)
+
+
+def test_longer_sequences_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"got ids \(1, 78\), wanted .* at most 77 tokens: split a longer text"):
+        tiny_clip()(torch.zeros(1, 78, dtype=torch.long))
+
+
+def test_options_that_do_not_fit():
+    with pytest.raises(ValueError, match="got clip_skip 3 of 2 layers"):
+        TextEncoderConfig(layers=2, clip_skip=3)
+    with pytest.raises(ValueError, match="got clip_skip 0"):
+        TextEncoderConfig(clip_skip=0)
+    with pytest.raises(ValueError, match="does not split over 5 heads"):
+        TextEncoder(TextEncoderConfig(width=32, heads=5, vocab_size=8))
+
+
+def test_public_sizes():
+    """As those of Stable Diffusion 1 and 2, with the last layer and the projection that its folders leave out."""
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in TextEncoder(config).parameters()) for config in (CLIP_L, OPENCLIP_H)]
+    assert counts == [123_060_480, 354_032_640]
+
+
+def test_all_weights_learn():
+    encoder = TextEncoder(replace(TextEncoderConfig(**SIZES), projection=4))
+    features = encoder(CLIP_IDS)
+    (features.tokens.square().mean() + features.pooled.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters())
+
+
+def test_a_fresh_tensor_map_is_complete():
+    """Every tensor of CLIP's file has a place in ours."""
+    weights = load_file(TEXTS / "clip.safetensors")
+    ours = clip_tensors(weights, 3)
+    assert sum(t.numel() for t in ours.values()) == sum(t.numel() for t in weights.values())
