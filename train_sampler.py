@@ -20,7 +20,12 @@ from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
-from train.samplers._conditions import with_checked_regions, with_declared_values, with_numbered_metadata
+from train.samplers._conditions import (
+    with_checked_regions,
+    with_declared_values,
+    with_numbered_metadata,
+    with_tokenized_captions,
+)
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -76,6 +81,7 @@ def main(config: Config) -> None:
         sources = {split: with_checked_regions(source, sampler.network) for split, source in sources.items()}
         sources["train"] = with_numbered_metadata(sources["train"], sampler.network, training.seed)
         sources["val"] = with_numbered_metadata(sources["val"], sampler.network)
+        sources = {split: with_tokenized_captions(source, sampler.network) for split, source in sources.items()}
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}

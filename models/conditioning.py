@@ -183,10 +183,11 @@ class Condition:
 
 
 def tokens_after_null(null: Tensor, values: Tensor, present: Tensor, drop: Tensor | None) -> Tokens:
-    """Returns the null (B, 1, D), which only dropped examples see, and tokens (B, M, D) of those `present`, (B, M)."""
+    """Returns the null (B, N, D), which only dropped examples see, and tokens (B, M, D) of those `present`, (B, M)."""
     dropped = present.new_zeros(len(present), 1) if drop is None else drop.unsqueeze(1)
     values = values.masked_fill(~present.unsqueeze(-1), 0)  # padding is the same in all images
-    return Tokens(torch.cat([null.to(values.dtype), values], 1), torch.cat([dropped, present], 1))
+    mask = torch.cat([dropped.expand(-1, null.shape[1]), present], 1)
+    return Tokens(torch.cat([null.to(values.dtype), values], 1), mask)
 
 
 def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:

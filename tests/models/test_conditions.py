@@ -43,6 +43,10 @@ RAW = {  # options of each encoder, and a batch of its raw field
         {"metadata_values": ("camera=front", "camera=back", "light=night")},
         {"camera": ["front", "back", "unknown", "back"], "light": torch.tensor([1, 0, 1, 1])},
     ),
+    "text": (
+        {"text_width": 12, "text_layers": 1},
+        ["a red star", "a bus", "", "many words, " * 30],
+    ),
 }
 DROP = torch.tensor([False, True, False, True])
 

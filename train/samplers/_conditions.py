@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffusion.rng import Streams, seed_of
 from models.conditioning import ConditionConfig, ConditionEncoder, Conditioner
 from models.conditions.metadata import NULL, MetadataEncoder, to_numbers
+from models.conditions.text import CaptionEncoder, tokenize
 from models.regions import check_region_fields
 from models.unet_attention import SELF_ATTENTION
 from train.cli.plugins import merge_configs, plugin_options
@@ -201,3 +202,34 @@ def with_numbered_metadata(source: BatchSource, network: nn.Module, seed: int | 
     training some of them are null, as the condition's options say."""
     encoder = find_metadata(network)
     return source if encoder is None else NumberedMetadata(source, encoder.values, encoder.field_drop, seed)
+
+
+@dataclass(frozen=True)
+class TokenizedCaptions:
+    """Batches of a source whose captions are ids and their mask, (B, C, L) each, in chunks of at most `length` tokens.
+
+    No training step needs to tokenize.
+    """
+
+    source: BatchSource
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the item at a position."""
+        return self.source.item_index(position)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        batch = self.source[positions]
+        if "caption" not in batch:
+            return batch  # `raw_conditions` says what is missing
+        ids, mask = tokenize(batch["caption"], self.length)
+        return batch | {"caption": ids, "caption_mask": mask}
+
+
+def with_tokenized_captions(source: BatchSource, network: nn.Module) -> BatchSource:
+    """Returns a source whose captions are ids, if the network has a condition that reads them."""
+    encoder = next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
+    return source if encoder is None else TokenizedCaptions(source, encoder.length)

@@ -15,6 +15,8 @@ from models.conditions.layout import Config as LayoutConfig
 from models.conditions.layout import LayoutEncoder
 from models.conditions.metadata import Config as MetadataConfig
 from models.conditions.metadata import MetadataEncoder
+from models.conditions.text import CaptionEncoder, tokenize
+from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.cli.plugins import merge_configs
 from train.samplers import ddpm
 from train.samplers._conditions import (
@@ -25,6 +27,7 @@ from train.samplers._conditions import (
     with_checked_regions,
     with_declared_values,
     with_numbered_metadata,
+    with_tokenized_captions,
 )
 
 
@@ -171,6 +174,25 @@ def test_metadata_have_a_drop_of_their_own():
     config = ConditionsConfig(condition_drop=0.5)
     drops = draw_drops(config, network, lambda name: Streams([seed_of(1, name, i) for i in range(400)]), 400)
     assert [*drops] == ["metadata", "regions"] and not torch.equal(drops["metadata"], drops["regions"])
+
+
+def text_network():
+    encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=1, vocab_size=8, length=20))
+    return nn.Sequential(nn.Linear(1, 1), Conditioner({"text": CaptionEncoder(encoder)}))
+
+
+def test_captions_are_ids_where_batches_are_loaded():
+    captions = ["a red star", "many words " * 20]
+    source, network = Batches(caption=captions), text_network()
+    tokenized = with_tokenized_captions(source, network)
+    batch, (ids, mask) = tokenized[[1, 2]], tokenize(captions, 20)
+    assert len(tokenized) == 9 and tokenized.item_index(3) == 30
+    assert torch.equal(batch["caption"], ids) and torch.equal(batch["caption_mask"], mask) and ids.shape == (2, 3, 20)
+    assert batch["box_class"].tolist() == [[1], [2]]
+    assert raw_conditions({"text": ("caption",)}, batch)["text"].keys() == {"caption", "caption_mask"}
+    assert with_tokenized_captions(source, encoders()) is source
+    with pytest.raises(ValueError, match="the conditions need caption"):
+        raw_conditions({"text": ("caption",)}, with_tokenized_captions(Batches(), network)[[1]])
 
 
 def test_tokens_that_no_attention_block_reads_are_refused():

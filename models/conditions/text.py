@@ -1,0 +1,126 @@
+"""Text condition: captions of any length -> tokens for cross-attention, by a transformer that learns with the network.
+
+Shapes: C chunks of a caption, L tokens of a chunk with its start and end, M = C L.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.conditioning import ConditionConfig, ConditionEncoder, Tokens, tokens_after_null
+from models.ranges import SIZE
+from models.text_encoder import CHUNK, TextEncoder, TextEncoderConfig
+from models.tokenizer import Tokenizer
+
+FIELDS = ("caption",)  # batch fields that the encoder reads
+TOKENIZER = Tokenizer()
+MULTIPLE = 8  # of the number of tokens that batches are padded to, for few different shapes
+
+Captions = Sequence[str] | Mapping[str, Any]  # B texts, or what `tokenize` made of them and, padded, `caption_mask`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ConditionConfig):
+    """Captions of any length, read by cross-attention."""
+
+    text_width: int = 128
+    """Width of the text encoder and its tokens, the same for all conditions with tokens."""
+    text_layers: int = 2
+    """Layers of the text encoder."""
+    text_heads: int = 4
+    """Attention heads of the text encoder."""
+    text_length: int = CHUNK
+    """Tokens that are encoded together, a start and an end included; longer captions are several chunks of them."""
+    text_null: Literal["learned", "empty"] = "learned"
+    """What dropped captions and the unguided half of sampling read: a learned token, or the empty caption."""
+
+    RANGES = {"text_width": SIZE, "text_layers": SIZE, "text_heads": SIZE, "text_length": "[3, 65536]"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.text_width % self.text_heads:
+            got = f"got text_width {self.text_width} and text_heads {self.text_heads}"
+            raise ValueError(f"{got}, wanted heads that divide the width: pass --text_heads N")
+
+
+class CaptionEncoder(ConditionEncoder):
+    """Encodes captions as tokens, of which padding is masked; an example depends on its own caption alone.
+
+    The tokens of the null come first, seen only by dropped examples.
+    """
+
+    def __init__(self, encoder: TextEncoder, null: Literal["learned", "empty"] = "learned"):
+        super().__init__()
+        self.encoder, self.token_width, self.length = encoder, encoder.config.width, encoder.config.length
+        self.null = nn.Parameter(torch.randn(1, 1, self.token_width)) if null == "learned" else None
+
+    def forward(self, raw: Captions | None, x: Tensor, drop: Tensor | None = None) -> Tokens:
+        null = self.null_tokens(x).expand(len(x), -1, -1)
+        if raw is None:
+            return Tokens(null)
+        values, present = self.encode(raw if isinstance(raw, Mapping) else {"caption": raw}, x)
+        if drop is not None:
+            present = present & ~drop.unsqueeze(1)
+        return tokens_after_null(null, values, present, drop)
+
+    def null_tokens(self, x: Tensor) -> Tensor:
+        """Returns the tokens of the null: (1, 1, D), or those of the empty caption, (1, 2, D)."""
+        return self.encode({"caption": [""]}, x[:1])[0][:, :2] if self.null is None else self.null
+
+    def encode(self, raw: Mapping[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns tokens (B, M, D) and which of them are no padding, (B, M) bool, for a batch x (B, C, H, W).
+
+        ValueError for another number of captions.
+        """
+        captions, mask = raw["caption"], raw.get("caption_mask")
+        if not isinstance(captions, Tensor):
+            captions, mask = (each.to(x.device, non_blocking=True) for each in tokenize(captions, self.length))
+        if len(captions) != len(x) or mask is None or mask.shape != captions.shape:
+            got = f"{tuple(captions.shape)} with caption_mask {None if mask is None else tuple(mask.shape)}"
+            raise ValueError(f"got caption {got} for {len(x)} images, wanted {len(x)} texts, or ids (B, C, L) and mask")
+        return self.encode_ids(captions), mask.flatten(1)
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Encodes ids (B, C, L): (B, M, D). Except in training equal chunks are encoded once, so that equal captions
+        have equal bits."""
+        if self.training or torch.compiler.is_compiling():
+            return self.encoder.encode_chunks(ids)
+        chunks, places = ids.flatten(0, 1).cpu().unique(dim=0, return_inverse=True)
+        tokens = self.encoder(chunks.to(ids.device)).tokens[places.to(ids.device)]  # (B C, L, D)
+        return tokens.view(len(ids), -1, self.token_width)
+
+
+def tokenize(captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Returns the ids (B, C, L) int64 of captions, and which of them are no padding, (B, C, L) bool.
+
+    A caption is cut into chunks of at most `length` tokens, with a start and an end each. L is that of the longest
+    chunk, rounded up. ValueError for what is no text.
+    """
+    chunks = [caption_chunks(caption, length) for caption in captions]
+    count, longest = max(map(len, chunks)), max(len(chunk) for each in chunks for chunk in each)
+    longest = min(length, longest + -longest % MULTIPLE)
+    ids = torch.full((len(chunks), count, longest), Tokenizer.end_id)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, own in enumerate(chunks):
+        for place, chunk in enumerate(own):
+            ids[row, place, : len(chunk)] = torch.tensor(chunk)
+            mask[row, place, : len(chunk)] = True
+    return ids, mask
+
+
+def caption_chunks(caption: str, length: int) -> list[list[int]]:
+    """Returns the ids of a caption in chunks of at most `length`, with a start and an end each; at least one."""
+    if not isinstance(caption, str):
+        raise ValueError(f"got caption {caption!r}, wanted a text: quote it, such as {str(caption)!r}")
+    ids, size = TOKENIZER.encode(caption), length - 2
+    parts = [ids[first : first + size] for first in range(0, len(ids), size)] or [[]]
+    return [[TOKENIZER.start_id, *part, TOKENIZER.end_id] for part in parts]
+
+
+def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:
+    """Builds the encoder; it depends neither on the width of the embeddings nor on the number of classes."""
+    sizes = {"width": config.text_width, "layers": config.text_layers, "heads": config.text_heads}
+    return CaptionEncoder(TextEncoder(TextEncoderConfig(**sizes, length=config.text_length)), config.text_null)

@@ -1,0 +1,178 @@
+"""Captions: tokens that depend on their own caption alone, of any length."""
+
+import pytest
+import torch
+
+from models.conditioning import Condition, Conditioner
+from models.conditions import text
+from models.conditions.text import caption_chunks, tokenize
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+from models.unet import UNet, UNetConfig
+
+START, END = Tokenizer.start_id, Tokenizer.end_id
+LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
+
+
+def build(**options):
+    torch.manual_seed(0)
+    encoder = text.build(text.Config(**{"text_width": 16, "text_layers": 2, "text_heads": 2} | options), 0, 0)
+    encoder.encoder.token.weight.data.normal_()  # so that words matter
+    encoder.encoder.position.data.normal_()
+    return encoder.eval()
+
+
+def encode(encoder, captions, drop=None):
+    return encoder(captions, torch.zeros(len(captions), 3, 4, 4), drop)
+
+
+def present(tokens, row):
+    """The tokens of an example that are no padding."""
+    return tokens.values[row][tokens.mask[row]]
+
+
+# Ids
+
+
+def test_chunks_have_starts_and_ends_of_their_own():
+    ids = Tokenizer().encode(LONG)
+    chunks = caption_chunks(LONG, 77)
+    assert [len(chunk) for chunk in chunks] == [77, 77, 2 + len(ids) - 150] == [77, 77, 27]
+    assert all(chunk[0] == START and chunk[-1] == END for chunk in chunks)
+    assert [each for chunk in chunks for each in chunk[1:-1]] == ids  # none is lost
+    assert caption_chunks("", 77) == [[START, END]]
+    assert caption_chunks("a b c", 4) == [[START, 320, 321, END], [START, 322, END]]
+
+
+def test_ids_are_padded_to_the_longest_of_the_batch():
+    ids, mask = tokenize(["a cat", "", "a photo of a cat on a mat"], 77)
+    assert ids.shape == mask.shape == (3, 1, 16) and ids.dtype == torch.int64
+    assert ids[0, 0].tolist() == [START, 320, 2368, END, *[END] * 12]
+    assert mask.sum(-1).flatten().tolist() == [4, 2, 10]
+    ids, mask = tokenize([LONG, "a cat"], 77)
+    assert ids.shape == (2, 3, 77) and mask.sum(-1).tolist() == [[77, 77, 27], [4, 0, 0]]
+
+
+def test_what_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="got caption 7, wanted a text: quote it, such as '7'"):
+        encode(build(), ["seven", 7])
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("null", ["learned", "empty"])
+@torch.no_grad()
+def test_padding_and_the_rest_of_the_batch_do_not_matter(null):
+    encoder = build(text_null=null)
+    alone, together = encode(encoder, ["a red star"]), encode(encoder, ["a red star", LONG, "a bus"])
+    assert together.values.shape[1] > 2 * alone.values.shape[1]
+    assert torch.allclose(present(together, 0), present(alone, 0), atol=1e-6)
+    training = encode(encoder.train(), ["a red star", LONG, "a bus"])
+    for row in range(3):
+        assert torch.allclose(present(training, row), present(together, row), atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_word_of_a_long_caption_counts():
+    encoder = build()
+    tokens = encode(encoder, [LONG, LONG + " today", "today " + LONG, LONG.replace("ring", "bow", 12)])
+    rows = [present(tokens, row) for row in range(4)]
+    assert [len(row) for row in rows] == [181, 182, 182, 181]
+    assert torch.equal(rows[1][:180], rows[0][:180]) and not torch.equal(rows[1][180], rows[0][180])
+    assert not torch.allclose(rows[2][:77], rows[0][:77], atol=1e-2)
+    assert not torch.allclose(rows[3], rows[0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_ids_of_the_loader_are_the_same_as_texts():
+    encoder, captions = build(), ["a red star", LONG]
+    ids, mask = tokenize(captions, encoder.length)
+    from_texts = encode(encoder, captions)
+    from_ids = encoder({"caption": ids, "caption_mask": mask}, torch.zeros(2, 3, 4, 4))
+    assert torch.equal(from_ids.values, from_texts.values) and torch.equal(from_ids.mask, from_texts.mask)
+
+
+@torch.no_grad()
+def test_the_null_is_seen_by_dropped_examples_alone():
+    learned, empty = build(), build(text_null="empty")
+    drop = torch.tensor([True, False])
+    for encoder, size in ((learned, 1), (empty, 2)):
+        null, tokens = encode(encoder, ["", ""]).values[:1, :size], encode(encoder, ["a bus", "a star"], drop)
+        assert torch.equal(present(tokens, 0), null[0])
+        assert tokens.mask[1, :size].tolist() == [False] * size and len(present(tokens, 1)) == 4
+        assert torch.equal(encoder(None, torch.zeros(3, 3, 4, 4)).values, null.expand(3, -1, -1))
+    assert torch.equal(learned(None, torch.zeros(1, 3, 4, 4)).values, learned.null)
+    assert torch.allclose(present(encode(empty, [""]), 0), present(encode(empty, ["a", ""], drop), 0))
+
+
+@torch.no_grad()
+def test_equal_captions_share_a_row_and_different_ones_never():
+    captions = ["a red star", "a bus", "A  red STAR", LONG, "a red star.", LONG, LONG + " today"]
+    rows = Condition({"text": encode(build(), captions)}).row_ids().tolist()
+    assert [[other == row for other in rows] for row in rows] == [
+        [other == row for other in (0, 1, 0, 3, 4, 3, 6)] for row in (0, 1, 0, 3, 4, 3, 6)
+    ]
+
+
+def test_other_numbers_of_captions_are_refused():
+    encoder, (ids, mask) = build(), tokenize(["a bus"] * 3, 77)
+    for raw in (["a bus"] * 3, {"caption": ids, "caption_mask": mask}):
+        with pytest.raises(ValueError, match=r"got caption \(3, 1, 8\) .* for 2 images, wanted 2 texts"):
+            encoder(raw, torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="caption_mask None for 3 images"):
+        encoder({"caption": ids}, torch.zeros(3, 3, 4, 4))
+
+
+def test_options_that_do_not_fit():
+    with pytest.raises(ValueError, match="got text_width 16 and text_heads 3, wanted heads that divide the width"):
+        text.Config(text_width=16, text_heads=3)
+    with pytest.raises(ValueError, match="got text_length 2, wanted at least 3"):
+        text.Config(text_length=2)
+
+
+# Networks
+
+
+def unet(encoder):
+    config = UNetConfig(
+        channels=8, channel_mults=(1,), res_blocks=1, attn_factors=(1,), heads=1, attn_block_type="transformer"
+    )
+    network = UNet(config, {"text": encoder})
+    return network, lambda condition, count: network(torch.ones(count, 3, 4, 4), torch.zeros(count), condition)
+
+
+def transformer(encoder):
+    network = Transformer(codes=5, grid=(4, 4), width=16, heads=2, layers=2, encoders={"text": encoder})
+    return network, lambda condition, count: network(torch.zeros(count, 4, 4, dtype=torch.long), condition)
+
+
+@pytest.mark.parametrize("kind", [unet, transformer])
+@torch.no_grad()
+def test_networks_read_captions_and_no_padding(kind):
+    """At birth captions change nothing; later the longest caption of a batch does not change the others' outputs."""
+    network, run = kind(build())
+    network.eval()
+    captions = ["a red star", LONG]
+    assert torch.allclose(run({"text": captions}, 2), run(None, 2), atol=1e-5)
+    for p in network.parameters():  # some start at zero
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
+    both, null = run({"text": captions}, 2), run(None, 2)
+    assert (both - null).flatten(1).abs().amax(1).min() > 1e-3
+    assert torch.allclose(run({"text": captions[:1]}, 1)[0], both[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_known_keys_are_those_of_the_captions():
+    network, run = transformer(build())
+    network.eval()
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
+    condition = network.encode({"text": ["a red star", LONG]}, torch.zeros(2, 4, 4, dtype=torch.long))
+    assert torch.allclose(run(network.with_keys(condition), 2), run(condition, 2), atol=1e-5)
+
+
+def test_tokens_stand_beside_those_of_other_conditions():
+    conditioner = Conditioner({"text": build(), "more": build()})
+    condition = conditioner({"text": ["a bus"]}, torch.zeros(1, 3, 4, 4))
+    assert condition.spans() == {"text": slice(0, 9), "more": slice(9, 10)}
