@@ -1,0 +1,157 @@
+"""Prompts of any length for a text encoder of 77 places: chunks of 75 tokens, each with its own start and end.
+
+Shapes: C chunks of LENGTH = 77 places (start, up to 75 tokens, end, padding).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from models.compel_syntax import parse_compel
+from models.prompt_syntax import Piece, Prompt, Section, Text, parse_a1111, parse_plain
+from models.registry import did_you_mean
+
+LENGTH = 77  # places of a chunk
+ROOM = LENGTH - 2  # those between start and end
+COMMA_REACH = 20  # tokens from the last comma to the end of a full chunk that may move to the next chunk
+MARKER = -1  # in place of the number of a piece: start, end and padding
+PARSERS: dict[str, Callable[[str], Prompt]] = {"plain": parse_plain, "a1111": parse_a1111, "compel": parse_compel}
+
+
+class PromptTokenizer(Protocol):
+    """A tokenizer such as `models.tokenizer.Tokenizer`."""
+
+    start_id: int
+    end_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without start and end."""
+
+    def words(self, text: str) -> list[tuple[str, slice]]:
+        """Returns the words of a text and where the ids of each are."""
+
+
+class Token(NamedTuple):
+    """A token of a prompt."""
+
+    id: int
+    weight: float
+    piece: int  # number of the piece it belongs to
+    word: str | None  # the word that it ends; None within a word
+
+
+class Chunks(NamedTuple):
+    """The chunks of one text."""
+
+    ids: Tensor  # (C, LENGTH) int64
+    weights: Tensor  # (C, LENGTH) float32, 1 for start, end and padding
+    pieces: Tensor  # (C, LENGTH) int64, the number of the piece that a token belongs to, or MARKER
+    ends: Tensor  # (C,) int64, the place of the first end
+
+
+def parse_prompt(text: str, syntax: str = "plain") -> Prompt:
+    """Returns the clauses of a prompt, by the rules of a syntax: plain, a1111 or compel. Brackets of plain text are
+    characters.
+
+    ValueError for another syntax, and for what a syntax has and this project has not: prompts that change from step to
+    step, and parts that are sampled apart.
+    """
+    if syntax not in PARSERS:
+        raise ValueError(f"got prompt_syntax {syntax!r}{did_you_mean(syntax, PARSERS)}: choose {', '.join(PARSERS)}")
+    return PARSERS[syntax](text)
+
+
+def chunk_text(text: Text, tokenizer: PromptTokenizer, split: str, pad_id: int | None = None) -> Chunks:
+    """Returns the chunks of a text, at least one; each section begins one, and a last section without tokens has none.
+
+    A section of more than ROOM tokens is cut by the rule that `split` names, a key of SPLITS. After its end a chunk is
+    filled with the end, or with `pad_id`: 0 for weights of SD 2.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"got split {split!r}{did_you_mean(split, SPLITS)}: choose {', '.join(SPLITS)}")
+    parts, number = [], 0
+    for i, section in enumerate(text):
+        tokens = tokenize_section(section, tokenizer, number)
+        number += len(section)
+        if tokens or not parts or i < len(text) - 1:
+            parts += SPLITS[split](tokens) or [[]]
+    pad = tokenizer.end_id if pad_id is None else pad_id
+    ids, weights, pieces = [], [], []
+    for part in parts:
+        empty = ROOM - len(part)
+        ids.append([tokenizer.start_id, *(token.id for token in part), tokenizer.end_id, *[pad] * empty])
+        weights.append([1.0, *(token.weight for token in part), 1.0, *[1.0] * empty])
+        pieces.append([MARKER, *(token.piece for token in part), MARKER, *[MARKER] * empty])
+    ends = torch.tensor([1 + len(part) for part in parts])
+    return Chunks(torch.tensor(ids), torch.tensor(weights), torch.tensor(pieces), ends)
+
+
+def tokenize_section(section: Section, tokenizer: PromptTokenizer, first: int) -> list[Token]:
+    """Returns the tokens of pieces, each tokenized alone; the first one has the number `first`."""
+    tokens = []
+    for number, piece in enumerate(section, first):
+        ids = tokenizer.encode(piece.text)
+        ends = {part.stop - 1: word for word, part in tokenizer.words(piece.text)}
+        tokens += [Token(each, piece.weight, number, ends.get(i)) for i, each in enumerate(ids)]
+    return tokens
+
+
+def split_evenly(tokens: Sequence[Token]) -> list[list[Token]]:
+    """Cuts tokens every ROOM, also within words."""
+    return [list(tokens[i : i + ROOM]) for i in range(0, len(tokens), ROOM)]
+
+
+def split_at_commas(tokens: Sequence[Token]) -> list[list[Token]]:
+    """Cuts tokens as the web UI does: what follows the last comma of a full chunk moves to the next one, unless that is
+    more than COMMA_REACH tokens, or a comma comes next."""
+    parts: list[list[Token]] = [[]]
+    comma = None  # the place after the last comma of the chunk
+    for token in tokens:
+        if len(parts[-1]) == ROOM:
+            rest = []
+            if token.word != "," and comma is not None and ROOM - comma < COMMA_REACH:
+                parts[-1], rest = parts[-1][:comma], parts[-1][comma:]
+            parts.append(rest)
+            comma = None
+        parts[-1].append(token)
+        if token.word == ",":
+            comma = len(parts[-1])
+    return parts
+
+
+def split_before(tokens: Sequence[Token], *rules: Callable[[Token], bool]) -> list[list[Token]]:
+    """Cuts tokens into chunks after the last token in reach that fits the first of the rules that any token fits; within
+    a word if none fits."""
+    parts, rest = [], list(tokens)
+    while len(rest) > ROOM:
+        ends = [[i for i in range(ROOM) if rule(rest[i])] for rule in rules]
+        stop = next((fitting[-1] + 1 for fitting in ends if fitting), ROOM)
+        parts.append(rest[:stop])
+        rest = rest[stop:]
+    return [*parts, rest]
+
+
+def ends_sentence(token: Token) -> bool:
+    """Whether a token is a full stop."""
+    return token.word == "."
+
+
+def ends_phrase(token: Token) -> bool:
+    """Whether a token is a full stop, a comma, a semicolon or a colon."""
+    return token.word in (".", ",", ";", ":")
+
+
+def ends_word(token: Token) -> bool:
+    """Whether a token is the last one of a word."""
+    return token.word is not None
+
+
+SPLITS: Mapping[str, Callable[[Sequence[Token]], list[list[Token]]]] = {
+    "length": split_evenly,
+    "comma": split_at_commas,
+    "sentence": lambda tokens: split_before(tokens, ends_sentence, ends_phrase, ends_word),
+    "phrase": lambda tokens: split_before(tokens, ends_phrase, ends_word),
+    "word": lambda tokens: split_before(tokens, ends_word),
+}
