@@ -2,8 +2,8 @@
 
 (x)1.5 is that weight, x++ is 1.1 per sign, x-- is 0.9 per sign; brackets may be nested, weights multiply. A text of
 quoted parts is ("a", "b").and(1, 0.5) or ("a", "b").blend(0.25, 0.75). A sign after a backslash is a character.
-A bracket that follows a letter, or has no partner, is a character, as in compel's own parser (compel 2.5). Unlike there,
-whatever is left over after .and() and .blend() is an error, and a backslash before any sign is left out of the text.
+A bracket that follows a letter, or has no partner, is a character, as in compel's own parser (2.5). Unlike there, text
+after .and() and .blend() is an error, and a backslash before any sign is left out.
 """
 
 import re
@@ -143,7 +143,7 @@ def parse_quoted(content: str) -> list[Piece] | None:
 
 
 def parse_inside(text: str, i: int) -> Part:
-    """Parses text in brackets or quotes, where commas and full stops are pieces, up to the first thing that fits not."""
+    """Parses text in brackets or quotes, where commas and full stops are pieces, up to what is none of these."""
     pieces, i = [], SPACE.match(text, i).end()
     while i < len(text):
         part = parse_part(text, i)

@@ -1,7 +1,7 @@
 """Prompts as pieces with weights, and how plain text and the syntax of the web UI (A1111) become such pieces.
 
-A1111: (x) 1.1 times, [x] 1 / 1.1 times, (x:1.4) that weight; brackets may be nested, weights multiply. A bracket after a
-backslash is a character, one without its partner reaches to the end. BREAK, at any depth, starts a new chunk.
+A1111: (x) 1.1 times, [x] 1 / 1.1 times, (x:1.4) that weight; brackets may be nested, weights multiply. A bracket after
+a backslash is a character, one without its partner reaches to the end. BREAK, at any depth, starts a new chunk.
 """
 
 import re
@@ -116,7 +116,9 @@ def refuse_composition(prompt: str) -> None:
     """Raises ValueError, with the name, for what the web UI does step by step: AND, [a:b:0.4] and [a|b]."""
     if AND.search(prompt):
         remedy = "write and in lower case, or BREAK for a new chunk"
-        raise ValueError(f"got AND (composable diffusion) in the prompt {prompt!r}, which samples parts apart: {remedy}")
+        raise ValueError(
+            f"got AND (composable diffusion) in the prompt {prompt!r}, which samples parts apart: {remedy}"
+        )
     opened: list[list[str]] = []  # the open brackets, each with the text directly inside
     for token in TOKEN.finditer(prompt):
         sign = token[0]
@@ -136,4 +138,3 @@ def refuse_schedule(content: str, prompt: str) -> None:
     if "|" in content or SCHEDULE.search(content):
         remedy = "one prompt holds for all steps here; write \\[ for a bracket that is a character"
         raise ValueError(f"got {found} in the prompt {prompt!r}: {remedy}")
-

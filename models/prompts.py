@@ -1,20 +1,20 @@
-"""Prompts of any length for a text encoder of 77 places: chunks of 75 tokens, each with its own start and end.
+"""Prompts of any length for a text encoder of L places: chunks of L - 2 tokens, each with its own start and end.
 
-Shapes: C chunks of LENGTH = 77 places (start, up to 75 tokens, end, padding).
+Shapes: C chunks of L places: start, up to L - 2 tokens, end, padding. CLIP has 77 places.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from models.compel_syntax import parse_compel
-from models.prompt_syntax import Piece, Prompt, Section, Text, parse_a1111, parse_plain
+from models.prompt_syntax import Prompt, Section, Text, parse_a1111, parse_plain
 from models.registry import did_you_mean
+from models.text_encoder import CHUNK
 
-LENGTH = 77  # places of a chunk
-ROOM = LENGTH - 2  # those between start and end
 COMMA_REACH = 20  # tokens from the last comma to the end of a full chunk that may move to the next chunk
 MARKER = -1  # in place of the number of a piece: start, end and padding
 PARSERS: dict[str, Callable[[str], Prompt]] = {"plain": parse_plain, "a1111": parse_a1111, "compel": parse_compel}
@@ -45,9 +45,9 @@ class Token(NamedTuple):
 class Chunks(NamedTuple):
     """The chunks of one text."""
 
-    ids: Tensor  # (C, LENGTH) int64
-    weights: Tensor  # (C, LENGTH) float32, 1 for start, end and padding
-    pieces: Tensor  # (C, LENGTH) int64, the number of the piece that a token belongs to, or MARKER
+    ids: Tensor  # (C, L) int64
+    weights: Tensor  # (C, L) float32, 1 for start, end and padding
+    pieces: Tensor  # (C, L) int64, the number of the piece that a token belongs to, or MARKER
     ends: Tensor  # (C,) int64, the place of the first end
 
 
@@ -63,24 +63,27 @@ def parse_prompt(text: str, syntax: str = "plain") -> Prompt:
     return PARSERS[syntax](text)
 
 
-def chunk_text(text: Text, tokenizer: PromptTokenizer, split: str, pad_id: int | None = None) -> Chunks:
-    """Returns the chunks of a text, at least one; each section begins one, and a last section without tokens has none.
+def chunk_text(
+    text: Text, tokenizer: PromptTokenizer, split: str, length: int = CHUNK, pad_id: int | None = None
+) -> Chunks:
+    """Returns the chunks of a text, at least one, of `length` places; each section begins one, and a last section
+    without tokens has none.
 
-    A section of more than ROOM tokens is cut by the rule that `split` names, a key of SPLITS. After its end a chunk is
-    filled with the end, or with `pad_id`: 0 for weights of SD 2.
+    Longer sections are cut by the rule that `split` names, a key of SPLITS. After its end a chunk is filled with the
+    end, or with `pad_id`: 0 for weights of SD 2.
     """
     if split not in SPLITS:
         raise ValueError(f"got split {split!r}{did_you_mean(split, SPLITS)}: choose {', '.join(SPLITS)}")
-    parts, number = [], 0
+    parts, number, room = [], 0, length - 2
     for i, section in enumerate(text):
         tokens = tokenize_section(section, tokenizer, number)
         number += len(section)
         if tokens or not parts or i < len(text) - 1:
-            parts += SPLITS[split](tokens) or [[]]
+            parts += SPLITS[split](tokens, room) or [[]]
     pad = tokenizer.end_id if pad_id is None else pad_id
     ids, weights, pieces = [], [], []
     for part in parts:
-        empty = ROOM - len(part)
+        empty = room - len(part)
         ids.append([tokenizer.start_id, *(token.id for token in part), tokenizer.end_id, *[pad] * empty])
         weights.append([1.0, *(token.weight for token in part), 1.0, *[1.0] * empty])
         pieces.append([MARKER, *(token.piece for token in part), MARKER, *[MARKER] * empty])
@@ -98,36 +101,36 @@ def tokenize_section(section: Section, tokenizer: PromptTokenizer, first: int) -
     return tokens
 
 
-def split_evenly(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Cuts tokens every ROOM, also within words."""
-    return [list(tokens[i : i + ROOM]) for i in range(0, len(tokens), ROOM)]
+def split_evenly(tokens: Sequence[Token], room: int) -> list[list[Token]]:
+    """Cuts tokens every `room`, also within words."""
+    return [list(tokens[i : i + room]) for i in range(0, len(tokens), room)]
 
 
-def split_at_commas(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Cuts tokens as the web UI does: what follows the last comma of a full chunk moves to the next one, unless that is
-    more than COMMA_REACH tokens, or a comma comes next."""
+def split_at_commas(tokens: Sequence[Token], room: int) -> list[list[Token]]:
+    """Cuts tokens as the web UI does: what follows the last comma of a full chunk moves to the next one, unless that
+    comma is more than COMMA_REACH tokens back, or the next token is a comma."""
     parts: list[list[Token]] = [[]]
-    comma = None  # the place after the last comma of the chunk
+    comma = None  # the place of the last comma of the chunk
     for token in tokens:
-        if len(parts[-1]) == ROOM:
-            rest = []
-            if token.word != "," and comma is not None and ROOM - comma < COMMA_REACH:
-                parts[-1], rest = parts[-1][:comma], parts[-1][comma:]
-            parts.append(rest)
+        if len(parts[-1]) == room:
+            stop = room
+            if comma is not None and room - comma <= COMMA_REACH and token.word != ",":
+                stop = comma + 1
+            parts[-1:] = [parts[-1][:stop], parts[-1][stop:]]
             comma = None
-        parts[-1].append(token)
-        if token.word == ",":
+        elif token.word == ",":
             comma = len(parts[-1])
+        parts[-1].append(token)
     return parts
 
 
-def split_before(tokens: Sequence[Token], *rules: Callable[[Token], bool]) -> list[list[Token]]:
-    """Cuts tokens into chunks after the last token in reach that fits the first of the rules that any token fits; within
-    a word if none fits."""
+def split_after(tokens: Sequence[Token], room: int, rules: Sequence[Callable[[Token], bool]]) -> list[list[Token]]:
+    """Cuts tokens after the last one in reach that fits a rule, the first rule that any token fits; without one, within
+    a word."""
     parts, rest = [], list(tokens)
-    while len(rest) > ROOM:
-        ends = [[i for i in range(ROOM) if rule(rest[i])] for rule in rules]
-        stop = next((fitting[-1] + 1 for fitting in ends if fitting), ROOM)
+    while len(rest) > room:
+        fitting = [[i for i in range(room) if rule(rest[i])] for rule in rules]
+        stop = next((places[-1] + 1 for places in fitting if places), room)
         parts.append(rest[:stop])
         rest = rest[stop:]
     return [*parts, rest]
@@ -148,10 +151,10 @@ def ends_word(token: Token) -> bool:
     return token.word is not None
 
 
-SPLITS: Mapping[str, Callable[[Sequence[Token]], list[list[Token]]]] = {
+SPLITS: Mapping[str, Callable[[Sequence[Token], int], list[list[Token]]]] = {
     "length": split_evenly,
     "comma": split_at_commas,
-    "sentence": lambda tokens: split_before(tokens, ends_sentence, ends_phrase, ends_word),
-    "phrase": lambda tokens: split_before(tokens, ends_phrase, ends_word),
-    "word": lambda tokens: split_before(tokens, ends_word),
+    "sentence": partial(split_after, rules=(ends_sentence, ends_phrase, ends_word)),
+    "phrase": partial(split_after, rules=(ends_phrase, ends_word)),
+    "word": partial(split_after, rules=(ends_word,)),
 }
