@@ -26,6 +26,7 @@ from train.samplers._conditions import (
     with_numbered_metadata,
     with_tokenized_captions,
 )
+from train.samplers._metadata import with_checked_numbers
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -79,8 +80,9 @@ def main(config: Config) -> None:
             for split, (seed, balance) in draws.items()
         }
         sources = {split: with_checked_regions(source, sampler.network) for split, source in sources.items()}
-        sources["train"] = with_numbered_metadata(sources["train"], sampler.network, training.seed)
-        sources["val"] = with_numbered_metadata(sources["val"], sampler.network)
+        for with_fields in (with_numbered_metadata, with_checked_numbers):
+            sources["train"] = with_fields(sources["train"], sampler.network, training.seed)
+            sources["val"] = with_fields(sources["val"], sampler.network)
         sources = {split: with_tokenized_captions(source, sampler.network) for split, source in sources.items()}
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)

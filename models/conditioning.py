@@ -205,10 +205,16 @@ class ConditionConfig:
     def __post_init__(self):
         check_ranges(self)
 
-    def for_data(self, region_classes: int, metadata: Mapping[str, Sequence[str]] | None = None) -> "ConditionConfig":
+    def for_data(
+        self,
+        region_classes: int,
+        metadata: Mapping[str, Sequence[str]] | None = None,
+        numbers: Mapping[str, Any] | None = None,
+    ) -> "ConditionConfig":
         """Returns the options with the number of classes of regions in the data (0: none) where they leave it to them.
 
-        `CLASSES` of a subclass names its option; others may take values of `metadata`. ValueError for other options.
+        `CLASSES` of a subclass names its option; others may take values of `metadata` and the ranges of `numbers` that
+        the data declare. ValueError for other options.
         """
         names = [vars(base)["CLASSES"] for base in type(self).__mro__ if "CLASSES" in vars(base)]
         for name in names:

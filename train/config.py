@@ -290,8 +290,8 @@ class SamplingConfig:
     condition_file: str | None = None
     """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
     metadata: tuple[str, ...] = ()
-    """Values of --conditions metadata for all images, such as camera=CAM_FRONT light=night, or light=unknown; fields
-    left out come with the other conditions or, if there are none, are unknown."""
+    """Values of --conditions metadata and numbers for all images, such as camera=CAM_FRONT lon=-90.8, or light=unknown;
+    fields left out come with the other conditions or, if there are none, are unknown."""
     class_sampling: Literal["data", "uniform"] = "data"
     """Classes of images for which neither --label nor a --condition_file gives one: as frequent as in the training
     data, or, of the classes that have training images, all equally frequent."""

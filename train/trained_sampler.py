@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
-from models.conditions.metadata import UNKNOWN, check_value, parse_metadata
 from train.checkpoint import (
     EMA_WEIGHTS,
     checkpoint_path,
@@ -42,7 +41,7 @@ from train.registry import import_callable, load_plugin
 from train.resumed_settings import find_code
 from train.runs import read_run
 from train.samplers import Control, LearnedSampler
-from train.samplers._conditions import find_metadata
+from train.samplers._metadata import MetadataFields
 from train.spaces import EditInput, PixelSpace, Space, reopen_space
 from vq.weights import refuse_nan
 
@@ -112,32 +111,29 @@ class TrainedSampler:
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
-        """The fields of --conditions metadata; () without that condition."""
-        encoder = find_metadata(self.sampler.network)
-        return () if encoder is None else tuple(encoder.values)
+        """The fields of --conditions metadata and numbers; () without these conditions."""
+        return tuple(MetadataFields.of(self.sampler.network).unknown)
 
     def with_metadata(self, rows: Sequence[Row], options: SamplingConfig, skip: Collection[str] = ()) -> list[Row]:
-        """Returns rows of conditions with the values of --metadata, which override theirs.
+        """Returns rows of conditions with the values of --metadata, words and numbers, which override theirs.
 
         Where nothing but the label, metadata and `skip` is missing in a row, so that no held-out image gives it, the
         other fields of metadata are unknown. ValueError for unknown fields and values, also in the rows.
         """
-        encoder = find_metadata(self.sampler.network)
-        if encoder is None:
+        fields = MetadataFields.of(self.sampler.network)
+        if not fields.unknown:
             if options.metadata:
                 got = f"got metadata {' '.join(options.metadata)}, which {self.run} is not conditioned on"
-                raise ValueError(f"{got}: leave --metadata out, or train with --conditions metadata")
+                raise ValueError(f"{got}: leave --metadata out, or train with --conditions metadata or numbers")
             return list(rows)
-        given = parse_metadata(options.metadata, encoder.values)
-        for i, row in enumerate(rows):
-            for field in encoder.values.keys() & row.keys():
-                check_value(field, row[field], encoder.values[field], f"row {i}")
+        given = fields.parse(options.metadata)
+        rows = [fields.read_row(row, f"row {i}") for i, row in enumerate(rows)]
         if not given:
-            return list(rows)
+            return rows
         rows = [{**row, **given} for row in rows or ({},)]
         missing = {*self.sampler.conditions} - {"label", *skip, *rows[0]}
-        unknown = dict.fromkeys(missing, UNKNOWN) if missing <= encoder.values.keys() else {}
-        return [{**unknown, **row} for row in rows]
+        unknown = fields.unknown if missing <= fields.unknown.keys() else {}
+        return [{**{name: unknown[name] for name in missing & unknown.keys()}, **row} for row in rows]
 
     def captions(self, labels: Tensor | None) -> list[str]:
         """Returns the names of classes, labels (B,), or their numbers if they have none; [] without labels."""

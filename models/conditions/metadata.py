@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,14 @@ class Config(ConditionConfig):
             raise ValueError(f"got no metadata_values of {', '.join(missing)}: pass --metadata_values {missing[0]}=...")
         return {field: values[field] for field in self.metadata_fields or values} if values else {}
 
-    def for_data(self, region_classes: int, metadata: Values | None = None) -> "Config":
+    def for_data(
+        self, region_classes: int, metadata: Values | None = None, numbers: Mapping[str, Any] | None = None
+    ) -> "Config":
         """Returns the options with the fields and values that data declare, where they leave them to the data.
 
         ValueError for a field that the data do not have, and if they have a value that is not among those given.
         """
-        options, own, declared = super().for_data(region_classes, metadata), self.values, dict(metadata or {})
+        options, own, declared = super().for_data(region_classes, metadata, numbers), self.values, dict(metadata or {})
         words = []
         for field in own or self.metadata_fields or declared:
             if declared and field not in {**declared, **own}:

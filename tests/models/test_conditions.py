@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 
 import pytest
@@ -46,6 +47,10 @@ RAW = {  # options of each encoder, and a batch of its raw field
     "text": (
         {"text_width": 12, "text_layers": 1},
         ["a red star", "a bus", "", "many words, " * 30],
+    ),
+    "numbers": (
+        {"numbers_ranges": ("lon=-180:180:cyclic", "year=2000:2020")},
+        {"lon": torch.tensor([-90.5, 3, math.nan, 179]), "year": torch.tensor([2001.0, math.nan, 2020, 2007])},
     ),
 }
 DROP = torch.tensor([False, True, False, True])

@@ -17,7 +17,9 @@ from train.datasets import Blocks, Dataset, FloatImage, UnreadableImage, content
 from train.datasets._channels import channel_axis
 
 REGION_ROWS = ("boxes", "masks")  # fields with a row per region, beside those named box_*
-COPIED = ("class_names", "region_classes", "region_things", "metadata_values", "palette", "sides")  # attributes
+COPIED = (  # attributes
+    *("class_names", "region_classes", "region_things", "metadata_values", "number_fields", "palette", "sides"),
+)
 
 
 class PatchedDataset:

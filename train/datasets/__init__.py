@@ -95,7 +95,8 @@ class Dataset(Protocol):
     whether each is a thing that can be counted; `sides: train.data.sides.Sides | None`, what swaps in a mirrored image;
     and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind. One whose items
     have fields of a few words each, such as the weather, has `metadata_values: dict[str, tuple[str, ...]]`, those words
-    by field; "unknown" is always among them and left out.
+    by field; "unknown" is always among them and left out. One whose items have fields that are numbers, such as the
+    year, has `number_fields: dict[str, models.conditions.numbers.NumberField]`, their ranges; NaN is a missing value.
     """
 
     n_classes: int

@@ -68,16 +68,17 @@ def check_tokens_are_read(encoders: Mapping[str, ConditionEncoder], *kinds: str 
 
 
 def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset) -> SamplerConfig:
-    """Returns the config with the number of classes of regions and the values of metadata that a data set declares, to
-    be saved with the run. Metadata may have values that occur in the `others`, such as the validation split, alone."""
+    """Returns the config with the number of classes of regions, the values of metadata and the ranges of numbers that a
+    data set declares, to be saved with the run. Metadata may have values that occur in the `others`, such as the
+    validation split, alone."""
     if not isinstance(config, ConditionsConfig):
         return config
     metadata: dict[str, tuple[str, ...]] = {}
     for dataset in (train, *others) if "metadata" in config.conditions else ():
         for field, values in getattr(dataset, "metadata_values", {}).items():
             metadata[field] = tuple(dict.fromkeys((*metadata.get(field, ()), *values)))
-    count = len(getattr(train, "region_classes", ()))
-    return replace(config, condition_options=config.condition_options.for_data(count, metadata))
+    count, numbers = len(getattr(train, "region_classes", ())), getattr(train, "number_fields", {})
+    return replace(config, condition_options=config.condition_options.for_data(count, metadata, numbers))
 
 
 def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:
