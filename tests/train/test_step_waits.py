@@ -13,7 +13,7 @@ from torch.optim import Adam
 
 from experiments.metrics.cost import count_launches
 from helpers.fake_device import DEVICE, FakeDeviceMode
-from models.conditions import metadata
+from models.conditions import metadata, numbers
 from train.config import DataConfig, TrainingConfig
 from train.distributed import DistContext
 from train.sampler import SamplerStep, build_state
@@ -28,6 +28,10 @@ UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors":
 METADATA = {
     "conditions": ("metadata",),
     "condition_options": metadata.Config(metadata_values=("light=daytime", "light=night", "camera=front")),
+}
+NUMBERS = {
+    "conditions": ("numbers",),
+    "condition_options": numbers.Config(numbers_ranges=("year=2000:2020", "lon=-180:180:cyclic")),
 }
 SAMPLERS = {
     "absorbing": absorbing.Config(**NETWORK),
@@ -45,6 +49,7 @@ SAMPLERS = {
     "edm": ddpm.Config(**UNET, sampler="ddpm", process="edm"),
     "flow": ddpm.Config(**UNET, sampler="ddpm", process="flow", time_embedding="noise_level"),
     "metadata": ddpm.Config(**UNET, sampler="ddpm", total_steps=12, **METADATA),
+    "numbers": absorbing.Config(**NETWORK, **NUMBERS),
 }
 
 
@@ -93,6 +98,7 @@ def test_no_step_of_a_sampler_waits(name):
     codes = {"codes": torch.arange(48).view(4, 3, 4) % 8}
     data = {"x0": torch.rand(4, 1, 4, 4)} if isinstance(config, ddpm.Config) else codes
     data |= {"light": torch.arange(4) % 3, "camera": torch.arange(4) % 2}  # numbers, as they are loaded
+    data |= {"year": torch.zeros(4), "lon": torch.zeros(4)}
     launches = waits_of_steps(state, step, data | {"label": torch.arange(4) % 3, "position": torch.arange(4)})
     assert not launches.waiting and launches.count > 50
 

@@ -6,8 +6,8 @@ returns a `Dataset`. Libraries slower to import than torch are imported inside f
 
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.conditions.numbers import NumberField
 from models.ranges import NOT_NEGATIVE, check_ranges
 
 SPLITS = ("train", "val")
@@ -96,7 +97,7 @@ class Dataset(Protocol):
     and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind. One whose items
     have fields of a few words each, such as the weather, has `metadata_values: dict[str, tuple[str, ...]]`, those words
     by field; "unknown" is always among them and left out. One whose items have fields that are numbers, such as the
-    year, has `number_fields: dict[str, models.conditions.numbers.NumberField]`, their ranges; NaN is a missing value.
+    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value.
     """
 
     n_classes: int
@@ -120,16 +121,19 @@ class ArrayDataset:
     labels: np.ndarray
     n_classes: int
     class_names: tuple[str, ...] = ()
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # further fields of the items, (N,) each
+    number_fields: Mapping[str, NumberField] = field(default_factory=dict)  # their ranges
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index])}
+        numbers = {name: float(values[index]) for name, values in self.numbers.items()}
+        return {"image": self.images[index], "label": int(self.labels[index]), **numbers}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for array in (self.images, self.labels):
+        for array in (self.images, self.labels, *self.numbers.values()):
             digest.update(f"{array.dtype.str} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()

@@ -5,13 +5,14 @@ from functools import cache
 
 import numpy as np
 
-from train.datasets import DIGIT_NAMES, SPLITS, ArrayDataset, DatasetConfig, check_split, train_val_split
+from train.datasets import DIGIT_NAMES, SPLITS, ArrayDataset, check_split, train_val_split
+from train.datasets._strokes import StrokeConfig, draw_turns, with_strokes
 
 FEATURES = "digits"  # what `--features auto` means for this data set
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DatasetConfig):
+class Config(StrokeConfig):
     """Options of digits; more images are held out than elsewhere because there are few."""
 
     val_fraction: float = 0.2
@@ -25,7 +26,8 @@ def build(config: Config, split: str) -> ArrayDataset:
         raise ValueError(f"digits reads no folder, got {config.data_dir}: leave --data_dir out or use --dataset folder")
     images, labels = load_all()
     indices = train_val_split(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
-    return ArrayDataset(images[indices], labels[indices], 10, DIGIT_NAMES)
+    dataset = ArrayDataset(images[indices], labels[indices], 10, DIGIT_NAMES)
+    return with_strokes(dataset, config, draw_turns(len(images), 0)[indices])
 
 
 @cache

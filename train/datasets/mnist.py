@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.datasets import DIGIT_NAMES, ArrayDataset, DatasetConfig, check_split, data_root
+from train.datasets import DIGIT_NAMES, SPLITS, ArrayDataset, check_split, data_root
+from train.datasets._strokes import StrokeConfig, draw_turns, with_strokes
 
 UNSIGNED_BYTE = 0x08  # the IDX type code
 PREFIXES = {"train": "train", "val": "t10k"}
@@ -16,7 +17,7 @@ DOWNLOAD = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DatasetConfig):
+class Config(StrokeConfig):
     """Options of MNIST; data_dir has the IDX files (raw or .gz), directly, in raw/ or MNIST/raw/."""
 
 
@@ -27,7 +28,8 @@ def build(config: Config, split: str) -> ArrayDataset:
     """
     check_split(split)
     root, folders = data_root(config, "mnist"), ("", "raw", "MNIST/raw")
-    return read_split(root, split, folders=folders, download=DOWNLOAD, class_names=DIGIT_NAMES)
+    dataset = read_split(root, split, folders=folders, download=DOWNLOAD, class_names=DIGIT_NAMES)
+    return with_strokes(dataset, config, draw_turns(len(dataset), SPLITS.index(split)))
 
 
 def read_split(
