@@ -51,8 +51,9 @@ def test_numbers_and_missing_ones_change_the_codes(name):
     assert torch.equal(given[0], given[2])  # of one seed and condition
     assert not torch.equal(given[0], given[1]) and not torch.equal(given[0], given[3])
     missing = {field: torch.full((4,), NAN) for field in BATCH}
-    null = sampler.sample(sampler.network, Streams([1, 1, 1, 1]), batch=missing, options=options)
-    assert torch.equal(null, sampler.sample(sampler.network, Streams([1, 1, 1, 1]), options=options))
+    plain = MODULES[name].Sampling()
+    null = sampler.sample(sampler.network, Streams([1, 1, 1, 1]), batch=missing, options=plain)
+    assert torch.equal(null, sampler.sample(sampler.network, Streams([1, 1, 1, 1]), batch=None, options=plain))
 
 
 @pytest.mark.parametrize("name", KINDS)
