@@ -20,13 +20,8 @@ from train.registry import import_callable
 from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
-from train.samplers._conditions import (
-    with_checked_regions,
-    with_declared_values,
-    with_numbered_metadata,
-    with_tokenized_captions,
-)
-from train.samplers._metadata import with_checked_numbers
+from train.samplers._condition_sources import with_condition_fields
+from train.samplers._conditions import with_declared_values
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -79,11 +74,8 @@ def main(config: Config) -> None:
             split: space.source(images[split], split, data, seed, world, adapt, balance)
             for split, (seed, balance) in draws.items()
         }
-        sources = {split: with_checked_regions(source, sampler.network) for split, source in sources.items()}
-        for with_fields in (with_numbered_metadata, with_checked_numbers):
-            sources["train"] = with_fields(sources["train"], sampler.network, training.seed)
-            sources["val"] = with_fields(sources["val"], sampler.network)
-        sources = {split: with_tokenized_captions(source, sampler.network) for split, source in sources.items()}
+        for split, seed in (("train", training.seed), ("val", None)):
+            sources[split] = with_condition_fields(sources[split], sampler.network, seed)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}

@@ -12,7 +12,7 @@ from helpers.tiny_runs import DDPM, call
 from models.conditions.metadata import MetadataEncoder
 from train.config import SamplingConfig
 from train.datasets.shapes import Shapes
-from train.samplers._conditions import find_metadata
+from train.samplers._metadata import find_metadata
 from train.trained_sampler import TrainedSampler
 
 TRAINING = f"{DDPM} --dataset shapes --shapes_count 12 --conditions metadata --no_amp --log_dir scenes"

@@ -17,7 +17,7 @@ from train.data.formats.categories import Categories
 from train.data.sides import Sides
 from train.datasets import check_split, data_root, require_readable
 from train.datasets._pairs import AnnotationFiles, Pairs, RegionConfig, list_files, pair_split, select_split
-from train.datasets._regions import MAP_SUFFIXES, UNLABELLED, RegionDataset, naming, read_map, class_map_fields
+from train.datasets._regions import MAP_SUFFIXES, UNLABELLED, RegionDataset, class_map_fields, naming, read_map
 from train.datasets.folder import SUFFIXES
 from train.datasets.semantic import number_levels
 

@@ -19,10 +19,10 @@ from train.datasets._regions import (
     UNLABELLED,
     ClassListConfig,
     RegionDataset,
+    class_map_fields,
     naming,
     read_categories,
     read_map,
-    class_map_fields,
 )
 
 HIGHEST_LEVEL = 65535

@@ -1,19 +1,15 @@
 """Conditions of learned samplers: their flags, encoders and batch fields."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.rng import Streams, seed_of
+from diffusion.rng import Streams
 from models.conditioning import ConditionConfig, ConditionEncoder, Conditioner
-from models.conditions.metadata import NULL, MetadataEncoder, to_numbers
-from models.conditions.text import CaptionEncoder, tokenize
-from models.regions import check_region_fields
 from models.unet_attention import SELF_ATTENTION
 from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
-from train.data.loading import BatchSource
 from train.datasets import Dataset
 from train.loop import Batch, Field
 from train.registry import load_plugin
@@ -123,114 +119,3 @@ def draw_drops(
     """
     names = dict.fromkeys(encoders.drop_names.values())
     return {name: streams(name).uniform((count,)) < getattr(config, drop_flag(name)) for name in names}
-
-
-@dataclass(frozen=True)
-class CheckedRegions:
-    """Batches of a source whose regions are checked where they are loaded, which no training step needs to wait for.
-
-    `limits` are those of `check_region_fields`, and `fields` those that conditions read. Images are known by the field
-    file_name, if they have one.
-    """
-
-    source: BatchSource
-    fields: frozenset[str]
-    limits: Mapping[str, int]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def item_index(self, position: int) -> int:
-        """Returns the index in the data set of the item at a position."""
-        return self.source.item_index(position)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        batch = self.source[positions]
-        read = {name: value for name, value in batch.items() if name.removesuffix("_mask") in self.fields}
-        check_region_fields(read, self.limits, batch.get("file_name"))
-        return batch
-
-
-def with_checked_regions(source: BatchSource, network: nn.Module) -> BatchSource:
-    """Returns a source whose regions are checked, if the network has conditions that read any."""
-    for encoders in network.modules():
-        if isinstance(encoders, Conditioner) and encoders.region_encoders:
-            fields = fields_by_condition(encoders.region_encoders).values()
-            return CheckedRegions(source, frozenset().union(*fields), encoders.region_limits)
-    return source
-
-
-@dataclass(frozen=True)
-class NumberedMetadata:
-    """Batches of a source whose metadata are numbers (B,) instead of words, which no training step needs to look up.
-
-    With a seed, each field of an example becomes null with probability `drop`, from the stream "metadata_fields" of the
-    seed and its position. Images are known by the field file_name, if they have one. ValueError for other words.
-    """
-
-    source: BatchSource
-    values: Mapping[str, Sequence[str]]  # by field
-    drop: float
-    seed: int | None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def item_index(self, position: int) -> int:
-        """Returns the index in the data set of the item at a position."""
-        return self.source.item_index(position)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        batch = self.source[positions]
-        numbers = {
-            field: to_numbers(field, batch[field], words, batch.get("file_name"))
-            for field, words in self.values.items()
-        }
-        if self.seed is not None:
-            streams = Streams([seed_of(self.seed, "metadata_fields", position) for position in positions])
-            drop = streams.uniform((len(positions), len(numbers))) < self.drop
-            numbers = {name: each.masked_fill(drop[:, i], NULL) for i, (name, each) in enumerate(numbers.items())}
-        return batch | numbers
-
-
-def find_metadata(network: nn.Module) -> MetadataEncoder | None:
-    """Returns the encoder of metadata of a network; None if it has none."""
-    return next((each for each in network.modules() if isinstance(each, MetadataEncoder)), None)
-
-
-def with_numbered_metadata(source: BatchSource, network: nn.Module, seed: int | None = None) -> BatchSource:
-    """Returns a source whose metadata are numbers, if the network has a condition that reads them; with the seed of a
-    training some of them are null, as the condition's options say."""
-    encoder = find_metadata(network)
-    return source if encoder is None else NumberedMetadata(source, encoder.values, encoder.field_drop, seed)
-
-
-@dataclass(frozen=True)
-class TokenizedCaptions:
-    """Batches of a source whose captions are ids and their mask, (B, C, L) each, in chunks of at most `length` tokens.
-
-    No training step needs to tokenize.
-    """
-
-    source: BatchSource
-    length: int
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def item_index(self, position: int) -> int:
-        """Returns the index in the data set of the item at a position."""
-        return self.source.item_index(position)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        batch = self.source[positions]
-        if "caption" not in batch:
-            return batch  # `raw_conditions` says what is missing
-        ids, mask = tokenize(batch["caption"], self.length)
-        return batch | {"caption": ids, "caption_mask": mask}
-
-
-def with_tokenized_captions(source: BatchSource, network: nn.Module) -> BatchSource:
-    """Returns a source whose captions are ids, if the network has a condition that reads them."""
-    encoder = next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
-    return source if encoder is None else TokenizedCaptions(source, encoder.length)

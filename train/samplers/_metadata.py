@@ -1,18 +1,13 @@
-"""Metadata of images, words and numbers: values that a user gives for generated images, and checks of training data."""
+"""Metadata of images, words and numbers: the values that a user gives for generated images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffusion.rng import Streams, seed_of
-from models.conditions.metadata import UNKNOWN, Values, check_value, parse_metadata, split_word
-from models.conditions.numbers import MISSING, NumberField, NumbersEncoder, RangeCheck, parse_number
-from train.data.loading import BatchSource
-from train.loop import Batch
-from train.samplers._conditions import find_metadata
+from models.conditions.metadata import UNKNOWN, MetadataEncoder, Values, check_value, parse_metadata, split_word
+from models.conditions.numbers import MISSING, NumberField, NumbersEncoder, parse_number
 
 
 @dataclass(frozen=True)
@@ -61,56 +56,11 @@ class MetadataFields:
             raise ValueError(f"{name}: {error}") from error
 
 
+def find_metadata(network: nn.Module) -> MetadataEncoder | None:
+    """Returns the encoder of metadata of a network; None if it has none."""
+    return next((each for each in network.modules() if isinstance(each, MetadataEncoder)), None)
+
+
 def find_numbers(network: nn.Module) -> NumbersEncoder | None:
     """Returns the encoder of numbers of a network; None if it has none."""
     return next((each for each in network.modules() if isinstance(each, NumbersEncoder)), None)
-
-
-@dataclass(frozen=True)
-class CheckedNumbers:
-    """Batches of a source whose fields of numbers are checked and made float32 (B,), NaN where missing.
-
-    With a seed, each field of an example becomes missing with probability `drop`, from the stream "number_fields" of
-    the seed and its position. Images are known by the field file_name, if they have one.
-    """
-
-    source: BatchSource
-    check: RangeCheck
-    drop: float
-    seed: int | None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def item_index(self, position: int) -> int:
-        """Returns the index in the data set of the item at a position."""
-        return self.source.item_index(position)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        batch = self.source[positions]
-        names = [name for name in self.check.ranges if name in batch]
-        numbers = {name: self.read(name, batch) for name in names}
-        if self.seed is not None:
-            streams = Streams([seed_of(self.seed, "number_fields", position) for position in positions])
-            drop = streams.uniform((len(positions), len(self.check.ranges))) < self.drop
-            for i, name in enumerate(names):
-                numbers[name] = numbers[name].masked_fill(drop[:, i], MISSING)
-        return batch | numbers
-
-    def read(self, name: str, batch: Batch) -> Tensor:
-        """Returns the values (B,) of a field; ValueError unless they are finite numbers, or NaN."""
-        values, images = batch[name], batch.get("file_name")
-        if not isinstance(values, Tensor) or values.ndim != 1 or values.dtype == torch.bool:
-            got = f"a tensor {tuple(values.shape)}" if isinstance(values, Tensor) else f"{values[0]!r}"
-            raise ValueError(f"field {name!r} of the items is {got}, wanted a number, or nan for a missing one")
-        self.check(name, values, images)
-        return values.float()
-
-
-def with_checked_numbers(source: BatchSource, network: nn.Module, seed: int | None = None) -> BatchSource:
-    """Returns a source whose numbers are checked, if the network has a condition that reads them; with the seed of a
-    training some of them are missing, as the condition's options say."""
-    encoder = find_numbers(network)
-    if encoder is None:
-        return source
-    return CheckedNumbers(source, RangeCheck(encoder.ranges), encoder.field_drop, seed)

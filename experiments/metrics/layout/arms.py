@@ -27,7 +27,8 @@ from train.progress import Progress
 from train.registry import load_plugin
 from train.sampler import SamplerStep, build_state
 from train.samplers import LearnedSampler, absorbing
-from train.samplers._conditions import ConditionsConfig, with_checked_regions, with_declared_values
+from train.samplers._condition_sources import with_condition_fields
+from train.samplers._conditions import ConditionsConfig, with_declared_values
 from train.spaces import CodeSpace, PixelSpace, Space
 from train.trained_sampler import TrainedSampler, class_frequencies
 
@@ -215,7 +216,7 @@ class Bench:
         else:
             source = run.space.source(dataset, "train", self.data, run.seed, self.world, balance=balance)
         batches = training_batches(
-            with_checked_regions(source, sampler.network),
+            with_condition_fields(source, sampler.network, run.seed),
             start=0,
             steps=training.train_steps,
             batch_size=training.batch_size,

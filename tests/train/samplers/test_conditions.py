@@ -19,15 +19,13 @@ from models.conditions.text import CaptionEncoder, tokenize
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.cli.plugins import merge_configs
 from train.samplers import ddpm
+from train.samplers._condition_sources import with_condition_fields
 from train.samplers._conditions import (
     ConditionsConfig,
     draw_drops,
     fields_by_condition,
     raw_conditions,
-    with_checked_regions,
     with_declared_values,
-    with_numbered_metadata,
-    with_tokenized_captions,
 )
 
 
@@ -94,14 +92,14 @@ class Batches:
 
 def test_regions_are_checked_where_batches_are_loaded():
     network, source = nn.Sequential(nn.Linear(1, 1), encoders("layout")), Batches(file_name=["a.png", "b.png"])
-    checked = with_checked_regions(source, network)
+    checked = with_condition_fields(source, network)
     assert len(checked) == 9 and checked.item_index(3) == 30
     assert checked[[1, 2]].keys() == source[[1, 2]].keys()
     with pytest.raises(ValueError, match="^b.png: got box_class 3 as region 0, wanted 0 to 2"):
         checked[[2, 3]]
     with pytest.raises(ValueError, match="^image 0 of the batch: got box_class 5"):
-        with_checked_regions(Batches(), network)[[5]]
-    assert with_checked_regions(source, encoders()) is source
+        with_condition_fields(Batches(), network)[[5]]
+    assert with_condition_fields(source, encoders()) is source
 
 
 def test_a_run_keeps_the_number_of_classes_of_regions():
@@ -144,19 +142,19 @@ def metadata_network(field_drop=0.0, **values):
 
 def test_metadata_are_numbers_where_batches_are_loaded():
     source = Scenes()
-    numbered = with_numbered_metadata(source, metadata_network(field_drop=0.9))
+    numbered = with_condition_fields(source, metadata_network(field_drop=0.9))
     batch = numbered[[3, 4, 5]]
     assert len(numbered) == 4000 and numbered.item_index(3) == 30 and batch.keys() == source[[3]].keys()
     assert batch["light"].tolist() == [1, 2, 0] and batch["camera"].tolist() == [2, 1, 2]
-    assert with_numbered_metadata(source, encoders()) is source
+    assert with_condition_fields(source, encoders()) is source
     with pytest.raises(ValueError, match="^4.png: got light 'night', wanted one of day, dusk, or unknown"):
-        with_numbered_metadata(source, metadata_network(light=("day", "dusk")))[[3, 4]]
+        with_condition_fields(source, metadata_network(light=("day", "dusk")))[[3, 4]]
 
 
 def test_fields_of_metadata_become_null_independently():
     positions = list(range(4000))
-    whole = with_numbered_metadata(Scenes(), metadata_network())[positions]
-    numbered = with_numbered_metadata(Scenes(), metadata_network(field_drop=0.3), seed=5)
+    whole = with_condition_fields(Scenes(), metadata_network())[positions]
+    numbered = with_condition_fields(Scenes(), metadata_network(field_drop=0.3), seed=5)
     batch, present = numbered[positions], whole["light"] > 0
     light, camera = ((batch[name] == 0)[present] for name in ("light", "camera"))
     for rate, expected in ((light, 0.3), (camera, 0.3), (light & camera, 0.09)):
@@ -164,7 +162,7 @@ def test_fields_of_metadata_become_null_independently():
     assert ((batch["light"] == whole["light"]) | (batch["light"] == 0)).all()
     some = positions[100:200]  # null by their positions, not by their places in the batch
     assert torch.equal(numbered[some]["camera"], batch["camera"][some])
-    other = with_numbered_metadata(Scenes(), metadata_network(field_drop=0.3), seed=6)[positions]
+    other = with_condition_fields(Scenes(), metadata_network(field_drop=0.3), seed=6)[positions]
     assert not torch.equal(other["camera"], batch["camera"])
 
 
@@ -184,15 +182,15 @@ def text_network():
 def test_captions_are_ids_where_batches_are_loaded():
     captions = ["a red star", "many words " * 20]
     source, network = Batches(caption=captions), text_network()
-    tokenized = with_tokenized_captions(source, network)
+    tokenized = with_condition_fields(source, network)
     batch, (ids, mask) = tokenized[[1, 2]], tokenize(captions, 20)
     assert len(tokenized) == 9 and tokenized.item_index(3) == 30
     assert torch.equal(batch["caption"], ids) and torch.equal(batch["caption_mask"], mask) and ids.shape == (2, 3, 20)
     assert batch["box_class"].tolist() == [[1], [2]]
     assert raw_conditions({"text": ("caption",)}, batch)["text"].keys() == {"caption", "caption_mask"}
-    assert with_tokenized_captions(source, encoders()) is source
+    assert with_condition_fields(source, encoders()) is source
     with pytest.raises(ValueError, match="the conditions need caption"):
-        raw_conditions({"text": ("caption",)}, with_tokenized_captions(Batches(), network)[[1]])
+        raw_conditions({"text": ("caption",)}, with_condition_fields(Batches(), network)[[1]])
 
 
 def test_tokens_that_no_attention_block_reads_are_refused():

@@ -10,8 +10,9 @@ from torch import nn
 from models.conditioning import Conditioner
 from models.conditions.metadata import MetadataEncoder
 from models.conditions.numbers import NumberField, NumbersEncoder
+from train.samplers._condition_sources import with_condition_fields
 from train.samplers._conditions import ConditionsConfig, with_declared_values
-from train.samplers._metadata import MetadataFields, find_numbers, with_checked_numbers
+from train.samplers._metadata import MetadataFields, find_numbers
 
 RANGES = {"year": NumberField(2000, 2020), "lon": NumberField(-180, 180, True)}
 WORDS = {"light": ("day", "night")}
@@ -89,28 +90,28 @@ class Images:
 
 def test_numbers_are_float32_where_batches_are_loaded():
     source = Images()
-    checked = with_checked_numbers(source, network(field_drop=0.9))
+    checked = with_condition_fields(source, network(field_drop=0.9))
     batch = checked[[3, 4]]
     assert len(checked) == 4000 and checked.item_index(3) == 30 and batch.keys() == source[[3]].keys()
     assert torch.equal(batch["year"], torch.tensor([2003.0, 2004])) and batch["lon"].dtype == torch.float32
-    assert with_checked_numbers(source, nn.Linear(1, 1)) is source
+    assert with_condition_fields(source, nn.Linear(1, 1)) is source
 
 
 def test_wrong_numbers_are_refused_by_the_name_of_their_image():
     with pytest.raises(ValueError, match="^4.png: got year inf, wanted a finite number"):
-        with_checked_numbers(Images(year=torch.tensor([2000.0, math.inf])), network())[[3, 4]]
+        with_condition_fields(Images(year=torch.tensor([2000.0, math.inf])), network())[[3, 4]]
     with pytest.raises(ValueError, match="field 'year' of the items is 'early', wanted a number"):
-        with_checked_numbers(Images(year=["early", "late"]), network())[[3, 4]]
+        with_condition_fields(Images(year=["early", "late"]), network())[[3, 4]]
     with pytest.raises(ValueError, match=r"field 'year' of the items is a tensor \(2, 3\), wanted a number"):
-        with_checked_numbers(Images(year=torch.zeros(2, 3)), network())[[3, 4]]
+        with_condition_fields(Images(year=torch.zeros(2, 3)), network())[[3, 4]]
     with pytest.warns(UserWarning, match="^4.png: got year 1999, outside its range 2000 to 2020"):
-        with_checked_numbers(Images(year=torch.tensor([2000, 1999])), network())[[3, 4]]
+        with_condition_fields(Images(year=torch.tensor([2000, 1999])), network())[[3, 4]]
 
 
 def test_fields_are_dropped_independently_by_their_positions():
     positions = list(range(4000))
-    whole = with_checked_numbers(Images(), network())[positions]
-    dropped = with_checked_numbers(Images(), network(field_drop=0.3), seed=5)
+    whole = with_condition_fields(Images(), network())[positions]
+    dropped = with_condition_fields(Images(), network(field_drop=0.3), seed=5)
     batch = dropped[positions]
     year, lon = batch["year"].isnan(), batch["lon"].isnan()
     for rate, expected in ((year, 0.3), (lon, 0.3), (year & lon, 0.09)):
@@ -118,4 +119,4 @@ def test_fields_are_dropped_independently_by_their_positions():
     assert torch.equal(batch["lon"][~lon], whole["lon"][~lon])
     some = positions[100:200]  # not by their places in the batch
     assert torch.equal(dropped[some]["lon"].isnan(), lon[some])
-    assert not torch.equal(with_checked_numbers(Images(), network(0.3), seed=6)[positions]["lon"].isnan(), lon)
+    assert not torch.equal(with_condition_fields(Images(), network(0.3), seed=6)[positions]["lon"].isnan(), lon)
