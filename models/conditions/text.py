@@ -78,9 +78,11 @@ class CaptionEncoder(ConditionEncoder):
         captions, mask = raw["caption"], raw.get("caption_mask")
         if not isinstance(captions, Tensor):
             captions, mask = (each.to(x.device, non_blocking=True) for each in tokenize(captions, self.length))
-        if len(captions) != len(x) or mask is None or mask.shape != captions.shape:
-            got = f"{tuple(captions.shape)} with caption_mask {None if mask is None else tuple(mask.shape)}"
-            raise ValueError(f"got caption {got} for {len(x)} images, wanted {len(x)} texts, or ids (B, C, L) and mask")
+        elif mask is None:
+            raise ValueError(f"got caption {captions.flatten()[:5].tolist()}, wanted texts: quote them")
+        if len(captions) != len(x) or mask.shape != captions.shape:
+            got = f"got caption {tuple(captions.shape)} with caption_mask {tuple(mask.shape)} for {len(x)} images"
+            raise ValueError(f"{got}, wanted {len(x)} texts, or ids (B, C, L) and their mask")
         return self.encode_ids(captions), mask.flatten(1)
 
     def encode_ids(self, ids: Tensor) -> Tensor:

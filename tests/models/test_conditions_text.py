@@ -120,8 +120,10 @@ def test_other_numbers_of_captions_are_refused():
     for raw in (["a bus"] * 3, {"caption": ids, "caption_mask": mask}):
         with pytest.raises(ValueError, match=r"got caption \(3, 1, 8\) .* for 2 images, wanted 2 texts"):
             encoder(raw, torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ValueError, match="caption_mask None for 3 images"):
-        encoder({"caption": ids}, torch.zeros(3, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"caption_mask \(1, 1, 8\) for 3 images"):
+        encoder({"caption": ids, "caption_mask": mask[:1]}, torch.zeros(3, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"got caption \[7, 3\], wanted texts: quote them"):
+        encoder({"caption": torch.tensor([7, 3])}, torch.zeros(2, 3, 4, 4))
 
 
 def test_options_that_do_not_fit():

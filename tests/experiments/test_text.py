@@ -1,0 +1,120 @@
+"""--conditions text, from training to samples, on a few images with captions: in pixels and on codes."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.run_asserts import assert_equal_bits, lines, weights
+from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
+
+TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2 --no_amp"
+PIXELS = f"{DDPM} {TEXT} --attn_block_type transformer"
+CODES = f"{SAMPLER.replace('--sample_steps 4', '')} {TEXT} --ae_load_dir vqgan"
+LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
+
+
+def train(logs, data, flags):
+    call("train_sampler.py", f"--logs_root {logs} {data} {flags}", validation_images=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The flags of images with two captions each."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 6)):
+        (folder / "images" / split).mkdir(parents=True)
+        rows = [("img_name", "prompt")]
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "images" / split / f"{i}.png")
+            rows += [(f"{i}.png", f"image {i} of {split}"), (f"{i}.png", f"{LONG}, seen {i} times")]
+        write_csv(folder / f"prompts_{split}.csv", rows)
+    return f"--dataset captions --data_dir {folder}"
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory, data):
+    logs = tmp_path_factory.mktemp("logs")
+    train(logs, data, f"{PIXELS} --train_steps 2 --log_dir pixels")
+    return logs
+
+
+@pytest.fixture(scope="module")
+def codes(logs, data):
+    """The same folder, with a VQGAN and samplers of its codes."""
+    call("train_vqgan.py", f"--logs_root {logs} {data} {VQGAN} {GAN} --no_amp --train_steps 1 --log_dir vqgan")
+    for name in ("absorbing", "autoregressive"):
+        train(logs, data, f"--sampler {name} {CODES} --train_steps 2 --log_dir {name}")
+    return logs
+
+
+@pytest.fixture
+def captions_csv(tmp_path):
+    """Three captions, of which one is long and one looks like a number."""
+    path = tmp_path / "captions.csv"
+    write_csv(path, [("caption",), ("a red star, on sand",), (LONG,), ("7",)])
+    return path
+
+
+def sample(logs, run, results, flags, sampler="ddpm"):
+    """Samples of a run in a new folder of results."""
+    options = "--no_amp --device cpu --batch_size 4" + ("" if sampler == "autoregressive" else " --sample_steps 2")
+    call(
+        "experiments/get_samples.py",
+        f"--logs_root {logs} --sampler {sampler} --load_dir {run} --log_dir {results} {options} {flags}",
+    )
+    return np.load(logs / results / "samples.npz")["arr_0"]
+
+
+def test_samples_have_held_out_captions_by_default(logs, conditions):
+    sample(logs, "pixels", "held_out", "--n_samples 6")
+    captions = [caption for batch in conditions for caption in batch["caption"]]
+    items = np.load(logs / "held_out" / "samples.npz")["held_out"]
+    assert captions == [f"image {i} of val" for i in items] and {*items} == {*range(6)}
+
+
+def test_samples_have_the_captions_of_a_file(logs, captions_csv, conditions):
+    images = sample(logs, "pixels", "of_a_file", f"--n_samples 5 --condition_file {captions_csv} --guidance 2")
+    assert len(images) == 5
+    captions = [caption for batch in conditions for caption in batch["caption"]]
+    assert captions == ["a red star, on sand", LONG, "7", "a red star, on sand", LONG]
+
+
+def test_a_resumed_run_with_workers_and_a_cache_learns_the_same(data, tmp_path):
+    """Captions survive worker processes, the cache of images, and a stop."""
+    train(tmp_path, data, f"{PIXELS} --train_steps 3 --log_dir whole")
+    options = "--num_workers 2 --cache_images --log_dir parts"
+    for steps in (2, 3):
+        train(tmp_path, data, f"{PIXELS} --train_steps {steps} {options}")
+    assert_equal_bits(weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3))
+
+
+@pytest.mark.parametrize("sampler", ["absorbing", "autoregressive"])
+def test_captions_reach_codes_through_their_cache(codes, sampler, captions_csv, conditions):
+    images = sample(
+        codes, sampler, f"{sampler}_samples", f"--n_samples 3 --condition_file {captions_csv} --guidance 2", sampler
+    )
+    assert len(images) == 3 and conditions[0]["caption"][1] == LONG
+    losses = [row["val/loss"] for row in lines(codes / sampler) if "val/loss" in row]
+    assert losses and np.isfinite(losses).all()
+
+
+def test_data_without_captions_are_refused_before_any_file_is_made(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "--dataset digits", f"{PIXELS} --log_dir digits")
+    assert stop.value.code == 2 and "held-out images have no caption" in capfd.readouterr().err
+    assert not (tmp_path / "digits").exists()
+
+
+def test_a_caption_that_is_no_text_is_refused(logs, tmp_path, capfd):
+    path = tmp_path / "captions.json"
+    path.write_text('[{"caption": 7}]')
+    with pytest.raises(SystemExit) as stop:
+        sample(logs, "pixels", "refused", f"--n_samples 1 --condition_file {path}")
+    assert stop.value.code == 2 and "got caption [7], wanted texts: quote them" in capfd.readouterr().err

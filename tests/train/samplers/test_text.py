@@ -1,0 +1,118 @@
+"""Captions in samplers of pixels and of codes: training, guidance, and equal rows."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.rng import Streams
+from models.conditions import text
+from train.data.streams import TrainingStreams
+from train.samplers import absorbing, autoregressive, ddpm
+
+OPTIONS = text.Config(text_width=16, text_layers=1, text_heads=2)
+SMALL = {"conditions": ("text",), "condition_options": OPTIONS}
+CODES = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
+UNET = {"channels": 8, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (1,), "heads": 1, "total_steps": 20}
+LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
+
+
+def build(kind, **options):
+    """A sampler with random weights, and options of sampling in few steps."""
+    torch.manual_seed(0)
+    if kind == "ddpm":
+        config = ddpm.Config(**SMALL, **UNET, attn_block_type="transformer", **options)
+        sampler = ddpm.build(config, shape=(3, 4, 4), pixels=True, n_classes=0)
+    else:
+        module = {"absorbing": absorbing, "autoregressive": autoregressive}[kind]
+        sampler = module.build(module.Config(**SMALL, **CODES, **options), codes=7, grid=(4, 4), n_classes=0)
+    for parameter in sampler.network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    sampler.network.eval()
+    return sampler
+
+
+def sampling(kind, **options):
+    if kind == "autoregressive":
+        return autoregressive.Sampling(**options)
+    return {"ddpm": ddpm, "absorbing": absorbing}[kind].Sampling(sample_steps=4, **options)
+
+
+def sample(sampler, kind, captions, seeds=None, **options):
+    rng = Streams(list(range(len(captions))) if seeds is None else seeds)
+    return sampler.sample(sampler.network, rng, options=sampling(kind, **options), batch={"caption": captions})
+
+
+def data(kind, count):
+    generator = torch.manual_seed(1)
+    if kind == "ddpm":
+        return {"x0": torch.randn(count, 3, 4, 4, generator=generator)}
+    return {"codes": torch.randint(7, (count, 4, 4), generator=generator)}
+
+
+KINDS = ["ddpm", "absorbing", "autoregressive"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_field_is_the_condition(kind):
+    sampler = build(kind)
+    assert sampler.conditions == ("caption",) and sampler.network.encoders.token_width == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_teaches_words_of_the_captions_alone(kind):
+    """The embeddings of all words get a gradient, in every chunk; those of other words do not; nor dropped ones."""
+    captions = ["a red star", LONG]
+    for drop, learns in ((0.0, True), (0.9999, False)):
+        sampler = build(kind, condition_drop=drop)
+        ids, mask = text.tokenize(captions, 77)
+        batch = {**data(kind, 2), "caption": ids, "caption_mask": mask, "position": torch.arange(2)}
+        loss = sampler.loss(sampler.network.train(), batch, TrainingStreams(0, batch, 2, torch.device("cpu")))
+        loss.per_example.mean().backward()
+        encoder = sampler.network.encoders["text"]
+        gradients = encoder.encoder.token.weight.grad.abs().sum(1)
+        words = torch.tensor(text.TOKENIZER.encode("a red star and blue ring"))
+        other = torch.tensor(text.TOKENIZER.encode("bus"))
+        assert (gradients[words] > 0).all() == learns and not gradients[other].any()
+        assert bool(encoder.null.grad.any()) == (not learns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_follow_their_captions_whatever_the_batch(kind):
+    sampler = build(kind)
+    together = sample(sampler, kind, ["a red star", LONG, "a bus"])
+    alone = sample(sampler, kind, [LONG], seeds=[1])
+    assert torch.allclose(together[1].double(), alone[0].double(), atol=1e-4)
+    stars, buses = (sample(sampler, kind, [caption] * 8) for caption in ("a red star", "a bus"))
+    assert not torch.equal(stars, buses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_moves_away_from_the_null(kind):
+    """Guidance 0 ignores captions, 1 leaves out the null, and 3 goes beyond both."""
+    sampler = build(kind)
+    zero = [sample(sampler, kind, [each], guidance=0.0) for each in ("a red star", LONG)]
+    assert torch.equal(*zero)
+    plain, strong = (sample(sampler, kind, ["a red star"] * 4, guidance=scale) for scale in (1.0, 3.0))
+    assert not torch.equal(plain, strong)
+
+
+def test_equal_captions_share_a_call_and_different_ones_do_not():
+    """In the first call all codes are masked: rows differ by their captions alone."""
+    sampler, rows = build("absorbing"), []
+    sampler.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    for captions, expected in ((["a bus"] * 4, 1), (["a bus", "A BUS", LONG, LONG], 2), (["a", "b", "c", LONG], 4)):
+        rows.clear()
+        sample(sampler, "absorbing", captions)
+        assert rows[0] == expected
+        rows.clear()
+        sample(sampler, "absorbing", captions, guidance=2.0)  # and the null
+        assert rows[0] == expected + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_likelihoods_take_captions(kind):
+    sampler = build(kind)
+    field = "x0" if kind == "ddpm" else "codes"
+    batch = {field: data(kind, 1)[field].clamp(-1, 1).expand(2, *[-1] * (3 if kind == "ddpm" else 2))}
+    bound = sampler.log_likelihood(sampler.network, batch | {"caption": ["a red star", LONG]}, Streams([0, 0]), 2)
+    assert bound.total.shape == (2,) and bound.total[0] != bound.total[1]
