@@ -186,16 +186,19 @@ class TrainedSampler:
         window_stride: int | None = None,
         on_step: OnStep | None = None,
         control: Control | None = None,
+        negative: Batch | None = None,
     ) -> Batch:
         """Returns {"image": uint8 (B, C, H, W)}, with "codes" (B, h, w) and "label" (B,) where the model has them.
 
         Image i of a seed does not depend on the batch it is drawn in. `conditions` are raw fields, as the `draw` of a
-        `condition_source` returns them; None: all null. `edit` is known data to begin from, `control` a branch beside
-        the network, `network` replaces the sampler's own. `on_step(i, t, s, x, prediction)` is called after each step,
+        `condition_source` returns them; None: all null. `negative` are fields that guidance moves away from instead of
+        the null. `edit` is known data to begin from, `control` a branch beside the network, `network` replaces the
+        sampler's own. `on_step(i, t, s, x, prediction)` is called after each step,
         with x in the sampler's space. ValueError for options of another sampler.
         """
         self.check_options(options)
         batch = None if conditions is None else to_device(conditions, self.device)
+        negative = None if negative is None else to_device(negative, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
         network = network or self.sampler.network
         with autocast(self.device, self.amp), frozen_weights_cast_once(network):
@@ -209,6 +212,7 @@ class TrainedSampler:
                 edit=edit,
                 on_step=on_step,
                 control=control,
+                negative=negative,
             )
         outputs = {"image": self.space.decode(x).cpu()} | self.space.extra_arrays(x)
         return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}

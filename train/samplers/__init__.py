@@ -73,12 +73,14 @@ class LearnedSampler(ABC):
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
         control: Control | None = None,
+        negative: Batch | None = None,
     ) -> Tensor:
         """Samples one x for each of the B streams of `rng`, in the sampler's space; ValueError for unsuitable options.
 
         `batch` holds the fields of the conditions; None means null conditions. `shape` is a height and width other than
         in training, and `window_stride` the distance between the windows that cover it. `edit` is known data to start
-        from.
+        from. `negative` holds fields of conditions, of some or all of them, that guidance moves away from in place of
+        their null; without guidance they are ignored.
         """
 
     @abstractmethod

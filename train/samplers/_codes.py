@@ -88,9 +88,10 @@ class CodeSampler(LearnedSampler):
 
     # Conditions
 
-    def guidance_chain(self, batch: Batch | None, options: CodeSampling) -> Chain:
-        """Returns the conditions of a batch, from the null on, and their guidance scales."""
-        return guidance_chain(self.config, self.network.encoders, self.fields_of, batch, options, self.n_classes)
+    def guidance_chain(self, batch: Batch | None, options: CodeSampling, negative: Batch | None = None) -> Chain:
+        """Returns the conditions of a batch, from the null or `negative` on, and their guidance scales."""
+        encoders, fields_of = self.network.encoders, self.fields_of
+        return guidance_chain(self.config, encoders, fields_of, batch, options, self.n_classes, negative)
 
     def encode_chain(self, network: nn.Module, chain: Chain, x: Tensor, windows: Windows = ()) -> Condition:
         """Returns the C conditions of a chain for grids like x (B, H, W): C B of them, B for each, weakest first.
@@ -137,15 +138,16 @@ class CodeSampler(LearnedSampler):
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
         control: Control | None = None,
+        negative: Batch | None = None,
     ) -> Tensor:
         """Samples codes (B, *shape) for the B streams of `rng`."""
         shape = tuple(shape or self.grid)
         needs_windows = self.needs_windows(shape, window_stride)
         x = self.initial_codes(edit, (len(rng), *shape), rng)
         if needs_windows:
-            denoise = self.make_windowed(network, batch, options, x, control, window_stride)
+            denoise = self.make_windowed(network, batch, options, x, control, window_stride, negative)
         else:
-            denoise = self.make_denoiser(network, batch, options, x, control)
+            denoise = self.make_denoiser(network, batch, options, x, control, negative=negative)
         solver, solver_kwargs = select_solver(self.process, options)
         process = self.sampling_process(solver, options)
         steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
@@ -173,6 +175,7 @@ class CodeSampler(LearnedSampler):
         x: Tensor,
         control: Control | None,
         window_stride: int | None,
+        negative: Batch | None = None,
     ) -> Denoiser:
         """Returns the denoiser of canvases x (B, H, W) by windows of the grid, each under its part of the conditions.
 
@@ -187,7 +190,7 @@ class CodeSampler(LearnedSampler):
         stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
         windows = window_offsets(shape, self.grid, stride)
         windows = windows if encoders.map_channels or encoders.region_encoders else ()  # else all have the same
-        denoise = self.make_denoiser(network, batch, options, x, windows=windows)
+        denoise = self.make_denoiser(network, batch, options, x, windows=windows, negative=negative)
         may_change = {"may_change": lambda x: self.process.may_change(x, 1.0, 0.0)}
         return windowed(denoise, self.grid, stride, **may_change, canvases=len(x) if windows else None)
 
@@ -214,6 +217,7 @@ class CodeSampler(LearnedSampler):
         x: Tensor,
         control: Control | None = None,
         windows: Windows = (),
+        negative: Batch | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser of grids like x (B, H, W) and a batch's conditions, for one call of `sample`.
 
@@ -307,6 +311,7 @@ class DiscreteSampler(CodeSampler):
         x: Tensor,
         control: Control | None = None,
         windows: Windows = (),
+        negative: Batch | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once.
 
@@ -314,7 +319,7 @@ class DiscreteSampler(CodeSampler):
         than the CPU equal rows are looked for in the first call only, in which most of them are: the host waits for the
         answer.
         """
-        chain = self.guidance_chain(batch, options)
+        chain = self.guidance_chain(batch, options, negative)
         conditions, count = self.encode_chain(network, chain, x, windows), len(chain.raw)
         process = self.sampling_process(select_solver(self.process, options)[0], options)
         ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None

@@ -6,6 +6,8 @@ With W = --guidance and V = --region_guidance, the prediction is
 
 as in Brooks et al. 2023 (InstructPix2Pix), eq. 3, for image and text. Without --region_guidance, and for V = W, it is
 d(null) + W (d(all) - d(null)). Training drops regions independently of other conditions, so it sees all three.
+
+Negative conditions, such as a negative prompt, take the place of the null: what is sampled moves away from them.
 """
 
 from collections.abc import Collection, Mapping
@@ -31,10 +33,14 @@ def guidance_chain(
     batch: Batch | None,
     options: SamplingConfig,
     n_classes: int,
+    negative: Batch | None = None,
 ) -> Chain:
     """Returns the chain for a batch, from the null to all its conditions, whose fields are `fields_of`, by condition.
 
-    ValueError: a scale without a condition that it could scale, or nulls that training never used.
+    With the fields of some or all conditions in `negative`, these begin the chain in place of their null, unless
+    --guidance is 1, which ignores them.
+    ValueError: a scale without a condition that it could scale, nulls that training never used, or a `negative` with
+    other fields than the conditions have.
     """
     regions, scale, region_scale = encoders.region_encoders, options.guidance, options.region_guidance
     fields = [field for names in fields_of.values() for field in names]
@@ -42,21 +48,42 @@ def guidance_chain(
     if region_scale is not None and not regions:
         got = f"got region_guidance {region_scale} for a model without conditions of regions"
         raise ValueError(f"{got}: leave --region_guidance out")
-    check_scale(config, f"guidance {scale}", scale, fields, batch, "pass --guidance 1")
+    first = negative_conditions(fields_of, negative)
+    nulls = [field for name, names in fields_of.items() if name not in first for field in names]
+    check_scale(config, f"guidance {scale}", scale, fields, batch, "pass --guidance 1", nulls)
     check_scale(
-        config, f"region_guidance {region_scale}", region_scale, region_fields, batch, "leave --region_guidance out"
+        config,
+        f"region_guidance {region_scale}",
+        region_scale,
+        region_fields,
+        batch,
+        "leave --region_guidance out",
+        region_fields,
     )
     check_nulls(config, fields, batch, n_classes)
     raw = raw_conditions(fields_of, batch) if batch else {}
+    first = {} if scale == 1 else first
     if region_scale is None:
-        return Chain([{}, raw], [scale])
+        return Chain([first, raw], [scale])
     if fields_of.keys() > regions.keys():
         others = {name: value for name, value in raw.items() if name not in regions}
-        return Chain([{}, others, raw], [scale, region_scale])
+        return Chain([first, others, raw], [scale, region_scale])
     if scale != 1:
         got = f"got guidance {scale} and region_guidance {region_scale}"
         raise ValueError(f"{got} for a model of regions alone, which has one scale: pass --guidance 1")
     return Chain([{}, raw], [region_scale])
+
+
+def negative_conditions(fields_of: Mapping[str, tuple[str, ...]], negative: Batch | None) -> dict[str, Raw]:
+    """Returns the inputs of the encoders of the conditions that `negative` has, by condition; others are null.
+
+    ValueError for fields of no condition, and for a condition that has only some of its fields.
+    """
+    given = {field.removesuffix("_mask") for field in negative or ()}
+    if unknown := sorted(given - {field for names in fields_of.values() for field in names}):
+        accepted = ", ".join(field for names in fields_of.values() for field in names) or "none"
+        raise ValueError(f"got the negative condition {', '.join(unknown)}, this sampler takes: {accepted}")
+    return raw_conditions({name: fields for name, fields in fields_of.items() if given & {*fields}}, negative)
 
 
 def check_scale(
@@ -66,8 +93,9 @@ def check_scale(
     fields: Collection[str],
     batch: Batch | None,
     remedy: str,
+    nulls: Collection[str],
 ) -> None:
-    """Raises ValueError if a guidance scale other than 1 needs conditions, or nulls of `fields`, that there are not.
+    """Raises ValueError if a guidance scale other than 1 needs conditions of `fields`, or `nulls`, that there are not.
 
     Converted weights whose nulls are untrained have drops of 0 in their config.
     """
@@ -77,7 +105,7 @@ def check_scale(
         raise ValueError(f"got {setting} for a model without conditions: {remedy}")
     if not batch:
         raise ValueError(f"got {setting} without a condition: {remedy}")
-    for reason in untrained_nulls(config, fields).values():
+    for reason in untrained_nulls(config, nulls).values():
         raise ValueError(f"got {setting}, {reason}: {remedy}")
 
 

@@ -106,6 +106,7 @@ class AutoregressiveSampler(CodeSampler):
         x: Tensor,
         control: Control | None = None,
         windows: Windows = (),
+        negative: Batch | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser of the next code, with a KV cache.
 
@@ -113,7 +114,7 @@ class AutoregressiveSampler(CodeSampler):
         next condition of the chain.
         """
         refuse_control(control)
-        chain, kv_cache = self.guidance_chain(batch, options), KVCache(self.grid)
+        chain, kv_cache = self.guidance_chain(batch, options, negative), KVCache(self.grid)
         conditions, count = self.encode_chain(network, chain, x), len(chain.raw)
         sequences, select = torch.arange(count * len(x), device=x.device), LastResult(lambda rows: conditions[rows])
 

@@ -347,6 +347,7 @@ class GaussianSampler(LearnedSampler):
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
         control: Control | None = None,
+        negative: Batch | None = None,
     ) -> Tensor:
         """Samples x (B, C, H, W) for the B streams of `rng`.
 
@@ -356,7 +357,7 @@ class GaussianSampler(LearnedSampler):
         if window_stride is not None:
             raise ValueError(f"got window_stride {window_stride}: a UNet samples any canvas in one piece, leave it out")
         encoders = self.network.encoders
-        chain = guidance_chain(self.config, encoders, self.fields_of, batch, options, self.n_classes)
+        chain = guidance_chain(self.config, encoders, self.fields_of, batch, options, self.n_classes, negative)
         whole, shape = self.sampling_process(options), (len(rng), self.shape[0], *(shape or self.shape[1:]))
         process, x = self.initial_state(whole, edit, shape, rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample

@@ -60,9 +60,10 @@ def build(name, condition="boxes", n_classes=CLASSES, **settings):
 
 def sample(sampler, batch=BATCH, **settings):
     name = type(sampler).__module__.rpartition(".")[2]
-    edit, shape = settings.pop("edit", None), settings.pop("shape", None)
+    edit, shape, negative = (settings.pop(each, None) for each in ("edit", "shape", "negative"))
     options = MODULES[name].Sampling(**({"sample_steps": 2} if name == "ddpm" else {}) | settings)
-    return sampler.sample(sampler.network, Streams([1, 2]), batch=batch, options=options, edit=edit, shape=shape)
+    inputs = {"batch": batch, "negative": negative, "edit": edit, "shape": shape}
+    return sampler.sample(sampler.network, Streams([1, 2]), options=options, **inputs)
 
 
 def raw_chain(sampler, batch=BATCH):
@@ -323,3 +324,89 @@ def test_all_conditions_of_regions_share_one_scale():
     options = absorbing.Sampling(guidance=3.0, region_guidance=2.0)
     chain = guidance_chain(ConditionsConfig(), encoders, fields_of, batch, options, CLASSES)
     assert [{*raw} for raw in chain.raw] == [set(), {"image", "label"}, {"image", "label", "boxes", "layout"}]
+
+
+# Negative conditions
+
+NEGATIVE = {
+    "label": torch.tensor([1, 1]),
+    "boxes": torch.tensor([[[0.0, 0, 1, 1]], [[0.5, 0.5, 1, 1]]]),
+    "boxes_mask": torch.ones(2, 1, dtype=torch.bool),
+    "box_class": torch.tensor([[0], [2]]),
+}
+NULL = {"label": torch.full((2,), CLASSES)}  # the number of the null class
+SOLVERS = {"absorbing": {"solver": "halton", "sample_steps": 2}, "autoregressive": {}, "ddpm": {}}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_negative_null_gives_the_same_samples(name):
+    sampler = build(name)
+    for settings in ({"guidance": 3.0}, {"guidance": 3.0, "region_guidance": 2.0}):
+        expected = sample(sampler, **settings, **SOLVERS[name])
+        for negative in ({}, NULL):
+            assert torch.equal(sample(sampler, negative=negative, **settings, **SOLVERS[name]), expected)
+        assert not torch.equal(sample(sampler, negative=NEGATIVE, **settings, **SOLVERS[name]), expected)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_negative_condition_without_guidance_is_ignored(name):
+    sampler = build(name)
+    expected = sample(sampler, guidance=1.0, **SOLVERS[name])
+    assert torch.equal(sample(sampler, negative=NEGATIVE, guidance=1.0, **SOLVERS[name]), expected)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_guidance_away_from_the_condition_itself_is_none(name):
+    sampler = build(name)
+    expected = sample(sampler, guidance=1.0, **SOLVERS[name])
+    guided = sample(sampler, negative=BATCH, guidance=3.0, **SOLVERS[name])
+    assert torch.allclose(guided.float(), expected.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("negative", [NEGATIVE, {"label": torch.tensor([1, 0])}])
+@pytest.mark.parametrize("region_scale", [None, 1.5])
+def test_negative_logits_are_guided_as_the_formula_says(negative, region_scale):
+    sampler, x, t = build("absorbing"), torch.randint(CODES + 1, (2, *GRID)), torch.ones(2)
+    options = absorbing.Sampling(guidance=3.0, region_guidance=region_scale)
+    _, others, everything = (sampler.network(x, raw) for raw in raw_chain(sampler))
+    raw = {"label": negative["label"]}
+    if "boxes" in negative:
+        raw["boxes"] = {field: negative[field] for field in ("boxes", "boxes_mask", "box_class")}
+    away = sampler.network(x, raw)
+    logits = sampler.make_denoiser(sampler.network, BATCH, options, x, negative=negative)(x, t)
+    if region_scale is None:
+        expected = away + 3 * (everything - away)
+    else:
+        expected = by_formula(away, others, everything, 3.0, region_scale)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_windows_take_negative_conditions():
+    sampler, x, t = build("absorbing", "layout"), torch.full((2, *CANVAS), CODES), torch.ones(2)
+    options = absorbing.Sampling(guidance=3.0)
+    out = [
+        sampler.make_windowed(sampler.network, BATCH, options, x, None, 2, negative)(x, t)
+        for negative in (None, NULL, NEGATIVE)
+    ]
+    assert torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nulls_that_a_negative_condition_replaces_need_no_training(name):
+    never = build(name, condition_drop=0.0, label_drop=0.0)
+    sample(never, guidance=2.0, negative=NEGATIVE, **SOLVERS[name])
+    with pytest.raises(ValueError, match="the null of boxes untrained"):
+        sample(never, guidance=2.0, negative={"label": torch.tensor([0, 0])})
+    with pytest.raises(ValueError, match="the null of boxes untrained"):
+        sample(never, guidance=2.0, region_guidance=3.0, negative=NEGATIVE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_negative_fields_that_do_not_fit_are_refused(name):
+    sampler = build(name)
+    with pytest.raises(
+        ValueError, match="got the negative condition caption, this sampler takes: boxes, box_class, la"
+    ):
+        sample(sampler, guidance=2.0, negative={"caption": ["a"] * 2})
+    with pytest.raises(ValueError, match="the conditions need box_class"):
+        sample(sampler, guidance=2.0, negative={"boxes": BATCH["boxes"], "boxes_mask": BATCH["boxes_mask"]})
