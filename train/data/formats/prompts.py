@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 COLUMNS = ("img_name", "prompt")
 
@@ -18,15 +18,24 @@ def decode_captions(text: str) -> dict[str, list[str]]:
 
     ValueError for other columns, and for rows of another length.
     """
-    rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    if rows.fieldnames is None or not set(COLUMNS) <= set(rows.fieldnames):
-        raise ValueError(f"got the columns {rows.fieldnames}, wanted {' and '.join(COLUMNS)} in the first line")
     captions: dict[str, list[str]] = {}
+    for row in decode_rows(text, COLUMNS):
+        captions.setdefault(row["img_name"], []).append(row["prompt"])
+    return captions
+
+
+def decode_rows(text: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yields the rows of a CSV file that has these columns, and perhaps others.
+
+    ValueError for other columns, and for rows of another length.
+    """
+    rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    if rows.fieldnames is None or not set(columns) <= set(rows.fieldnames):
+        raise ValueError(f"got the columns {rows.fieldnames}, wanted {' and '.join(columns)} in the first line")
     for row in rows:
         if None in row or None in row.values():
             raise ValueError(f"line {rows.line_num} has another number of columns than the first: quote commas")
-        captions.setdefault(row["img_name"], []).append(row["prompt"])
-    return captions
+        yield row
 
 
 def encode_prompts(prompts: Mapping[str, str]) -> str:
