@@ -1,6 +1,7 @@
 """Draws items of a data set with their boxes, class names, maps and captions, as one picture to look at."""
 
 import colorsys
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -221,9 +222,12 @@ def draw_lines(lines: Sequence[str], width: int) -> Image.Image:
 
 
 def describe_item(item: dict[str, Any]) -> list[str]:
-    """Returns lines on the texts of an item: its captions, and strings such as camera and weather."""
+    """Returns lines on an item: its captions, words such as camera and weather, and numbers such as the year."""
     captions = item.get("captions", [item["caption"]] if "caption" in item else [])
-    fields = [f"{name}: {value}" for name, value in item.items() if isinstance(value, str) and name != "file_name"]
+    words = {name: value for name, value in item.items() if isinstance(value, str) and name != "file_name"}
+    floats = {name: value for name, value in item.items() if isinstance(value, float)}
+    words |= {name: "missing" if math.isnan(value) else f"{value:.5g}" for name, value in floats.items()}
+    fields = [f"{name}: {value}" for name, value in words.items()]
     return [*captions[:2], *([", ".join(fields)] if fields and "caption" not in item else [])]
 
 

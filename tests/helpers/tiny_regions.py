@@ -1,6 +1,7 @@
 """Writes tiny data sets of boxes, masks and maps in their file formats: one thing and one stuff on 6 x 8 pixels."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,55 @@ def save_captions(root: Path) -> Path:
     return root
 
 
+def save_xbd(root: Path, count: int = 4) -> Path:
+    """Both images of some places, of half the pixels that the polygons count in: a building, and none in the last."""
+    for place in range(count):
+        for moment, date in (("pre", "2017-06-21T18:55:00.000Z"), ("post", "2017-10-11T19:04:21.000Z")):
+            name = f"some-fire_{place:08d}_{moment}_disaster"
+            save_picture(root / "images" / f"{name}.png", 2 * place + (moment == "post"))
+            damage = {"subtype": "destroyed"} if moment == "post" else {}
+            building = {"properties": {"feature_type": "building", "uid": "u", **damage}}
+            lon, lat = -122.5 + place, 38.0
+            ring = ((lon, lat), (lon + 0.2, lat), (lon + 0.2, lat + 0.4), (lon, lat + 0.4))
+            rows = [] if place == count - 1 else [building]
+            save_json(
+                root / "labels" / f"{name}.json",
+                {
+                    "features": {
+                        "xy": [{**each, "wkt": wkt([(4, 2), (12, 2), (12, 10), (4, 10)])} for each in rows],
+                        "lng_lat": [{**each, "wkt": wkt(ring)} for each in rows],
+                    },
+                    "metadata": {
+                        **{"gsd": 2.0, "capture_date": date, "off_nadir_angle": 21.5, "sun_azimuth": 167.0},
+                        **{"sun_elevation": 43.5, "target_azimuth": 109.0, "disaster": "some-fire"},
+                        **{"disaster_type": "fire", "width": 2 * SIZE[1], "height": 2 * SIZE[0]},
+                    },
+                },
+            )
+    return root
+
+
+def wkt(points: Iterable[tuple[float, float]]) -> str:
+    """A polygon, closed by its first point."""
+    points = [*points]
+    return f"POLYGON (({', '.join(f'{x} {y}' for x, y in [*points, points[0]])}))"
+
+
+def save_fmow(root: Path) -> Path:
+    """Images of two classes, with a JSON file beside each; the second of each class has no more than its country."""
+    for split in TREES:
+        for i, place in enumerate(("airport", "zoo", "zoo")):
+            path = root / split / place / f"{place}_{i}" / f"{place}_{i}_0_rgb"
+            save_picture(path.with_suffix(".png"), i)
+            content = {
+                **{"gsd": 0.5, "cloud_cover": 12, "timestamp": "2015-08-30T17:03:15Z", "country_code": "USA"},
+                **{"img_filename": f"{path.name}.png", "img_width": 2 * SIZE[1], "off_nadir_angle_dbl": 12.5},
+                "raw_location": wkt([(-95.4, 29.7), (-95.3, 29.7), (-95.3, 29.8), (-95.4, 29.8)]),
+            }
+            save_json(path.with_suffix(".json"), content if i < 2 else {"country_code": "FRA"})
+    return root
+
+
 WRITERS = {
     "captions": save_captions,
     "celebamask": save_celebamask,
@@ -157,6 +207,7 @@ WRITERS = {
     "nuimages": save_nuimages,
     "panoptic_folder": save_panoptic_folder,
     "semantic": save_semantic,
+    "xbd": save_xbd,
     "yolo": save_yolo,
 }
 

@@ -39,6 +39,8 @@ def make_files(name, root, tiny):
             tiny.save_shard(root / f"{shard}.tar", members)
     elif name == "visual_genome":
         tiny_regions.save_visual_genome(root, tiny.save_h5)
+    elif name == "fmow":
+        tiny_regions.save_fmow(root)
     elif name in tiny_regions.WRITERS:
         tiny_regions.WRITERS[name](root)
     else:

@@ -1,0 +1,189 @@
+"""Satellite images: what their JSON files say of place, time and view, as numbers, words, captions and boxes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import tiny_regions
+from helpers.tiny_regions import save_json, save_picture, wkt
+from train.config import DataConfig
+from train.data.annotations import pack, unpack
+from train.data.collate import collate
+from train.data.formats.satellite import FIELDS, decode_date, decode_polygon, find_number, join_article, mean_position
+from train.data.loading import ImageSource
+from train.data.transforms import to_item
+from train.datasets import fmow, xbd
+
+
+def build(reader, root, split="train", **options):
+    return reader.build(reader.Config(data_dir=str(root), **options), split)
+
+
+def change(path, section, **values):
+    """Changes a JSON file; None removes a value."""
+    content = json.loads(path.read_text())
+    (content[section] if section else content).update(values)
+    save_json(path, content)
+
+
+# Polygons and dates
+
+
+def test_polygons_are_read_without_their_last_point():
+    assert decode_polygon("POLYGON ((1 2, 3.5 2, -3 4e1, 1 2))").tolist() == [[1, 2], [3.5, 2], [-3, 40]]
+    assert decode_polygon("POLYGON((0 0,1 0,1 1,0 0),(2 2,3 2,3 3,2 2))").shape == (3, 2)  # without the hole
+    for text in (
+        "",
+        "POINT (1 2)",
+        "POLYGON ((1 2, 3 4, 1 2))",
+        "POLYGON ((1 2, 3 x, 3 4, 1 2))",
+        "POLYGON ((1, 2, 3, 4",
+    ):
+        with pytest.raises(ValueError, match="wanted POLYGON"):
+            decode_polygon(text)
+
+
+def test_the_mean_position_counts_each_building_once():
+    square = np.array([[0.0, 0], [2, 0], [2, 2], [0, 2]])
+    many_corners = np.array([[10.0, 4], [12, 4], [12, 5], [12, 6], [10, 6], [10, 5]])
+    assert mean_position([square, many_corners]) == {"lon": 6.0, "lat": 3.0}
+    assert all(math.isnan(each) for each in mean_position([]).values())
+
+
+def test_dates_are_numbers():
+    assert decode_date("2017-05-21T19:19:19.000Z") == {"year": 2017, "month": 5, "day": 21}
+    assert all(math.isnan(each) for text in (None, "") for each in decode_date(text).values())
+    with pytest.raises(ValueError, match="got the date '21.5.2017', wanted one such as 2017-05-21"):
+        decode_date("21.5.2017")
+
+
+def test_numbers_that_are_null_are_missing():
+    assert find_number({"gsd": 2}, "gsd") == 2 and math.isnan(find_number({"gsd": None}, "gsd"))
+    with pytest.raises(ValueError, match="got gsd '2.1', wanted a number"):
+        find_number({"gsd": "2.1"}, "gsd")
+    assert (join_article("fire"), join_article("earthquake")) == ("a fire", "an earthquake")
+
+
+# xBD
+
+
+def test_an_item_has_what_its_file_says(tmp_path):
+    dataset = build(xbd, tiny_regions.save_xbd(tmp_path))
+    item = dataset[dataset.names.index("images/some-fire_00000001_post_disaster.png")]
+    assert {name: item[name] for name in FIELDS if name != "cloud_cover"} == pytest.approx(
+        {
+            **{"lon": -121.4, "lat": 38.2, "gsd": 4.0},  # half the pixels
+            **{"off_nadir_angle": 21.5, "sun_azimuth": 167, "sun_elevation": 43.5, "target_azimuth": 109},
+            **{"year": 2017, "month": 10, "day": 11},
+        }
+    )
+    assert math.isnan(item["cloud_cover"])
+    assert (item["disaster"], item["disaster_type"], item["moment"]) == ("some-fire", "fire", "post")
+    assert item["captions"] == [
+        "a satellite image after being affected by a fire natural disaster",
+        "a satellite image after being affected by a natural disaster",
+        "a satellite image",
+    ]
+    assert item["boxes"].tolist() == [[2, 1, 6, 5]] and item["boxes"].canvas_size == (6, 8)
+    assert dataset.region_classes[item["box_class"][0]] == "destroyed"
+    before = dataset[dataset.names.index("images/some-fire_00000001_pre_disaster.png")]
+    assert dataset.region_classes[before["box_class"][0]] == "building" and before["month"] == 6
+    assert before["captions"][0].startswith("a satellite image before being")
+    assert dataset.metadata_values == {
+        **{"disaster": ("some-fire",), "disaster_type": ("fire",), "moment": ("pre", "post")}
+    }
+    assert dataset.number_fields == FIELDS
+
+
+def test_the_position_without_buildings_is_that_of_the_other_image_or_missing(tmp_path):
+    dataset = build(xbd, tiny_regions.save_xbd(tmp_path), xbd_image="post", val_fraction=0.25)
+    items = {item["file_name"][-26:-18]: item for split in ("train", "val") for item in build(xbd, tmp_path, split)}
+    assert math.isnan(items["00000003"]["lon"]) and math.isnan(items["00000003"]["lat"])
+    path = tmp_path / "labels" / "some-fire_00000001_post_disaster.json"
+    change(path, "features", xy=[], lng_lat=[])
+    item = dataset[dataset.names.index("images/some-fire_00000001_post_disaster.png")]
+    assert item["lon"] == pytest.approx(-121.4) and len(item["boxes"]) == 0
+
+
+def test_both_images_of_a_place_are_in_one_split(tmp_path):
+    tiny_regions.save_xbd(tmp_path, 10)
+    names = {split: build(xbd, tmp_path, split, val_fraction=0.3).names for split in ("train", "val")}
+    places = {split: {name[:27] for name in each} for split, each in names.items()}
+    assert len(names["val"]) == 6 and len(places["val"]) == 3 and not places["train"] & places["val"]
+    assert len(names["train"]) == 14
+    for moment in ("pre", "post"):
+        some = [name for split in ("train", "val") for name in build(xbd, tmp_path, split, xbd_image=moment).names]
+        assert len(some) == 10 and all(f"_{moment}_" in name for name in some)
+
+
+def test_folders_of_splits_are_read_too(tmp_path):
+    tiny_regions.save_xbd(tmp_path / "train")
+    tiny_regions.save_xbd(tmp_path / "test", 2)
+    folders = {"image_dir": "{split}/images", "label_dir": "{split}/labels"}
+    assert len(build(xbd, tmp_path, **folders)) == 8 and len(build(xbd, tmp_path, "val", **folders)) == 4
+
+
+def test_wrong_files_are_refused_by_name(tmp_path):
+    root = tiny_regions.save_xbd(tmp_path)
+    path = root / "labels" / "some-fire_00000000_pre_disaster.json"
+    content, dataset = path.read_text(), build(xbd, root, val_fraction=0.25)
+    for changes, message in (
+        ({"features": {"xy": [{"properties": {"subtype": "gone"}, "wkt": wkt([(0, 0)] * 3)}]}}, "the damage 'gone'"),
+        ({"features": {"xy": [{"wkt": "LINE"}]}}, "got 'LINE', wanted POLYGON"),
+        ({"metadata": {"width": 16, "height": 12}}, "its metadata have no disaster_type"),
+        ({"metadata": {"width": 16, "height": 12, "disaster_type": "fire", "capture_date": "now"}}, "the date 'now'"),
+    ):
+        change(path, None, **changes)
+        with pytest.raises(ValueError, match=f"some-fire_00000000_pre_disaster.json: .*{message}"):
+            [dataset[i] for i in range(len(dataset))] + [build(xbd, root, "val", val_fraction=0.25)[i] for i in (0, 1)]
+        path.write_text(content)
+    save_picture(root / "images" / "fire_post.png", 0)
+    save_json(root / "labels" / "fire_post.json", {})
+    with pytest.raises(ValueError, match="fire_post.png is not named as the images of xBD, wanted such as santa-rosa"):
+        build(xbd, root)
+
+
+def test_missing_numbers_survive_caches(tmp_path):
+    dataset = build(xbd, tiny_regions.save_xbd(tmp_path / "data"))
+    config = DataConfig(dataset="xbd", img_size=4, cache_images=True)
+    cached, plain = ImageSource(dataset, config, tmp_path / "cache"), to_item(dataset[0], (4, 4), 3)
+    assert all(isinstance(cached[0][name], float) for name in FIELDS)
+    batch = collate([cached[i] for i in range(len(dataset))])
+    assert batch["cloud_cover"].isnan().all() and batch["year"].dtype == torch.float32
+    assert [batch[name][0] for name in ("lon", "gsd", "day")] == pytest.approx(
+        [plain["lon"], plain["gsd"], plain["day"]]
+    )
+    assert math.isnan(unpack(pack({"lon": math.nan}))["lon"])  # beside codes
+
+
+# fMoW
+
+
+def test_an_item_of_fmow_has_what_its_file_says(tmp_path):
+    dataset = build(fmow, tiny_regions.save_fmow(tmp_path))
+    assert (dataset.n_classes, dataset.class_names, dataset.labels.tolist()) == (2, ("airport", "zoo"), [0, 1, 1])
+    item = dataset[0]
+    assert item["label"] == 0 and item["country_code"] == "USA"
+    expected = {"lon": -95.35, "lat": 29.75, "gsd": 1.0, "cloud_cover": 0.12, "off_nadir_angle": 12.5}
+    expected |= {"year": 2015, "month": 8, "day": 30}
+    assert {name: item[name] for name in expected} == pytest.approx(expected)
+    assert math.isnan(item["sun_azimuth"])
+    assert item["captions"] == [
+        *("a satellite image of an airport in USA", "a satellite image of an airport", "a satellite image"),
+    ]
+    assert all(math.isnan(dataset[2][name]) for name in FIELDS) and dataset[2]["country_code"] == "FRA"
+    assert dataset.metadata_values == {"country_code": ("FRA", "USA")}
+
+
+def test_images_of_fmow_outside_the_classes_are_refused(tmp_path):
+    root = tiny_regions.save_fmow(tmp_path)
+    save_picture(root / "val" / "port" / "port_0_0_rgb.png", 1)
+    save_json(root / "val" / "port" / "port_0_0_rgb.json", {})
+    with pytest.raises(ValueError, match="port_0_0_rgb.png is in no folder of a class of the training images"):
+        build(fmow, root, "val")
+    save_json(root / "train" / "zoo" / "zoo_1" / "zoo_1_0_rgb.json", [])
+    with pytest.raises(ValueError, match="zoo_1_0_rgb.json: it is not a JSON object"):
+        build(fmow, root)[1]

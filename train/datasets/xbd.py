@@ -1,0 +1,198 @@
+"""xBD (Gupta et al. 2019): satellite images before and after natural disasters, with the damage to each building.
+
+images/santa-rosa-wildfire_00000012_pre_disaster.png    labels/santa-rosa-wildfire_00000012_pre_disaster.json
+images/santa-rosa-wildfire_00000012_post_disaster.png   labels/santa-rosa-wildfire_00000012_post_disaster.json
+
+Both images of a place are in the same split. Images may be smaller than the 1,024 pixels of the release, whose units
+the polygons have.
+"""
+
+import json
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from models.conditions.numbers import NumberField
+from train.data.formats.categories import Categories
+from train.data.formats.satellite import (
+    FIELDS,
+    decode_date,
+    decode_polygon,
+    find_number,
+    join_article,
+    mean_position,
+)
+from train.datasets import check_split, data_root, require_readable
+from train.datasets._pairs import (
+    AnnotationFiles,
+    Pairs,
+    RegionConfig,
+    describe_unpaired,
+    find_split,
+    join,
+    list_files,
+    pair_files,
+)
+from train.datasets._regions import LISTED, RegionDataset, box_fields, naming, read_text
+from train.datasets.folder import SUFFIXES
+
+DAMAGE = ("building", "no-damage", "minor-damage", "major-damage", "destroyed", "un-classified")  # building: before
+MOMENTS = {"pre": "before", "post": "after"}
+NAME = re.compile(r"(?P<place>(?P<disaster>.+)_\d+)_(?P<moment>pre|post)_disaster")
+ANGLES = ("off_nadir_angle", "sun_azimuth", "sun_elevation", "target_azimuth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RegionConfig):
+    """Options of xBD; data_dir has images, and their JSON files in another folder."""
+
+    image_dir: str = "images"
+    label_dir: str = "labels"
+    """Folder of the JSON files, relative to data_dir; may contain {split}, as image_dir."""
+    xbd_image: Literal["pre", "post", "both"] = "both"
+    """Images to read: those before the disaster, those after it, or both, as items of their own."""
+
+    EVERYDAY = ("image_dir", "label_dir", "xbd_image")
+
+
+class Name(NamedTuple):
+    """What the name of a file says."""
+
+    place: str  # the same for both images
+    disaster: str  # such as santa-rosa-wildfire
+    moment: str  # of MOMENTS
+
+
+class Label(NamedTuple):
+    """A JSON file."""
+
+    metadata: Mapping[str, Any]
+    corners: list[np.ndarray]  # of each building, (n, 2) x, y in pixels of the release
+    positions: list[np.ndarray]  # of each building, (n, 2) longitude, latitude
+    damage: list[str]  # of each building, one of DAMAGE
+
+
+class DisasterImages(RegionDataset):
+    """A `Dataset` of satellite images: boxes of buildings by damage, captions, numbers of place, time and view.
+
+    lon and lat are the mean position of all buildings in the image, or else in the other image of the place, or else
+    missing; gsd is in metres per pixel of the image file; xBD has no cloud_cover, which is always missing.
+    """
+
+    number_fields: dict[str, NumberField] = FIELDS
+
+    def annotations(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        path = self.root / self.files[index]
+        name, label = parse_name(self.names[index]), read_label(self.root, self.files[index])
+        with naming(path):
+            height, width = (find_number(label.metadata, side) for side in ("height", "width"))
+            scale = np.array([size[1] / width, size[0] / height])
+            boxes = [np.concatenate([xy.min(0), xy.max(0)]) * np.tile(scale, 2) for xy in label.corners]
+            numbers = {each: find_number(label.metadata, each) for each in (*ANGLES, "cloud_cover")}
+            numbers["gsd"] = find_number(label.metadata, "gsd") / float(scale[0])
+            numbers |= decode_date(label.metadata.get("capture_date"))
+            numbers |= mean_position(label.positions or self.positions_in_other(index))
+            kind = str(label.metadata["disaster_type"])
+        return {
+            **box_fields(boxes, [DAMAGE.index(each) for each in label.damage], size),
+            "captions": captions_of(name.moment, kind),
+            "disaster": name.disaster,
+            "disaster_type": kind,
+            "moment": name.moment,
+            **{each: numbers[each] for each in FIELDS},
+        }
+
+    def positions_in_other(self, index: int) -> list[np.ndarray]:
+        """Returns the positions of the buildings in the other image of the place, [] without its file."""
+        moment, other = ("pre", "post") if parse_name(self.names[index]).moment == "pre" else ("post", "pre")
+        start, _, end = self.files[index].rpartition(f"_{moment}_disaster")
+        file = f"{start}_{other}_disaster{end}"
+        return read_label(self.root, file).positions if (self.root / file).is_file() else []
+
+    @property
+    def metadata_values(self) -> dict[str, tuple[str, ...]]:
+        """The words of each field, sorted: all disasters, and the type of each by its first file."""
+        first: dict[str, str] = {}
+        for name, file in zip(self.names, self.files, strict=True):
+            first.setdefault(parse_name(name).disaster, file)
+        kinds = {str(read_label(self.root, file).metadata["disaster_type"]) for file in first.values()}
+        return {"disaster": tuple(sorted(first)), "disaster_type": tuple(sorted(kinds)), "moment": tuple(MOMENTS)}
+
+
+def captions_of(moment: str, kind: str) -> list[str]:
+    """Returns the caption of an image, and what is left of it without some phrases."""
+    start = f"a satellite image {MOMENTS[moment]} being affected by"
+    return [f"{start} {join_article(kind)} natural disaster", f"{start} a natural disaster", "a satellite image"]
+
+
+def parse_name(file: str) -> Name:
+    """Reads "images/santa-rosa-wildfire_00000012_pre_disaster.png"; ValueError for a name of another form."""
+    stem = posixpath.splitext(posixpath.basename(file))[0]
+    match = NAME.fullmatch(stem)
+    if match is None:
+        got = f"{file} is not named as the images of xBD"
+        raise ValueError(f"{got}, wanted such as santa-rosa-wildfire_00000012_pre_disaster: rename it, or move it away")
+    return Name(**match.groupdict())
+
+
+def read_label(root: Path, file: str) -> Label:
+    """Reads a JSON file; ValueError, with its name, for another structure."""
+    text = read_text(root / file, LISTED)
+    with naming(root / file):
+        content = json.loads(text)
+        if not isinstance(content, dict) or not {"metadata", "features"} <= content.keys():
+            raise ValueError("it has no metadata and features, wanted a JSON file of xBD: check --label_dir")
+        pixels, degrees = (content["features"].get(each, []) for each in ("xy", "lng_lat"))
+        damage = [each.get("properties", {}).get("subtype") or DAMAGE[0] for each in pixels]
+        if unknown := sorted({*damage} - {*DAMAGE}):
+            raise ValueError(f"got the damage {unknown[0]!r}, wanted one of {', '.join(DAMAGE[1:])}")
+        missing = [each for each in ("width", "height", "disaster_type") if each not in content["metadata"]]
+        if missing:
+            raise ValueError(f"its metadata have no {', '.join(missing)}: download the file again")
+        corners, positions = ([decode_polygon(each["wkt"]) for each in rows] for rows in (pixels, degrees))
+        return Label(content["metadata"], corners, positions, damage)
+
+
+def build(config: Config, split: str, n_channels: int = 3) -> DisasterImages:
+    """Returns the images of one split that have a JSON file, sorted by path.
+
+    FileNotFoundError for missing folders; ValueError for another split, and files of other names or structure.
+    """
+    check_split(split)
+    root = data_root(config, "xbd")
+    word = find_split(root, config.image_dir, split)
+    folders = [word.fill(folder) for folder in (config.image_dir, config.label_dir)]
+    images = list_files(root, folders[0], SUFFIXES, "--image_dir")
+    labels = list_files(root, folders[1], (".json",), "--label_dir")
+    pairs = pair_files(images, labels, AnnotationFiles(config.label_dir, "--label_dir", (".json",), "JSON file"))
+    rows = select_rows(pairs, config.xbd_image)
+    places = sorted({parse_name(image).place for image, _ in rows})
+    chosen = {*word.select(places, split, config.val_fraction, config.split_seed)}
+    rows = [row for row in rows if parse_name(row[0]).place in chosen]
+    notes = word.describe(root, config.image_dir, split, config.val_fraction), *describe_unpaired(pairs.unpaired)
+    joined = ([join(folder, row[i]) for row in rows] for i, folder in enumerate(folders))
+    categories = Categories(tuple(range(len(DAMAGE))), DAMAGE, (True,) * len(DAMAGE))
+    dataset = DisasterImages(
+        root,
+        Pairs(*joined, pairs.unpaired, notes),
+        categories,
+        split,
+        max_pixels=config.max_pixels,
+        n_channels=n_channels,
+    )
+    require_readable(dataset, root)
+    return dataset
+
+
+def select_rows(pairs: Pairs, images: str) -> Sequence[tuple[str, str]]:
+    """Returns the images to read with their JSON files, sorted; ValueError if there is none."""
+    rows = sorted(zip(pairs.images, pairs.annotations, strict=True))
+    rows = [row for row in rows if images in ("both", parse_name(row[0]).moment)]
+    if not rows:
+        raise ValueError(f"got --xbd_image {images}, and no image of {len(pairs.images)} is one: pass --xbd_image both")
+    return rows
