@@ -44,8 +44,8 @@ def decode_polygon(wkt: str) -> np.ndarray:
 
 
 def mean_position(polygons: Sequence[np.ndarray]) -> dict[str, float]:
-    """Returns lon and lat of the mean of polygons (n, 2) of longitude and latitude, NaN without any. Each polygon counts
-    as the mean of its corners."""
+    """Returns lon and lat of the mean of polygons (n, 2) of longitude and latitude, NaN without any. Each counts as
+    the mean of its corners."""
     lon, lat = np.mean([polygon.mean(0) for polygon in polygons], 0) if polygons else (math.nan, math.nan)
     return {"lon": float(lon), "lat": float(lat)}
 
