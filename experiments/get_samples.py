@@ -11,8 +11,9 @@ import torch
 from diffusion.types import OnStep
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
-from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
+from experiments.harness.images import STRIP_IMAGES, SampleWriter, image_names, save_denoising_strips, save_grid
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
+from experiments.harness.prompt_inputs import PromptInputs, PromptsConfig, open_prompts
 from experiments.harness.report import progress
 from experiments.metrics.layout.layout_pictures import PictureRows, save_picture
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
@@ -25,7 +26,7 @@ from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesConfig:
+class SamplesConfig(PromptsConfig):
     """Samples."""
 
     n_samples: int = 100
@@ -34,7 +35,7 @@ class SamplesConfig:
     """File or folder of layouts, used in turn: image i has layout i modulo their number. A .json list, COCO's JSON, or
     a folder of .txt or .png files."""
     n_seeds: int | None = None
-    """Images of each layout, instead of --n_samples in all."""
+    """Images of each layout, or of each prompt of a file, instead of --n_samples in all."""
     label: ClassLabel | None = None
     """Class of all images, by name or number; if omitted, classes are drawn: see --class_sampling."""
     save_individually: bool = False
@@ -42,19 +43,24 @@ class SamplesConfig:
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
-    EVERYDAY = ("n_samples", "layouts", "label", "save_process")
+    EVERYDAY = ("n_samples", "prompt", "prompts", "layouts", "label", "save_process")
     RANGES = {"n_samples": COUNT, "n_seeds": COUNT, "label": NOT_NEGATIVE}
 
     def __post_init__(self):
+        super().__post_init__()
         check_ranges(self)
-        if self.n_seeds is not None and self.layouts is None:
-            raise ValueError(f"got n_seeds {self.n_seeds} without layouts: pass --layouts FILE, or --n_samples N")
+        if self.layouts is not None and self.has_prompts:
+            raise ValueError("got --layouts and prompts: pass one of them")
+        if self.n_seeds is not None and self.layouts is None and self.prompts is None:
+            got = f"got n_seeds {self.n_seeds} without layouts"
+            raise ValueError(f"{got}: pass --layouts FILE, --prompts FILE, or --n_samples N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Samples images; writes samples.npz (arr_0: uint8 N x H x W x 3, or x C of other images than grey and RGB) and
-    samples.png to <logs_root>/<log_dir>, and with --layouts layouts.json and layouts.png."""
+    samples.png to <logs_root>/<log_dir>, and with --layouts layouts.json and layouts.png. With prompts, results.json
+    lists the prompt, seed and settings of each image."""
 
     EXAMPLES = (
         "python experiments/get_samples.py --sampler {sampler} --dataset mnist --n_samples 64 --label 7",
@@ -68,8 +74,12 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Returns the function that draws the images, and their layouts, if any."""
+    """Returns the function that draws the images, and their layouts or prompts, if any."""
     settings, sampling, inputs = config.samples, config.sampling, None
+    if settings.has_prompts:
+        saved, seed = settings.n_samples if settings.save_individually else 0, config.output.seed
+        prompts = open_prompts(settings, model, sampling, seed, settings.n_seeds, settings.label, saved)
+        return ExperimentSetup((settings, prompts.draw, prompts), prompts.provenance, source=prompts.source)
     if settings.layouts is not None:
         inputs = open_layouts(settings.layouts, model, sampling)
     draw = images_of_class(model, settings.label, config.output.seed, sampling, inputs)
@@ -81,20 +91,21 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     settings: SamplesConfig,
     draw: Callable[..., Batch],
-    inputs: LayoutInputs | None,
+    inputs: LayoutInputs | PromptInputs | None,
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Saves samples.npz and its pictures. All ranks must call it; only the main rank gets the results."""
     folder, count, is_main = batches.folder, settings.n_samples, batches.world.is_main
-    if inputs is not None and settings.n_seeds is not None:
-        count = settings.n_seeds * len(inputs)
+    if settings.prompts is not None or settings.n_seeds is not None:
+        count = len(inputs) * (settings.n_seeds or 1)
     samples = progress(batches.resume("samples", range(count), draw), count, "sampling", is_main)
     if not is_main:
         list(samples)
         return None
-    with SampleWriter(folder, count, png_files=settings.save_individually) as writer:
-        pictures = None if inputs is None else PictureRows(inputs)
+    names = inputs.names if isinstance(inputs, PromptInputs) else image_names(count * settings.save_individually)
+    with SampleWriter(folder, count, names) as writer:
+        pictures = PictureRows(inputs) if isinstance(inputs, LayoutInputs) else None
         for batch in samples:
             writer.add(batch)
             if pictures is not None:
@@ -105,6 +116,8 @@ def measure(
     captions = model.captions(None if labels is None else torch.cat(labels)[: len(writer.first)])
     save_grid(folder / "samples.png", writer.first, captions=captions)
     results = {"n_samples": count, "seed": batches.seed, "label": settings.label}
+    if isinstance(inputs, PromptInputs):
+        return results | inputs.provenance | {"images": inputs.records(count)}
     if inputs is None:
         return results
     write_layouts(folder, inputs.layouts, inputs.vocabulary)

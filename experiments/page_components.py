@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from experiments.harness.controls import Control, ControlKey, component, flags_to_labels, make_controls
-from experiments.harness.images import SampleWriter
+from experiments.harness.images import SampleWriter, image_names
 from experiments.playground import (
     AS_IN_DATA,
     DECISIVE,
@@ -277,7 +277,7 @@ def fill_on(
 
 def write_files(folder: Path, name: str, batch: Batch) -> tuple[Path, Path]:
     """Writes images as PNG files in a .zip, and as a .npz in the format of get_samples.py; returns their paths."""
-    with SampleWriter(folder, len(batch["image"]), png_files=True) as writer:
+    with SampleWriter(folder, len(batch["image"]), image_names(len(batch["image"]))) as writer:
         writer.add(batch)
     archive = Path(shutil.make_archive(str(folder / name), "zip", folder / "images"))
     shutil.rmtree(folder / "images")

@@ -176,7 +176,7 @@ class TrainedSampler:
     def draw(
         self,
         indices: list[int],
-        seed: int,
+        seed: int | Sequence[int],
         options: SamplingConfig,
         conditions: Batch | None,
         *,
@@ -190,16 +190,17 @@ class TrainedSampler:
     ) -> Batch:
         """Returns {"image": uint8 (B, C, H, W)}, with "codes" (B, h, w) and "label" (B,) where the model has them.
 
-        Image i of a seed does not depend on the batch it is drawn in. `conditions` are raw fields, as the `draw` of a
-        `condition_source` returns them; None: all null. `negative` are fields that guidance moves away from instead of
-        the null. `edit` is known data to begin from, `control` a branch beside the network, `network` replaces the
-        sampler's own. `on_step(i, t, s, x, prediction)` is called after each step,
-        with x in the sampler's space. ValueError for options of another sampler.
+        Image i of a seed does not depend on the batch it is drawn in; each image may have a seed of its own.
+        `conditions` are raw fields, as the `draw` of a `condition_source` returns them; None: all null. `negative` are
+        fields that guidance moves away from instead of the null. `edit` is known data to begin from, `control` a branch
+        beside the network, `network` replaces the sampler's own. `on_step(i, t, s, x, prediction)` is called after each
+        step, with x in the sampler's space. ValueError for options of another sampler.
         """
         self.check_options(options)
         batch = None if conditions is None else to_device(conditions, self.device)
         negative = None if negative is None else to_device(negative, self.device)
-        rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
+        seeds = [seed] * len(indices) if isinstance(seed, int) else seed
+        rng = Streams([seed_of(own, "sample", i) for own, i in zip(seeds, indices, strict=True)], self.device)
         network = network or self.sampler.network
         with autocast(self.device, self.amp), frozen_weights_cast_once(network):
             x = self.sampler.sample(

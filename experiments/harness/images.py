@@ -69,11 +69,12 @@ class SampleWriter:
     models of codes; `values` (N, C, H, W) of models with a --data_range; `labels` (N,) of class-conditional models;
     `held_out` (N,) of models with other conditions: the index in the validation split of the item they are from;
     `layout` (N,) of samples from layouts: the number of the layout.
-    Images are written to disk as they arrive, so memory does not bound their number.
+    Each image is also saved by itself if there are `names`, their paths in the folder; those of channels that are no
+    picture as .npy. Images are written to disk as they arrive, so memory does not bound their number.
     """
 
-    def __init__(self, folder: Path, count: int, png_files: bool = False):
-        self.folder, self.count, self.png_files = folder, count, png_files
+    def __init__(self, folder: Path, count: int, names: Sequence[str] = ()):
+        self.folder, self.count, self.names = folder, count, names
         self.raw = folder / ".samples"
         self.written, self.others, self.first = 0, {}, None
 
@@ -93,10 +94,9 @@ class SampleWriter:
             file.write(images.tobytes())
         for key in ARRAYS.keys() & batch.keys():
             self.others.setdefault(ARRAYS[key], []).append(batch[key])
-        if self.png_files:
-            (self.folder / "images").mkdir(exist_ok=True)
-            for i, image in enumerate(images):
-                save_image(self.folder / "images" / f"{self.written + i:06d}", image)
+        if self.names:
+            for name, image in zip(self.names[self.written : self.written + len(images)], images, strict=True):
+                save_image(self.folder / name, image)
         if self.first is None or len(self.first) < GRID_IMAGES:
             first = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
             self.first = first[:GRID_IMAGES]
@@ -118,12 +118,18 @@ class SampleWriter:
         shutil.rmtree(self.raw, ignore_errors=True)
 
 
+def image_names(count: int) -> list[str]:
+    """Returns the paths of images in a folder of results that get none otherwise."""
+    return [f"images/{i:06d}.png" for i in range(count)]
+
+
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Saves an image uint8 (H, W, C) as .png if it is RGB, else as .npy."""
+    """Saves an image uint8 (H, W, C) as a picture if it is RGB, else as .npy; creates its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if image.shape[2] == 3:
-        Image.fromarray(image).save(f"{path}.png")
+        Image.fromarray(image).save(path)
     else:
-        np.save(f"{path}.npy", image)
+        np.save(path.with_suffix(".npy"), image)
 
 
 def samples_path(check: CheckConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:

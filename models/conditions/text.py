@@ -19,7 +19,8 @@ FIELDS = ("caption",)  # batch fields that the encoder reads
 TOKENIZER = Tokenizer()
 MULTIPLE = 8  # of the number of tokens that batches are padded to, for few different shapes
 
-Captions = Sequence[str] | Mapping[str, Any]  # B texts, or what `tokenize` made of them and, padded, `caption_mask`
+# B texts; or `caption_mask` and what `tokenize` made of them or, encoded with weights, tokens (B, M, D)
+Captions = Sequence[str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +77,15 @@ class CaptionEncoder(ConditionEncoder):
         ValueError for another number of captions.
         """
         captions, mask = raw["caption"], raw.get("caption_mask")
+        encoded = isinstance(captions, Tensor) and captions.is_floating_point()
         if not isinstance(captions, Tensor):
             captions, mask = (each.to(x.device, non_blocking=True) for each in tokenize(captions, self.length))
         elif mask is None:
             raise ValueError(f"got caption {captions.flatten()[:5].tolist()}, wanted texts: quote them")
-        if len(captions) != len(x) or mask.shape != captions.shape:
+        if len(captions) != len(x) or mask.shape != (captions.shape[:2] if encoded else captions.shape):
             got = f"got caption {tuple(captions.shape)} with caption_mask {tuple(mask.shape)} for {len(x)} images"
             raise ValueError(f"{got}, wanted {len(x)} texts, or ids (B, C, L) and their mask")
-        return self.encode_ids(captions), mask.flatten(1)
+        return captions if encoded else self.encode_ids(captions), mask.flatten(1)
 
     def encode_ids(self, ids: Tensor) -> Tensor:
         """Encodes ids (B, C, L): (B, M, D). Except in training equal chunks are encoded once, so that equal captions

@@ -1,0 +1,242 @@
+"""The prompts of images to generate: one for all, or those in a file, each with settings of its own."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffusion.types import OnStep
+from experiments.harness.images import image_names
+from models.conditions.metadata import UNKNOWN
+from models.conditions.text import TOKENIZER, CaptionEncoder
+from models.prompt_weights import PromptRules, encode_prompts
+from models.prompts import parse_prompt
+from train.condition_source import ConditionSource, Row
+from train.config import SamplingConfig
+from train.loop import Batch
+from train.prompt_files import PromptItem, prompts_provenance, read_prompts, report_errors
+from train.trained_sampler import TrainedSampler
+
+RESERVED = ("samples.png", "process.png", "layouts.png")  # pictures of all images
+FIELD = "caption"  # of a batch, that prompts fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Prompts."""
+
+    prompt: str | None = None
+    """Text that all images show, for a run with --conditions text."""
+    negative: str | None = None
+    """Text that guidance moves away from, in place of the null; prompts of a file may have their own."""
+    prompts: str | None = None
+    """File of prompts, one image each: .txt (a prompt a line), .csv, .json or .jsonl, with settings of each image."""
+    prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
+    """plain: brackets are characters; a1111: weights as (word:1.4) and [word], and BREAK, as in the web UI; compel:
+    weights as (word)1.4 and word++, ("a", "b").and() and .blend()."""
+
+    def __post_init__(self):
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("got --prompt and --prompts: pass one of them")
+        if not self.has_prompts and (self.negative is not None or self.prompt_syntax != "plain"):
+            got = f"negative {self.negative!r}" if self.negative is not None else f"prompt_syntax {self.prompt_syntax}"
+            raise ValueError(f"got {got} without a prompt: pass --prompt TEXT, or --prompts FILE")
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there are any prompts."""
+        return self.prompt is not None or self.prompts is not None
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """Prompts to draw images for, which get them in turn: image i has prompt i % P.
+
+    With a seed of its own, the prompt's first image is image 0 of that seed, wherever the prompt stands in the file;
+    others are image i of the experiment's seed.
+    """
+
+    trained: TrainedSampler
+    items: tuple[PromptItem, ...]
+    options: tuple[SamplingConfig, ...]  # of each item
+    negatives: tuple[str | None, ...]  # of each item
+    source: ConditionSource  # of the conditions of images, prompts among them
+    seed: int
+    syntax: str
+    names: tuple[str, ...]  # of the pictures of all images; () if none are saved
+    provenance: dict[str, str]  # identifies the file
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def draw(self, indices: list[int], on_step: OnStep | None = None) -> Batch:
+        """Draws the images of these indices, those of equal settings together; see `TrainedSampler.draw`.
+
+        `on_step` sees images of equal settings only: ValueError for others.
+        """
+        groups: dict[Any, list[int]] = {}
+        for place, index in enumerate(indices):
+            groups.setdefault(self.group_of(index), []).append(place)
+        if on_step is not None and len(groups) > 1:
+            raise ValueError("got prompts of different settings, whose steps differ: leave --save_process out")
+        parts = [self.draw_group([indices[place] for place in places], on_step) for places in groups.values()]
+        order = torch.tensor([place for places in groups.values() for place in places]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+    def group_of(self, index: int) -> tuple[Any, ...]:
+        """Returns what images have in common that are drawn together."""
+        item = index % len(self)
+        alone = self.items[item].seed is not None and {*self.source.fields} - {*self.source.rows[item]}
+        return self.options[item], self.negatives[item] is None, item if alone else None
+
+    def draw_group(self, indices: list[int], on_step: OnStep | None) -> Batch:
+        """Draws images of one group."""
+        items = [index % len(self) for index in indices]
+        keys = [self.key_of(index) for index in indices]
+        seeds, numbers = [seed for seed, _ in keys], [number for _, number in keys]
+        *_, alone = self.group_of(indices[0])
+        if alone is None:
+            conditions = self.source.draw(self.seed, indices)
+        else:  # what the prompt leaves open follows from its own seed
+            conditions = self.source.with_rows([self.source.rows[alone]]).draw(seeds[0], numbers)
+        conditions |= self.encode([self.items[item].prompt for item in items])
+        negatives = [self.negatives[item] for item in items if self.negatives[item] is not None]
+        negative = self.encode(negatives) if negatives else None
+        return self.trained.draw(numbers, seeds, self.options[items[0]], conditions, on_step=on_step, negative=negative)
+
+    def key_of(self, index: int) -> tuple[int, int]:
+        """Returns the seed of an image, and its number among the images of that seed."""
+        own = self.items[index % len(self)].seed
+        return (self.seed, index) if own is None else (own, index // len(self))
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Returns the fields of prompts: plain ones as texts, others as tokens with weights."""
+        if self.syntax == "plain":
+            return {FIELD: list(prompts)}
+        encoder, device = self.trained.sampler.network.encoders["text"], self.trained.device
+        tokens, mask = encode_prompts(prompts, TOKENIZER, embed_with(encoder, device), rules_of(encoder, self.syntax))
+        return {FIELD: tokens, f"{FIELD}_mask": mask}
+
+    def records(self, count: int) -> list[dict[str, Any]]:
+        """Returns what each of the first `count` images was drawn with, for results.json."""
+        return [self.record(index) for index in range(count)]
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Returns what an image was drawn with; `number` is its number among the images of its seed."""
+        item = index % len(self)
+        options, (seed, number) = self.options[item], self.key_of(index)
+        settings = {"solver": options.solver, "sample_steps": options.sample_steps, "guidance": options.guidance}
+        record = {"file": self.names[index]} if self.names else {}
+        record |= {"prompt": self.items[item].prompt, "negative": self.negatives[item], "seed": seed, "number": number}
+        metadata = self.items[item].metadata
+        return record | settings | ({} if metadata is None else {"metadata": dict(metadata)})
+
+
+def embed_with(encoder: CaptionEncoder, device: torch.device) -> Any:
+    """Returns the text encoder of a condition, as `encode_prompts` takes it."""
+
+    def embed(ids: Tensor, seen: Tensor | None = None) -> Tensor:
+        return encoder.encoder(ids.to(device), None if seen is None else seen.to(device)).tokens
+
+    return embed
+
+
+def rules_of(encoder: CaptionEncoder, syntax: str) -> PromptRules:
+    """Returns the rules for an encoder that was trained on captions whose padding is masked."""
+    return PromptRules(syntax=syntax, length=encoder.length, mask_padding=True)
+
+
+def open_prompts(
+    settings: PromptsConfig,
+    trained: TrainedSampler,
+    options: SamplingConfig,
+    seed: int,
+    n_seeds: int | None = None,
+    label: int | None = None,
+    save: int = 0,
+) -> PromptInputs:
+    """Returns the prompts of the settings, those of a file with `n_seeds` pictures each, or one with `save` pictures.
+
+    Other fields of the model come from where they come from without prompts. All ranks must call it.
+    FileNotFoundError, ValueError: the model reads no captions, `options` name a --condition_file, or some items of the
+    file cannot be drawn, which are all listed.
+    """
+    if FIELD not in trained.sampler.conditions:
+        reads = ", ".join(trained.sampler.conditions) or "no conditions"
+        raise ValueError(f"got a prompt for {trained.run}, which reads {reads}: pass a run with --conditions text")
+    if options.condition_file is not None:
+        raise ValueError("got prompts and --condition_file: pass one of them")
+    if settings.prompts is None:
+        items, names = [PromptItem(number=1, prompt=settings.prompt, output="")], image_names(save)
+    else:
+        items = read_prompts(settings.prompts)
+        names = [repeated_name(item.output, k) for k in range(n_seeds or 1) for item in items]
+    checked, errors = [], []
+    for item in items:
+        try:
+            checked.append(check_item(item, settings, trained, options))
+        except ValueError as error:
+            errors.append(str(error) if settings.prompts is None else f"item {item.number}: {error}")
+    if settings.prompts is None and errors:
+        raise ValueError(errors[0])
+    report_errors(settings.prompts, errors + reserved_names(names), len(items))
+    rows = complete_rows([row for _, row, _ in checked], trained, options)
+    source = trained.condition_source(dataclasses.replace(options, metadata=()), skip=rows[0]).with_rows(rows)
+    return PromptInputs(
+        trained,
+        tuple(items),
+        tuple(own for own, _, _ in checked),
+        tuple(negative for _, _, negative in checked),
+        source if label is None else source.with_values(label=label),
+        seed,
+        settings.prompt_syntax,
+        tuple(names),
+        prompts_provenance(settings.prompts),
+    )
+
+
+def check_item(
+    item: PromptItem, settings: PromptsConfig, trained: TrainedSampler, options: SamplingConfig
+) -> tuple[SamplingConfig, Row, str | None]:
+    """Returns the sampling settings, the row of conditions and the negative prompt of an item; ValueError if it cannot
+    be drawn."""
+    own = {name: getattr(item, name) for name in ("sample_steps", "guidance") if getattr(item, name) is not None}
+    options = dataclasses.replace(options, **own)
+    negative = settings.negative if item.negative is None else item.negative
+    if negative is not None and options.guidance == 1:
+        raise ValueError(f"got negative {negative!r} with guidance 1, which ignores it: pass --guidance 3, or so")
+    if item.model not in (None, trained.run.name):
+        raise ValueError(f"got model {item.model!r}, but {trained.run.name} is loaded: pass --load_dir {item.model}")
+    height, width = trained.data.size
+    size = (item.height or height, item.width or width)
+    if size != (height, width):
+        raise ValueError(f"got an image of {size[0]}x{size[1]}, the model draws {height}x{width}: leave its size out")
+    for text in (item.prompt, negative or ""):
+        parse_prompt(text, settings.prompt_syntax)
+    words = dict(word.partition("=")[::2] for word in options.metadata) | dict(item.metadata or {})
+    given = dataclasses.replace(options, metadata=tuple(f"{field}={value}" for field, value in words.items()))
+    (row,) = trained.with_metadata([{FIELD: item.prompt}], given)
+    return options, row, negative
+
+
+def complete_rows(rows: Sequence[Row], trained: TrainedSampler, options: SamplingConfig) -> list[Row]:
+    """Returns rows with the same fields: metadata that some items do not have are unknown there."""
+    unknown = {field: UNKNOWN for row in rows for field in row}
+    return trained.with_metadata([unknown | row for row in rows], dataclasses.replace(options, metadata=()))
+
+
+def repeated_name(name: str, repetition: int) -> str:
+    """Returns the path of a prompt's further pictures: cat.png, cat_1.png, cat_2.png."""
+    path = PurePosixPath(name)
+    return str(path if repetition == 0 else path.with_name(f"{path.stem}_{repetition}{path.suffix}"))
+
+
+def reserved_names(names: Sequence[str]) -> list[str]:
+    """Returns what is wrong with paths of pictures that other pictures have."""
+    lower = [name.lower() for name in names]
+    taken = sorted({name for name in names if name.lower() in RESERVED or lower.count(name.lower()) > 1})
+    return [f"got output {name}, which another picture has: give it another name" for name in taken]
