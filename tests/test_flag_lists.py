@@ -3,7 +3,7 @@
 import yaml
 
 from helpers.tiny_runs import ROOT
-from models.conditions import boxes, layout
+from models.conditions import boxes, layout, numbers
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, LoggingConfig, TrainingConfig
@@ -22,6 +22,7 @@ def test_the_flags_of_data_and_stage_one_are_frozen():
     assert cli.flag_names(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range", "patches"),
+        "captions",
     }
     assert cli.flag_names(DatasetConfig) == {"data_dir", "val_fraction", "split_seed", "max_pixels", "class_names"}
     assert cli.flag_names(VQGANConfig) == {
@@ -117,6 +118,8 @@ def test_the_flags_of_samplers_and_training_are_frozen():
 def test_the_flags_of_boxes_and_layouts_are_frozen():
     options = ("classes", "colors", "frequencies", "everywhere", "gated", "width")
     assert cli.flag_names(boxes.Config) == {f"boxes_{name}" for name in options}
+    options = ("fields", "ranges", "preset", "field_drop", "width")
+    assert cli.flag_names(numbers.Config) == {f"numbers_{name}" for name in options}
     options = ("classes", "regions", "places", "colors", "into")
     assert cli.flag_names(layout.Config) == {f"layout_{name}" for name in options}
 
@@ -124,6 +127,6 @@ def test_the_flags_of_boxes_and_layouts_are_frozen():
 def test_registries_list_plugin_files():
     assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(plugin_names("train.datasets"))
     regions = {"coco", "visual_genome", "nuimages", "celebamask", "panoptic_folder", "semantic", "yolo", "layout_lines"}
-    assert regions | {"captions"} <= set(plugin_names("train.datasets"))
+    assert regions | {"captions", "xbd", "fmow"} <= set(plugin_names("train.datasets"))
     assert plugin_names("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
     assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

@@ -39,6 +39,9 @@ class DataConfig:
     """Resize training images this many pixels larger and take crops at the centre and the four corners; 0: no crops."""
     patches: int = 1
     """Cut each image, and what belongs to it, into this many rows and columns: 2 makes four images of each."""
+    captions: Literal["own", "templates"] = "own"
+    """own: the captions of the data set, if it has any; templates: sentences made of the classes, others in validation
+    than in training."""
     in_memory: bool = False
     """Keep resized images in memory; for data sets of up to a few GB."""
     cache_images: bool = False

@@ -30,6 +30,7 @@ from train.data.image_cache import load_or_decode
 from train.data.patches import PatchedDataset
 from train.data.shuffle import training_order
 from train.data.sides import Sides
+from train.data.templates import TemplateCaptions
 from train.data.transforms import as_uint8, to_item, to_pixels, training_views, warn_if_dark
 from train.data.workers import load_batches
 from train.datasets import SPLITS, Dataset, DatasetConfig, FloatImage, UnreadableImage, read_item
@@ -63,8 +64,8 @@ class PositionSampler:
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """Builds one split of the data set that the config names, cut into patches if it says so; `n_channels` is passed to
-    a `build` that accepts it.
+    """Builds one split of the data set that the config names, cut into patches and with captions by template if it says
+    so; `n_channels` is passed to a `build` that accepts it.
 
     ValueError unless --class_names are one per class.
     """
@@ -80,7 +81,9 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
         kind = f"{type(dataset).__module__}.{type(dataset).__name__}"
         remedy = "make it an ordinary attribute, no property, and name it in __slots__ if there are any"
         raise ValueError(f"got a data set {kind} whose class_names cannot be set: {remedy}") from error
-    return dataset if data.patches == 1 else PatchedDataset(dataset, data.patches, data.n_channels)
+    if data.patches > 1:
+        dataset = PatchedDataset(dataset, data.patches, data.n_channels)
+    return dataset if data.captions == "own" else TemplateCaptions(dataset, split)
 
 
 def build_splits(data: DataConfig, reader: DatasetConfig, world: DistContext) -> dict[str, Dataset]:

@@ -70,6 +70,22 @@ class DatasetConfig:
         check_ranges(self)
 
 
+class Templates(NamedTuple):
+    """Sentences from which captions are made: {noun} stands for the noun of a class, {a_noun} for it with its article,
+    {name} for the name of the class and, in data with regions, {things} for the things of an image."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]  # other sentences
+    nouns: tuple[str, ...] = ()  # by class number; (): the names of the classes
+
+
+DIGIT_TEMPLATES = Templates(
+    train=("{a_noun}", "the digit {name}", "a handwritten {noun}", "the number {noun}"),
+    val=("this is the numeral {name}", "{a_noun}, written by hand"),
+    nouns=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+)
+
+
 class Blocks(NamedTuple):
     """Blocks of samples stored together, such as shards: the first `sizes[0]` indices, the next `sizes[1]`, ..."""
 
@@ -97,7 +113,8 @@ class Dataset(Protocol):
     and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind. One whose items
     have fields of a few words each, such as the weather, has `metadata_values: dict[str, tuple[str, ...]]`, those words
     by field; "unknown" is always among them and left out. One whose items have fields that are numbers, such as the
-    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value.
+    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value. One whose classes want other
+    sentences than "a photo of a shirt", or other nouns than their names, has `templates: Templates`.
     """
 
     n_classes: int
@@ -123,6 +140,7 @@ class ArrayDataset:
     class_names: tuple[str, ...] = ()
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # further fields of the items, (N,) each
     number_fields: Mapping[str, NumberField] = field(default_factory=dict)  # their ranges
+    templates: Templates | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -24,14 +24,14 @@ class StrokeConfig(DatasetConfig):
     RANGES = {"digits_rotation": "[0, 180]"}
 
 
-def with_strokes(dataset: ArrayDataset, config: StrokeConfig, turns: NDArray[np.floating]) -> ArrayDataset:
+def with_strokes(dataset: ArrayDataset, config: StrokeConfig, rotations: NDArray[np.floating]) -> ArrayDataset:
     """Returns the images, rotated if the options say so, with the numbers that they ask for.
 
-    `turns` (N,) in [-1, 1) are shares of the largest angle.
+    `rotations` (N,) in [-1, 1) are shares of the largest angle.
     """
     images, numbers, fields = dataset.images, {}, {}
     if config.digits_rotation:
-        numbers["rotation"] = config.digits_rotation * turns
+        numbers["rotation"] = config.digits_rotation * rotations
         fields["rotation"] = NumberField(-config.digits_rotation, config.digits_rotation, config.digits_rotation == 180)
         images = rotate(images, numbers["rotation"])
     if config.digits_thickness:
@@ -40,8 +40,8 @@ def with_strokes(dataset: ArrayDataset, config: StrokeConfig, turns: NDArray[np.
     return dataclasses.replace(dataset, images=images, numbers=numbers, number_fields=fields)
 
 
-def draw_turns(count: int, split: int) -> NDArray[np.floating]:
-    """Returns the turn of each image of a split, (count,) uniform in [-1, 1): the same for any number of images."""
+def draw_rotations(count: int, split: int) -> NDArray[np.floating]:
+    """Returns a share of the largest angle for each image of a split, (count,) uniform in [-1, 1): the same for any number of images."""
     return 2 * np.random.RandomState([20, split]).random_sample(count) - 1
 
 

@@ -5,8 +5,8 @@ from functools import cache
 
 import numpy as np
 
-from train.datasets import DIGIT_NAMES, SPLITS, ArrayDataset, check_split, train_val_split
-from train.datasets._strokes import StrokeConfig, draw_turns, with_strokes
+from train.datasets import DIGIT_NAMES, DIGIT_TEMPLATES, SPLITS, ArrayDataset, check_split, train_val_split
+from train.datasets._strokes import StrokeConfig, draw_rotations, with_strokes
 
 FEATURES = "digits"  # what `--features auto` means for this data set
 
@@ -26,8 +26,8 @@ def build(config: Config, split: str) -> ArrayDataset:
         raise ValueError(f"digits reads no folder, got {config.data_dir}: leave --data_dir out or use --dataset folder")
     images, labels = load_all()
     indices = train_val_split(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
-    dataset = ArrayDataset(images[indices], labels[indices], 10, DIGIT_NAMES)
-    return with_strokes(dataset, config, draw_turns(len(images), 0)[indices])
+    dataset = ArrayDataset(images[indices], labels[indices], 10, DIGIT_NAMES, templates=DIGIT_TEMPLATES)
+    return with_strokes(dataset, config, draw_rotations(len(images), 0)[indices])
 
 
 @cache

@@ -18,9 +18,9 @@ from train.data.formats.satellite import (
     decode_date,
     decode_polygon,
     find_number,
-    join_article,
     mean_position,
 )
+from train.data.nouns import with_article
 from train.datasets import check_split, data_root, require_readable
 from train.datasets._pairs import AnnotationFiles, RegionConfig, find_split, pair_split
 from train.datasets._regions import LISTED, RegionDataset, naming, read_text
@@ -98,7 +98,7 @@ class WorldImages(RegionDataset):
 
 def captions_of(name: str, country: str) -> list[str]:
     """Returns the caption of an image, and what is left of it without some phrases."""
-    short = f"a satellite image of {join_article(name)}"
+    short = f"a satellite image of {with_article(name)}"
     return [*([] if country == UNKNOWN else [f"{short} in {country}"]), short, "a satellite image"]
 
 

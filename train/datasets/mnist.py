@@ -1,5 +1,6 @@
 """MNIST (LeCun et al. 1998): 70,000 handwritten digits, 28x28 grey, from the four official IDX files."""
 
+import dataclasses
 import gzip
 import struct
 import zlib
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.datasets import DIGIT_NAMES, SPLITS, ArrayDataset, check_split, data_root
-from train.datasets._strokes import StrokeConfig, draw_turns, with_strokes
+from train.datasets import DIGIT_NAMES, DIGIT_TEMPLATES, SPLITS, ArrayDataset, check_split, data_root
+from train.datasets._strokes import StrokeConfig, draw_rotations, with_strokes
 
 UNSIGNED_BYTE = 0x08  # the IDX type code
 PREFIXES = {"train": "train", "val": "t10k"}
@@ -29,7 +30,8 @@ def build(config: Config, split: str) -> ArrayDataset:
     check_split(split)
     root, folders = data_root(config, "mnist"), ("", "raw", "MNIST/raw")
     dataset = read_split(root, split, folders=folders, download=DOWNLOAD, class_names=DIGIT_NAMES)
-    return with_strokes(dataset, config, draw_turns(len(dataset), SPLITS.index(split)))
+    dataset = dataclasses.replace(dataset, templates=DIGIT_TEMPLATES)
+    return with_strokes(dataset, config, draw_rotations(len(dataset), SPLITS.index(split)))
 
 
 def read_split(

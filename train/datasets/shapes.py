@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.ranges import COUNT, SIZE, check_ranges
+from train.data.nouns import count_noun, join_words
 from train.data.sides import Sides
 from train.datasets import SPLITS, DatasetConfig, Ragged
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
@@ -34,8 +35,6 @@ FEATURES = "pixels"  # what `--features auto` means for this data set
 JUDGE_SPLIT = "judge"  # on which networks that judge samples are trained
 VERSION = 1  # of the scenes and how they are drawn: a change makes all caches anew
 N_VAL = 1000  # scenes for validation
-NUMBERS = ("no", "a", "two", "three", "four", "five", "six")
-PLURALS = {"plus": "pluses"}
 PAIRS_OF_GROUNDS = tuple(f"{upper}-{lower}" for upper in GROUNDS for lower in GROUNDS if upper != lower)
 CHOICES = {"shapes_kinds": tuple(KINDS), "shapes_things": THINGS, "shapes_grounds": GROUNDS}  # of what occurs
 
@@ -190,18 +189,8 @@ def captions_of(scene: Scene) -> list[str]:
     """Returns two captions, such as "a red disc, two blue rings, sky over sand" and "two blue rings and a red disc in
     front of sky over sand, a rainy night"."""
     groups = Counter(describe(thing) for thing in scene.things)
-    phrases = [count_words(words, count) for words, count in groups.items()]
+    phrases = [count_noun(words, count) for words, count in groups.items()]
     grounds = " over ".join(GROUNDS[number] for number in scene.grounds)
-    *front, last = phrases[::-1]
-    listed = f"{', '.join(front)} and {last}" if front else last
     day = "night" if scene.light == "night" else "day"
     sky = "rainy" if scene.weather == "rain" else {"night": "clear", "day": "sunny"}[day]
-    return [", ".join([*phrases, grounds]), f"{listed} in front of {grounds}, a {sky} {day}"]
-
-
-def count_words(words: str, count: int) -> str:
-    """Returns a thing with its number, such as "an orange disc" or "two red pluses"."""
-    if count > 1:
-        color, name = words.split()
-        return f"{NUMBERS[count]} {color} {PLURALS.get(name, name + 's')}"
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return [", ".join([*phrases, grounds]), f"{join_words(phrases[::-1])} in front of {grounds}, a {sky} {day}"]

@@ -24,9 +24,9 @@ from train.data.formats.satellite import (
     decode_date,
     decode_polygon,
     find_number,
-    join_article,
     mean_position,
 )
+from train.data.nouns import with_article
 from train.datasets import check_split, data_root, require_readable
 from train.datasets._pairs import (
     AnnotationFiles,
@@ -127,7 +127,7 @@ class DisasterImages(RegionDataset):
 def captions_of(moment: str, kind: str) -> list[str]:
     """Returns the caption of an image, and what is left of it without some phrases."""
     start = f"a satellite image {MOMENTS[moment]} being affected by"
-    return [f"{start} {join_article(kind)} natural disaster", f"{start} a natural disaster", "a satellite image"]
+    return [f"{start} {with_article(kind)} natural disaster", f"{start} a natural disaster", "a satellite image"]
 
 
 def parse_name(file: str) -> Name:

@@ -7,7 +7,7 @@ import pytest
 
 from models.conditions.numbers import NumberField
 from train.datasets import digits, mnist
-from train.datasets._strokes import draw_turns, rotate, stroke_thickness
+from train.datasets._strokes import draw_rotations, rotate, stroke_thickness
 
 
 def bar(width, length=20, degrees=0.0, size=28, samples=16):
@@ -20,7 +20,7 @@ def bar(width, length=20, degrees=0.0, size=28, samples=16):
     return np.rint(255 * shares).astype(np.uint8)
 
 
-def test_the_thickness_of_a_bar_is_twice_its_area_by_its_perimeter():
+def test_the_thickness_of_a_bar_is_its_width_but_for_the_ends():
     for width in (2, 3, 4, 6):
         expected = 2 * 20 * width / (2 * 20 + 2 * width)
         measured = stroke_thickness(np.stack([bar(width, degrees=degrees) for degrees in (0, 10, 30, 45, 90)]))
@@ -72,8 +72,8 @@ def test_an_angle_belongs_to_the_image_whatever_the_split():
             for image, angle in zip(plain.images, dataset.numbers["rotation"], strict=True):
                 assert angles.setdefault(image.tobytes(), angle) == angle
     assert len(angles) > 0.99 * len(images)
-    assert np.array_equal(draw_turns(5, 0), draw_turns(9, 0)[:5]) and not np.array_equal(
-        draw_turns(5, 0), draw_turns(5, 1)
+    assert np.array_equal(draw_rotations(5, 0), draw_rotations(9, 0)[:5]) and not np.array_equal(
+        draw_rotations(5, 0), draw_rotations(5, 1)
     )
 
 

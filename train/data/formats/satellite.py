@@ -44,8 +44,10 @@ def decode_polygon(wkt: str) -> np.ndarray:
 
 
 def mean_position(polygons: Sequence[np.ndarray]) -> dict[str, float]:
-    """Returns lon and lat of the mean of polygons (n, 2) of longitude and latitude, NaN without any. Each counts as
-    the mean of its corners."""
+    """Returns lon and lat of the mean of polygons (n, 2) of longitudes and latitudes, NaN without any.
+
+    Each polygon counts once, at the mean of its corners.
+    """
     lon, lat = np.mean([polygon.mean(0) for polygon in polygons], 0) if polygons else (math.nan, math.nan)
     return {"lon": float(lon), "lat": float(lat)}
 
@@ -69,8 +71,3 @@ def find_number(content: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"got {name} {value!r}, wanted a number: check the annotation file")
     return float(value)
-
-
-def join_article(words: str) -> str:
-    """Returns words with their indefinite article, such as "an earthquake"."""
-    return f"{'an' if words[:1].lower() in {*'aeiou'} else 'a'} {words}"

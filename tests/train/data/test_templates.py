@@ -1,0 +1,97 @@
+"""Captions by template: what they say, which are for validation, and how they come with images and codes."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from train.config import DataConfig
+from train.data.loading import ImageSource, TrainingImages, build_dataset
+from train.data.templates import NOTHING, OF_CLASSES, OF_REGIONS, TemplateCaptions, describe_things, noun_of
+from train.datasets import DIGIT_TEMPLATES, ArrayDataset, Templates, digits, shapes
+from train.datasets.cifar10 import CLASS_NAMES
+
+SHAPES = shapes.Config(shapes_count=30, shapes_size=16)
+
+
+def images_of(labels, names, **options):
+    labels = np.array(labels)
+    return ArrayDataset(np.zeros((len(labels), 4, 4), np.uint8), labels, len(names), tuple(names), **options)
+
+
+def test_a_class_is_named_in_sentences():
+    dataset = TemplateCaptions(images_of([0, 1, 2], ("T-shirt/top", "Ankle boot", "pants")), "train")
+    assert dataset[1]["captions"] == [
+        *("an ankle boot", "a photo of an ankle boot", "an image of an ankle boot"),
+        "a picture that shows an ankle boot",
+    ]
+    assert dataset[2]["captions"][1] == "a photo of pants" and dataset[0]["captions"][0] == "a t-shirt/top"
+    assert dataset[1]["label"] == 1 and dataset.class_names[1] == "Ankle boot" and len(dataset) == 3
+    assert noun_of("Traffic_light") == "traffic light"
+
+
+def test_digits_have_sentences_of_their_own():
+    data = DataConfig(dataset="digits", captions="templates")
+    train, val = (build_dataset(data, digits.Config(), split) for split in ("train", "val"))
+    number = int(np.flatnonzero(train.labels == 8)[0])
+    assert train[number]["captions"] == ["an eight", "the digit 8", "a handwritten eight", "the number eight"]
+    number = int(np.flatnonzero(val.labels == 7)[0])
+    assert val[number]["captions"] == ["this is the numeral 7", "a seven, written by hand"]
+
+
+@pytest.mark.parametrize("templates", [OF_CLASSES, OF_REGIONS, DIGIT_TEMPLATES], ids=["classes", "regions", "digits"])
+def test_sentences_of_validation_are_held_apart(templates):
+    assert templates.train and templates.val and not {*templates.train} & {*templates.val}
+    words = {"name": "8", "noun": "eight", "a_noun": "an eight", "things": "two dogs"}
+    filled = [{sentence.format(**words) for sentence in part} for part in templates[:2]]
+    assert not filled[0] & filled[1] and sum(map(len, filled)) == len(templates.train) + len(templates.val)
+
+
+def test_things_are_counted_the_most_frequent_first():
+    nouns, things = ("person", "dog", "sky"), (True, True, False)
+    item = {"box_class": torch.tensor([0, 1, 2, 1, 1, 0, 1]), "box_crowd": torch.tensor([0, 0, 0, 0, 0, 1, 1])}
+    assert describe_things(item, nouns, things) == "three dogs and a person"  # neither sky nor crowds
+    assert describe_things({"box_class": torch.tensor([2])}, nouns, things) == NOTHING
+    item = {"box_class": torch.tensor([0, 0, 0]), "box_words": ["red disc", "blue ring", "red disc"]}
+    assert describe_things(item, nouns, things) == "two red discs and a blue ring"
+
+
+def test_drawn_scenes_are_described_by_their_things():
+    data = DataConfig(dataset="shapes", captions="templates")
+    plain, dataset = shapes.build(SHAPES, "val"), build_dataset(data, SHAPES, "val")
+    item = dataset[3]
+    things = describe_things(plain[3], (), plain.region_things)
+    assert item["captions"] == [f"this is {things}", f"a photograph in which one sees {things}"]
+    assert torch.equal(item["boxes"], plain[3]["boxes"]) and dataset.metadata_values == plain.metadata_values
+    assert dataset.read_at_size(3, (24, 24))["image"].shape[:2] == (24, 24)
+    assert dataset.read_at_size(3, (24, 24))["captions"] == item["captions"]
+
+
+def test_sentences_are_part_of_the_identity_of_the_data():
+    images = images_of([0, 1], ("cat", "dog"))
+    other = images_of([0, 1], ("cat", "dog"), templates=Templates(("{noun}",), ("see {noun}",), ("tom", "rex")))
+    wrapped = [TemplateCaptions(images, "train"), TemplateCaptions(images, "val"), TemplateCaptions(other, "train")]
+    assert len({images.fingerprint(), *(each.fingerprint() for each in wrapped)}) == 4
+    assert pickle.loads(pickle.dumps(wrapped[0])).fingerprint() == wrapped[0].fingerprint()
+    assert wrapped[0].content_fingerprint() == TemplateCaptions(images, "train").content_fingerprint()
+    assert wrapped[2][1]["captions"] == ["rex"]
+
+
+def test_each_visit_shows_a_sentence_of_its_own():
+    dataset = TemplateCaptions(images_of(range(10), CLASS_NAMES), "train")
+    config = DataConfig(dataset="cifar10", img_size=4, n_channels=1)
+    images = TrainingImages(ImageSource(dataset, config), seed=0)
+    captions = images[list(range(40))]["caption"]  # four visits of each
+    assert {caption.partition(" of ")[0] for caption in captions} >= {"a photo", "an image"}
+    first = TrainingImages(ImageSource(dataset, config), seed=0, first_caption=True)[list(range(40))]["caption"]
+    assert {*first} == {dataset[i]["captions"][0] for i in range(10)}
+
+
+def test_data_without_names_of_classes_are_refused():
+    with pytest.raises(
+        ValueError, match="got --captions templates for data whose classes have no names: pass --class_n"
+    ):
+        TemplateCaptions(ArrayDataset(np.zeros((2, 4, 4), np.uint8), np.arange(2), 2), "train")
+    with pytest.raises(ValueError, match="got --captions templates for data without classes: .*leave --captions out"):
+        TemplateCaptions(ArrayDataset(np.zeros((2, 4, 4), np.uint8), np.arange(2), 0), "train")
