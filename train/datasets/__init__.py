@@ -113,8 +113,8 @@ class Dataset(Protocol):
     and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind. One whose items
     have fields of a few words each, such as the weather, has `metadata_values: dict[str, tuple[str, ...]]`, those words
     by field; "unknown" is always among them and left out. One whose items have fields that are numbers, such as the
-    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value. One whose classes want other
-    sentences than "a photo of a shirt", or other nouns than their names, has `templates: Templates`.
+    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value. One whose classes want
+    other sentences than "a photo of a shirt", or other nouns than their names, has `templates: Templates`.
     """
 
     n_classes: int

@@ -7,7 +7,7 @@ machine. Geometry is in the unit square, x to the right and y down, so that a sc
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ PALETTE = (
     ("blue", (26, 78, 226)),
     ("purple", (160, 44, 206)),
 )
+COLORS = tuple(name for name, _ in PALETTE)
+PAIRS = tuple(f"{color}-{thing}" for color in COLORS for thing in THINGS)
 KINDS = {"free": 0.4, "neighbours": 0.2, "occlusion": 0.2, "small": 0.1, "nested": 0.1}  # shares of the scenes
 SPLIT_NUMBERS = {"train": 0, "val": 1, "judge": 2}  # part of the seed
 CAMERAS = {  # and whether a dark bar stands at the left, at the right
@@ -96,10 +98,13 @@ def draw_scene(
     kinds: Sequence[str] = tuple(KINDS),
     things: Sequence[str] = THINGS,
     grounds: Sequence[str] = GROUNDS,
+    pairs: Sequence[str] = PAIRS,
 ) -> Scene:
     """Draws one scene. `kinds` are those that occur, in any order: a scene of another kind is replaced by one of these,
     while scenes of these kinds are the same for any `kinds`. Likewise `things` and `grounds` are the classes that
-    occur: each of another class is replaced by one of these. With one ground, every scene has just that one."""
+    occur: each of another class is replaced by one of these. With one ground, every scene has just that one. `pairs` of
+    a colour and a class, such as "red-disc", are those that occur: other colours are replaced, and with a class that
+    has none left also the class."""
     rng = np.random.RandomState([seed, SPLIT_NUMBERS[split], index])
     of_kind, camera, weather, light, upper, lower, horizon, phase = map(float, rng.random_sample(8))
     grains, streaks = rng.random_sample((N_GRAINS, N_GRAINS)), rng.random_sample((N_STREAKS, 2))
@@ -107,7 +112,9 @@ def draw_scene(
     camera = pick(camera, tuple(CAMERAS))
     kind = choose_kind(of_kind, kinds)
     left, right = CAMERAS[camera]
-    placer = Placer(rng, BAR * left, 1 - BAR * right, find_numbers(things, THINGS))
+    colors = colors_by_thing(tuple(pairs))
+    allowed = [number for number in find_numbers(things, THINGS) if colors[number]]
+    placer = Placer(rng, BAR * left, 1 - BAR * right, allowed, colors)
     PLACE[kind](placer)
     palette = np.array([PALETTE[thing.color][1] for thing in placer.things], float)
     return Scene(
@@ -155,6 +162,12 @@ def find_share(u: float, shares: dict[str, float]) -> tuple[str, float]:
 def find_numbers(names: Sequence[str], classes: Sequence[str]) -> list[int]:
     """Returns the numbers of the classes that are in `names`, in ascending order."""
     return [number for number, name in enumerate(classes) if name in names]
+
+
+@cache
+def colors_by_thing(pairs: tuple[str, ...]) -> list[list[int]]:
+    """Returns the numbers of the colours that each class of things has in pairs such as "red-disc"."""
+    return [find_numbers([pair.removesuffix(f"-{thing}") for pair in pairs], COLORS) for thing in THINGS]
 
 
 def choose_number(u: float, numbers: Sequence[int], allowed: Sequence[int]) -> int:
@@ -211,10 +224,15 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 class Placer:
-    """Places things of the classes `allowed` between the bars of a scene, each in front of those before it."""
+    """Places things of the classes `allowed` between the bars of a scene, each in front of those before it.
 
-    def __init__(self, rng: np.random.RandomState, left: float, right: float, allowed: list[int]):
-        self.rng, self.left, self.right, self.allowed = rng, left, right, allowed
+    `colors` are the numbers of the colours that each class may have.
+    """
+
+    def __init__(
+        self, rng: np.random.RandomState, left: float, right: float, allowed: list[int], colors: list[list[int]]
+    ):
+        self.rng, self.left, self.right, self.allowed, self.colors = rng, left, right, allowed, colors
         self.things: list[Thing] = []
         self.masks: list[NDArray[np.bool_]] = []  # (GRID, GRID) each, its whole extent
 
@@ -250,7 +268,7 @@ class Placer:
 
     def add(self, kind: int, box: Box) -> bool:
         """Adds a thing of a random colour, which things under its box do not have; returns False, and adds nothing, if
-        it leaves the space between the bars or covers too much of another thing."""
+        it leaves the space between the bars, covers too much of another thing, or no colour is left."""
         x1, y1, x2, y2 = box
         if x1 < self.left or y1 < 0 or x2 > self.right or y2 > 1:
             return False
@@ -262,7 +280,10 @@ class Placer:
             return False
         taken = {thing.color for thing in under}
         colors = [color for color in range(len(PALETTE)) if color not in taken]
-        self.things.append(Thing(kind, colors[self.integer(0, len(colors) - 1)], box))
+        allowed = [color for color in colors if color in self.colors[kind]]
+        if not allowed:
+            return False
+        self.things.append(Thing(kind, choose_number(self.uniform(), colors, allowed), box))
         self.masks.append(mask)
         return True
 

@@ -41,7 +41,7 @@ def with_strokes(dataset: ArrayDataset, config: StrokeConfig, rotations: NDArray
 
 
 def draw_rotations(count: int, split: int) -> NDArray[np.floating]:
-    """Returns a share of the largest angle for each image of a split, (count,) uniform in [-1, 1): the same for any number of images."""
+    """Returns a share of the largest angle for each image of a split, (count,) uniform in [-1, 1)."""
     return 2 * np.random.RandomState([20, split]).random_sample(count) - 1
 
 

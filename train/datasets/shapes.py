@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from train.datasets import SPLITS, DatasetConfig, Ragged
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
 from train.datasets._shapes_scene import (
     CAMERAS,
+    COLORS,
     GROUNDS,
     KINDS,
+    PAIRS,
     PALETTE,
     SPLIT_NUMBERS,
     THINGS,
@@ -56,6 +58,11 @@ class ScenesConfig:
     shapes_grounds: tuple[str, ...] = GROUNDS
     """Grounds that occur: sky, grass, sand, water. Those left out are replaced by others; with one, every scene has
     just that one. Numbers of classes stay."""
+    shapes_held_out: tuple[str, ...] = ()
+    """Pairs of a colour and a class that no training scene has, such as red-disc blue-ring: their things have other
+    colours. Validation has them, and so have the scenes for judges."""
+    shapes_val_pairs: Literal["all", "held_out"] = "all"
+    """Things of validation: of all pairs of a colour and a class, or only of those held out from training."""
     shapes_seed: int = 0
     """Seed of all scenes."""
 
@@ -71,6 +78,28 @@ class ScenesConfig:
                     raise ValueError(f"got {flag} {name}, {wanted}{did_you_mean(name, names)}")
             if not given:
                 raise ValueError(f"got no {flag}, {wanted}: pass --{flag} {names[0]} ...")
+        self.check_pairs()
+
+    def check_pairs(self) -> None:
+        """Raises ValueError for pairs held out that do not exist, or that leave nothing to train or validate on."""
+        pairs = self.shapes_held_out
+        for pair in pairs:
+            if pair not in PAIRS:
+                wanted = "wanted a colour and a class, such as red-disc"
+                raise ValueError(f"got shapes_held_out {pair}, {wanted}{did_you_mean(pair, PAIRS)}")
+        for thing in self.shapes_things:
+            if {f"{color}-{thing}" for color in COLORS} <= {*pairs}:
+                raise ValueError(f"got shapes_held_out with all colours of {thing}: leave one of them for training")
+        occurring = [pair for pair in pairs if pair.partition("-")[2] in self.shapes_things]
+        if self.shapes_val_pairs == "held_out" and not occurring:
+            raise ValueError("got shapes_val_pairs held_out and no pair held out: pass --shapes_held_out red-disc ...")
+
+    def pairs_of(self, split: str) -> tuple[str, ...]:
+        """Returns the pairs of a colour and a class that occur in a split, in the order of PAIRS."""
+        if split == SPLITS[0]:
+            return tuple(pair for pair in PAIRS if pair not in self.shapes_held_out)
+        only = split == SPLITS[1] and self.shapes_val_pairs == "held_out"
+        return tuple(pair for pair in PAIRS if pair in self.shapes_held_out) if only else PAIRS
 
     def occurring(self, flag: str) -> list[str]:
         """Returns the names given to a flag of CHOICES, in the order of the full list: theirs has no effect."""
@@ -121,7 +150,7 @@ class Shapes:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no scene {index} of {len(self):,} in split {self.split}")
         config = self.config
-        choices = config.shapes_kinds, config.shapes_things, config.shapes_grounds
+        choices = config.shapes_kinds, config.shapes_things, config.shapes_grounds, config.pairs_of(self.split)
         return draw_scene(config.shapes_seed, self.split, int(index), *choices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -138,6 +167,8 @@ class Shapes:
         settings = (VERSION, config.shapes_seed, self.split, len(self), config.shapes_size, kinds)
         if len(things) < len(THINGS) or len(grounds) < len(GROUNDS):
             settings += things, grounds  # with all of them, fingerprints are those of earlier releases
+        if (pairs := config.pairs_of(self.split)) != PAIRS:
+            settings += ("pairs", pairs)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 

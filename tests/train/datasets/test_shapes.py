@@ -17,9 +17,11 @@ from train.datasets import Ragged, shapes
 from train.datasets._shapes_render import draw_image, draw_masks, draw_segments, draw_semantic, segment_classes
 from train.datasets._shapes_scene import (
     CAMERAS,
+    COLORS,
     GROUNDS,
     KINDS,
     NIGHT,
+    PAIRS,
     PALETTE,
     THINGS,
     Thing,
@@ -148,6 +150,55 @@ def test_one_class_of_things_makes_every_kind_of_scene(name):
     assert min(scene.visible.min() for scene in scenes) > 0.3
     assert all(len(scene.things) >= 2 for scene in scenes if scene.kind in ("neighbours", "occlusion"))
     assert share(len(scene.things) >= 2 for scene in scenes if scene.kind == "nested") > 0.8
+
+
+def pairs_in(scenes):
+    return {f"{COLORS[thing.color]}-{THINGS[thing.kind]}" for scene in scenes for thing in scene.things}
+
+
+def test_pairs_held_out_occur_in_validation_alone():
+    held_out = ("red-disc", "blue-ring", "green-disc")
+    config = shapes.Config(shapes_held_out=held_out)
+    scenes = {split: [shapes.build(config, split).scene(i) for i in range(400)] for split in ("train", "val", "judge")}
+    assert pairs_in(scenes["train"]) == {*PAIRS} - {*held_out}
+    assert pairs_in(scenes["val"]) == pairs_in(scenes["judge"]) == {*PAIRS}
+    assert [scene.things for scene in scenes["val"]] == [scene.things for scene in val_scenes()[:400]]
+    plain = [draw_scene(0, "train", i) for i in range(400)]
+    both = [*zip(plain, scenes["train"], strict=True)]
+    assert all([t.kind for t in a.things] == [t.kind for t in b.things] for a, b in both)
+    same = [a.things == b.things for a, b in both if not pairs_in([a]) & {*held_out}]
+    assert len(same) > 200 and all(same)
+    discs = Counter(thing.color for _, scene in both for thing in scene.things if THINGS[thing.kind] == "disc")
+    assert len(discs) == 4 and max(discs.values()) < 1.6 * min(discs.values())
+
+
+def test_validation_may_have_the_pairs_held_out_alone():
+    config = shapes.Config(shapes_held_out=("red-disc", "blue-ring"), shapes_val_pairs="held_out")
+    scenes = [shapes.build(config, "val").scene(i) for i in range(200)]
+    assert pairs_in(scenes) == {"red-disc", "blue-ring"} and min(len(scene.things) for scene in scenes) >= 1
+    assert {scene.kind for scene in scenes} == set(KINDS)
+    assert not pairs_in(shapes.build(config, "train").scene(i) for i in range(200)) & {"red-disc", "blue-ring"}
+    one = shapes.Config(shapes_held_out=("red-disc",), shapes_val_pairs="held_out")
+    assert pairs_in(shapes.build(one, "val").scene(i) for i in range(100)) == {"red-disc"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shapes_held_out": ("red-disk",)}, "got shapes_held_out red-disk, wanted a colour and a class.*red-disc"),
+        (
+            {"shapes_held_out": tuple(f"{color}-bow" for color in COLORS)},
+            "shapes_held_out with all colours of bow: leave",
+        ),
+        (
+            {"shapes_val_pairs": "held_out"},
+            "got shapes_val_pairs held_out and no pair held out: pass --shapes_held_out",
+        ),
+    ],
+)
+def test_pairs_that_leave_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        shapes.Config(**options)
 
 
 def test_annotations_follow_one_ground():
@@ -385,6 +436,14 @@ def test_the_fingerprint_covers_every_option():
     ]
     prints = {shapes.build(config, split).fingerprint() for config in configs for split in ("train", "judge")}
     assert len(prints) == 16
+    held_out = [shapes.Config(shapes_held_out=pairs) for pairs in (("red-disc",), ("red-disc", "red-bow"))]
+    held_out.append(shapes.Config(shapes_held_out=("red-bow", "red-disc"), shapes_val_pairs="held_out"))
+    train, val, judge = (
+        [shapes.build(c, split).fingerprint() for c in held_out] for split in ("train", "val", "judge")
+    )
+    plain = [shapes.build(shapes.Config(), split).fingerprint() for split in ("train", "val", "judge")]
+    assert train[1] == train[2] and len({plain[0], *train}) == 3
+    assert val[0] == val[1] == plain[1] != val[2] and {*judge} == {plain[2]}
     for reordered in ({"shapes_kinds": ("small", "free")}, {"shapes_things": ("bow", "disc")}):
         assert shapes.build(shapes.Config(**reordered), "train").fingerprint() in prints
 
