@@ -105,7 +105,7 @@ def test_captions_reach_codes_through_their_cache(codes, sampler, captions_csv, 
     assert losses and np.isfinite(losses).all()
 
 
-def test_data_without_captions_are_refused_before_any_file_is_made(tmp_path, capfd):
+def test_data_without_captions_are_refused_at_once(tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--dataset digits", f"{PIXELS} --log_dir digits")
     assert stop.value.code == 2 and "held-out images have no caption" in capfd.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.text_weights import SIZES, TEXTS, clip_tensors, openclip_tensors, tiny_clip, tiny_openclip
-from models.text_encoder import CHUNK, CLIP_L, OPENCLIP_H, TextEncoder, TextEncoderConfig
+from models.text_encoder import CHUNK, CLIP_L, OPENCLIP_H, QuickGELU, TextEncoder, TextEncoderConfig
 
 ORACLE = {name: torch.from_numpy(array) for name, array in np.load(TEXTS / "encoders.npz").items()}
 CLIP_IDS, OPENCLIP_IDS = ORACLE["clip_tiny_ids"].long(), ORACLE["openclip_ids"].long()
@@ -36,7 +36,7 @@ def test_clip_skip_and_no_final_norm():
 
 
 @torch.no_grad()
-def test_openclip_last_and_penultimate_layer_and_projected_vector():
+def test_openclip_layers_and_projected_vector():
     features = tiny_openclip(clip_skip=2)(OPENCLIP_IDS)
     assert close(features.tokens, ORACLE["openclip_penultimate"])
     assert close(features.pooled, ORACLE["openclip_pooled"])
@@ -50,7 +50,17 @@ def test_the_other_activation_is_another_function():
 
 
 @torch.no_grad()
-def test_penultimate_layer_is_the_last_of_an_encoder_without_the_last():
+def test_quick_gelu_is_x_times_sigmoid_of_1_702_x():
+    layer = QuickGELU(1, ratio=1).requires_grad_(False)
+    for linear in (layer.expand, layer.contract):
+        linear.weight.fill_(1), linear.bias.fill_(0)
+    x = torch.linspace(-4, 4, 9).unsqueeze(1)
+    assert torch.allclose(layer(x), x / (1 + torch.exp(-1.702 * x)), atol=1e-6)
+    assert (layer(x) - x / (1 + torch.exp(-1.7 * x))).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_penultimate_is_the_last_of_one_layer_less():
     """As Stable Diffusion 2 is stored: in folders with 23 layers, in single files with 24."""
     weights = openclip_tensors(load_file(TEXTS / "openclip.safetensors"), 2)
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("projection")}
