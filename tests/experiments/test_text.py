@@ -4,10 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers.run_asserts import assert_equal_bits, lines, weights
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
+from train.inference import load
 
 TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2 --no_amp"
 PIXELS = f"{DDPM} {TEXT} --attn_block_type transformer"
@@ -93,6 +95,15 @@ def test_a_resumed_run_with_workers_and_a_cache_learns_the_same(data, tmp_path):
     for steps in (2, 3):
         train(tmp_path, data, f"{PIXELS} --train_steps {steps} {options}")
     assert_equal_bits(weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3))
+
+
+def test_captions_from_python(logs):
+    model = load(logs / "pixels")
+    same = model.sample(2, caption="a red star", seed=0, sample_steps=2, guidance=2.0)
+    both = model.sample(2, caption=["a red star", LONG], seed=0, sample_steps=2, guidance=2.0)
+    assert torch.equal(both[0], same[0]) and same.shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="got caption \\[7\\], wanted texts"):
+        model.sample(1, caption=7)
 
 
 @pytest.mark.parametrize("sampler", ["absorbing", "autoregressive"])

@@ -13,7 +13,7 @@ from torch.optim import Adam
 
 from experiments.metrics.cost import count_launches
 from helpers.fake_device import DEVICE, FakeDeviceMode
-from models.conditions import metadata, numbers
+from models.conditions import metadata, numbers, text
 from train.config import DataConfig, TrainingConfig
 from train.distributed import DistContext
 from train.sampler import SamplerStep, build_state
@@ -33,6 +33,7 @@ NUMBERS = {
     "conditions": ("numbers",),
     "condition_options": numbers.Config(numbers_ranges=("year=2000:2020", "lon=-180:180:cyclic")),
 }
+TEXT = {"conditions": ("text",), "condition_options": text.Config(text_width=8, text_layers=1, text_heads=1)}
 SAMPLERS = {
     "absorbing": absorbing.Config(**NETWORK),
     "absorbing, elbo, fixed masks": absorbing.Config(**NETWORK, loss_type="elbo", mask_schedule="fixed"),
@@ -50,6 +51,7 @@ SAMPLERS = {
     "flow": ddpm.Config(**UNET, sampler="ddpm", process="flow", time_embedding="noise_level"),
     "metadata": ddpm.Config(**UNET, sampler="ddpm", total_steps=12, **METADATA),
     "numbers": absorbing.Config(**NETWORK, **NUMBERS),
+    "text": absorbing.Config(**NETWORK, **TEXT),
 }
 
 
@@ -99,6 +101,9 @@ def test_no_step_of_a_sampler_waits(name):
     data = {"x0": torch.rand(4, 1, 4, 4)} if isinstance(config, ddpm.Config) else codes
     data |= {"light": torch.arange(4) % 3, "camera": torch.arange(4) % 2}  # numbers, as they are loaded
     data |= {"year": torch.zeros(4), "lon": torch.zeros(4)}
+    data |= dict(
+        zip(("caption", "caption_mask"), text.tokenize(["a red star", "", "b", "long " * 90], 77), strict=True)
+    )
     launches = waits_of_steps(state, step, data | {"label": torch.arange(4) % 3, "position": torch.arange(4)})
     assert not launches.waiting and launches.count > 50
 
