@@ -6,7 +6,7 @@ training images.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import _root
 import torch
@@ -17,16 +17,22 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import CheckConfig, match_data_channels, read_samples, samples_path, save_grid
 from experiments.harness.report import table
 from experiments.metrics.frechet import Statistics, frechet_distance
-from experiments.metrics.image_classifier import RECIPE, ImageClassifier, train_image_classifier
+from experiments.metrics.image_classifier import (
+    BATCH,
+    RECIPE,
+    ImageClassifier,
+    LabelledImages,
+    classify,
+    load_labelled_images,
+    train_image_classifier,
+)
 from experiments.metrics.neighbours import nearest
-from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.data.loading import fixed_subset
 from train.distributed import DistContext
 from train.progress import Progress
 from train.trained_sampler import TrainedSampler
 
 PAIRS = 5  # samples of a class in the picture, each followed by its nearest training image
-BATCH = 250  # images at a time
-MAX_IMAGES = 20_000  # of a split that are loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +47,6 @@ class Config:
     check: CheckConfig
     model: ModelConfig
     output: OutputConfig
-
-
-class LabelledImages(NamedTuple):
-    """Images with their classes."""
-
-    images: Tensor  # uint8 (N, C, H, W)
-    labels: Tensor  # int64 (N,)
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
@@ -68,7 +67,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 
 def measure(samples: LabelledImages, model: TrainedSampler, batches: ResumableBatches) -> dict[str, Any]:
     """Trains the classifier, computes all figures and saves classes.png."""
-    training, held_out = (load_labelled_images(model, split) for split in ("train", "val"))
+    training, held_out = (load_labelled_images(model.dataset(split), model.data) for split in ("train", "val"))
     n_classes, device = model.sampler.n_classes, model.device
     flip = model.data.horizontal_flip
     with Progress("classifier", RECIPE.epochs * len(training.labels), "image") as bar:
@@ -78,15 +77,6 @@ def measure(samples: LabelledImages, model: TrainedSampler, batches: ResumableBa
     images, captions = nearest_pairs(samples, training.images, names)
     save_grid(batches.folder / "classes.png", images, columns=2 * PAIRS, captions=captions)
     return results
-
-
-def load_labelled_images(model: TrainedSampler, split: str) -> LabelledImages:
-    """Loads the readable images of a split, or a fixed random part of a large one, with their classes."""
-    dataset = model.dataset(split)
-    subset = sorted(fixed_subset(len(dataset), MAX_IMAGES))
-    parts = list(images_in_order(ImageSource(dataset, model.data), BATCH, subset))
-    images, indices = (torch.cat([part[name] for part in parts]) for name in ("image", "index"))
-    return LabelledImages(images, torch.from_numpy(dataset.labels)[indices].long())
 
 
 @torch.no_grad()
@@ -129,9 +119,7 @@ def compute_figures(
 
 def recognised(classifier: ImageClassifier, images: LabelledImages) -> Tensor:
     """Returns which images (N,) the classifier assigns to their class, as 0.0 and 1.0 in float64."""
-    device = classifier.head.weight.device
-    predicted = [classifier(part.to(device)).argmax(1).cpu() for part in images.images.split(BATCH)]
-    return (torch.cat(predicted) == images.labels).double()
+    return (classify(classifier, images.images) == images.labels).double()
 
 
 def feature_statistics(classifier: ImageClassifier, images: Tensor) -> Statistics:

@@ -7,10 +7,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.config import DataConfig
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.datasets import Dataset
+
 SIDE = 64  # pixels; larger images are reduced to it
+BATCH = 250  # images at a time
+MAX_IMAGES = 20_000  # of a split that are loaded
 
 M = TypeVar("M", bound=nn.Module)
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # uint8 (B, C, H, W) -> (B, C, H, W)
+
+
+class LabelledImages(NamedTuple):
+    """Images with their classes."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
 
 
 class Recipe(NamedTuple):
@@ -47,6 +60,21 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (B, C, H, W) of any size, in [0, 255], to logits (B, K) float32."""
         return self.head(self.features(images))
+
+
+def load_labelled_images(dataset: Dataset, data: DataConfig) -> LabelledImages:
+    """Loads the readable images of a data set, or a fixed random part of a large one, with their classes."""
+    subset = sorted(fixed_subset(len(dataset), MAX_IMAGES))
+    parts = list(images_in_order(ImageSource(dataset, data), BATCH, subset))
+    images, indices = (torch.cat([part[name] for part in parts]) for name in ("image", "index"))
+    return LabelledImages(images, torch.from_numpy(dataset.labels)[indices].long())
+
+
+@torch.no_grad()
+def classify(classifier: ImageClassifier, images: Tensor) -> Tensor:
+    """Returns the most likely class of each image, uint8 (N, C, H, W): int64 (N,) on the CPU."""
+    device = classifier.head.weight.device
+    return torch.cat([classifier(part.to(device)).argmax(1).cpu() for part in images.split(BATCH)])
 
 
 def train_image_classifier(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import check_classes
-from experiments.check_classes import LabelledImages, compute_figures, nearest_pairs
+from experiments.check_classes import compute_figures, nearest_pairs
 from experiments.metrics import image_classifier
+from experiments.metrics.image_classifier import LabelledImages
 from helpers.tiny_runs import call
 
 
@@ -55,7 +55,7 @@ def test_each_sample_stands_before_its_nearest_image():
 
 def test_the_command_judges_the_samples_of_a_run(trained, capsys, monkeypatch):
     monkeypatch.setattr(image_classifier, "RECIPE", image_classifier.RECIPE._replace(epochs=1))
-    monkeypatch.setattr(check_classes, "MAX_IMAGES", 64)
+    monkeypatch.setattr(image_classifier, "MAX_IMAGES", 64)
     call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 12 --log_dir classes")
     samples = trained / "classes" / "samples.npz"
     call("experiments/check_classes.py", f"--logs_root {trained} --samples {samples} --log_dir judged")
