@@ -3,7 +3,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo demo-ddpm demo-layout app test test-all test-oldest fuzz lint
+.PHONY: help setup demo demo-ddpm demo-layout demo-captions app test test-all test-oldest fuzz lint
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
@@ -48,6 +48,13 @@ demo-layout: $(VENV)/core  ## train on drawn scenes with their layouts, sample, 
 	$(RUN) train_sampler.py --sampler ddpm --config configs/shapes_layout.yaml
 	$(RUN) experiments/get_samples.py --config configs/shapes_layout.yaml --log_dir samples_layout
 	$(RUN) experiments/calc_layout.py --samples logs/samples_layout/samples.npz --log_dir layout
+
+demo-captions: $(VENV)/core  ## train on digits with captions, in pixels and on codes; measure whether samples show what captions say
+	$(RUN) train_vqgan.py
+	$(RUN) train_sampler.py --sampler ddpm --config configs/digits_captions.yaml
+	$(RUN) train_sampler.py --sampler absorbing --config configs/digits_captions.yaml
+	$(RUN) experiments/check_captions.py --load_dir ddpm_digits_captions
+	$(RUN) experiments/check_captions.py --load_dir absorbing_digits_captions
 
 app: $(VENV)/extra  ## serve a web page for the models of `make demo`: http://127.0.0.1:7860
 	$(RUN) demo.py

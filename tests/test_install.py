@@ -34,7 +34,8 @@ def test_building_a_wheel_is_refused_with_a_remedy(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
-    ("target", "groups"), [("demo", 1), ("demo-ddpm", 1), ("demo-layout", 1), ("app", 2), ("test", 3), ("lint", 3)]
+    ("target", "groups"),
+    [("demo", 1), ("demo-ddpm", 1), ("demo-layout", 1), ("demo-captions", 1), ("app", 2), ("test", 3), ("lint", 3)],
 )
 def test_make_installs_once_what_a_target_needs(target, groups, tmp_path):
     needed = ["requirements.txt", "requirements-extra.txt", "requirements-dev.txt"][:groups]

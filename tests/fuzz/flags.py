@@ -39,6 +39,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/calc_VQGAN_FID.py": "--features pixels --no_amp",
     "experiments/calc_approximate_ELBO.py": "--n_images 2 --batch_size 2 --calls 2 --no_amp --train_steps 1",
     "experiments/calc_nearest_neighbours.py": f"{SAMPLE} --n_samples 2 --features pixels --rerank pixels",
+    "experiments/check_captions.py": f"{SAMPLE} --n_samples 1",
     "experiments/check_classes.py": "--no_amp",
     "experiments/check_data.py": "--check_items 2 --sheet_items 1",
     "experiments/check_digits.py": "--no_amp",
