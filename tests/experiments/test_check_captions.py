@@ -21,6 +21,7 @@ from experiments.check_captions import (
     count_tokens,
     plan_requests,
     report,
+    swapped_label,
 )
 from experiments.metrics import image_classifier
 from helpers.tiny_runs import DDPM, call
@@ -78,6 +79,14 @@ def test_a_swapped_noun_is_another_one_with_the_same_noise(requests):
         assert new.label != old.label and read_noun(new.caption) == new.label
         assert new.caption.replace(NOUNS[new.label], NOUNS[old.label]) == old.caption
     assert {(each.before, each.label) for each in swapped} == {(k, (k + 1 + i) % 4) for k in range(4) for i in (0, 1)}
+
+
+def test_every_class_is_swapped_for_all_others_in_turn():
+    for n_classes in (2, 3, 10):
+        for label in range(n_classes):
+            others = [swapped_label(label, sentence, n_classes) for sentence in range(n_classes - 1)]
+            assert {label, *others} == {*range(n_classes)}
+            assert swapped_label(label, n_classes - 1, n_classes) == others[0]
 
 
 def test_images_of_a_class_have_the_same_noise_in_each_sentence(requests):
