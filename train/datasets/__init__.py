@@ -6,7 +6,7 @@ returns a `Dataset`. Libraries slower to import than torch are imported inside f
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ SPLITS = ("train", "val")
 DIGIT_NAMES = tuple("0123456789")  # of the classes of handwritten digits
 MAX_PIXELS = 89_478_485  # of an image: from here on Pillow warns of files made to exhaust the memory
 PILLOW_MAX_PIXELS = 2 * MAX_PIXELS  # from here on Pillow refuses
+NumberMeasure = Callable[[np.ndarray], np.ndarray]  # grey images (N, H, W) uint8 -> (N,), NaN where undefined
 
 
 class UnreadableImage(ValueError):
@@ -113,8 +114,10 @@ class Dataset(Protocol):
     and `unpaired: dict[str, tuple[str, ...]]`, the files without a partner that it leaves out, by kind. One whose items
     have fields of a few words each, such as the weather, has `metadata_values: dict[str, tuple[str, ...]]`, those words
     by field; "unknown" is always among them and left out. One whose items have fields that are numbers, such as the
-    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value. One whose classes want
-    other sentences than "a photo of a shirt", or other nouns than their names, has `templates: Templates`.
+    year, has `number_fields: dict[str, NumberField]`, their ranges; NaN is a missing value. One that computes some of
+    them from the pixels has `number_measures: dict[str, Callable]`, functions of grey images (N, H, W) uint8 -> (N,).
+    One whose classes want other sentences than "a photo of a shirt", or other nouns than their names, has `templates:
+    Templates`.
     """
 
     n_classes: int
@@ -140,6 +143,7 @@ class ArrayDataset:
     class_names: tuple[str, ...] = ()
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)  # further fields of the items, (N,) each
     number_fields: Mapping[str, NumberField] = field(default_factory=dict)  # their ranges
+    number_measures: Mapping[str, NumberMeasure] = field(default_factory=dict)  # of those computed from the pixels
     templates: Templates | None = None
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ def with_strokes(dataset: ArrayDataset, config: StrokeConfig, rotations: NDArray
 
     `rotations` (N,) in [-1, 1) are shares of the largest angle.
     """
-    images, numbers, fields = dataset.images, {}, {}
+    images, numbers, fields, measures = dataset.images, {}, {}, {}
     if config.digits_rotation:
         numbers["rotation"] = config.digits_rotation * rotations
         fields["rotation"] = NumberField(-config.digits_rotation, config.digits_rotation, config.digits_rotation == 180)
@@ -37,7 +37,8 @@ def with_strokes(dataset: ArrayDataset, config: StrokeConfig, rotations: NDArray
     if config.digits_thickness:
         numbers["thickness"] = stroke_thickness(images)
         fields["thickness"] = NumberField(0, images.shape[1] / 2)
-    return dataclasses.replace(dataset, images=images, numbers=numbers, number_fields=fields)
+        measures["thickness"] = stroke_thickness
+    return dataclasses.replace(dataset, images=images, numbers=numbers, number_fields=fields, number_measures=measures)
 
 
 def draw_rotations(count: int, split: int) -> NDArray[np.floating]:
