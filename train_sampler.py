@@ -21,9 +21,10 @@ from train.resumed_settings import read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
 from train.samplers._condition_sources import with_condition_fields
-from train.samplers._conditions import with_declared_values
+from train.samplers._conditions import options_of_conditions, with_declared_values
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
+from train.text_encoder_file import open_text_cache, text_provenance
 from train.trained_sampler import TrainedSampler, class_frequencies
 from train.trainer import make_hooks, train
 
@@ -67,15 +68,18 @@ def main(config: Config) -> None:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = model.with_metadata(model.read_rows(config.sampling.condition_file), config.sampling)
         check_sampling(model, state, config.sampling, rows, images["val"])
+        options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
+        provenance |= text_provenance(options)
         open_or_resume(run, config, state, world, provenance, images["train"])
         draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images
         sources = {
             split: space.source(images[split], split, data, seed, world, adapt, balance)
             for split, (seed, balance) in draws.items()
         }
+        cache = open_text_cache(options, logging.logs_root)
         for split, seed in (("train", training.seed), ("val", None)):
-            sources[split] = with_condition_fields(sources[split], sampler.network, seed)
+            sources[split] = with_condition_fields(sources[split], sampler.network, seed, cache)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
@@ -86,8 +90,8 @@ def main(config: Config) -> None:
         timer = Timer()
         estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
         hooks.append(("logging", 1, estimate))
-        options = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
-        train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
+        keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
+        train(run, training, logging, state, world, sources["train"], step, make_reports, **keywords)
         if world.is_main:
             name = config.sampler.sampler
             print_next(experiment_commands(run, name, data.dataset, logging.logs_root, training.ema))

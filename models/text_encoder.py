@@ -57,6 +57,8 @@ class TextEncoderConfig:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"got activation {self.activation}, wanted one of {', '.join(ACTIVATIONS)}")
         if self.clip_skip > self.layers:
             raise ValueError(f"got clip_skip {self.clip_skip} of {self.layers} layers, wanted 1 to {self.layers}")
 

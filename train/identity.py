@@ -12,7 +12,7 @@ EXECUTION = {
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
     "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
-    "profile", "perceptual_weights", "condition_file", "layouts", "output_dir",
+    "profile", "perceptual_weights", "condition_file", "layouts", "output_dir", "text_encoder",
 }  # fmt: skip
 PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step"}  # of weights, which are identified by content
 # A training run may resume with other values of these. The data of its training split are identified by content.
@@ -28,6 +28,7 @@ OTHER = {  # what a difference of these means, whose values are hashes or long
     "load_weights": "other weights to start from",
     "resumed_weights": "other weights to branch from",
     "perceptual_sha256": "--perceptual_weights: other content",
+    "text_sha256": "--text_encoder: other content",
     "condition_sha256": "--condition_file: other content",
     "layouts_sha256": "--layouts: other content",
     "given_images": "--image: other images",

@@ -11,8 +11,8 @@ Every setting is taken over, so that the preset, the sampler, the data and their
 given, if any, and no data set is. `logs_root` in a file is read from the section of the sampler that is given, or of
 the default one.
 
-`data_dir`, `val_shards`, `condition_file`, `perceptual_weights` and `shard_cache` are taken over as they were typed: if
-the files have moved, the error names the flag.
+`data_dir`, `val_shards`, `condition_file`, `perceptual_weights`, `text_encoder` and `shard_cache` are taken over as
+they were typed: if the files have moved, the error names the flag.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ NOT_TAKEN_OVER = {
 STARTING_WEIGHTS = {"load_dir", "load_step", "load_optim", "load_partial"}  # a branch starts from the checkpoint
 TELLING = {"sampler", "network"}  # groups of a config.yaml that only one of the scripts writes
 ONLY_RESUMING = EXECUTION - {"resume"} | {"train_steps"}  # flags that say nothing about what a new run would train
-DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may
+DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may but
+DATA = {"text_encoder", "metadata_values", "numbers_ranges"}  # files and values, which are only read
 
 
 def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettings | None:
@@ -158,7 +159,8 @@ def find_code(groups: Iterable[object]) -> dict[str, Any]:
     code = {}
     for group in groups:
         for key, value in flatten_group(group).items():
-            dotted = isinstance(group, SamplerConfig) or (isinstance(group, TrainingConfig) and key in DOTTED)
+            dotted = isinstance(group, SamplerConfig) and key not in DATA
+            dotted = dotted or (isinstance(group, TrainingConfig) and key in DOTTED)
             words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
             if any(is_shell_command(word) or (dotted and "." in word) for word in words):
                 code[key] = value

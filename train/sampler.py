@@ -34,7 +34,9 @@ from train.optim import clip_and_step
 from train.progress import print_above
 from train.registry import load_plugin
 from train.samplers import Control, LearnedSampler, NotFiniteError
+from train.samplers._conditions import options_of_conditions
 from train.spaces import Space
+from train.text_encoder_file import load_text_encoder
 from train.trained_sampler import TrainedSampler
 from train.trainer import build_train_state
 
@@ -50,6 +52,7 @@ def build_state(
     torch.manual_seed(training.seed)
     module = load_plugin("train.samplers", config.sampler, "sampler")
     sampler = module.build(config, **space.model_args, n_classes=n_classes)
+    load_text_encoder(sampler.network, options_of_conditions(config))
     modules = {"network": sampler.network}
     state = build_train_state(
         modules, training, world, primary=["network"], counters=["loss_by_level"], extras=sampler.extras

@@ -4,6 +4,7 @@ Shapes: C chunks of a caption, L tokens of a chunk with its start and end, M = C
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ MULTIPLE = 8  # of the number of tokens that batches are padded to, for few diff
 
 # B texts; or `caption_mask` and what `tokenize` made of them or, encoded with weights, tokens (B, M, D)
 Captions = Sequence[str] | Mapping[str, Any]
+ENCODER_FLAGS = {  # by option of the text encoder
+    name: f"text_{name}" for name in ("width", "layers", "heads", "length", "activation", "clip_skip", "final_norm")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +41,44 @@ class Config(ConditionConfig):
     """Tokens that are encoded together, a start and an end included; longer captions are several chunks of them."""
     text_null: Literal["learned", "empty"] = "learned"
     """What dropped captions and the unguided half of sampling read: a learned token, or the empty caption."""
+    text_encoder: str = ""
+    """File of a trained text encoder, which does not learn and has its own size; default: one that learns."""
+    text_activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Activation of the text encoder; quick_gelu as in CLIP."""
+    text_clip_skip: int = 1
+    """Layer of the text encoder that tokens are from, from the last: 2 is the one before it."""
+    text_final_norm: bool = True
+    """Apply the last norm of the text encoder to the tokens."""
 
-    RANGES = {"text_width": SIZE, "text_layers": SIZE, "text_heads": SIZE, "text_length": "[3, 65536]"}
+    RANGES = {
+        **dict.fromkeys(("text_width", "text_layers", "text_heads", "text_clip_skip"), SIZE),
+        "text_length": "[3, 65536]",
+    }
 
     def __post_init__(self):
         super().__post_init__()
         if self.text_width % self.text_heads:
             got = f"got text_width {self.text_width} and text_heads {self.text_heads}"
             raise ValueError(f"{got}, wanted heads that divide the width: pass --text_heads N")
+        self.encoder  # noqa: B018 (validates the options)
+
+    @property
+    def encoder(self) -> TextEncoderConfig:
+        """The options of the text encoder."""
+        return TextEncoderConfig(**{name: getattr(self, flag) for name, flag in ENCODER_FLAGS.items()})
 
 
 class CaptionEncoder(ConditionEncoder):
     """Encodes captions as tokens, of which padding is masked; an example depends on its own caption alone.
 
-    The tokens of the null come first, seen only by dropped examples.
+    The tokens of the null come first, seen only by dropped examples. With `pretrained`, the text encoder does not
+    learn, and computes in float32.
     """
 
-    def __init__(self, encoder: TextEncoder, null: Literal["learned", "empty"] = "learned"):
+    def __init__(self, encoder: TextEncoder, null: Literal["learned", "empty"] = "learned", pretrained: bool = False):
         super().__init__()
+        self.pretrained = pretrained
+        encoder.requires_grad_(not pretrained)
         self.encoder, self.token_width, self.length = encoder, encoder.config.width, encoder.config.length
         self.null = nn.Parameter(torch.randn(1, 1, self.token_width)) if null == "learned" else None
 
@@ -90,11 +114,12 @@ class CaptionEncoder(ConditionEncoder):
     def encode_ids(self, ids: Tensor) -> Tensor:
         """Encodes ids (B, C, L): (B, M, D). Except in training equal chunks are encoded once, so that equal captions
         have equal bits."""
-        if self.training or torch.compiler.is_compiling():
-            return self.encoder.encode_chunks(ids)
-        chunks, places = ids.flatten(0, 1).cpu().unique(dim=0, return_inverse=True)
-        tokens = self.encoder(chunks.to(ids.device)).tokens[places.to(ids.device)]  # (B C, L, D)
-        return tokens.view(len(ids), -1, self.token_width)
+        with torch.autocast(ids.device.type, enabled=False) if self.pretrained else nullcontext():
+            if self.training or torch.compiler.is_compiling():
+                return self.encoder.encode_chunks(ids)
+            chunks, places = ids.flatten(0, 1).cpu().unique(dim=0, return_inverse=True)
+            tokens = self.encoder(chunks.to(ids.device)).tokens[places.to(ids.device)]  # (B C, L, D)
+            return tokens.view(len(ids), -1, self.token_width)
 
 
 def tokenize(captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
@@ -126,5 +151,4 @@ def caption_chunks(caption: str, length: int) -> list[list[int]]:
 
 def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:
     """Builds the encoder; it depends neither on the width of the embeddings nor on the number of classes."""
-    sizes = {"width": config.text_width, "layers": config.text_layers, "heads": config.text_heads}
-    return CaptionEncoder(TextEncoder(TextEncoderConfig(**sizes, length=config.text_length)), config.text_null)
+    return CaptionEncoder(TextEncoder(config.encoder), config.text_null, pretrained=bool(config.text_encoder))

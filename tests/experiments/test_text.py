@@ -5,11 +5,16 @@ import csv
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from helpers.run_asserts import assert_equal_bits, lines, weights
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
+from models.text_encoder import TextEncoder, TextEncoderConfig
+from train.files import sha256
 from train.inference import load
+from train.text_encoder_file import save_text_encoder
 
 TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2 --no_amp"
 PIXELS = f"{DDPM} {TEXT} --attn_block_type transformer"
@@ -54,6 +59,15 @@ def codes(logs, data):
     for name in ("absorbing", "autoregressive"):
         train(logs, data, f"--sampler {name} {CODES} --train_steps 2 --log_dir {name}")
     return logs
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A file with a text encoder whose size is not that of the flags' defaults."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    save_text_encoder(TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2, activation="quick_gelu")), path)
+    return path
 
 
 @pytest.fixture
@@ -114,6 +128,33 @@ def test_captions_reach_codes_through_their_cache(codes, sampler, captions_csv, 
     assert len(images) == 3 and conditions[0]["caption"][1] == LONG
     losses = [row["val/loss"] for row in lines(codes / sampler) if "val/loss" in row]
     assert losses and np.isfinite(losses).all()
+
+
+def test_a_frozen_encoder_stays_as_it_is_in_its_file(data, encoder, tmp_path, capfd):
+    """Its embeddings are kept in a file; after a stop the same weights are learned, and samples need no file."""
+    flags = f"{DDPM} --conditions text --text_encoder {encoder} --attn_block_type transformer --no_amp"
+    train(tmp_path, data, f"{flags} --train_steps 3 --log_dir whole")
+    (cache,) = (tmp_path / ".cache" / "text").iterdir()
+    size = cache.stat().st_size
+    train(tmp_path, data, f"{flags} --train_steps 2 --num_workers 1 --log_dir parts")
+    train(tmp_path, data, f"{flags} --train_steps 3 --num_workers 1 --log_dir parts")
+    assert cache.stat().st_size == size > 0
+    learned = weights(tmp_path / "whole", 3)
+    assert_equal_bits(learned, weights(tmp_path / "parts", 3))
+    (prefix,) = {name.removesuffix("norm.bias") for name in learned if name.endswith("text.encoder.norm.bias")}
+    assert_equal_bits(load_file(encoder), {name: learned[f"{prefix}{name}"] for name in load_file(encoder)})
+    stored = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    assert stored["sampler"]["text_width"] == 8 and stored["origin"]["text_sha256"] == sha256(encoder)
+
+    other = tmp_path / "other.safetensors"
+    save_text_encoder(TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2, activation="quick_gelu")), other)
+    with pytest.raises(SystemExit):
+        train(tmp_path, data, f"{flags.replace(str(encoder), str(other))} --train_steps 3 --log_dir whole")
+    assert "--text_encoder: other content" in capfd.readouterr().err
+    other.unlink()
+    model = load(tmp_path / "whole")
+    images = [model.sample(1, caption=caption, sample_steps=2) for caption in ("a red star", LONG)]
+    assert images[0].shape == (1, 3, 8, 8)
 
 
 def test_data_without_captions_are_refused_at_once(tmp_path, capfd):

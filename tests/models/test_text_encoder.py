@@ -117,6 +117,8 @@ def test_options_that_do_not_fit():
         TextEncoderConfig(layers=2, clip_skip=3)
     with pytest.raises(ValueError, match="got clip_skip 0"):
         TextEncoderConfig(clip_skip=0)
+    with pytest.raises(ValueError, match="got activation relu, wanted one of gelu, quick_gelu"):
+        TextEncoderConfig(activation="relu")
     with pytest.raises(ValueError, match="does not split over 5 heads"):
         TextEncoder(TextEncoderConfig(width=32, heads=5, vocab_size=8))
 

@@ -29,6 +29,11 @@ def test_special_tokens_in_a_text_are_spelled(name):
     assert len(ids) > 6  # in pieces
 
 
+def test_entities_are_decoded_twice():
+    """ftfy leaves them to us where a text has a <."""
+    assert TOKENIZER.encode("< &amp;lt;") == TOKENIZER.encode("< <") != TOKENIZER.encode("< &lt ;")
+
+
 def test_words_tell_where_their_ids_are():
     text = "A supercalifragilistic photo-realistic CAT, 42 don't"
     ids, words = TOKENIZER.encode(text), TOKENIZER.words(text)

@@ -13,6 +13,7 @@ import train_sampler
 import train_vqgan
 from helpers.run_asserts import assert_close, weights
 from helpers.tiny_runs import ROOT, call
+from models.conditions import metadata, text
 from train.checkpoint import checkpoint_path, saved_steps
 from train.cli import parse as cli
 from train.config import TrainingConfig
@@ -263,3 +264,13 @@ def test_every_flag_that_takes_a_dotted_path_is_code():
     sampler = ddpm.Config(**dict.fromkeys(flags & cli.flag_names(ddpm.Config), "my.Own"))
     training = TrainingConfig(optimizer="my.Own", hooks=("my.Own",))
     assert find_code([sampler, training, ddpm.Config(), TrainingConfig()]).keys() == flags
+
+
+def test_files_and_values_of_conditions_are_no_code():
+    for module, options in (
+        (text, text.Config(text_encoder="my.safetensors")),
+        (metadata, metadata.Config(metadata_values=("lens=f1.8", "lens=f2.0"))),
+    ):
+        name = module.__name__.rpartition(".")[2]
+        sampler = ddpm.Config(conditions=(name,), condition_options=options, attn_block_type="my.Own")
+        assert find_code([sampler]).keys() == {"attn_block_type"}

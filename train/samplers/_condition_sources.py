@@ -15,6 +15,7 @@ from models.conditions.numbers import MISSING, RangeCheck
 from models.conditions.text import CaptionEncoder, tokenize
 from models.regions import check_region_fields
 from train.data.loading import BatchSource
+from train.data.text_cache import TextCache
 from train.loop import Batch
 from train.samplers._conditions import fields_by_condition
 from train.samplers._metadata import find_metadata, find_numbers
@@ -109,13 +110,17 @@ class CheckedNumbers(ConditionFields):
 
 @dataclass(frozen=True)
 class TokenizedCaptions(ConditionFields):
-    """Captions as ids and their mask, (B, C, L) each, in chunks of at most `length` tokens."""
+    """Captions as ids and their mask, (B, C, L) each, in chunks of at most `length` tokens; with a cache of embeddings
+    as tokens (B, M, D) and their mask."""
 
     length: int
+    cache: TextCache | None = None
 
     def read(self, batch: Batch, positions: list[int]) -> Batch:
         if "caption" not in batch:
             return {}
+        if self.cache is not None:
+            return self.cache[batch["caption"]]
         ids, mask = tokenize(batch["caption"], self.length)
         return {"caption": ids, "caption_mask": mask}
 
@@ -129,10 +134,13 @@ def draw_field_drops(
     return dict(zip(names, drops.unbind(1), strict=True))
 
 
-def with_condition_fields(source: BatchSource, network: nn.Module, seed: int | None = None) -> BatchSource:
+def with_condition_fields(
+    source: BatchSource, network: nn.Module, seed: int | None = None, cache: TextCache | None = None
+) -> BatchSource:
     """Returns a source with the fields that the conditions of a network read, checked and as numbers.
 
     With the seed of a training, single fields of metadata and numbers are null, as the options of the conditions say.
+    With a `cache` captions become embeddings, else ids.
     """
     for encoders in network.modules():
         if isinstance(encoders, Conditioner) and encoders.region_encoders:
@@ -143,4 +151,4 @@ def with_condition_fields(source: BatchSource, network: nn.Module, seed: int | N
     if (numbers := find_numbers(network)) is not None:
         source = CheckedNumbers(source, RangeCheck(numbers.ranges), numbers.field_drop, seed)
     captions = next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
-    return source if captions is None else TokenizedCaptions(source, captions.length)
+    return source if captions is None else TokenizedCaptions(source, captions.length, cache)

@@ -14,6 +14,7 @@ from train.datasets import Dataset
 from train.loop import Batch, Field
 from train.registry import load_plugin
 from train.samplers._foreground import ForegroundConfig
+from train.text_encoder_file import with_options_of_file
 
 Raw = Field | dict[str, Field]  # a condition's input to its encoder
 
@@ -44,6 +45,11 @@ class ConditionsConfig(ForegroundConfig):
             raise ValueError(f"got {got} as condition_options, wanted those of {', '.join(missing)}")
 
 
+def options_of_conditions(config: SamplerConfig) -> ConditionConfig:
+    """Returns the options of the conditions of a sampler; those of none for a sampler without conditions."""
+    return config.condition_options if isinstance(config, ConditionsConfig) else ConditionConfig()
+
+
 def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[str, ConditionEncoder]:
     """Builds the encoders of --conditions, and of the label if there are classes, for embeddings of this width."""
     if "label" in config.conditions:
@@ -64,9 +70,9 @@ def check_tokens_are_read(encoders: Mapping[str, ConditionEncoder], *kinds: str 
 
 
 def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset) -> SamplerConfig:
-    """Returns the config with the number of classes of regions, the values of metadata and the ranges of numbers that a
-    data set declares, to be saved with the run. Metadata may have values that occur in the `others`, such as the
-    validation split, alone."""
+    """Returns the config with what a data set declares, to be saved with the run: the number of classes of regions, the
+    values of metadata, which may occur in the `others`, such as the validation split, alone, and the ranges of numbers.
+    The options of the encoder that --text_encoder names are saved too."""
     if not isinstance(config, ConditionsConfig):
         return config
     metadata: dict[str, tuple[str, ...]] = {}
@@ -74,7 +80,8 @@ def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset
         for field, values in getattr(dataset, "metadata_values", {}).items():
             metadata[field] = tuple(dict.fromkeys((*metadata.get(field, ()), *values)))
     count, numbers = len(getattr(train, "region_classes", ())), getattr(train, "number_fields", {})
-    return replace(config, condition_options=config.condition_options.for_data(count, metadata, numbers))
+    options = with_options_of_file(config.condition_options.for_data(count, metadata, numbers))
+    return replace(config, condition_options=options)
 
 
 def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:

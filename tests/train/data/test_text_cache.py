@@ -1,0 +1,114 @@
+"""The cache of embeddings of captions by a frozen encoder."""
+
+import os
+import pickle
+import sqlite3
+from contextlib import closing
+
+import pytest
+import torch
+
+from models.conditions.text import CaptionEncoder
+from models.text_encoder import TextEncoder, TextEncoderConfig
+from train.data import text_cache
+from train.data.text_cache import TextCache
+
+LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
+CAPTIONS = ["a red star", LONG, "", "A  red STAR"]
+
+
+def build(seed=0, **options):
+    torch.manual_seed(seed)
+    encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2, **options))
+    encoder.token.weight.data.normal_()
+    return encoder.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The captions that are encoded, by their first chunks."""
+    chunks, encode = [], TextCache.encode
+    monkeypatch.setattr(TextCache, "encode", lambda cache, each: chunks.append(each[0]) or encode(cache, each))
+    return chunks
+
+
+def test_embeddings_are_those_of_the_encoder(tmp_path):
+    encoder = build()
+    batch = TextCache(encoder, tmp_path)[CAPTIONS]
+    assert batch["caption"].shape == (4, 184, 8) and batch["caption_mask"].sum(1).tolist() == [5, 181, 2, 5]
+    captions, x = CaptionEncoder(encoder, pretrained=True).eval(), torch.zeros(4, 3, 4, 4)
+    from_texts, from_cache = captions(CAPTIONS, x), captions(batch, x)
+    for row in range(4):
+        one, other = (tokens.values[row][tokens.mask[row]] for tokens in (from_texts, from_cache))
+        assert torch.allclose(one, other, atol=1e-5)
+    assert not batch["caption"][~batch["caption_mask"]].any()
+
+
+def test_a_caption_is_encoded_once_whatever_its_batch(tmp_path, encoded):
+    first = TextCache(build(), tmp_path)[CAPTIONS]
+    assert len(encoded) == 3  # two are the same
+    again = TextCache(build(), tmp_path)[CAPTIONS[::-1]]
+    assert len(encoded) == 3
+    assert torch.equal(again["caption"].flip(0), first["caption"])
+    alone = TextCache(build(), tmp_path / "other")[[LONG]]
+    assert torch.equal(alone["caption"][0], first["caption"][1])
+    assert not torch.equal(first["caption"][0], first["caption"][1])
+
+
+def test_the_cache_is_keyed_by_the_encoder(tmp_path, encoded):
+    other_layer = build(clip_skip=1, final_norm=False)
+    caches = [TextCache(encoder, tmp_path) for encoder in (build(), build(1), other_layer)]
+    batches = [cache[["a bus"]]["caption"] for cache in caches]
+    assert len({cache.path for cache in caches}) == 3 == len(encoded)
+    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+def test_what_a_killed_job_had_encoded_stays(tmp_path, encoded, monkeypatch):
+    """A job that dies while it writes leaves the batches before, and no part of that one."""
+    cache = TextCache(build(), tmp_path)
+    cache[["a bus", "a star"]]
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(text_cache, "closing", lambda connection: DyingConnection(connection))
+        cache[["a ring", "a disc"]]
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 9 << 8
+    encoded.clear()
+    cache[["a bus", "a star", "a ring", "a disc"]]
+    assert len(encoded) == 2
+
+
+class DyingConnection:
+    """A connection whose process dies after the first row of a transaction."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def execute(self, *args):
+        return self.connection.execute(*args)
+
+    def executemany(self, query, rows):
+        self.connection.execute(query, next(iter(rows)))
+        os._exit(9)
+
+
+def test_caches_travel_to_workers(tmp_path):
+    cache = TextCache(build(), tmp_path)
+    batch = cache[["a bus"]]
+    assert torch.equal(pickle.loads(pickle.dumps(cache))[["a bus"]]["caption"], batch["caption"])
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    cache = TextCache(build(), tmp_path)
+    cache.path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(ValueError, match=f"{cache.path} cannot be used .*: free disk space, or delete the file"):
+        cache[["a bus"]]
+    cache.path.unlink()
+    cache[["a bus"]]
+    with closing(sqlite3.connect(cache.path)) as connection:
+        assert connection.execute("SELECT count(*) FROM captions").fetchone() == (1,)

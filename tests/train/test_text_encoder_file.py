@@ -1,0 +1,128 @@
+"""Text encoders as files, and conditions that take them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models.conditioning import ConditionConfig
+from models.conditions import text
+from models.text_encoder import TextEncoder, TextEncoderConfig
+from models.transformer import Transformer
+from train.text_encoder_file import (
+    HEADER,
+    load_text_encoder,
+    read_text_encoder,
+    save_text_encoder,
+    text_provenance,
+    with_options_of_file,
+)
+
+OPTIONS = {"width": 8, "layers": 2, "heads": 2, "length": 20, "activation": "quick_gelu", "clip_skip": 2}
+
+
+@pytest.fixture
+def file(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "encoder.safetensors"
+    save_text_encoder(TextEncoder(TextEncoderConfig(**OPTIONS, projection=4)), path)
+    return path
+
+
+def config(file, **options):
+    return text.Config(text_encoder=str(file), **options)
+
+
+def test_an_encoder_is_read_as_it_was_written(file, tmp_path):
+    encoder, ids = read_text_encoder(file), torch.tensor([[49406, 320, 49407]])
+    assert encoder.config == TextEncoderConfig(**OPTIONS, projection=4) and not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    save_text_encoder(encoder, tmp_path / "again.safetensors")
+    again = read_text_encoder(str(tmp_path / "again.safetensors"))
+    assert all(torch.equal(*pair) for pair in zip(encoder(ids), again(ids), strict=True))
+
+
+def test_files_of_half_precision_are_read_in_float32(file):
+    save_file({name: each.half() for name, each in load_file(file).items()}, file, header(OPTIONS | {"projection": 4}))
+    assert {p.dtype for p in read_text_encoder(file).parameters()} == {torch.float32}
+
+
+def header(options):
+    return {HEADER: json.dumps(options)}
+
+
+def test_a_run_takes_the_options_of_the_file(file):
+    options = with_options_of_file(config(file, text_null="empty", text_width=8))
+    assert options.encoder == TextEncoderConfig(**OPTIONS)
+    assert options.text_null == "empty"
+    assert with_options_of_file(options) == options
+    with pytest.raises(ValueError, match="got text_layers 3, .*encoder.safetensors has 2: leave --text_layers out"):
+        with_options_of_file(config(file, text_layers=3))
+    save_text_encoder(TextEncoder(TextEncoderConfig(**OPTIONS, vocab_size=9)), file)
+    with pytest.raises(ValueError, match="encoder.safetensors has 9 ids and end 49407, wanted CLIP's 49408"):
+        with_options_of_file(config(file))
+    for others in (text.Config(text_width=16), ConditionConfig()):
+        assert with_options_of_file(others) is others
+
+
+def test_a_network_takes_the_weights_and_does_not_learn_them(file):
+    options = with_options_of_file(config(file))
+    captions = text.build(options, 0, 0)
+    network = Transformer(codes=5, grid=(2, 2), width=8, heads=2, layers=1, encoders={"text": captions})
+    load_text_encoder(network, options)
+    wanted = {name: each for name, each in load_file(file).items() if not name.startswith("projection")}
+    loaded = captions.encoder.state_dict()
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+    for block in network.blocks:
+        nn.init.normal_(block.cross.proj.weight)
+    network(
+        torch.zeros(1, 2, 2, dtype=torch.long), {"text": ["a bus"]}, drop={"text": torch.tensor([False])}
+    ).sum().backward()
+    assert all(p.grad is None for p in captions.encoder.parameters()) and captions.null.grad is not None
+    before = {name: each.clone() for name, each in network.state_dict().items()}
+    load_text_encoder(network, text.Config())
+    assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
+
+
+def test_a_run_records_the_content_of_the_file(file, tmp_path):
+    copy = tmp_path / "moved.safetensors"
+    copy.write_bytes(file.read_bytes())
+    assert text_provenance(config(file)) == text_provenance(config(copy)) != {}
+    save_text_encoder(TextEncoder(TextEncoderConfig(**OPTIONS)), copy)
+    assert text_provenance(config(file)) != text_provenance(config(copy))
+    assert text_provenance(text.Config()) == text_provenance(ConditionConfig()) == {}
+
+
+def broken_files(file):
+    tensors = load_file(file)
+    options = OPTIONS | {"projection": 4}
+    return {
+        "no safetensors file": lambda: file.write_bytes(b"zip" * 20),
+        "has no options of a text encoder in its header": lambda: save_file(tensors, file),
+        "has other options than": lambda: save_file(tensors, file, header(options | {"depth": 3})),
+        "has other options than width": lambda: save_file(tensors, file, header(options | {"width": "8"})),
+        "has no JSON in its header": lambda: save_file(tensors, file, {HEADER: "{"}),
+        "does not fit its own options, in .*blocks.2": lambda: save_file(
+            tensors, file, header(options | {"layers": 3})
+        ),
+        "wanted at least 1": lambda: save_file(tensors, file, header(options | {"layers": 0})),
+        "holds NaN in": lambda: save_file(tensors | {"norm.bias": torch.full((8,), torch.nan)}, file, header(options)),
+        "not found": file.unlink,
+    }
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_other_files_are_refused_with_the_reason(file, number):
+    message, damage = [*broken_files(file).items()][number]
+    damage()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_text_encoder(file)
+
+
+def test_the_options_of_files_and_flags_are_the_same():
+    """Each option of an encoder is a flag, but those that follow from the tokenizer, and the pooled vector's."""
+    names = {field.name for field in dataclasses.fields(TextEncoderConfig)}
+    assert names - text.ENCODER_FLAGS.keys() == {"vocab_size", "end_id", "projection"}

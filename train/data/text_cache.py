@@ -1,0 +1,95 @@
+"""The cache of embeddings: each caption is encoded once by a frozen text encoder, on the CPU, and kept in one file.
+
+The file is an SQLite database, mapped into memory and named after the encoder's weights; a caption is known by its ids.
+Any number of processes may read and fill it. What a killed job had encoded stays.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.conditions.text import MULTIPLE, caption_chunks
+from models.text_encoder import TextEncoder
+from train.loop import Batch
+
+MAPPED = 1 << 40  # bytes of the file that may be mapped
+WAIT = 600.0  # seconds for other processes that write
+Chunks = list[list[int]]  # the ids of a caption
+
+
+class TextCache:
+    """Embeddings of captions by a frozen encoder on the CPU, computed when they are first read.
+
+    A caption is encoded alone, so that its embedding does not depend on its batch.
+    """
+
+    def __init__(self, encoder: TextEncoder, folder: Path):
+        self.encoder, self.path = encoder, folder / f"{encoder_key(encoder)}.sqlite"
+
+    def __getitem__(self, captions: Sequence[str]) -> Batch:
+        """Returns {"caption": (B, M, D) float32, padded with zeros, "caption_mask": (B, M)}; M is rounded up.
+
+        ValueError for a file that cannot be read or written.
+        """
+        try:
+            rows = self.read([caption_chunks(caption, self.encoder.config.length) for caption in captions])
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} cannot be used ({error}): free disk space, or delete the file") from error
+        longest = max(map(len, rows))
+        values = torch.zeros(len(rows), longest + -longest % MULTIPLE, self.width)
+        for row, tokens in zip(values, rows, strict=True):
+            row[: len(tokens)] = tokens
+        mask = torch.arange(values.shape[1]) < torch.tensor([len(tokens) for tokens in rows])[:, None]
+        return {"caption": values, "caption_mask": mask}
+
+    def read(self, captions: Sequence[Chunks]) -> list[Tensor]:
+        """Returns the tokens (M, D) of captions; encodes and keeps those that the file lacks."""
+        keys = [content_key(chunks) for chunks in captions]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.path, timeout=WAIT)) as connection:
+            connection.execute(f"PRAGMA mmap_size = {MAPPED}")
+            known = find_all(connection, keys)
+            missing = {key: chunks for key, chunks in zip(keys, captions, strict=True) if key not in known}
+            new = {key: self.encode(chunks).numpy().tobytes() for key, chunks in missing.items()}
+            if new:
+                with connection:  # a transaction: of a killed job the file has all of it or nothing
+                    connection.executemany("INSERT OR IGNORE INTO captions VALUES (?, ?)", new.items())
+        blobs = known | new
+        return [torch.from_numpy(np.frombuffer(blobs[key], np.float32).copy()).view(-1, self.width) for key in keys]
+
+    @property
+    def width(self) -> int:
+        return self.encoder.config.width
+
+    @torch.no_grad()
+    def encode(self, chunks: Chunks) -> Tensor:
+        """Returns the tokens (M, D) of a caption."""
+        return torch.cat([self.encoder(torch.tensor([chunk])).tokens[0] for chunk in chunks])
+
+
+def find_all(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Returns the embeddings that a file has of these captions; makes its table if there is none."""
+    connection.execute("CREATE TABLE IF NOT EXISTS captions (caption BLOB PRIMARY KEY, tokens BLOB)")
+    query = "SELECT caption, tokens FROM captions WHERE caption = ?"
+    return dict(row for key in keys for row in connection.execute(query, (key,)))
+
+
+def encoder_key(encoder: TextEncoder) -> str:
+    """Returns the hexadecimal key of all that embeddings depend on besides the captions."""
+    digest = hashlib.sha256(json.dumps(asdict(encoder.config), sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def content_key(chunks: Chunks) -> bytes:
+    """Returns the key of a caption: of its ids and where its chunks end."""
+    return hashlib.sha256(json.dumps(chunks).encode()).digest()

@@ -1,0 +1,117 @@
+"""Text encoders as files: the tensors of a `TextEncoder` in safetensors, its options as JSON in the header.
+
+A run whose --text_encoder names one takes its options and weights; the encoder then stays as it is.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.conditioning import ConditionConfig
+from models.conditions import text
+from models.conditions.text import ENCODER_FLAGS, CaptionEncoder
+from models.text_encoder import TextEncoder, TextEncoderConfig
+from models.tokenizer import Tokenizer
+from train.data.text_cache import TextCache
+from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
+from vq.weights import refuse_nan
+
+HEADER = "text_encoder"  # the key of the options
+REMEDY = "pass a file of `save_text_encoder` as --text_encoder"
+
+
+def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
+    """Writes an encoder to a file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    with atomic_write(path) as temporary, write_errors_as_oserror(Path(path)):
+        save_file(tensors, temporary, {HEADER: json.dumps(dataclasses.asdict(encoder.config))})
+
+
+def read_text_encoder(path: str | Path) -> TextEncoder:
+    """Reads an encoder, frozen and in eval mode, on the CPU in float32; FileNotFoundError or ValueError if there is
+    none."""
+    options, tensors = read_file(Path(path).expanduser())
+    encoder = TextEncoder(options)
+    wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+        odd = sorted(name for name in {*wanted, *tensors} if wanted.get(name) != getattr(tensors.get(name), "shape", 0))
+        raise ValueError(f"{path} does not fit its own options, in {', '.join(odd[:3])}: {REMEDY}")
+    encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return encoder.eval().requires_grad_(False)
+
+
+def read_file(path: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
+    """Reads the options and the tensors of a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: {REMEDY}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): {REMEDY}") from error
+    if header is None:
+        raise ValueError(f"{path} has no options of a text encoder in its header: {REMEDY}")
+    refuse_nan(tensors, path, REMEDY)
+    return TextEncoderConfig(**parse_options(path, header)), tensors
+
+
+def parse_options(path: Path, header: str) -> dict[str, Any]:
+    """Parses the options in a header; ValueError for others than those of `TextEncoderConfig`, and of other types."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TextEncoderConfig)}
+    try:
+        options = parse_json(header)
+    except ValueError as error:
+        raise ValueError(f"{path} has no JSON in its header ({error}): {REMEDY}") from error
+    if not isinstance(options, dict) or any(type(options[name]) is not type(defaults.get(name)) for name in options):
+        raise ValueError(f"{path} has other options than {', '.join(defaults)} in its header: {REMEDY}")
+    return options
+
+
+def with_options_of_file(options: ConditionConfig) -> ConditionConfig:
+    """Returns options of conditions with those of the encoder that --text_encoder names, to be saved with the run.
+
+    ValueError if others are given beside it.
+    """
+    if not isinstance(options, text.Config) or not options.text_encoder:
+        return options
+    encoder, _ = read_file(Path(options.text_encoder).expanduser())
+    if (encoder.vocab_size, encoder.end_id) != (Tokenizer.vocab_size, Tokenizer.end_id):
+        got = f"{options.text_encoder} has {encoder.vocab_size} ids and end {encoder.end_id}"
+        raise ValueError(f"{got}, wanted CLIP's {Tokenizer.vocab_size} and {Tokenizer.end_id}: pass another encoder")
+    own = {flag: getattr(encoder, name) for name, flag in ENCODER_FLAGS.items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(text.Config)}
+    for flag, value in own.items():
+        given = getattr(options, flag)
+        if given not in (value, defaults[flag]):
+            raise ValueError(f"got {flag} {given}, {options.text_encoder} has {value}: leave --{flag} out")
+    return dataclasses.replace(options, **own)
+
+
+def load_text_encoder(network: nn.Module, options: ConditionConfig) -> None:
+    """Fills the text encoder of a network with the weights of --text_encoder, if it is given."""
+    if isinstance(options, text.Config) and options.text_encoder:
+        tensors = read_text_encoder(options.text_encoder).state_dict()
+        tensors.pop("projection.weight", None)  # of the pooled vector, which conditions do not read
+        (captions,) = [each for each in network.modules() if isinstance(each, CaptionEncoder)]
+        captions.encoder.load_state_dict(tensors)
+
+
+def text_provenance(options: ConditionConfig) -> dict[str, str]:
+    """Returns what a run records of --text_encoder: the hash of its content, not its path; {} without one."""
+    if not isinstance(options, text.Config) or not options.text_encoder:
+        return {}
+    return {"text_sha256": sha256(Path(options.text_encoder).expanduser())}
+
+
+def open_text_cache(options: ConditionConfig, logs_root: str) -> TextCache | None:
+    """Returns the cache of embeddings by the encoder of --text_encoder; None without one."""
+    if not isinstance(options, text.Config) or not options.text_encoder:
+        return None
+    encoder = read_text_encoder(options.text_encoder)
+    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text")
