@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, FullAttention
 from models.blocks import FeedForward, init_normal
-from models.ranges import SIZE, SIZE_OR_ZERO, check_ranges
+from models.ranges import COUNT_OR_ZERO, SIZE, SIZE_OR_ZERO, check_ranges
 from models.tokenizer import Tokenizer
 
 CHUNK = 77  # tokens that CLIP's encoders have learned positions for, start and end included
@@ -52,6 +52,7 @@ class TextEncoderConfig:
 
     RANGES = {
         **dict.fromkeys(("width", "layers", "heads", "vocab_size", "length", "clip_skip"), SIZE),
+        "end_id": COUNT_OR_ZERO,
         "projection": SIZE_OR_ZERO,
     }
 
