@@ -25,7 +25,7 @@ DEFAULT_SPLITS = {"plain": "length", "a1111": "comma", "compel": "sentence"}
 class Embed(Protocol):
     """A text encoder: ids (N, L), and which of them others attend to, (N, L) bool or None for all -> (N, L, D)."""
 
-    def __call__(self, ids: Tensor, seen: Tensor | None = None) -> Tensor: ...
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,11 +192,11 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def check_whole(name: str, value: Any, lowest: int, highest: int) -> int:
+def check_whole(name: str, value: Any, lowest: int, largest: int) -> int:
     """Returns a whole number, also of a text."""
     number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value) else value
-    if type(number) is not int or not lowest <= number <= highest:
-        raise ValueError(f"got {name} {shorten(value)}, wanted a whole number from {lowest} to {highest}")
+    if type(number) is not int or not lowest <= number <= largest:
+        raise ValueError(f"got {name} {shorten(value)}, wanted a whole number from {lowest} to {largest}")
     return number
 
 
@@ -240,11 +240,11 @@ def check_metadata(name: str, value: Any) -> dict[str, float | str]:
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
     "negative": check_text,
-    "seed": partial(check_whole, lowest=0, highest=LARGEST_SEED),
-    "sample_steps": partial(check_whole, lowest=1, highest=1_000_000),
+    "seed": partial(check_whole, lowest=0, largest=LARGEST_SEED),
+    "sample_steps": partial(check_whole, lowest=1, largest=1_000_000),
     "guidance": check_finite,
-    "height": partial(check_whole, lowest=1, highest=65_536),
-    "width": partial(check_whole, lowest=1, highest=65_536),
+    "height": partial(check_whole, lowest=1, largest=65_536),
+    "width": partial(check_whole, lowest=1, largest=65_536),
     "output": check_output,
     "model": check_text,
     "metadata": check_metadata,

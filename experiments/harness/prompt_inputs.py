@@ -30,7 +30,7 @@ class PromptsConfig:
     """Prompts."""
 
     prompt: str | None = None
-    """Text that all images show, for a run with --conditions text."""
+    """Text that all images show, for a run with --conditions text; --prompts FILE has many."""
     negative: str | None = None
     """Text that guidance moves away from, in place of the null; prompts of a file may have their own."""
     prompts: str | None = None
@@ -139,8 +139,8 @@ class PromptInputs:
 def embed_with(encoder: CaptionEncoder, device: torch.device) -> Any:
     """Returns the text encoder of a condition, as `encode_prompts` takes it."""
 
-    def embed(ids: Tensor, seen: Tensor | None = None) -> Tensor:
-        return encoder.encoder(ids.to(device), None if seen is None else seen.to(device)).tokens
+    def embed(ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return encoder.encoder(ids.to(device), None if mask is None else mask.to(device)).tokens
 
     return embed
 

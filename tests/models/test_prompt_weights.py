@@ -68,7 +68,7 @@ def test_long_plain_prompts_are_those_of_compel_without_rules():
     assert is_close(encode(CASES["compel"]["long"], syntax="compel", split="length")[0], "compel_long_brutal")
 
 
-def test_shorter_prompts_of_a_batch_are_padded_with_the_empty_text():
+def test_shorter_prompts_may_be_padded_with_the_empty_text():
     z, mask = encode(CASES["compel"]["long"], CASES["compel_negative"], syntax="compel", pad_with_empty=True)
     assert is_close(z[1:], "compel_negative_padded") and mask.all()
 
@@ -126,7 +126,7 @@ def test_weights_above_one_move_away_from_the_empty_text():
     assert torch.equal(got[:, others], plain[:, others])
 
 
-def test_weights_below_one_average_with_the_text_that_does_not_see_the_words():
+def test_weights_below_one_average_with_the_text_without_words():
     calls = []
 
     def embed(ids: Tensor, seen: Tensor | None = None) -> Tensor:

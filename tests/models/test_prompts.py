@@ -35,7 +35,7 @@ def test_an_empty_text_is_one_chunk_without_tokens():
 
 @pytest.mark.parametrize("split", ["length", "comma", "sentence", "phrase", "word"])
 @pytest.mark.parametrize("count", [75, 76, 150, 151])
-def test_no_token_is_lost_and_full_chunks_are_no_more_than_needed(split, count):
+def test_no_token_is_lost_and_no_chunk_is_more_than_needed(split, count):
     chunks = chunk_text(((Piece("cat " * count),),), TOKENIZER, split)
     assert len(chunks.ids) == -(-count // 75)
     assert (chunks.ids == 2368).sum() == count

@@ -132,7 +132,7 @@ def test_one_prompt_for_all_images(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_prompts_of_a_file_are_drawn_in_turn_with_their_own_settings(name, tmp_path):
+def test_prompts_of_a_file_have_settings_of_their_own(name, tmp_path):
     model = MODELS[name]
     objects = [
         {"prompt": "a cat"},
@@ -155,7 +155,7 @@ def test_prompts_of_a_file_are_drawn_in_turn_with_their_own_settings(name, tmp_p
     assert not close(drawn[2], draw(model, "a cat", 3, 2, guidance=4.0))
 
 
-def test_a_seed_of_its_own_makes_the_place_in_the_file_irrelevant(tmp_path):
+def test_with_a_seed_of_its_own_the_place_in_the_file_is_nothing(tmp_path):
     """Also where the prompt leaves something open, here the class."""
     model = make_model("absorbing", n_classes=CLASSES)
     item, others = {"prompt": "a cat", "seed": 11}, [{"prompt": "a dog"}, {"prompt": "a dog", "seed": 4}]
@@ -167,7 +167,7 @@ def test_a_seed_of_its_own_makes_the_place_in_the_file_irrelevant(tmp_path):
     assert open_file(tmp_path, [item, *others], model, label=2).draw([0, 1, 2])["label"].tolist() == [2, 2, 2]
 
 
-def test_a_negative_prompt_for_all_may_be_replaced_by_that_of_an_item(tmp_path):
+def test_an_item_may_replace_the_negative_prompt_of_all(tmp_path):
     model = MODELS["ddpm"]
     objects = [{"prompt": "a cat"}, {"prompt": "a cat", "negative": ""}]
     inputs = open_file(tmp_path, objects, model, negative="a dog", guidance=4.0)
@@ -212,7 +212,7 @@ def test_metadata_of_items(tmp_path):
     assert [row["camera"] for row in given.source.rows] == ["left"] * 3
 
 
-def test_what_an_item_cannot_be_drawn_with_is_reported_for_all_of_them(tmp_path):
+def test_whatever_is_wrong_with_items_is_reported_together(tmp_path):
     model = MODELS["ddpm"]
     objects = [
         {"prompt": "a"},

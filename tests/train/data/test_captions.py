@@ -31,7 +31,7 @@ def test_sentences_stay_together_as_long_as_they_fit():
     assert long_split("ab cd. ef! gh? ij.", by_letter, 8) == ["ab cd. ef!", "gh? ij."]
 
 
-def test_a_long_sentence_is_cut_at_phrases_and_a_long_phrase_at_words():
+def test_a_long_sentence_is_cut_at_phrases_else_at_words():
     assert long_split("ab, cd ef, gh. ij.", by_letter, 7) == ["ab,", "cd ef,", "gh. ij."]
     assert long_split("ab cd ef gh", by_letter, 5) == ["ab cd", "ef gh"]
     assert long_split("abcdefgh", by_letter, 4) == ["abcd", "efgh"]

@@ -392,7 +392,7 @@ def test_windows_take_negative_conditions():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_nulls_that_a_negative_condition_replaces_need_no_training(name):
+def test_nulls_that_are_replaced_need_no_training(name):
     never = build(name, condition_drop=0.0, label_drop=0.0)
     sample(never, guidance=2.0, negative=NEGATIVE, **SOLVERS[name])
     with pytest.raises(ValueError, match="the null of boxes untrained"):
