@@ -106,6 +106,7 @@ class SamplerRun:
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
         on_step: OnStep | None = None,
+        negative: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> Tensor:
         """Draws n images: uint8 (n, C, H, W) in [0, 255], on the CPU.
@@ -114,7 +115,8 @@ class SamplerRun:
         one that experiments/get_samples.py writes. `shape` is another height and width of the canvas than trained on,
         in codes for a model of codes and in pixels for others, `window_stride` the distance of the windows it is then
         drawn in. `on_step(i, t, s, x, prediction)` is called after each step with a batch in the sampler's space and
-        returns the x that the next step starts from.
+        returns the x that the next step starts from. `negative` are conditions that guidance moves away from instead of
+        the null, such as {"caption": "blurry"}: one value for all images, or a list of n values.
 
         Further keywords are, by name:
 
@@ -129,7 +131,7 @@ class SamplerRun:
         check_whole_number(0, seed=seed)
         check_shape(shape)
         names = setting_names(self.settings)
-        parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step"}
+        parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step", "negative"}
         check_keywords("sample", keywords, {*names, *self.conditions}, parameters)
         settings = {name: value for name, value in keywords.items() if name in names}
         conditions = {name: value for name, value in keywords.items() if name not in names}
@@ -139,9 +141,11 @@ class SamplerRun:
             given = {name: settings[name] for name in ("guidance", "region_guidance") if name in settings}
             options = dataclasses.replace(options.without_guidance(), **given)
         canvas = {"shape": shape, "window_stride": window_stride, "on_step": on_step}
-        images = []
+        rows = tuple(self._rows(negative, n)) if negative else ()
+        away, images = ConditionSource(tuple(negative or ()), self.n_classes, rows=rows), []
         for indices in torch.arange(n).split(batch_size):
             batch = None if source is None else source.draw(seed, indices.tolist())
+            canvas["negative"] = away.draw(seed, indices.tolist())  # None without any
             images.append(self.model.draw(indices.tolist(), seed, options, batch, **canvas)["image"])
         return torch.cat(images)
 

@@ -100,6 +100,20 @@ def test_each_image_is_drawn_with_its_label(codes, monkeypatch, label, expected)
     assert labels == expected
 
 
+def test_negative_conditions(codes):
+    """One for all images or one for each; that of the null class is the null."""
+    plain = codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, batch_size=2)
+    assert torch.equal(codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, negative={"label": None}), plain)
+    away = codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, negative={"label": 7}, batch_size=3)
+    assert torch.equal(codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, negative={"label": [7] * 4}), away)
+    for kwargs in ({"guidance": 1.0}, {"guidance": 1.0, "negative": {"label": 7}}):
+        assert torch.equal(codes.sample(2, label=1, **kwargs), codes.sample(2, label=1))
+    with pytest.raises(ValueError, match="got the negative condition caption, this sampler takes: label"):
+        codes.sample(2, guidance=5.0, negative={"caption": "a"})
+    with pytest.raises(ValueError, match="got 2 values of label for 4 images"):
+        codes.sample(4, guidance=5.0, negative={"label": [1, 2]})
+
+
 def test_settings_of_the_run_are_the_defaults(codes):
     steps = []
 
