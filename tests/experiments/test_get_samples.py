@@ -154,3 +154,39 @@ def test_digits_are_checked_against_the_requested_classes(trained, capsys):
     call("experiments/check_digits.py", flags)
     without = json.loads((trained / "checked_unasked" / "results.json").read_text())
     assert without == {name: value for name, value in results.items() if name != goal}
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file(tmp_path, draw_calls, capsys):
+    shapes = "--dataset shapes --shapes_count 20 --conditions text --attn_block_type transformer --text_width 16"
+    train = f"--logs_root {tmp_path} {DDPM} {shapes} --train_steps 1 --no_amp --log_dir text"
+    call("train_sampler.py", train, validation_images=4)
+    items = [
+        {"prompt": "a (red:1.4) disc", "seed": 7, "guidance": 3, "negative": "blue", "output": "one.jpg"},
+        {"prompt": "two blue rings BREAK a disc", "sample_steps": 2},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, items)))
+    flags = f"--load_dir text --prompts {file} --prompt_syntax a1111 --n_seeds 2 --log_dir prompts"
+    samples(tmp_path, flags)
+    results = json.loads((tmp_path / "prompts" / "results.json").read_text())
+    assert [image["seed"] for image in results["images"]] == [7, 0, 7, 0]
+    assert all((tmp_path / "prompts" / image["file"]).is_file() for image in results["images"])
+    assert read_samples(tmp_path / "prompts" / "samples.npz")["image"].shape == (4, 3, 8, 8)
+    count = len(draw_calls)
+    samples(tmp_path, flags)
+    assert len(draw_calls) == count  # the results are there
+    file.write_text(json.dumps(items[0]))
+    with pytest.raises(SystemExit):
+        samples(tmp_path, flags)
+    assert "--prompts: other content" in capsys.readouterr().err
+    file.write_text(json.dumps({"promt": "a"}))
+    with pytest.raises(SystemExit) as stop:
+        samples(tmp_path, f"--load_dir text --prompts {file} --log_dir none")
+    assert stop.value.code == 2 and "item 1: got the key 'promt', did you mean 'prompt'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    samples(tmp_path, "--load_dir text --prompt disc --negative ring --guidance 2 --n_samples 3 --log_dir one")
+    images = json.loads((tmp_path / "one" / "results.json").read_text())["images"]
+    assert [(each["prompt"], each["negative"], each["number"]) for each in images] == [
+        ("disc", "ring", i) for i in range(3)
+    ]

@@ -106,6 +106,8 @@ def test_negative_conditions(codes):
     assert torch.equal(codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, negative={"label": None}), plain)
     away = codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, negative={"label": 7}, batch_size=3)
     assert torch.equal(codes.sample(4, label=[1, 2, 3, 4], guidance=5.0, negative={"label": [7] * 4}), away)
+    far = codes.sample(4, label=[1, 2, 3, 4], guidance=500.0, negative={"label": 7})
+    assert not torch.equal(codes.sample(4, label=[1, 2, 3, 4], guidance=500.0), far)
     for kwargs in ({"guidance": 1.0}, {"guidance": 1.0, "negative": {"label": 7}}):
         assert torch.equal(codes.sample(2, label=1, **kwargs), codes.sample(2, label=1))
     with pytest.raises(ValueError, match="got the negative condition caption, this sampler takes: label"):
