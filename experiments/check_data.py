@@ -196,13 +196,14 @@ def class_report(splits: dict[str, Any]) -> str:
 
 def format_count(value: Any) -> str:
     """Formats a count, a range as smallest / mean / largest, or shares as mean and largest; "-" for None."""
-    if value is None:
+    if value in (None, {}):
         return "-"
     if not isinstance(value, dict):
         return f"{value:,}"
     if "image" in value:
         return f"mean {value['mean']:.1%}, max {value['max']:.1%}"
-    return f"{value['min']} / {value['mean']:.1f} / {value['max']}"
+    least, most = (f"{value[end]:.5g}" if isinstance(value[end], float) else value[end] for end in ("min", "max"))
+    return f"{least} / {value['mean']:.1f} / {most}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ CONCEPTS = {
     "diffusion.flow": "a process",
     "train.data.patches": "a data set of parts of images",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
-    "train.data.formats.metadata": "a file format",
     "train.datasets.webdataset.shards": "one part of a plug-in of 520 lines",
     "vq.augment": "DiffAugment",
     "vq.discriminator": "a network",

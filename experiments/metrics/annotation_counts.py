@@ -1,6 +1,7 @@
 """Counts what the annotations of a data set hold, and what is wrong with them, one item at a time."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +28,10 @@ class AnnotationCounts:
 
     def __init__(self, dataset: Dataset, small_shares: Sequence[float]):
         self.dataset, self.small_shares = dataset, small_shares
-        self.of_images = not hasattr(dataset, "region_classes")  # the classes are those of whole images, if any
+        self.of_images = not getattr(dataset, "region_classes", ())  # the classes are those of whole images, if any
         self.names: tuple[str, ...] = tuple(dataset.class_names if self.of_images else dataset.region_classes)
         self.items, self.counts, self.boxes_per_item, self.captions = 0, Counter[str](), [], []
+        self.floats: dict[str, list[float]] = {}  # values of each field of numbers, NaN where missing
         self.examples: dict[str, list[str]] = {}
         self.sizes: list[tuple[int, int]] = []
         self.fields: Counter[tuple[str, ...]] = Counter()
@@ -46,6 +48,9 @@ class AnnotationCounts:
         self.sizes.append(image_size(item["image"]))
         if isinstance(item.get("captions"), list):
             self.captions.append(len(item["captions"]))
+        for field, value in item.items():
+            if isinstance(value, float):
+                self.floats.setdefault(field, []).append(value)
         self.add_digest(name, item["image"])
         classes = {int(item["label"])} if self.of_images and "label" in item else set()
         if "boxes" in item:
@@ -122,6 +127,9 @@ class AnnotationCounts:
             results |= {"boxes per image": describe_range(per_item), "images without boxes": per_item.count(0)}
         if captions:
             results |= {"captions per image": describe_range(captions), "images without captions": captions.count(0)}
+        for field, values in self.floats.items():
+            known = [value for value in values if not math.isnan(value)]
+            results |= {field: describe_range(known), f"images without {field}": len(values) - len(known)}
         results |= self.counts
         for field, shares in self.unlabelled.items():
             if shares:
@@ -209,7 +217,7 @@ def numbers(values: Tensor) -> list[int]:
     return values.as_subclass(Tensor).tolist()
 
 
-def describe_range(values: Sequence[int]) -> dict[str, float]:
+def describe_range(values: Sequence[float]) -> dict[str, float]:
     """Returns the smallest, the mean and the largest of some numbers, {} without any."""
     return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)} if values else {}
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from experiments.metrics.annotation_counts import AnnotationCounts, find_box_faults, guess_encoding
-from experiments.metrics.contact_sheet import class_color, save_contact_sheet
+from experiments.metrics.contact_sheet import class_color, describe_item, save_contact_sheet
 from helpers.region_images import NAMES, face_dataset
 from train.cli import parse as cli
 from train.config import DataConfig
@@ -128,6 +128,19 @@ def test_counts_are_those_of_the_items():
     assert by_class["mouth"]["images"] == 8 and by_class["background"]["images"] == 20
     pixels = sum(row["pixels"] for row in results["classes"])
     assert pixels == 20 * 8 * 12  # of the semantic maps, which label every pixel
+
+
+def test_numbers_are_counted_and_those_missing():
+    items = [
+        NamedFaces()[index] | {"year": float("nan") if index < 3 else 2000.0 + index, "gsd": 0.5 + index}
+        for index in range(20)
+    ]
+    results = count_all(NamedFaces(), items)
+    assert results["year"] == {"min": 2003, "mean": 2011, "max": 2019} and results["images without year"] == 3
+    assert results["gsd"]["max"] == 19.5 and results["images without gsd"] == 0
+    assert check_data.format_count(results["gsd"]) == "0.5 / 10.0 / 19.5" and check_data.format_count({}) == "-"
+    lines = describe_item(items[0] | {"gsd": 1.23456789, "sky": "clear"})
+    assert lines[-1].endswith("sky: clear, year: missing, gsd: 1.2346")
 
 
 def test_the_unlabelled_share_names_the_worst_image():

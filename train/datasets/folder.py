@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
+from models.conditions.numbers import NumberField
+from train.data.formats.metadata import UNKNOWN, NamePattern
 from train.datasets import (
     MAX_PIXELS,
     SPLITS,
@@ -45,7 +47,16 @@ class Config(DatasetConfig):
     """Decode large JPEG files to 1/2, 1/4 or 1/8 of their size, but to no less than twice the size of the images: some
     times as fast; the pixels differ slightly."""
 
+    name_pattern: str | None = None
+    """Form of the names of files without suffix, whose parts become fields of the items: words, such as {place}, for
+    --conditions metadata, and numbers, such as {year:d} and {height:f}, for --conditions numbers."""
+
     EVERYDAY = ("label_from",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.name_pattern is not None:
+            NamePattern(self.name_pattern)  # validates it
 
 
 class ImageFolder:
@@ -62,12 +73,21 @@ class ImageFolder:
         max_pixels: int = MAX_PIXELS,
         n_channels: int = 3,
         jpeg_draft: bool = False,
+        name_pattern: str | None = None,
     ):
+        """ValueError for a name that does not have the form of `name_pattern`."""
         self.root, self.names, self.classes, self.split, self.max_pixels = root, names, classes, split, max_pixels
         self.n_channels, self.jpeg_draft = n_channels, jpeg_draft
+        self.name_pattern = None if name_pattern is None else NamePattern(name_pattern)
         self.n_classes, self.class_names = len(classes), tuple(classes)
         ids = {name: i for i, name in enumerate(classes)}
         self.labels = np.array([ids[class_of(name)] for name in names], np.int64) if classes else None
+        if self.name_pattern is not None:
+            rows = list(map(self.name_pattern.decode, names))
+            columns = {name: [row[name] for row in rows] for name in self.name_pattern.names}
+            words = {name: {*values} - {UNKNOWN} for name, values in columns.items() if isinstance(values[0], str)}
+            self.metadata_values = {name: tuple(sorted(values)) for name, values in words.items()}
+            self.number_fields = {name: range_of(values) for name, values in columns.items() if name not in words}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,14 +105,19 @@ class ImageFolder:
         item: dict[str, Any] = {"image": decode_channels(self.root / self.names[index], self.n_channels, **options)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
-        return item
+        return item if self.name_pattern is None else item | self.name_pattern.decode(self.names[index])
 
     def fingerprint(self) -> str:
-        context = *limit_context(self.max_pixels), *(("jpeg_draft",) if self.jpeg_draft else ())
+        context = *limit_context(self.max_pixels), *(("jpeg_draft",) if self.jpeg_draft else ()), *self.pattern_context
         return files_fingerprint(self.root, self.names, self.split, *self.classes, *context)
 
     def content_fingerprint(self) -> str:
-        return files_fingerprint(self.root, self.names, self.split, *self.classes, times=False)
+        return files_fingerprint(self.root, self.names, self.split, *self.classes, *self.pattern_context, times=False)
+
+    @property
+    def pattern_context(self) -> tuple[str, ...]:
+        """What a pattern of names adds to a fingerprint."""
+        return () if self.name_pattern is None else (f"name_pattern {self.name_pattern.pattern}",)
 
 
 def build(config: Config, split: str, n_channels: int = 3) -> ImageFolder:
@@ -142,7 +167,8 @@ def build_split(
         other = train if split == "val" else val
         other_classes = class_folders(config, other, list_images(other, config.only_folders).names)
         require_same_classes({root: classes, other: other_classes})
-    dataset = ImageFolder(root, names, classes, split, config.max_pixels, n_channels, config.jpeg_draft)
+    options = config.max_pixels, n_channels, config.jpeg_draft, config.name_pattern
+    dataset = ImageFolder(root, names, classes, split, *options)
     how = f"a fraction {config.val_fraction:g} is held out" if val is None else f"{val} is for validation"
     dataset.notes = (
         f"images from {train}; {how}",
@@ -201,6 +227,12 @@ def walk_files(root: Path, only_folders: Sequence[str] = (), skip_unreadable: bo
         if only_folders and not set(only_folders) & set(parts):
             continue
         yield from ("/".join((*parts, name)) for name in files if not name.startswith("."))
+
+
+def range_of(values: Sequence[float]) -> NumberField:
+    """Returns the range of some numbers; around a single one, half of a unit each way."""
+    low, high = min(values), max(values)
+    return NumberField(low, high) if low < high else NumberField(low - 0.5, high + 0.5)
 
 
 def class_of(name: str) -> str:

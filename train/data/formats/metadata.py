@@ -1,13 +1,18 @@
-"""Metadata in the names of files, `info__camera__time[__weather__light__location].jpg` (GeoDiffusion's nuImages).
+"""Metadata in the names of files: by a pattern, and `info__camera__time[__weather__light__location].jpg`.
 
-The file on disk has only the first three parts: the others were added to the name in the annotations.
+The latter are names of GeoDiffusion's nuImages. The file on disk has only the first three parts: the others were added
+to the name in the annotations.
 """
 
 import posixpath
+import re
 from typing import NamedTuple
 
 UNKNOWN = "unknown"  # the weather, light and location of a name of three parts; to networks, the null
 SEPARATOR = "__"
+FIELD = re.compile(r"{(\w+)(:[df])?}")  # of a pattern
+RESERVED = ("image", "label", "caption", "captions")  # fields of items that have other sources
+EXPRESSIONS = {"": r".+?", ":d": r"[+-]?\d+", ":f": r"[+-]?\d+(?:\.\d+)?"}
 
 
 class Metadata(NamedTuple):
@@ -55,3 +60,36 @@ def split_suffix(name: str) -> tuple[str, str]:
     """Splits a name into stem and suffix; only letters make a suffix, for a time stamp may have a dot (1.5e9)."""
     stem, suffix = posixpath.splitext(name)
     return (stem, suffix) if suffix[1:].isalpha() else (name, "")
+
+
+class NamePattern:
+    """Reads fields from the stems of file names by a pattern such as "{disaster}_{number:d}_{gsd:f}".
+
+    A field is a word, or with :d or :f a number, which is returned as a float; what stands between them is literal.
+    ValueError for a pattern without fields, and one whose fields occur twice or are RESERVED.
+    """
+
+    def __init__(self, pattern: str):
+        literals_and_fields = FIELD.split(pattern)
+        literals, self.names = literals_and_fields[::3], literals_and_fields[1::3]
+        self.kinds = [kind or "" for kind in literals_and_fields[2::3]]
+        if not self.names or len({*self.names}) < len(self.names) or any({*"{}"} & {*each} for each in literals):
+            wanted = "wanted names in braces, each once, such as {place}_{year:d}"
+            raise ValueError(f"got name_pattern {pattern!r}, {wanted}: change --name_pattern")
+        if taken := [name for name in self.names if name in RESERVED]:
+            raise ValueError(f"got name_pattern {pattern!r}, whose {taken[0]} has another source: rename it")
+        groups = [f"({EXPRESSIONS[kind]})" for kind in self.kinds]
+        parts = [*map(re.escape, literals)]
+        self.pattern = pattern
+        self.expression = re.compile("".join(part + group for part, group in zip(parts, [*groups, ""], strict=True)))
+
+    def decode(self, file_name: str) -> dict[str, str | float]:
+        """Returns the fields of a name, whatever its folder; ValueError if it does not have the form of the pattern."""
+        stem = posixpath.splitext(posixpath.basename(file_name))[0]
+        match = self.expression.fullmatch(stem)
+        if match is None:
+            raise ValueError(
+                f"the name {file_name} does not have the form {self.pattern}: rename it, or change --name_pattern"
+            )
+        fields = zip(self.names, self.kinds, match.groups(), strict=True)
+        return {name: float(text) if kind else text for name, kind, text in fields}
