@@ -7,9 +7,10 @@ import html
 import random
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from experiments.playground import (
     enlarge_to_picture,
     escape_markdown,
 )
+from models.conditions.metadata import UNKNOWN
 from train.cli.parse import is_out_of_memory
 from train.loop import Batch
 from train.registry import load_plugin, plugin_names
@@ -35,6 +37,7 @@ IMAGES = 12  # default number of images
 SEEDS = 1_000_000  # seeds that the page draws from
 TAB_TITLE = ": samples"  # of the browser's tab, after the name of the run
 SIDE = 384  # pixels to which images are enlarged
+MOST_FIELDS = 12  # of metadata that are words on the page, and that are numbers; further ones are unknown
 
 
 @contextmanager
@@ -68,6 +71,37 @@ def class_note(play: Playground) -> Any:
     return gr.Markdown(text, visible=bool(play.classes), render=False)
 
 
+def text_inputs(play: Playground) -> list:
+    """Returns the boxes of the prompt and the negative prompt, and those of the metadata, words before numbers, or the
+    updates of them: those that the model reads are visible."""
+    import gradio as gr
+
+    visible, fields, initial = (
+        {"visible": play.reads_prompts, "min_width": 320},
+        play.metadata_fields,
+        play.initial_metadata,
+    )
+    about = "What all images show. Empty: captions of the data."
+    prompt = gr.Textbox("", label="prompt", info=about, **visible)
+    about = "What guidance moves away from. It needs a guidance scale above 1."
+    boxes = [prompt, gr.Textbox("", label="negative prompt", info=about, **visible)]
+    for name, words in islice(fields.words.items(), MOST_FIELDS):
+        boxes.append(gr.Dropdown([UNKNOWN, *words], value=initial[name], label=name, visible=True, min_width=150))
+    boxes += [gr.Dropdown([UNKNOWN], value=UNKNOWN, visible=False) for _ in range(MOST_FIELDS + 2 - len(boxes))]
+    for name, (low, high, _) in islice(fields.numbers.items(), MOST_FIELDS):
+        value, about = initial[name].replace(UNKNOWN, ""), f"{low:g} to {high:g} in the data."
+        style = {"info": about, "placeholder": UNKNOWN, "visible": True, "min_width": 150}
+        boxes.append(gr.Textbox(value, label=name, **style))
+    return boxes + [gr.Textbox("", visible=False) for _ in range(2 * MOST_FIELDS + 2 - len(boxes))]
+
+
+def read_metadata(play: Playground, values: Sequence[str]) -> dict[str, str]:
+    """Returns the metadata of a model from the values of their boxes, in the order of `text_inputs`."""
+    fields, words, numbers = play.metadata_fields, values[:MOST_FIELDS], values[MOST_FIELDS:]
+    chosen = dict(zip(fields.words, words, strict=False)) | dict(zip(fields.numbers, numbers, strict=False))
+    return dict.fromkeys(fields.unknown, UNKNOWN) | chosen
+
+
 def title(play: Playground) -> str:
     """Returns the line in Markdown that says which model this is."""
     height, width = play.trained.data.size
@@ -88,13 +122,14 @@ class Settings:
     fixed: Any
     settings_run: Any  # hidden: the run whose settings these are, which is another one than chosen while that is loaded
     note: Any  # on the class in the tab Inpaint, which renders it
+    texts: list  # those of `text_inputs`
     controls: dict[ControlKey, Any]
 
     @property
     def inputs(self) -> list:
         """The components whose values `read` takes."""
         first = [self.run, self.step, self.label, self.count, self.seed, self.fixed, self.settings_run]
-        return [*first, *self.controls.values()]
+        return [*first, *self.texts, *self.controls.values()]
 
     def read(
         self,
@@ -117,10 +152,13 @@ class Settings:
         if not 1 <= count <= self.most:
             raise ValueError(f"got {count} for images, wanted 1 to {self.most}")
         play = self.runs.open(run, step)
+        (prompt, negative, *metadata), values = values[: len(self.texts)], values[len(self.texts) :]
+        texts = {"prompt": prompt.strip(), "negative": negative.strip()} if play.reads_prompts else {}
+        texts["metadata"] = read_metadata(play, metadata)
         keys = {each.key for each in play.controls}
         options = {key.name: value for key, value in zip(self.controls, values, strict=True) if key in keys}
         seed = seed if fixed else random.randrange(SEEDS)
-        return play, Request(options=play.settings(options), label=label, count=count, seed=seed)
+        return play, Request(options=play.settings(options), label=label, count=count, seed=seed, **texts)
 
     def list_runs(self) -> list:
         """Returns updates of run and step with what there is by now."""
@@ -131,17 +169,17 @@ class Settings:
 
     def pick_run(self, run: str, last_choice: str) -> list:
         """Loads the newest checkpoint of a run, unless it was chosen last; returns updates of title, step, class, note,
-        its name twice, and controls."""
+        its name twice, texts and controls."""
         import gradio as gr
 
         if run == last_choice:  # gradio reports a choice again when another field is clicked
-            return [gr.skip()] * (6 + len(self.controls))
+            return [gr.skip()] * (6 + len(self.texts) + len(self.controls))
         with show_errors():
             play = self.runs.open(run)
             step = gr.update(choices=self.runs.steps(run), value=play.trained.step)
         controls = {each.key: component(each) for each in play.controls_of()}
         hidden = gr.update(visible=False)
-        first = [title(play), step, class_dropdown(play), class_note(play), run, run]
+        first = [title(play), step, class_dropdown(play), class_note(play), run, run, *text_inputs(play)]
         return [*first, *(controls.get(key, hidden) for key in self.controls)]
 
     @property
@@ -198,6 +236,8 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
 
     play, controls = runs.current, all_controls(runs.current)
     with gr.Row():
+        texts = text_inputs(play)
+    with gr.Row():
         label = class_dropdown(play)
         main = {key: component(each) for key, each in controls.items() if key.name in MAIN_SETTINGS}
         whole = {"precision": 0, "min_width": 150}
@@ -207,10 +247,11 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
     settings_run, note = gr.Textbox(runs.name(runs.first), visible=False), class_note(play)
     with gr.Accordion("more settings", open=False):
         others = {key: component(each) for key, each in controls.items() if key not in main}
-    settings = Settings(runs, most, run, step, label, count, seed_box, fixed, settings_run, note, main | others)
+    boxes = (label, count, seed_box, fixed, settings_run, note, texts)
+    settings = Settings(runs, most, run, step, *boxes, main | others)
     updated, last_choice = list(settings.controls.values()), gr.State(runs.name(runs.first))
     seed_box.input(None, None, fixed, js="() => true")
-    outputs = [heading, step, label, note, settings_run, last_choice, *updated]
+    outputs = [heading, step, label, note, settings_run, last_choice, *texts, *updated]
     loaded = run.input(settings.pick_run, [run, last_choice], outputs, show_progress_on=heading)
     loaded.success(None, run, None, js=f"run => {{ document.title = run + '{TAB_TITLE}' }}")
     decisive = [*settings.decisive.values()]

@@ -7,9 +7,9 @@ import queue
 import re
 import string
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from experiments.harness.layout_edits import (
     read_layout_names,
 )
 from models.conditioning import Conditioner
+from models.conditions.metadata import UNKNOWN
 from train.checkpoint import resolve_step, saved_steps
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
@@ -39,11 +40,13 @@ from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
 from train.datasets._channels import PICTURES
 from train.datasets._decode import to_supported_mode
 from train.loop import Batch
+from train.samplers._metadata import MetadataFields
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
 
 DECISIVE = ("solver", "spacing")  # choices on which it depends which other settings there are
 AS_IN_DATA, NO_CLASS = "random (data frequencies)", "none (unconditional)"
+CAPTION = "caption"  # the field of a batch that prompts fill
 GREY = 128
 MOST_WATCHED = 100  # steps of sampling that are kept to look at them again
 MOST_NAMED, MOST_NEAREST = 20, 5  # choices that a message names, and nearest ones if there are more
@@ -98,6 +101,9 @@ class Request:
     count: int = 1  # number of images
     seed: int = 0  # image i of a seed is always the same
     layout: Layout | None = None  # None: that of the data
+    prompt: str = ""  # what all images show; "": captions of the data
+    negative: str = ""  # what guidance moves away from; "": the null
+    metadata: Mapping[str, str] = field(default_factory=dict)  # words and numbers by field; others are of the data
 
     def __post_init__(self):
         if self.count < 1 or self.seed < 0:
@@ -131,6 +137,22 @@ class Playground:
         if FIELDS[0] not in self.trained.sampler.conditions:
             return None
         return read_layout_names(self.trained.sampler.network, self.trained.dataset("val"), str(self.trained.run))
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the model reads captions."""
+        return CAPTION in self.trained.sampler.conditions
+
+    @property
+    def metadata_fields(self) -> MetadataFields:
+        """The words and the numbers that the model is conditioned on."""
+        return MetadataFields.of(self.trained.sampler.network)
+
+    @property
+    def initial_metadata(self) -> dict[str, str]:
+        """The value of each field of metadata that the page begins with: that of the options, or else unknown."""
+        given = dict(word.partition("=")[::2] for word in self.options.metadata)
+        return dict.fromkeys(self.metadata_fields.unknown, UNKNOWN) | given
 
     @property
     def controls(self) -> list[Control]:
@@ -175,6 +197,11 @@ class Playground:
         source, classes = self.source, dict(self.classes)
         if request.layout is not None:
             source = source.with_values(**layout_fields(request.layout, bool(self.layout_names.colors)))
+        if request.prompt:
+            source = source.with_values(**{CAPTION: request.prompt})
+        if request.metadata:
+            words = [f"{name}={value or UNKNOWN}" for name, value in request.metadata.items()]
+            source = source.with_values(**self.metadata_fields.parse(words))
         label = classes.get(request.label, request.label)
         if label == AS_IN_DATA:
             return source.draw(request.seed, range(request.count))
@@ -186,7 +213,11 @@ class Playground:
 
     def sample(self, request: Request, **kwargs) -> Batch:
         """Samples the requested images, as `TrainedSampler.draw` returns them; `kwargs` go there. Without any
-        condition, guidance is 1."""
+        condition, guidance is 1. ValueError for a negative prompt without guidance."""
+        if request.negative:
+            if request.options.guidance == 1:
+                raise ValueError("got a negative prompt with --guidance 1, which ignores it: enter 3, or so")
+            kwargs["negative"] = {CAPTION: [request.negative] * request.count}
         conditions, indices = self.conditions(request), list(range(request.count))
         unconditional = conditions is None and request.label == NO_CLASS
         options = request.options.without_guidance() if unconditional else request.options
@@ -228,7 +259,7 @@ class Playground:
         if not pixel_mask.any():
             raise ValueError("nothing is masked: brush over the region to inpaint")
         if request.label == AS_IN_DATA and self.classes:
-            request = replace(request, label=NO_CLASS, options=replace(request.options, guidance=1.0))
+            request = replace(request, label=NO_CLASS, negative="", options=replace(request.options, guidance=1.0))
         start = self.encode_masked(image, pixel_mask, request.count)
         masked = torch.where(expand_mask(~start.keep[0].cpu(), pixel_mask.shape), GREY, image)
         return InpaintingResult(masked, self.sample(request, edit=start))

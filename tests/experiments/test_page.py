@@ -3,13 +3,14 @@
 import io
 import re
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from experiments.page_components import show_errors
+from experiments.page_components import MOST_FIELDS, read_metadata, show_errors, text_inputs
 from helpers.browser import (
     choose,
     content,
@@ -24,6 +25,8 @@ from helpers.browser import (
     turn_to,
 )
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
+from models.conditions.numbers import NumberField
+from train.samplers._metadata import MetadataFields
 
 CLASSES = ("<b>shoe", "hat", "t-shirt")  # in the order of their numbers
 
@@ -51,6 +54,39 @@ def test_out_of_memory_is_one_line():
         assert error.value.message == "out of memory: enter fewer images" and not error.value.print_exception
     with pytest.raises(RuntimeError, match="another fault"), show_errors():
         raise RuntimeError("another fault")
+
+
+def model_of(words, numbers, reads_prompts):
+    """A model of these fields, as the page sees it."""
+    fields = MetadataFields(words, numbers)
+    initial = dict.fromkeys(fields.unknown, "unknown") | {name: "5" for name in [*numbers][:1]}
+    return SimpleNamespace(metadata_fields=fields, initial_metadata=initial, reads_prompts=reads_prompts)
+
+
+@needs_gradio
+def test_boxes_of_prompts_and_metadata_are_those_of_the_model():
+    model = model_of(
+        {"light": ("day", "night")}, {"year": NumberField(2000, 2030), "lon": NumberField(-180, 180)}, True
+    )
+    boxes = {box.label: box for box in text_inputs(model) if box.visible}
+    assert [*boxes] == ["prompt", "negative prompt", "light", "year", "lon"]
+    assert [value for _, value in boxes["light"].choices] == ["unknown", "day", "night"]
+    assert [boxes[name].value for name in ("light", "year", "lon")] == ["unknown", "5", ""]
+    assert boxes["lon"].placeholder == "unknown" and "-180 to 180" in boxes["lon"].info
+    many = model_of({}, {f"n{i}": NumberField(0, 1) for i in range(MOST_FIELDS + 3)}, False)
+    for other in (model_of({}, {}, False), many):
+        assert list(map(type, text_inputs(other))) == list(map(type, text_inputs(model)))  # updates fit the boxes
+    assert sum(box.visible for box in text_inputs(many)) == MOST_FIELDS
+
+
+@needs_gradio
+def test_boxes_are_read_as_the_fields_they_show():
+    model = model_of({"light": ("day",), "sky": ("blue",)}, {"year": NumberField(0, 1), "lon": NumberField(0, 1)}, True)
+    values = {"prompt": "a seven ", "negative prompt": "", "light": "day", "sky": "unknown", "year": "2018", "lon": ""}
+    typed = [values.get(box.label, box.value) if box.visible else box.value for box in text_inputs(model)]
+    assert read_metadata(model, typed[2:]) == {"light": "day", "sky": "unknown", "year": "2018", "lon": ""}
+    many = model_of({}, {f"n{i}": NumberField(0, 1) for i in range(MOST_FIELDS + 1)}, False)
+    assert read_metadata(many, [""] * 2 * MOST_FIELDS)[f"n{MOST_FIELDS}"] == "unknown"  # for which there is no box
 
 
 @pytest.fixture(scope="module")

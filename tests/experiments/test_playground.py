@@ -27,6 +27,7 @@ from experiments.playground import (
     preprocess,
     stream,
 )
+from helpers.tiny_runs import DDPM, call
 
 
 def load(logs, **model):
@@ -46,6 +47,20 @@ def gaussian(trained_ddpm):
     from train.samplers.ddpm import Sampling
 
     model, options = load(trained_ddpm, sampler="ddpm"), Sampling(sample_steps=4)
+    return Playground(model, options, model.condition_source(options))
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A model of captions and numbers."""
+    from train.samplers.ddpm import Sampling
+
+    logs = tmp_path_factory.mktemp("captioned")
+    data = "--captions templates --digits_rotation 40 --digits_thickness --no_class_conditional --no_amp"
+    flags = "--conditions text numbers --text_width 8 --text_layers 1 --text_heads 2 --attn_block_type transformer"
+    call("train_sampler.py", f"--logs_root {logs} {DDPM} {data} {flags} --train_steps 1 --steps_per_eval 0")
+    model = load(logs, sampler="ddpm")
+    options = Sampling(sample_steps=4, guidance=2.0, metadata=("rotation=5",))
     return Playground(model, options, model.condition_source(options))
 
 
@@ -225,6 +240,41 @@ def test_conditions_other_than_the_class_are_unchanged(play):
         10,
     ]  # the null
     assert conditioned.conditions(make_request(conditioned))["label"].tolist() == [1, 2, 3]
+
+
+def test_a_prompt_and_metadata_apply_to_all_images(captioned):
+    metadata = {"rotation": "-20.5", "thickness": ""}
+    batch = captioned.conditions(make_request(captioned, prompt="a seven", metadata=metadata))
+    assert batch["caption"] == ["a seven"] * 3 and batch["rotation"].tolist() == [-20.5] * 3
+    assert batch["thickness"].isnan().all()
+    held_out = captioned.conditions(make_request(captioned))
+    assert len({*held_out["caption"]}) > 1 and held_out["rotation"].tolist() == [5.0] * 3  # that of the options
+    with pytest.raises(ValueError, match="got rotation 'left', wanted a finite number"):
+        captioned.conditions(make_request(captioned, metadata={"rotation": "left"}))
+
+
+def test_a_negative_prompt_reaches_every_image(captioned, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(type(captioned.trained), "draw", lambda *args, **kwargs: drawn.append(kwargs))
+    captioned.sample(make_request(captioned))
+    captioned.sample(make_request(captioned, negative="a zero"))
+    assert drawn == [{}, {"negative": {"caption": ["a zero"] * 3}}]
+    with pytest.raises(ValueError, match="negative prompt with --guidance 1, which ignores it"):
+        captioned.sample(make_request(captioned, negative="a zero", options={"guidance": 1.0}))
+
+
+def test_images_of_a_prompt_are_those_that_the_experiments_draw(captioned):
+    request = make_request(captioned, prompt="a seven", negative="a zero", metadata={"rotation": "", "thickness": "3"})
+    texts, missing = {"caption": ["a seven"] * 3}, torch.full((3,), torch.nan)
+    conditions = texts | {"rotation": missing, "thickness": torch.full((3,), 3.0)}
+    negative = {"caption": ["a zero"] * 3}
+    expected = captioned.trained.draw([0, 1, 2], 0, captioned.options, conditions, negative=negative)["image"]
+    assert torch.equal(captioned.draw(request), expected)
+
+
+def test_fields_of_prompts_are_there_for_models_that_read_them(captioned, gaussian):
+    assert captioned.reads_prompts and not gaussian.reads_prompts
+    assert captioned.initial_metadata == {"rotation": "5", "thickness": "unknown"} and gaussian.initial_metadata == {}
 
 
 def test_without_a_class_there_is_no_guidance(playground):
