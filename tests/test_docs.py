@@ -127,7 +127,8 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{
         "experiments/benchmark": "minutes of measuring",
-        **{name: "minutes of training" for name in ("calc_layout.py", "shapes_layout", "digits_captions", "tests/")},
+        **dict.fromkeys(("calc_layout.py", "shapes_layout", "digits_captions", "digits_numbers"), "minutes of training"),
+        "tests/": "minutes of training",
         "edit_layout.py": "a model of boxes",
         "vqgan_plus": "a large network's time",
     },
