@@ -127,8 +127,8 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{
         "experiments/benchmark": "minutes of measuring",
-        **dict.fromkeys(("calc_layout.py", "shapes_layout", "digits_captions", "digits_numbers"), "minutes of training"),
-        "tests/": "minutes of training",
+        **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),
+        **dict.fromkeys(("digits_captions", "digits_numbers"), "minutes of training"),
         "edit_layout.py": "a model of boxes",
         "vqgan_plus": "a large network's time",
     },
