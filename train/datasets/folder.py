@@ -46,7 +46,6 @@ class Config(DatasetConfig):
     jpeg_draft: bool = False
     """Decode large JPEG files to 1/2, 1/4 or 1/8 of their size, but to no less than twice the size of the images: some
     times as fast; the pixels differ slightly."""
-
     name_pattern: str | None = None
     """Form of the names of files without suffix, whose parts become fields of the items: words, such as {place}, for
     --conditions metadata, and numbers, such as {year:d} and {height:f}, for --conditions numbers."""
@@ -56,7 +55,7 @@ class Config(DatasetConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.name_pattern is not None:
-            NamePattern(self.name_pattern)  # validates it
+            NamePattern(self.name_pattern)  # ValueError for a wrong one
 
 
 class ImageFolder:
