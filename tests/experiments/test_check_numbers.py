@@ -13,9 +13,9 @@ from models.conditions.numbers import NumberField
 from train.data.transforms import as_uint8
 from train.trained_sampler import TrainedSampler
 
-TRAINING = (
-    f"{DDPM} --dataset digits --digits_rotation 40 --digits_thickness --conditions numbers --no_amp --train_steps 1"
-)
+DIGITS = "--dataset digits --digits_rotation 40 --digits_thickness"
+LARGER = DDPM.replace("--img_size 8", "--img_size 12")  # than the digits of the data, of which thickness is measured
+TRAINING = f"{LARGER} {DIGITS} --conditions numbers --no_amp --train_steps 1"
 N_HELD_OUT = 359
 
 
