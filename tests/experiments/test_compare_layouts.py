@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from experiments import compare_layouts
 from experiments.compare_layouts import Comparison, accuracy_of, compare_arms, table_rows
@@ -65,10 +66,13 @@ def refused(logs: Path, flags: str, capfd) -> str:
 
 
 def test_each_run_is_trained_measured_and_shown_once(logs, trained_names, monkeypatch, capsys):
-    drawn, draw = {}, TrainedSampler.draw
+    drawn, loaded, draw = {}, {}, TrainedSampler.draw
 
     def record(model, indices, seed, options, conditions, **kwargs):
         drawn.setdefault((str(model.run), options.guidance), []).append(conditions)
+        if (weights := logs / "a" / f"{model.run}.safetensors").is_file():  # later than the check of its settings
+            saved, used = load_file(weights), model.sampler.network.state_dict()
+            loaded[str(model.run)] = saved.keys() == used.keys() and all(torch.equal(saved[k], used[k]) for k in used)
         return draw(model, indices, seed, options, conditions, **kwargs)
 
     monkeypatch.setattr(TrainedSampler, "draw", record)
@@ -76,6 +80,7 @@ def test_each_run_is_trained_measured_and_shown_once(logs, trained_names, monkey
     results = compare(logs, flags, "a")
     out, folder = capsys.readouterr().out, logs / "a"
     assert trained_names == ["none_0", "map_0", "map_1"]
+    assert loaded == dict.fromkeys(trained_names, True)
     guided = ["map_0_guidance_2", "map_1_guidance_2"]  # what has no layout is never the best
     assert list(results["measured"]) == [*trained_names, *guided]
     run = results["trained"]["map_1"]
