@@ -100,8 +100,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         raise ValueError(f"{model.run} reads no captions: train with --conditions text")
     if model.sampler.n_classes:
         raise ValueError(f"{model.run} reads the class beside the caption: train with --no_class_conditional")
-    seen, held_out = (read_sentences(model, split) for split in ("train", "val"))
-    requests = plan_requests(seen, held_out, config.captions.n_samples)
+    training, held_out = (read_sentences(model, split) for split in ("train", "val"))
+    requests = plan_requests(training, held_out, config.captions.n_samples)
     source = model.condition_source(config.sampling, skip=("caption",)).with_values(caption="")
     draw = captioned_images(requests, model, config.output.seed, config.sampling, source)
     texts = "\n".join(request.caption for request in requests)
@@ -119,7 +119,7 @@ def read_sentences(model: TrainedSampler, split: str) -> Sentences:
     return Sentences(dataset.sentences, captions)
 
 
-def plan_requests(seen: Sentences, held_out: Sentences, n_samples: int) -> list[Request]:
+def plan_requests(training: Sentences, held_out: Sentences, n_samples: int) -> list[Request]:
     """Returns the images to generate: `n_samples` of each caption.
 
     Long captions are made of sentences that training has seen, so that their words are known.
@@ -130,7 +130,7 @@ def plan_requests(seen: Sentences, held_out: Sentences, n_samples: int) -> list[
         noises = range(before * n_samples, (before + 1) * n_samples)
         requests.extend(Request(kind, template, caption, label, noise, before) for noise in noises)
 
-    for kind, sentences in ((SEEN, seen), (HELD_OUT, held_out)):
+    for kind, sentences in ((SEEN, training), (HELD_OUT, held_out)):
         for i, template in enumerate(sentences.templates):
             for label in range(K):
                 add(kind, template, sentences.captions[label][i], label, label)
@@ -138,9 +138,9 @@ def plan_requests(seen: Sentences, held_out: Sentences, n_samples: int) -> list[
         for before in range(K):
             label = swapped_label(before, i, K)
             add(SWAPPED, template, held_out.captions[label][i], label, before)
-    phrases = [re.sub(r"\{\w+\}", "", template).strip(" ,") for template in seen.templates]
+    phrases = [re.sub(r"\{\w+\}", "", template).strip(" ,") for template in training.templates]
     for label in range(K):
-        add(REPEATED, "", repeat_words(seen.captions[label], LONG_WORDS), label, label)
+        add(REPEATED, "", repeat_words(training.captions[label], LONG_WORDS), label, label)
     for label, (last, *_) in enumerate(held_out.captions):
         before_it = repeat_words([phrase for phrase in phrases if phrase], LONG_WORDS - len(last.split()))
         add(LAST, held_out.templates[0], f"{before_it} {last}".strip(), label, label)

@@ -26,7 +26,6 @@ SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a seco
 # Files of less than 150 lines with a single importer, and why each exists. The list may only shrink.
 CONCEPTS = {
     "diffusion.flow": "a process",
-    "train.data.templates": "a data set with captions made of its classes",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
     "train.datasets.webdataset.shards": "one part of a plug-in of 520 lines",
     "vq.augment": "DiffAugment",

@@ -218,7 +218,7 @@ def test_the_arms_of_the_preset_have_equal_networks(monkeypatch, tmp_path):
         arms.check_parameters({"none": counts["none"], "box_tokens": 1_000_000}, counts["none"], 0.05)
 
 
-def test_transformers_of_codes_join_the_map_that_a_unet_takes_in_its_decoder(monkeypatch, tmp_path):
+def test_on_codes_the_map_of_the_decoder_is_joined(monkeypatch, tmp_path):
     bench = preset_bench(monkeypatch, tmp_path)
     of_unet, of_codes = (
         settings(bench.sampler, ARMS["map_decoder"], bench.train_images.dataset, *sizes)(32).condition_options

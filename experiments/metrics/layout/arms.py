@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ ARMS: dict[str, Arm] = {  # where objects have colours, every condition has them
     "per_object": Arm(("objects",), network=REGIONS),
     "per_object_places": Arm(("objects",), network=REGIONS | {"region_places": True}),
     "box_tokens": Arm(("boxes",), network=TOKENS),
+    "box_tokens_masked": Arm(("boxes",), {"boxes_everywhere": False}, TOKENS),
     "box_tokens_gated": Arm(("boxes",), {"boxes_gated": True}),
     "location_words": Arm(("location_words",), {"location_words_grid": (16, 16)}, TOKENS),
 }
@@ -201,7 +203,7 @@ class Bench:
         """
         space, seed = CodeSpace(self.first_stage), self.training.seed
         settings_of = code_settings(self.sampler, ARMS[arm], self.train_images.dataset, layers, heads)
-        count, step = partial(self.count, space=space), 4 * heads  # location words need a multiple of 4
+        count, step = partial(self.count, space=space), lcm(4, 2 * heads)  # location words need a multiple of 4
         settings = match_parameters(settings_of, range(step, WIDEST, step), count, wanted)
         check_parameters({f"{arm} on codes": count(settings)}, wanted, tolerance)
         return Run(f"{arm} on codes", seed, settings, space, f"{arm}_on_codes_{self.first_stage.weights[:8]}_{seed}")
