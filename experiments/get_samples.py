@@ -79,6 +79,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     if settings.has_prompts:
         saved, seed = settings.n_samples if settings.save_individually else 0, config.output.seed
         prompts = open_prompts(settings, model, sampling, seed, settings.n_seeds, settings.label, saved)
+        if settings.save_process:
+            prompts.check_steps(range(min(len(prompts), STRIP_IMAGES)))
         return ExperimentSetup((settings, prompts.draw, prompts), prompts.provenance, source=prompts.source)
     if settings.layouts is not None:
         inputs = open_layouts(settings.layouts, model, sampling)

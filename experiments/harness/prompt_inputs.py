@@ -78,14 +78,19 @@ class PromptInputs:
 
         `on_step` sees images of equal settings only: ValueError for others.
         """
+        if on_step is not None:
+            self.check_steps(indices)
         groups: dict[Any, list[int]] = {}
         for place, index in enumerate(indices):
             groups.setdefault(self.group_of(index), []).append(place)
-        if on_step is not None and len(groups) > 1:
-            raise ValueError("got prompts of different settings, whose steps differ: leave --save_process out")
         parts = [self.draw_group([indices[place] for place in places], on_step) for places in groups.values()]
         order = torch.tensor([place for places in groups.values() for place in places]).argsort()
         return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+    def check_steps(self, indices: Sequence[int]) -> None:
+        """Raises ValueError unless these images are drawn together, step by step."""
+        if len({self.group_of(index) for index in indices}) > 1:
+            raise ValueError("got prompts of different settings, whose steps differ: leave --save_process out")
 
     def group_of(self, index: int) -> tuple[Any, ...]:
         """Returns what images have in common that are drawn together."""

@@ -63,6 +63,11 @@ def test_what_follows_a_comma_in_reach_moves_to_the_next_chunk():
     assert words_of(far, "comma") == ["cat " * 53 + "a ," + " dog" * 20, "dog " * 4 + "dog"]
 
 
+def test_a_comma_of_an_earlier_chunk_moves_nothing():
+    dogs = words_of("cat " * 60 + "a, " + "dog " * 100, "comma")[1:]
+    assert [len(chunk.split()) for chunk in dogs] == [75, 25]
+
+
 def test_a_comma_after_a_full_chunk_moves_nothing():
     first, second = words_of("cat " * 70 + "a, b c d, e", "comma")  # the second comma is token 76
     assert first.endswith("a , b c d") and second == ", e"

@@ -305,4 +305,7 @@ def test_files_and_results(tmp_path):
         )
         assert close(again, image)
     with pytest.raises(ValueError, match="got prompts of different settings, .* leave --save_process out"):
+        inputs.check_steps([0, 1])
+    inputs.check_steps([0, 2])
+    with pytest.raises(ValueError, match="leave --save_process out"):
         inputs.draw([0, 1], on_step=lambda i, t, s, x, predicted: x)
