@@ -247,15 +247,15 @@ def format_range(name: str, field: NumberField) -> str:
 
 
 def parse_number(name: str, value: object) -> float:
-    """Returns the number that a file or the command line gives for a field, NaN for a missing one.
+    """Returns the number that a file, an item or the command line gives for a field, NaN for a missing one.
 
-    Missing are None, "", "nan" and "unknown". ValueError for words and infinite numbers.
+    Missing are None, "", "nan" and "unknown". ValueError for words, infinite numbers and several.
     """
-    if value in (None, "", "unknown"):
+    if value is None or (isinstance(value, str) and value in ("", "unknown")):
         return MISSING
     try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.inf
-    except ValueError:
+        number = math.inf if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last for a tensor of several numbers
         number = math.inf
     if math.isinf(number):
         raise ValueError(f"got {name} {value!r}, wanted a finite number, or unknown for a missing one")

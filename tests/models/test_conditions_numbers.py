@@ -280,8 +280,9 @@ def test_options_take_the_ranges_of_the_data():
 
 
 def test_a_preset_reads_its_own_fields():
-    config = numbers.Config(numbers_preset="diffusionsat").for_data(0, None, RANGES)
-    assert config.ranges == PRESETS["diffusionsat"] and config.for_data(0, None, RANGES) == config
+    declared = RANGES | {"tilt": NumberField(0, 60)}
+    config = numbers.Config(numbers_preset="diffusionsat").for_data(0, None, declared)
+    assert config.ranges == PRESETS["diffusionsat"] and config.for_data(0, None, declared) == config
     more = numbers.Config(numbers_preset="diffusionsat", numbers_ranges=("gsd=0:4", "tilt=0:60")).for_data(0)
     assert more.ranges == PRESETS["diffusionsat"] | {"gsd": NumberField(0, 4), "tilt": NumberField(0, 60)}
     place = numbers.Config(numbers_preset="diffusionsat", numbers_fields=("lat", "lon")).for_data(0)
@@ -325,8 +326,9 @@ def test_a_network_has_one_drop_for_all_fields():
 
 
 def test_numbers_of_files_and_the_command_line_are_read():
-    assert [parse_number("year", value) for value in (2018, "2018", 2018.0, "2.018e3")] == [2018] * 4
+    same = (2018, "2018", 2018.0, "2.018e3", torch.tensor(2018), np.float32(2018))
+    assert [parse_number("year", value) for value in same] == [2018] * 6
     assert all(math.isnan(parse_number("year", value)) for value in (None, "", "unknown", "nan", NAN))
-    for value in ("early", "inf", math.inf, True, [2018]):
+    for value in ("early", "inf", math.inf, True, [2018], torch.zeros(2)):
         with pytest.raises(ValueError, match="got year .*, wanted a finite number, or unknown for a missing one"):
             parse_number("year", value)
