@@ -353,6 +353,9 @@ def test_a_negative_condition_without_guidance_is_ignored(name):
     sampler = build(name)
     expected = sample(sampler, guidance=1.0, **SOLVERS[name])
     assert torch.equal(sample(sampler, negative=NEGATIVE, guidance=1.0, **SOLVERS[name]), expected)
+    fields_of, options = sampler.fields_of, MODULES[name].Sampling(guidance=1.0)
+    chain = guidance_chain(sampler.config, sampler.network.encoders, fields_of, BATCH, options, CLASSES, NEGATIVE)
+    assert chain.raw[0] == {}  # longer tokens of the negative do not pad those of the condition
 
 
 @pytest.mark.parametrize("name", MODULES)
