@@ -307,9 +307,9 @@ def test_a_start_says_how_many_images_and_classes_there_are(capsys):
     assert "3 classes, largest number 999999, " in describe_splits(old, val)
     with pytest.raises(ValueError, match="got 3 classes, largest number 2147483647: .* number the classes 0 to 2, or"):
         describe_splits(dataclasses.replace(train, n_classes=2**31), val)
-    build_splits(DataConfig(), digits.Config(), DistContext(torch.device("cpu")))
+    build_splits(DataConfig(), digits.Config(val_fraction=0.05), DistContext(torch.device("cpu")))
     assert capsys.readouterr().out == (
         "digits: 1,707 training images, 90 for validation, 10 classes, with 165 to 175 training images\n"
     )
-    build_splits(DataConfig(), digits.Config(), DistContext(torch.device("cpu"), 1, 2))
+    build_splits(DataConfig(), digits.Config(val_fraction=0.05), DistContext(torch.device("cpu"), 1, 2))
     assert capsys.readouterr().out == ""
