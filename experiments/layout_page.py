@@ -145,10 +145,8 @@ def add_layout_tab(settings: Settings, loaded: Any) -> None:
                         sample_button = gr.Button(SAMPLE, variant="primary", min_width=120)
                         edit_button = gr.Button(EDIT, variant="primary", min_width=120)
                     with gr.Row():
-                        take, clear = (
-                            gr.Button("A layout of the data", min_width=120),
-                            gr.Button("Clear", min_width=120),
-                        )
+                        take = gr.Button("A layout of the data", min_width=120)
+                        clear = gr.Button("Clear", min_width=120)
                 with gr.Column(min_width=320):
                     results = add_results(COLUMNS)
     content = gr.JSON(canvas_content(play, Scene()), visible=False)  # of the canvas, when it was shown

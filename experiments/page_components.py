@@ -76,11 +76,8 @@ def text_inputs(play: Playground) -> list:
     updates of them: those that the model reads are visible."""
     import gradio as gr
 
-    visible, fields, initial = (
-        {"visible": play.reads_prompts, "min_width": 320},
-        play.metadata_fields,
-        play.initial_metadata,
-    )
+    visible = {"visible": play.reads_prompts, "min_width": 320}
+    fields, initial = play.metadata_fields, play.initial_metadata
     about = "What all images show. Empty: captions of the data."
     prompt = gr.Textbox("", label="prompt", info=about, **visible)
     about = "What guidance moves away from. It needs a guidance scale above 1."
@@ -97,8 +94,10 @@ def text_inputs(play: Playground) -> list:
 
 def read_metadata(play: Playground, values: Sequence[str]) -> dict[str, str]:
     """Returns the metadata of a model from the values of their boxes, in the order of `text_inputs`."""
-    fields, words, numbers = play.metadata_fields, values[:MOST_FIELDS], values[MOST_FIELDS:]
-    chosen = dict(zip(fields.words, words, strict=False)) | dict(zip(fields.numbers, numbers, strict=False))
+    fields, chosen = play.metadata_fields, {}
+    for names, own in ((fields.words, values[:MOST_FIELDS]), (fields.numbers, values[MOST_FIELDS:])):
+        names = [*names][:MOST_FIELDS]
+        chosen |= dict(zip(names, own[: len(names)], strict=True))  # further boxes are hidden
     return dict.fromkeys(fields.unknown, UNKNOWN) | chosen
 
 

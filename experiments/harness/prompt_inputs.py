@@ -13,7 +13,7 @@ from diffusion.types import OnStep
 from experiments.harness.images import image_names
 from models.conditions.metadata import UNKNOWN
 from models.conditions.text import TOKENIZER, CaptionEncoder
-from models.prompt_weights import PromptRules, encode_prompts
+from models.prompt_weights import Embed, PromptRules, encode_prompts
 from models.prompts import parse_prompt
 from train.condition_source import ConditionSource, Row
 from train.config import SamplingConfig
@@ -141,7 +141,7 @@ class PromptInputs:
         return record | settings | ({} if metadata is None else {"metadata": dict(metadata)})
 
 
-def embed_with(encoder: CaptionEncoder, device: torch.device) -> Any:
+def embed_with(encoder: CaptionEncoder, device: torch.device) -> Embed:
     """Returns the text encoder of a condition, as `encode_prompts` takes it."""
 
     def embed(ids: Tensor, mask: Tensor | None = None) -> Tensor:

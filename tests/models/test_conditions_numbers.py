@@ -174,7 +174,7 @@ def test_a_cyclic_embedding_has_octaves_of_the_period():
     assert torch.allclose(waves[1, :4], torch.tensor([half, 0, -1, 1]), atol=1e-6)  # 1/8, 1/4, 1/2, 1 turns
     assert torch.allclose(waves[1, 8:12], torch.tensor([half, 1, 0, 0]), atol=1e-6)
     months = cyclic_embedding(torch.arange(12) / 12)
-    assert torch.cdist(months, months).fill_diagonal_(9).min() > 0.5  # all twelve can be told apart
+    assert torch.cdist(months, months).fill_diagonal_(9).min() > 0.5  # all twelve differ
 
 
 def test_the_first_value_outside_a_range_is_a_warning():

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 IRREGULAR = {
     **{"person": "people", "child": "children", "man": "men", "woman": "women", "mouse": "mice", "foot": "feet"},
-    **{
-        "sheep": "sheep",
-        "fish": "fish",
-        "aircraft": "aircraft",
-        "knife": "knives",
-        "leaf": "leaves",
-        "shelf": "shelves",
-    },
+    **{"knife": "knives", "leaf": "leaves", "shelf": "shelves"},
+    **{"sheep": "sheep", "fish": "fish", "aircraft": "aircraft"},
 }
 HISSING = ("s", "x", "z", "ch", "sh")  # endings that take -es
 
