@@ -19,6 +19,7 @@ from train.datasets._channels import channel_axis
 REGION_ROWS = ("boxes", "masks")  # fields with a row per region, beside those named box_*
 COPIED = (  # attributes
     *("class_names", "region_classes", "region_things", "metadata_values", "number_fields", "palette", "sides"),
+    "templates",
 )
 
 

@@ -30,7 +30,7 @@ class TemplateCaptions:
     def __init__(self, dataset: Dataset, split: str):
         """ValueError for data without classes, and classes without names."""
         self.dataset, self.n_classes, self.labels = dataset, dataset.n_classes, dataset.labels
-        for name in (*COPIED, "notes", "unpaired", "blocks"):
+        for name in (*COPIED, "notes", "unpaired", "blocks", "number_measures"):
             if hasattr(dataset, name):
                 setattr(self, name, getattr(dataset, name))
         names = dataset.class_names if dataset.n_classes else getattr(dataset, "region_classes", ())

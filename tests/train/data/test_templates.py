@@ -1,6 +1,7 @@
 """Captions by template: what they say, which are for validation, and how they come with images and codes."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,3 +96,11 @@ def test_data_without_names_of_classes_are_refused():
         TemplateCaptions(ArrayDataset(np.zeros((2, 4, 4), np.uint8), np.arange(2), 2), "train")
     with pytest.raises(ValueError, match="got --captions templates for data without classes: .*leave --captions out"):
         TemplateCaptions(ArrayDataset(np.zeros((2, 4, 4), np.uint8), np.arange(2), 0), "train")
+
+
+def test_patches_and_captions_keep_what_a_data_set_declares():
+    data = DataConfig(dataset="digits", patches=2, captions="templates")
+    patched = build_dataset(data, digits.Config(), "train")
+    whole = build_dataset(replace(data, patches=1), digits.Config(digits_thickness=True), "train")
+    assert patched[0]["captions"] == whole[0]["captions"] and "a handwritten" in patched[0]["captions"][2]
+    assert [*whole.number_measures] == ["thickness"]
