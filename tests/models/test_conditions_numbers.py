@@ -225,29 +225,32 @@ def columns(values, drop=None):
     return dict(zip(PRESETS["diffusionsat"], values.unbind(1), strict=True))
 
 
-def test_the_preset_is_that_of_diffusionsat(diffusionsat):
+def test_the_preset_is_that_of_diffusionsat(diffusionsat, is_recorded):
     encoder, arrays = diffusionsat
     for i, (name, values) in enumerate(columns(arrays["values"]).items()):
         low, high, _ = PRESETS["diffusionsat"][name]
-        assert torch.allclose(1000 * (values - low) / (high - low), arrays["normalized"][:, i], atol=1e-4)
-        assert torch.allclose(encoder.embeddings[i](values), arrays["each_embedding"][:, i], atol=1e-5)
+        scaled = 1000 * (values - low) / (high - low)
+        assert is_recorded(scaled, arrays["normalized"][:, i], f"numbers: {name}, of 1,000", 1e-4)
+        assert is_recorded(encoder.embeddings[i](values), arrays["each_embedding"][:, i], f"numbers: {name}, embedded")
     vector = encoder(columns(arrays["values"]), torch.zeros(4, 1, 1, 1)).values
-    assert torch.allclose(arrays["time_embedding"] + vector, arrays["total"], atol=1e-5)
+    assert is_recorded(arrays["time_embedding"] + vector, arrays["total"], "numbers: total")
 
 
-def test_missing_numbers_are_left_out_of_the_sum_at_first(diffusionsat):
+def test_missing_numbers_are_left_out_of_the_sum_at_first(diffusionsat, is_recorded):
     encoder, arrays = diffusionsat
     vector = encoder(columns(arrays["values"], arrays["drop"]), torch.zeros(4, 1, 1, 1)).values
-    assert torch.allclose(arrays["time_embedding"] + vector, arrays["null_vector_right"], atol=1e-5)
+    assert is_recorded(arrays["time_embedding"] + vector, arrays["null_vector_right"], "numbers: null_vector_right")
 
 
-def test_released_weights_behave_as_they_were_trained(diffusionsat):
+def test_released_weights_behave_as_they_were_trained(diffusionsat, is_recorded):
     """In their training, a missing number was 0 before the sinusoid."""
     encoder, arrays = diffusionsat
     encoder.set_null_to_zero_value()
     vector = encoder(columns(arrays["values"], arrays["drop"]), torch.zeros(4, 1, 1, 1)).values
     encoder.nulls.data.zero_()
-    assert torch.allclose(arrays["time_embedding"] + vector, arrays["dropped_as_zero_total"], atol=1e-5)
+    assert is_recorded(
+        arrays["time_embedding"] + vector, arrays["dropped_as_zero_total"], "numbers: dropped_as_zero_total"
+    )
 
 
 # Options

@@ -40,17 +40,17 @@ def encode(*prompts: str, embed=CLIP, **rules: object) -> tuple[Tensor, Tensor]:
     return encode_prompts(prompts, TOKENIZER, embed, PromptRules(**rules))
 
 
-def is_close(got: Tensor, name: str) -> bool:
-    wanted = torch.from_numpy(ORACLE[name])
-    return got.shape[:2] == wanted.shape[:2] and torch.allclose(got[..., ::4], wanted, rtol=0, atol=1e-5)
+@pytest.fixture
+def is_close(is_recorded):
+    return lambda got, name: is_recorded(got[..., ::4], torch.from_numpy(ORACLE[name]), f"prompts: {name}")
 
 
 @pytest.mark.parametrize("name", ["explicit", "escape", "unbalanced", "break", "long_weighted", "commas_at_75"])
-def test_a1111_embeddings_are_those_of_the_web_ui(name):
+def test_a1111_embeddings_are_those_of_the_web_ui(name, is_close):
     assert is_close(encode(CASES["a1111"][name], syntax="a1111")[0], f"a1111_{name}")
 
 
-def test_a1111_embeddings_of_other_encoders_and_without_the_mean():
+def test_a1111_embeddings_of_other_encoders_and_without_the_mean(is_close):
     prompt, long = CASES["a1111"]["explicit"], CASES["a1111"]["long_weighted"]
     assert is_close(encode(prompt, syntax="a1111", restore_mean=False)[0], "a1111_explicit_nonorm")
     skipping, openclip = embed_with(tiny_clip(clip_skip=2)), embed_with(tiny_openclip(clip_skip=2))
@@ -59,16 +59,16 @@ def test_a1111_embeddings_of_other_encoders_and_without_the_mean():
 
 
 @pytest.mark.parametrize("name", ["weights_up", "weights_down", "plusminus", "long_weighted", "conj", "blend"])
-def test_compel_embeddings_are_those_of_compel(name):
+def test_compel_embeddings_are_those_of_compel(name, is_close):
     assert is_close(encode(CASES["compel"][name], syntax="compel")[0], f"compel_{name}")
 
 
-def test_long_plain_prompts_are_those_of_compel_without_rules():
+def test_long_plain_prompts_are_those_of_compel_without_rules(is_close):
     assert is_close(encode(CASES["compel"]["long"])[0], "compel_long_brutal")
     assert is_close(encode(CASES["compel"]["long"], syntax="compel", split="length")[0], "compel_long_brutal")
 
 
-def test_shorter_prompts_may_be_padded_with_the_empty_text():
+def test_shorter_prompts_may_be_padded_with_the_empty_text(is_close):
     z, mask = encode(CASES["compel"]["long"], CASES["compel_negative"], syntax="compel", pad_with_empty=True)
     assert is_close(z[1:], "compel_negative_padded") and mask.all()
 

@@ -15,32 +15,33 @@ CLIP_IDS, OPENCLIP_IDS = ORACLE["clip_tiny_ids"].long(), ORACLE["openclip_ids"].
 END = SIZES["end_id"]
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return torch.allclose(got, wanted, rtol=0, atol=1e-5)
+@pytest.fixture
+def is_close(is_recorded):
+    return lambda got, name: is_recorded(got, ORACLE[name], f"text encoders: {name}")
 
 
 @torch.no_grad()
-def test_clip_last_layer_and_pooled_vector():
+def test_clip_last_layer_and_pooled_vector(is_close):
     features = tiny_clip()(CLIP_IDS)
-    assert close(features.tokens, ORACLE["clip_last_with_final_norm"])
-    assert close(features.pooled, ORACLE["clip_pooled"])
+    assert is_close(features.tokens, "clip_last_with_final_norm")
+    assert is_close(features.pooled, "clip_pooled")
 
 
 @torch.no_grad()
-def test_clip_skip_and_no_final_norm():
-    assert close(tiny_clip(clip_skip=2)(CLIP_IDS).tokens, ORACLE["clip_penultimate_with_final_norm"])
+def test_clip_skip_and_no_final_norm(is_close):
+    assert is_close(tiny_clip(clip_skip=2)(CLIP_IDS).tokens, "clip_penultimate_with_final_norm")
     raw = tiny_clip(final_norm=False)(CLIP_IDS)
-    assert close(raw.tokens, ORACLE["clip_last_raw"])
-    assert close(raw.pooled, ORACLE["clip_pooled"])  # always with the norm
-    assert close(tiny_clip(clip_skip=2)(CLIP_IDS).pooled, ORACLE["clip_pooled"])  # always of the last layer
+    assert is_close(raw.tokens, "clip_last_raw")
+    assert is_close(raw.pooled, "clip_pooled")  # always with the norm
+    assert is_close(tiny_clip(clip_skip=2)(CLIP_IDS).pooled, "clip_pooled")  # always of the last layer
 
 
 @torch.no_grad()
-def test_openclip_layers_and_projected_vector():
+def test_openclip_layers_and_projected_vector(is_close):
     features = tiny_openclip(clip_skip=2)(OPENCLIP_IDS)
-    assert close(features.tokens, ORACLE["openclip_penultimate"])
-    assert close(features.pooled, ORACLE["openclip_pooled"])
-    assert close(tiny_openclip()(OPENCLIP_IDS).tokens, ORACLE["openclip_last"])
+    assert is_close(features.tokens, "openclip_penultimate")
+    assert is_close(features.pooled, "openclip_pooled")
+    assert is_close(tiny_openclip()(OPENCLIP_IDS).tokens, "openclip_last")
 
 
 @torch.no_grad()
