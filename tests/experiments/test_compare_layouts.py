@@ -227,6 +227,16 @@ def test_on_codes_the_map_of_the_decoder_is_joined(monkeypatch, tmp_path):
     assert of_unet.layout_into == "decoder" and of_codes == replace(of_unet, layout_into="input")
 
 
+def test_on_codes_the_places_of_region_attention_come_with_a_map(monkeypatch, tmp_path):
+    bench = preset_bench(monkeypatch, tmp_path)
+    with_places, without = (
+        arms.code_settings(bench.sampler, ARMS[name], bench.train_images.dataset, 2, 2)(32)
+        for name in ("per_object_places", "per_object")
+    )
+    assert with_places.conditions == ("objects", "layout") and without.conditions == ("objects",)
+    assert with_places.condition_options.layout_places and with_places.condition_options.layout_colors == 6
+
+
 def test_the_nearest_number_of_parameters_is_chosen():
     def settings_of(width):
         return width  # stands for the settings

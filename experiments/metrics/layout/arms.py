@@ -35,11 +35,15 @@ from train.trained_sampler import TrainedSampler, class_frequencies
 
 
 class Arm(NamedTuple):
-    """A way to give a network a layout: conditions, their options, and what the UNet changes to read them."""
+    """A way to give a network a layout: conditions, their options, and what the UNet changes to read them.
+
+    Transformers of codes have no region attention, but read `with_codes` beside the conditions.
+    """
 
     conditions: tuple[str, ...] = ()
     options: dict[str, Any] = {}
     network: dict[str, Any] = {}
+    with_codes: tuple[str, ...] = ()
 
 
 REGIONS = {"region_attention": "v2", "region_places": False}
@@ -51,7 +55,7 @@ ARMS: dict[str, Arm] = {  # where objects have colours, every condition has them
     "map_decoder": Arm(("layout",), {"layout_into": "decoder"}),
     "mean_prompt": Arm(("objects",), network=REGIONS | {"overlap": "mean_prompt"}),
     "per_object": Arm(("objects",), network=REGIONS),
-    "per_object_places": Arm(("objects",), network=REGIONS | {"region_places": True}),
+    "per_object_places": Arm(("objects",), network=REGIONS | {"region_places": True}, with_codes=("layout",)),
     "box_tokens": Arm(("boxes",), network=TOKENS),
     "box_tokens_masked": Arm(("boxes",), {"boxes_everywhere": False}, TOKENS),
     "box_tokens_gated": Arm(("boxes",), {"boxes_gated": True}),
@@ -109,7 +113,8 @@ def code_settings(
     """Returns a function from the width of a transformer to the settings of an arm on codes."""
     shared = {each.name: getattr(sampler, each.name) for each in fields(ConditionsConfig)}
     options = {name: value for name, value in arm.options.items() if name not in UNET_OPTIONS}
-    shared |= {"sampler": "absorbing", **condition_settings(arm._replace(options=options), dataset)}
+    arm = arm._replace(conditions=arm.conditions + arm.with_codes, options=options)
+    shared |= {"sampler": "absorbing", **condition_settings(arm, dataset)}
     settings = absorbing.Config(**shared, bert_n_emb=heads, bert_n_head=heads, bert_n_layers=layers)
     return lambda width: replace(with_declared_values(settings, dataset), bert_n_emb=width)
 
