@@ -14,14 +14,14 @@ def choose_caption(item: dict[str, Any], seed: int | None = None, position: int 
     """Adds to an item with a list `captions` the field `caption`: the first one, "" if there is none, or with a `seed`
     the one of this position. An item that has a caption keeps it.
 
-    All captions are equally likely, or as likely as their `caption_shares` (n,), numbers of which one is above 0.
+    All captions are equally likely, or as likely as their `caption_shares` (n,), numbers of which one is above 0; a
+    caption whose share is 0 is never chosen.
     """
     captions = item.get("captions")
     if not isinstance(captions, list) or "caption" in item:
         return item
-    shares, number = item.get(SHARES), 0
-    if seed is not None and captions:
-        number = seed_of(seed, "caption", position)
+    shares, number = item.get(SHARES), 0 if seed is None else seed_of(seed, "caption", position)
+    if captions:
         number = number % len(captions) if shares is None else choose_by_share(number, shares)
     rest = {name: value for name, value in item.items() if name != SHARES}
     return rest | {"caption": captions[number] if captions else ""}

@@ -121,11 +121,12 @@ def naming(file: str | Path) -> Iterator[None]:
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """Reads a file of UTF-8; FileNotFoundError, ending in `remedy`, if it does not exist."""
+    """Reads a file of UTF-8, without its byte order mark if it has one; FileNotFoundError, ending in `remedy`, if it
+    does not exist."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {remedy}")
     with naming(path):
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
 
 
 def read_categories(root: Path, name: str | None) -> Categories:

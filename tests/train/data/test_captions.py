@@ -1,5 +1,7 @@
 """Captions of an image: which one a visit shows, and pieces of long ones."""
 
+import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -59,6 +61,7 @@ def test_shares_say_how_often_a_caption_is_shown():
     assert shown.keys() == {"a", "c"} and abs(shown["a"] / 2000 - 0.75) < 0.04
     assert choose_caption(item)["caption"] == "a"
     assert "caption_shares" not in choose_caption(item, 1, 0)
+    assert choose_caption({**item, "caption_shares": Ragged([0.0, 1.0, 1.0])})["caption"] == "b"  # the first with one
 
 
 def test_numbers_choose_in_proportion():
@@ -112,3 +115,117 @@ def test_shares_that_are_none(words):
         Config(more_prompts=words)
     with pytest.raises(ValueError, match="got shares 1.1 in more_prompts"):
         Config(more_prompts=("a.csv=0.6", "b.csv=0.5"))
+
+
+def test_a_text_file_beside_each_image(folder):
+    train, texts = folder / "images" / "train", {"a": "\ufeffthe first\r\n\n  another \n", "b": " \n", "d": "elsewhere"}
+    for name, text in texts.items():
+        (train / f"{name}.txt").write_text(text, encoding="utf-8")
+    dataset = build(Config(data_dir=str(folder), prompts=".txt"), "train")
+    assert dataset.names == ["images/train/a.png"] and dataset[0]["captions"] == ["the first", "another"]
+    assert dataset.unpaired == {
+        "images without a caption": ("b.png", "c.png"),  # one file is blank, the other missing
+        "captions without an image": ("images/train/d.txt",),
+    }
+    assert any("left out: 2 images without a caption (b.png, c.png)" in note for note in dataset.notes)
+    (train / "c.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="train/c.txt: 'utf-8' codec"):
+        build(Config(data_dir=str(folder), prompts=".txt"), "train")
+
+
+def test_texts_in_subfolders_belong_to_the_image_beside_them(tmp_path):
+    for name in ("x/a", "y/a", "y/b.c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.caption").write_text(f"of {name}")
+    options = {"data_dir": str(tmp_path), "image_dir": ".", "prompts": ".caption", "val_fraction": 0.4}
+    train, val = (build(Config(**options), split) for split in ("train", "val"))
+    captions = {
+        name: each.annotations(i, (8, 8))["captions"] for each in (train, val) for i, name in enumerate(each.names)
+    }
+    assert captions == {f"{name}.png": [f"of {name}"] for name in ("x/a", "y/a", "y/b.c")}
+    assert len(train) == 2 and sorted(train.sources) == sorted(name.replace(".png", ".caption") for name in train.names)
+
+
+def test_texts_beside_images_may_be_shown_in_a_share_of_visits(folder):
+    (folder / "images" / "train" / "a.txt").write_text("one\ntwo")
+    dataset = build(Config(data_dir=str(folder), prompts="short_{split}.csv", more_prompts=(".txt=0.2",)), "train")
+    item = dataset.annotations(0, (8, 8))
+    assert item["captions"] == ["short a", "one", "two"]
+    assert item["caption_shares"].tolist() == pytest.approx([0.8, 0.1, 0.1])
+    assert dataset.sources == ("short_train.csv", "images/train/a.txt")
+
+
+def test_fingerprints_notice_other_texts_and_options(folder):
+    text = folder / "images" / "train" / "a.txt"
+    text.write_text("a cat")
+
+    def fingerprints(**options):
+        dataset = build(Config(data_dir=str(folder), **options), "train")
+        return dataset.fingerprint(), dataset.content_fingerprint()
+
+    before = fingerprints(prompts=".txt")
+    os.utime(text, ns=(1, 1))
+    touched = fingerprints(prompts=".txt")
+    assert touched[0] != before[0] and touched[1] == before[1]
+    text.write_text("a dog on a mat")
+    assert fingerprints(prompts=".txt")[1] != before[1]
+    seen = {
+        fingerprints(**options)
+        for options in ({}, {"caption_pieces": True}, *({"more_prompts": (f".txt={share}",)} for share in (0.2, 0.3)))
+    }
+    assert len(seen) == 4  # items that are cached on disk have captions and shares
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_captions_of_an_image_may_have_shares(folder, suffix):
+    texts = {
+        "csv": "img_name,prompt,share\na.png,often,3\na.png,never,0\na.png,seldom,1\nb.png,b,1\n",
+        "json": json.dumps({"a.png": {"often": 3, "never": 0, "seldom": 1}, "b.png": "b"}),
+        "jsonl": '{"img_name": "a.png", "prompt": {"often": 3, "never": 0}}\n\n'
+        '{"img_name": "b.png", "prompt": ["b"]}\n{"img_name": "a.png", "prompt": "seldom"}\n',
+    }
+    (folder / f"mine.{suffix}").write_text("\ufeff" + texts[suffix], encoding="utf-8")
+    dataset = build(Config(data_dir=str(folder), prompts=f"mine.{suffix}"), "train")
+    first, second = (dataset.annotations(i, (8, 8)) for i in range(2))
+    assert first["captions"] == ["often", "never", "seldom"] and second["captions"] == ["b"]
+    assert first["caption_shares"].tolist() == [0.75, 0, 0.25] and second["caption_shares"].tolist() == [1]
+
+
+def test_lists_without_shares_are_equally_likely(folder):
+    (folder / "mine.json").write_text(json.dumps({"a.png": ["one", "two"], "b.png": "b", "d.png": "elsewhere"}))
+    dataset = build(Config(data_dir=str(folder), prompts="mine.json"), "train")
+    assert dataset.annotations(0, (8, 8)) == {"captions": ["one", "two"]}
+    assert dataset.unpaired["captions without an image"] == ("d.png",)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("a.csv", "img_name,prompt,share\na.png,x,1\na.png,y,-1\n", "row 2, a.png: got the share '-1'"),
+        ("a.csv", "img_name,prompt,share\na.png,x,nan\n", "row 1, a.png: got the share 'nan'"),
+        ("a.csv", "img_name,prompt,share\na.png,x,\n", "row 1, a.png: got the share ''"),
+        ("a.csv", "img_name,prompt,share\na.png,x,0\na.png,y,0\n", "a.png: .*the shares 0, 0, wanted"),
+        ("a.json", '{"a.png": {"x": Infinity}}', "a.png: got the share inf"),
+        ("a.json", '{"a.png": {"x": 0}}', "a.png: .*the shares 0, wanted"),
+        ("a.json", '{"a.png": {"x": null}}', "a.png: got the share None"),
+        ("a.json", '{"a.png": []}', r"a.png: got \[\], wanted a caption, a list"),
+        ("a.json", '{"a.png": ["x", 3]}', r'a.png: got \["x", 3\], wanted a caption, a list'),
+        ("a.json", '["a.png"]', 'wanted {"a.png": "a cat"'),
+        ("a.json", "{", "Expecting property name"),
+        ("a.jsonl", '{"img_name": "a.png", "prompt": "x"}\n{"img_name": "a.png"}', "line 2 is .*wanted"),
+        ("a.jsonl", '{"img_name": "a.png", "prompt": "x"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", '{"img_name": "a.png", "prompt": {"x": -1}}', "line 1, a.png: got the share -1"),
+    ],
+)
+def test_broken_files_of_captions_name_file_and_row(folder, file, text, message):
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+        build(Config(data_dir=str(folder), prompts=file), "train")
+
+
+def test_files_that_do_not_exist_name_the_remedy(folder):
+    with pytest.raises(FileNotFoundError, match="as --prompts .*or .txt for a text file beside each image"):
+        build(Config(data_dir=str(folder), prompts="nothing.csv"), "train")
+    with pytest.raises(ValueError, match="has a caption in .txt: got none, wanted names of images, such as a.png"):
+        build(Config(data_dir=str(folder), prompts=".txt"), "train")

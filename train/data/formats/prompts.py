@@ -1,27 +1,109 @@
-"""Prompts of images in CSV files, and of their instances in JSON files (MaMoE)."""
+"""Prompts of images in CSV, JSON, JSONL and text files, and of their instances in JSON files (MaMoE)."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from train.files import parse_json
 
 COLUMNS = ("img_name", "prompt")
 
 
+class Caption(NamedTuple):
+    """A caption of an image."""
+
+    text: str
+    share: float = 1.0  # of the visits that show it, in proportion to the other captions of the image
+
+
 def decode_prompts(text: str) -> dict[str, str]:
     """Reads the prompt of each image from a CSV file; of two rows the last counts. See `decode_captions`."""
-    return {name: captions[-1] for name, captions in decode_captions(text).items()}
+    return {name: captions[-1].text for name, captions in decode_captions(text).items()}
 
 
-def decode_captions(text: str) -> dict[str, list[str]]:
-    """Reads all prompts of each image, in their order, from a CSV file with the columns img_name and prompt.
+def decode_captions(text: str, suffix: str = ".csv") -> dict[str, list[Caption]]:
+    """Reads all captions of each image, in their order, from the text of a file with this suffix.
 
-    ValueError for other columns, and for rows of another length.
+    .json     {"a.png": "a cat", "b.png": ["a dog", "a dog on grass"], "c.png": {"an owl": 3, "a bird": 1}}, with shares
+    .jsonl    {"img_name": "a.png", "prompt": "a cat"}, a line each; the prompt may also be a list, or have shares
+    others    CSV with the columns img_name and prompt, a caption a row, and perhaps share
+
+    ValueError for another structure, shares that are no numbers of at least 0, and images whose shares are all 0.
     """
-    captions: dict[str, list[str]] = {}
-    for row in decode_rows(text, COLUMNS):
-        captions.setdefault(row["img_name"], []).append(row["prompt"])
+    captions: dict[str, list[Caption]] = {}
+    for where, image, value in READERS.get(suffix, read_table)(text):
+        try:
+            captions.setdefault(image, []).extend(parse_captions(value))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    for image, each in captions.items():
+        if not 0 < sum(caption.share for caption in each) < math.inf:
+            shares = ", ".join(f"{caption.share:g}" for caption in each)
+            raise ValueError(f"{image}: got captions with the shares {shares}, wanted a finite sum above 0")
     return captions
+
+
+def decode_caption_lines(text: str) -> list[Caption]:
+    """Reads the captions in the text file of one image: its lines that are not blank."""
+    return [Caption(line.strip()) for line in text.split("\n") if line.strip()]
+
+
+def parse_captions(value: Any) -> list[Caption]:
+    """Returns the captions in a value: a text, a list of texts, or shares by text. ValueError for anything else."""
+    shares = value if isinstance(value, dict) else {}
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        wanted = 'a caption, a list of captions, or captions with their shares such as {"a cat": 3, "a pet": 1}'
+        raise ValueError(f"got {json.dumps(value)[:60]}, wanted {wanted}")
+    return [Caption(text, parse_share(shares.get(text, 1.0))) for text in texts]
+
+
+def parse_share(value: Any) -> float:
+    """Returns a share, also of a text; ValueError unless it is a finite number of at least 0."""
+    try:
+        share = float(value)
+    except (TypeError, ValueError, OverflowError):
+        share = math.nan
+    if not 0 <= share < math.inf:
+        raise ValueError(f"got the share {value!r}, wanted a number of at least 0")
+    return share
+
+
+# Files of captions: text -> (where, image, value for `parse_captions`)
+
+
+def read_table(text: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields the rows of a CSV file, with their shares if it has a column of them."""
+    for number, row in enumerate(decode_rows(text, COLUMNS), 1):
+        prompt = row["prompt"]
+        yield f"row {number}, {row['img_name']}", row["img_name"], {prompt: row["share"]} if "share" in row else prompt
+
+
+def read_object(text: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields the images of a JSON object."""
+    images = parse_json(text)
+    if not isinstance(images, dict):
+        raise ValueError('got another structure, wanted {"a.png": "a cat", "b.png": ["a dog", "a dog on grass"]}')
+    yield from ((image, image, value) for image, value in images.items())
+
+
+def read_json_lines(text: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields the lines of a JSONL file that are not blank."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict) or not set(COLUMNS) <= set(row) or not isinstance(row["img_name"], str):
+                raise ValueError(f'line {number} is {line[:60]}, wanted {{"img_name": "a.png", "prompt": "a cat"}}')
+            yield f"line {number}, {row['img_name']}", row["img_name"], row["prompt"]
+
+
+READERS: dict[str, Callable[[str], Iterator[tuple[str, str, Any]]]] = {".json": read_object, ".jsonl": read_json_lines}
 
 
 def decode_rows(text: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
