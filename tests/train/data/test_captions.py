@@ -12,6 +12,7 @@ from PIL import Image
 
 from models.tokenizer import Tokenizer
 from train.data.captions import choose_by_share, choose_caption, long_split
+from train.data.formats.prompts import Caption, decode_caption_lines, decode_captions
 from train.datasets import Ragged
 from train.datasets.captions import Config, build
 
@@ -229,3 +230,10 @@ def test_files_that_do_not_exist_name_the_remedy(folder):
         build(Config(data_dir=str(folder), prompts="nothing.csv"), "train")
     with pytest.raises(ValueError, match="has a caption in .txt: got none, wanted names of images, such as a.png"):
         build(Config(data_dir=str(folder), prompts=".txt"), "train")
+
+
+def test_only_line_feeds_end_a_line():
+    text = "one\u2028two\x85three"
+    assert decode_caption_lines(f"{text}\n") == [Caption(text)]
+    line = json.dumps({"img_name": "a.png", "prompt": text}, ensure_ascii=False)
+    assert decode_captions(f"{line}\n", ".jsonl") == {"a.png": [Caption(text)]}

@@ -187,6 +187,32 @@ def test_boxes_and_label_maps_round_trip(annotated, workers):
     assert len({number for number, _ in combinations}) == 3 and len({flipped for _, flipped in combinations}) == 2
 
 
+def test_captions_are_the_lines_of_text_members(tmp_path, tiny):
+    members = {f"{i}.png": tiny.png(i) for i in range(4)}
+    members |= {f"{i}.txt": f"\ufeffleft of {i}\r\n\nanother\n".encode() for i in range(4)} | {"2.txt": b"\n"}
+    shard = tiny.save_shard(tmp_path / "one.tar", members)
+    config = Config(data_dir=str(tmp_path), caption_ext=("txt",), val_fraction=0.25)
+    items = {
+        number: dataset[i]
+        for dataset in (build(config, s) for s in SPLITS)
+        for i, number in enumerate(numbers(dataset))
+    }
+    assert items[3]["captions"] == ["left of 3", "another"] and items[2]["captions"] == []
+    data = DataConfig(img_size=4, n_channels=3, horizontal_flip=True)
+    images = TrainingImages(ImageSource(build(config, "train"), data), seed=3)
+    assert {text.split()[0] for text in images[list(range(40))]["caption"] if text} == {"left", "right", "another"}
+    plain = build(Config(data_dir=str(tmp_path), val_fraction=0.25), "train")
+    assert plain.content_fingerprint() != images.source.dataset.content_fingerprint() and "captions" not in plain[0]
+    with pytest.raises(ValueError, match="wanted each once"):
+        Config(json_fields=("captions",), caption_ext=("txt",))
+    tiny.save_shard(shard, members | {f"{i}.txt": b"caf\xe9" for i in range(4)})
+    with pytest.raises(ValueError, match="one.tar sample .: its captions are not UTF-8"):
+        build(config, "train")
+    tiny.save_shard(shard, {name: content for name, content in members.items() if name != "1.txt"})
+    with pytest.raises(ValueError, match="sample 1 has no regular .txt .*--caption_ext"):
+        build(config, "train")
+
+
 def test_an_rgb_mask_is_refused(tmp_path, tiny):
     for key in "ab":
         members = {f"{key}.jpg": tiny.png(), f"{key}.seg.png": encode_png(Image.new("RGB", (8, 8)))}

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from models.ranges import MILLION
 from train.config import ROOT
+from train.data.formats.prompts import decode_caption_lines
+from train.data.sides import Sides
 from train.datasets import (
     MAX_PIXELS,
     SPLITS,
@@ -65,6 +67,8 @@ class Config(DatasetConfig):
     """Fields of the .json members that are lists of boxes: left, top, right, bottom in pixels."""
     mask_ext: tuple[str, ...] = ()
     """Extensions of members that are label maps (grey or palette), such as seg.png, which becomes the field seg."""
+    caption_ext: tuple[str, ...] = ()
+    """Extensions of members with captions of the image, such as txt: a caption a line."""
     skip_incomplete: bool = False
     """Leave out samples without image, label or annotations, and say how many; they are refused otherwise."""
     dots_in_names: bool = False
@@ -89,6 +93,7 @@ class Config(DatasetConfig):
                 "twice as many: the next shards are downloaded while the current ones are read"
             )
         names = [*self.json_fields, *self.id_fields, *self.box_fields, *map(field_name, self.mask_ext)]
+        names += ["captions"] if self.caption_ext else []
         if {*names} & {"image", "label"}:
             raise ValueError("got image or label as an extra field: items have them already, see --label_from")
         if len({*names}) < len(names):
@@ -123,6 +128,7 @@ class TarImages:
         self.shards = [(shards[i].name, shards[i].stamp) for i in shard_of]
         self.blocks = Blocks(tuple(sizes.tolist()), config.mix_shards)
         self.ends = np.cumsum(sizes)
+        self.sides = Sides(words=(("left", "right"),)) if config.caption_ext else None
         self.n_classes, self.labels, self.class_names = 0, None, ()
         if config.label_from != "none":
             self.n_classes = 1 + max(int(shard.rows["label"].max()) for shard in shards)
@@ -152,6 +158,10 @@ class TarImages:
             item |= {name: parse_value(fields[name], f"{where}: field {name!r}") for name in self.config.json_fields}
             item |= {name: parse_ids(fields[name], f"{where}: field {name!r}") for name in self.config.id_fields}
             item |= {name: parse_boxes(fields[name], item["image"], where) for name in self.config.box_fields}
+        if self.config.caption_ext:
+            item["captions"] = [
+                text for ending in self.config.caption_ext for text in parse_lines(extra[ending], where)
+            ]
         return item | {
             field_name(ending): decode_mask(extra[ending], where, self.config.max_pixels)
             for ending in self.config.mask_ext
@@ -165,7 +175,12 @@ class TarImages:
 
     def digest(self, shards: Iterable[str]) -> str:
         """Returns a digest of the list of samples (key, place in its shard, size, label) and of `shards`."""
-        fields = (*self.json_fields, *self.config.mask_ext, *limit_context(self.config.max_pixels))
+        fields = (
+            *self.json_fields,
+            *self.config.mask_ext,
+            *self.config.caption_ext,
+            *limit_context(self.config.max_pixels),
+        )
         content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes, *fields)).encode())
         for shard in shards:
             content.update(shard.encode())
@@ -194,6 +209,14 @@ def parse_value(value: Any, what: str) -> Any:
         wanted = "a number, a string, or a list of them (boxes: --box_fields; lists of varying length: --id_fields)"
         raise ValueError(f"{what} is {str(value)[:60]}, wanted {wanted}")
     return value
+
+
+def parse_lines(content: bytes, where: str) -> list[str]:
+    """Decodes captions, a line each; ValueError unless they are UTF-8."""
+    try:
+        return [caption.text for caption in decode_caption_lines(content.decode("utf-8-sig"))]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: its captions are not UTF-8 ({error}): write the shard again") from error
 
 
 def parse_ids(value: Any, what: str) -> Tensor:
@@ -242,7 +265,8 @@ def field_name(ending: str) -> str:
 
 def extra_members(config: Config) -> tuple[str, ...]:
     """Returns the extensions of the members to read with each image."""
-    return (*(["json"] if config.json_fields or config.id_fields or config.box_fields else []), *config.mask_ext)
+    json_members = ["json"] if config.json_fields or config.id_fields or config.box_fields else []
+    return (*json_members, *config.mask_ext, *config.caption_ext)
 
 
 def build(config: Config, split: str, n_channels: int = 3) -> TarImages:

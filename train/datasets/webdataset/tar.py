@@ -152,7 +152,7 @@ def build_row(tar: tarfile.TarFile, where: str, key: str, members: dict[str, tar
     )
     for ending in spec.extra:
         if ending not in members or not is_regular(members[ending]):
-            flag = "--json_fields" if ending == "json" else "--mask_ext"
+            flag = "--json_fields" if ending == "json" else "--mask_ext or --caption_ext"
             raise IncompleteSample(f"{where} has no regular .{ending} (its members: {names}): leave {flag} out")
     spans = [(members[ending].offset_data, members[ending].size) for ending in spec.extra]
     return row._replace(extra=tuple(number for span in spans for number in span))
