@@ -1,5 +1,6 @@
 """English nouns in captions: articles, plurals, numbers and lists."""
 
+import re
 from collections.abc import Sequence
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -8,19 +9,22 @@ IRREGULAR = {
     **{"knife": "knives", "leaf": "leaves", "shelf": "shelves"},
     **{"sheep": "sheep", "fish": "fish", "aircraft": "aircraft"},
 }
+PLURALS = ("skis", "taxis", "kiwis")  # whose ending is otherwise that of a singular
+CONSONANT = re.compile(r"one\b|uni[cftv]|use|ute|eu", re.IGNORECASE)  # heard first, though a vowel is written
 HISSING = ("s", "x", "z", "ch", "sh")  # endings that take -es
 
 
 def is_plural(noun: str) -> bool:
     """Returns whether a noun has no singular of its own, such as "pants": by its ending, -s but not -ss, -us or -is."""
-    return noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
+    return noun.endswith(PLURALS) or (noun.endswith("s") and not noun.endswith(("ss", "us", "is")))
 
 
 def with_article(noun: str) -> str:
-    """Returns a noun with its indefinite article: "an apple", "a red disc"; plurals such as "pants" have none."""
+    """Returns a noun with its indefinite article: "an apple", "a unicycle"; plurals such as "pants" have none."""
     if is_plural(noun):
         return noun
-    return f"{'an' if noun[:1].lower() in {*'aeiou'} else 'a'} {noun}"
+    vowel = noun[:1].lower() in {*"aeiou"} and not CONSONANT.match(noun)
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def pluralize(noun: str) -> str:

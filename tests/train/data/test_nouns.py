@@ -26,6 +26,11 @@ from train.data.nouns import count_noun, join_words, pluralize, with_article
         ("knife", "a knife", "knives"),
         ("pants", "pants", "pants"),
         ("scissors", "scissors", "scissors"),
+        ("skis", "skis", "skis"),
+        ("tennis racket", "a tennis racket", "tennis rackets"),
+        ("one", "a one", "ones"),
+        ("unicycle", "a unicycle", "unicycles"),
+        ("umbrella", "an umbrella", "umbrellas"),
         ("eight", "an eight", "eights"),
     ],
 )
