@@ -105,7 +105,7 @@ def prompts_provenance(path: str | Path | None) -> dict[str, str]:
 
 def read_lines(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the prompt of each line, and its negative prompt."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             prompt, *negative = NEGATIVE.split(line, maxsplit=1)
             yield number, {"prompt": prompt.strip(), **({"negative": negative[0].strip()} if negative else {})}
@@ -130,7 +130,7 @@ def read_list(text: str) -> Iterator[tuple[int, Any]]:
 
 def read_json_lines(text: str) -> Iterator[tuple[int, Any]]:
     """Yields the object of each line; the line itself where it is none."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, parse_json(line)

@@ -50,6 +50,16 @@ def test_objects_of_a_list_and_of_lines_are_the_same(tmp_path):
     assert listed[1].metadata == {"lon": 1, "light": "day"}
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\x0b", "\x1c"])
+def test_only_line_breaks_end_a_line(tmp_path, sign):
+    """JSON has some of the other signs for a break in texts."""
+    prompt = f"a cat{sign}a dog"
+    (line,) = read(tmp_path, "prompts.txt", f"{prompt}\n")
+    written = json.dumps({"prompt": prompt}, ensure_ascii=sign < " ")
+    (item,) = read(tmp_path, "prompts.jsonl", f"{written}\n\n")
+    assert line.prompt == item.prompt == prompt
+
+
 def test_keys_of_other_tools_are_understood(tmp_path):
     (item,) = read_objects(
         tmp_path,
