@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from models.conditions.metadata import UNKNOWN
 from train.data.formats.prompts import decode_rows
 from train.files import parse_json, sha256
 from train.registry import did_you_mean
@@ -222,19 +223,20 @@ def check_output(name: str, value: Any) -> str:
 
 
 def check_metadata(name: str, value: Any) -> dict[str, float | str]:
-    """Returns metadata by field: of an object, of a list of the SEVEN numbers, or of a text "lon=1 light=night"."""
+    """Returns metadata by field, null as the word for what is missing: of an object, of a list of the SEVEN numbers, or
+    of a text "lon=1 light=night"."""
     if isinstance(value, list):
         if len(value) != len(SEVEN):
             raise ValueError(f"got {name} with {len(value)} numbers, wanted {len(SEVEN)}: {', '.join(SEVEN)}")
-        value = {field: check_finite(field, each) for field, each in zip(SEVEN, value, strict=True)}
+        value = dict(zip(SEVEN, value, strict=True))
     if isinstance(value, str):
         parts = [word.partition("=") for word in value.split()]
         if not all(field and sign and word for field, sign, word in parts):
             raise ValueError(f"got {name} {shorten(value)}, wanted fields and values such as lon=-90.8 light=night")
         value = {field: word for field, _, word in parts}
-    if not isinstance(value, dict) or not {*map(type, value.values())} <= {int, float, str}:
+    if not isinstance(value, dict) or not {*map(type, value.values())} <= {int, float, str, type(None)}:
         raise ValueError(f"got {name} {shorten(value)}, wanted an object of numbers and words, or {len(SEVEN)} numbers")
-    return value
+    return {field: UNKNOWN if each is None else each for field, each in value.items()}
 
 
 CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -60,6 +60,16 @@ def test_only_line_breaks_end_a_line(tmp_path, sign):
     assert line.prompt == item.prompt == prompt
 
 
+def test_missing_metadata_are_unknown(tmp_path):
+    item, listed = read_objects(
+        tmp_path,
+        {"prompt": "a", "metadata": {"lon": None, "lat": 3, "light": None}},
+        {"prompt": "a", "metadata": [1.5, None, None, None, 2018, None, None]},
+    )
+    assert item.metadata == {"lon": "unknown", "lat": 3, "light": "unknown"}
+    assert [listed.metadata[field] for field in ("lon", "lat", "year", "day")] == [1.5, "unknown", 2018, "unknown"]
+
+
 def test_keys_of_other_tools_are_understood(tmp_path):
     (item,) = read_objects(
         tmp_path,
