@@ -1,7 +1,8 @@
 """The prompts of images to generate: one for all, or those in a file, each with settings of its own."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -166,7 +167,8 @@ def open_prompts(
 ) -> PromptInputs:
     """Returns the prompts of the settings, those of a file with `n_seeds` pictures each, or one with `save` pictures.
 
-    Other fields of the model come from where they come from without prompts. All ranks must call it.
+    Other fields of the model come from where they come from without prompts; metadata that neither the item nor
+    --metadata gives are unknown, unless held-out images give other fields. All ranks must call it.
     FileNotFoundError, ValueError: the model reads no captions, `options` name a --condition_file, or some items of the
     file cannot be drawn, which are all listed.
     """
@@ -180,10 +182,10 @@ def open_prompts(
     else:
         items = read_prompts(settings.prompts)
         names = [repeated_name(item.output, k) for k in range(n_seeds or 1) for item in items]
-    checked, errors = [], []
+    metadata, checked, errors = metadata_of_all(trained, options), [], []
     for item in items:
         try:
-            checked.append(check_item(item, settings, trained, options))
+            checked.append(check_item(item, settings, trained, options, metadata))
         except ValueError as error:
             errors.append(str(error) if settings.prompts is None else f"item {item.number}: {error}")
     if settings.prompts is None and errors:
@@ -204,11 +206,24 @@ def open_prompts(
     )
 
 
+def metadata_of_all(trained: TrainedSampler, options: SamplingConfig) -> dict[str, str]:
+    """Returns the metadata of items that give none, as words by field: those of --metadata and, where held-out images
+    give no other field, unknown. ValueError for --metadata that cannot be used."""
+    trained.with_metadata([], options)
+    fields = trained.metadata_fields
+    unknown = {*trained.sampler.conditions} <= {"label", FIELD, *fields}
+    return dict.fromkeys(fields * unknown, UNKNOWN) | dict(word.split("=", 1) for word in options.metadata)
+
+
 def check_item(
-    item: PromptItem, settings: PromptsConfig, trained: TrainedSampler, options: SamplingConfig
+    item: PromptItem,
+    settings: PromptsConfig,
+    trained: TrainedSampler,
+    options: SamplingConfig,
+    metadata: Mapping[str, str],
 ) -> tuple[SamplingConfig, Row, str | None]:
     """Returns the sampling settings, the row of conditions and the negative prompt of an item; ValueError if it cannot
-    be drawn."""
+    be drawn. `metadata` are those of all items."""
     own = {name: getattr(item, name) for name in ("sample_steps", "guidance") if getattr(item, name) is not None}
     options = dataclasses.replace(options, **own)
     negative = settings.negative if item.negative is None else item.negative
@@ -222,7 +237,7 @@ def check_item(
         raise ValueError(f"got an image of {size[0]}x{size[1]}, the model draws {height}x{width}: leave its size out")
     for text in (item.prompt, negative or ""):
         parse_prompt(text, settings.prompt_syntax)
-    words = dict(word.partition("=")[::2] for word in options.metadata) | dict(item.metadata or {})
+    words = {**metadata, **(item.metadata or {})}
     given = dataclasses.replace(options, metadata=tuple(f"{field}={value}" for field, value in words.items()))
     (row,) = trained.with_metadata([{FIELD: item.prompt}], given)
     return options, row, negative
@@ -242,6 +257,6 @@ def repeated_name(name: str, repetition: int) -> str:
 
 def reserved_names(names: Sequence[str]) -> list[str]:
     """Returns what is wrong with paths of pictures that other pictures have."""
-    lower = [name.lower() for name in names]
-    taken = sorted({name for name in names if name.lower() in RESERVED or lower.count(name.lower()) > 1})
+    counts = Counter(name.lower() for name in names)
+    taken = sorted({name for name in names if name.lower() in RESERVED or counts[name.lower()] > 1})
     return [f"got output {name}, which another picture has: give it another name" for name in taken]

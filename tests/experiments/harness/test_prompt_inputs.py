@@ -212,6 +212,22 @@ def test_metadata_of_items(tmp_path):
     assert [row["camera"] for row in given.source.rows] == ["left"] * 3
 
 
+def test_metadata_that_no_item_gives_are_unknown(tmp_path):
+    """A picture with a seed is the same in a file whose other items give some."""
+    model = make_model(words=True)
+    item, other = {"prompt": "a cat", "seed": 1}, {"prompt": "a", "metadata": {"light": "day"}}
+    alone, beside = (images(open_file(tmp_path, objects, model), 0)[0] for objects in ([item], [item, other]))
+    assert close(alone, beside)
+    typed = open_prompts(PromptsConfig(prompt="a cat"), model, options_of(model), seed=1)
+    assert typed.source.rows == ({"caption": "a cat", "light": "unknown", "camera": "unknown"},)
+
+
+def test_wrong_metadata_of_all_items_are_one_error(tmp_path):
+    model = make_model(words=True)
+    with pytest.raises(ValueError, match="^got metadata light=day and light=night: pass one of them"):
+        open_file(tmp_path, [{"prompt": "a"}, {"prompt": "b"}], model, metadata=("light=day", "light=night"))
+
+
 def test_whatever_is_wrong_with_items_is_reported_together(tmp_path):
     model = MODELS["ddpm"]
     objects = [
