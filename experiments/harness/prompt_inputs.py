@@ -193,7 +193,7 @@ def open_prompts(
     report_errors(settings.prompts, errors + reserved_names(names), len(items))
     rows = complete_rows([row for _, row, _ in checked], trained, options)
     source = trained.condition_source(dataclasses.replace(options, metadata=()), skip=rows[0]).with_rows(rows)
-    return PromptInputs(
+    inputs = PromptInputs(
         trained,
         tuple(items),
         tuple(own for own, _, _ in checked),
@@ -204,6 +204,27 @@ def open_prompts(
         tuple(names),
         prompts_provenance(settings.prompts),
     )
+    report_errors(settings.prompts, try_settings(inputs, options), len(items))
+    return inputs
+
+
+def try_settings(inputs: PromptInputs, options: SamplingConfig) -> list[str]:
+    """Returns what is wrong with items whose settings differ from `options` and are none of the sampler's: an image of
+    each is sampled up to its first step."""
+    wrong: dict[Any, str] = {}  # "": nothing
+    errors = []
+    for item, own, negative in zip(inputs.items, inputs.options, inputs.negatives, strict=True):
+        key = own, negative is None  # a negative prompt stands for the null
+        if own != options and key not in wrong:
+            try:
+                away = None if negative is None else inputs.encode([negative])
+                inputs.trained.dry_run(own, inputs.source, negative=away)
+                wrong[key] = ""
+            except ValueError as error:
+                wrong[key] = str(error)
+        if wrong.get(key):
+            errors.append(f"item {item.number}: {wrong[key]}")
+    return errors
 
 
 def metadata_of_all(trained: TrainedSampler, options: SamplingConfig) -> dict[str, str]:

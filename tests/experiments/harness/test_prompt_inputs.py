@@ -62,13 +62,14 @@ def read_text(network: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> 
     return output + 0.5 * read.view(len(read), *[1] * (output.ndim - 2), CODES)
 
 
-def make_model(name: str = "ddpm", n_classes: int = 0, words: bool = False) -> TrainedSampler:
+def make_model(name: str = "ddpm", n_classes: int = 0, words: bool = False, **training: object) -> TrainedSampler:
     """A sampler with random weights, conditioned on captions and perhaps on classes and one field of metadata."""
     torch.manual_seed(0)
     conditions = ("text", "metadata") if words else ("text",)
     options = merge_configs([text.Config, metadata.Config] if words else [text.Config], ConditionConfig)
     fields = {"metadata_values": ("light=day", "light=night", "camera=left")} if words else {}
     settings = {"sampler": name, "conditions": conditions, "condition_options": options(**TEXT, **fields)}
+    settings |= training
     data = DataConfig(img_size=4, n_channels=1)
     if name == "ddpm":
         config = ddpm.Config(**UNET, attn_block_type="transformer", **settings)
@@ -226,6 +227,23 @@ def test_wrong_metadata_of_all_items_are_one_error(tmp_path):
     model = make_model(words=True)
     with pytest.raises(ValueError, match="^got metadata light=day and light=night: pass one of them"):
         open_file(tmp_path, [{"prompt": "a"}, {"prompt": "b"}], model, metadata=("light=day", "light=night"))
+
+
+def test_settings_that_cannot_be_sampled_with_are_reported_before_drawing(tmp_path):
+    model = make_model("absorbing", condition_drop=0.0)
+    objects = [
+        {"prompt": "a"},
+        {"prompt": "a", "guidance": 2},
+        {"prompt": "a", "guidance": 2, "negative": "b"},  # in place of the null, which training has not seen
+        {"prompt": "a", "sample_steps": 3},
+        {"prompt": "b", "guidance": 2},
+    ]
+    with pytest.raises(ValueError, match="2 of 5 items cannot be used: item 2: got guidance 2.0, .*; item 5: got guid"):
+        open_file(tmp_path, objects, model)
+    model = MODELS["absorbing"]
+    with pytest.raises(ValueError, match="1 of 2 items .*: item 2: first_hitting takes 16 steps .*, got 50"):
+        objects = [{"prompt": "a"}, {"prompt": "a", "sample_steps": 50}]
+        open_file(tmp_path, objects, model, solver="first_hitting", sample_steps=16)
 
 
 def test_whatever_is_wrong_with_items_is_reported_together(tmp_path):
