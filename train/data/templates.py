@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from train.data.captions import SHARES
 from train.data.nouns import count_noun, join_words, with_article
 from train.data.patches import COPIED
 from train.datasets import Dataset, Templates, content_fingerprint, read_item
@@ -45,13 +46,16 @@ class TemplateCaptions:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
-        return item | {"captions": self.captions(item)}
+        return self.with_captions(self.dataset[index])
 
     def read_at_size(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         """Returns an item to be resized to `size`: its image may have been decoded to fewer pixels."""
-        item = read_item(self.dataset, index, size)
-        return item | {"captions": self.captions(item)}
+        return self.with_captions(read_item(self.dataset, index, size))
+
+    def with_captions(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Returns an item with all sentences on it in place of captions of its own."""
+        rest = {name: value for name, value in item.items() if name not in ("caption", SHARES)}
+        return rest | {"captions": self.captions(item)}
 
     def captions(self, item: dict[str, Any]) -> list[str]:
         """Returns all sentences on an item."""

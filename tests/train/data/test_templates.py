@@ -10,7 +10,7 @@ import torch
 from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.templates import NOTHING, OF_CLASSES, OF_REGIONS, TemplateCaptions, describe_things, noun_of
-from train.datasets import DIGIT_TEMPLATES, ArrayDataset, Templates, digits, shapes
+from train.datasets import DIGIT_TEMPLATES, ArrayDataset, Ragged, Templates, digits, shapes
 from train.datasets.cifar10 import CLASS_NAMES
 
 SHAPES = shapes.Config(shapes_count=30, shapes_size=16)
@@ -87,6 +87,17 @@ def test_each_visit_shows_a_sentence_of_its_own():
     assert {caption.partition(" of ")[0] for caption in captions} >= {"a photo", "an image"}
     first = TrainingImages(ImageSource(dataset, config), seed=0, first_caption=True)[list(range(40))]["caption"]
     assert {*first} == {dataset[i]["captions"][0] for i in range(10)}
+
+
+def test_captions_of_the_data_are_replaced():
+    class Captioned(ArrayDataset):
+        def __getitem__(self, index):
+            own = {"caption": "of a shard", "captions": ["a", "b"], "caption_shares": Ragged([0.0, 1.0])}
+            return super().__getitem__(index) | own
+
+    dataset = TemplateCaptions(Captioned(np.zeros((2, 4, 4), np.uint8), np.arange(2), 2, ("cat", "dog")), "val")
+    shown = TrainingImages(ImageSource(dataset, DataConfig(img_size=4, n_channels=1)), seed=0)[list(range(20))]
+    assert {*shown["caption"]} == {*dataset[0]["captions"], *dataset[1]["captions"]}
 
 
 def test_data_without_names_of_classes_are_refused():
