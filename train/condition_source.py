@@ -110,22 +110,26 @@ def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> No
 
 
 def read_rows(
-    condition_file: str | None, data: DataConfig, n_classes: int = 0, class_names: Sequence[str] = ()
+    condition_file: str | None,
+    data: DataConfig,
+    n_classes: int = 0,
+    class_names: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> list[Row]:
     """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
     A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
     of lists of numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite
-    numbers, else strings, as captions always are. Of a sampler with classes, a label that is a string is a class name,
-    or else a number, and all labels of a CSV are strings. Raises FileNotFoundError or ValueError if the file cannot be
-    used.
+    numbers, else strings, as captions and the fields in `words` always are. Of a sampler with classes, a label that is
+    a string is a class name, or else a number, and all labels of a CSV are strings. Raises FileNotFoundError or
+    ValueError if the file cannot be used.
     """
     if condition_file is None:
         return []
     path = Path(os.path.expanduser(condition_file))
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
-    rows = parse_rows(path, texts=("caption", "label") if n_classes else ("caption",))
+    rows = parse_rows(path, texts=("caption", *words, *(("label",) if n_classes else ())))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     read = {name: read_column(path, name, values, data) for name, values in columns.items()}
     if n_classes and "label" in read:

@@ -107,7 +107,8 @@ class TrainedSampler:
 
     def read_rows(self, condition_file: str | None) -> list[Row]:
         """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
-        return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names)
+        words = tuple(MetadataFields.of(self.sampler.network).words)
+        return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names, words)
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
