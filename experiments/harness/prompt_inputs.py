@@ -233,7 +233,7 @@ def metadata_of_all(trained: TrainedSampler, options: SamplingConfig) -> dict[st
     trained.with_metadata([], options)
     fields = trained.metadata_fields
     unknown = {*trained.sampler.conditions} <= {"label", FIELD, *fields}
-    return dict.fromkeys(fields * unknown, UNKNOWN) | dict(word.split("=", 1) for word in options.metadata)
+    return dict.fromkeys(fields if unknown else (), UNKNOWN) | dict(word.split("=", 1) for word in options.metadata)
 
 
 def check_item(
