@@ -182,6 +182,11 @@ def test_blend_is_a_mean_and_clauses_are_a_sequence():
     assert long.shape[1] == 77
 
 
+def test_a_mean_is_read_as_far_as_the_longest_text():
+    mask = encode('("a cat", "a cat on a mat", "a").blend(1, 1, 1)', syntax="compel", mask_padding=True)[1]
+    assert mask[0].tolist() == [True] * 7 + [False] * 70
+
+
 def test_padding_is_masked_for_encoders_that_are_trained_so():
     """As captions in training: the same numbers where the mask is True."""
     torch.manual_seed(0)
