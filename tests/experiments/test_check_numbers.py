@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.check_numbers import SWEEP_ROWS, SWEEP_VALUES, plan_sweep
+from experiments.check_numbers import SWEEP_ROWS, SWEEP_VALUES, Measurement, figures_of, plan_sweep
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics import numbers
 from helpers.tiny_runs import DDPM, call
@@ -79,12 +79,36 @@ def test_a_perfect_sampler_agrees_as_real_images_do(logs, draw_held_out, capsys)
     assert len(draws) == first and report.splitlines()[-12:] == capsys.readouterr().out.splitlines()[-12:]
 
 
-def test_a_sampler_of_other_numbers_does_not_agree(logs, draw_held_out):
+def test_a_sampler_of_other_numbers_does_not_agree(logs, draw_held_out, monkeypatch):
     draw_held_out(offset=1)
+    learned_from, train, fit = [], numbers.train_number_regressor, numbers.fit_line
+
+    def record_images(images, *args):
+        learned_from.append(len(images))
+        return train(images, *args)
+
+    def record_line(quantity, values):
+        learned_from.append(len(quantity))
+        return fit(quantity, values)
+
+    monkeypatch.setattr(numbers, "train_number_regressor", record_images)
+    monkeypatch.setattr(numbers, "fit_line", record_line)
     check(logs, f"--n_samples {N_HELD_OUT} --batch_size 200 --log_dir wrong")
     pixels = read_fields(logs, "wrong")["thickness", "pixels"]
     assert pixels["agreement"]["samples"]["r2"] < -0.5 and pixels["agreement"]["real"]["r2"] > 0.9
     assert pixels["spread"]["samples"] == pytest.approx(pixels["spread"]["real"])
+    assert learned_from == [1797 - N_HELD_OUT] * 2  # nothing from the images that are measured
+
+
+def test_figures_compare_what_is_measured_with_what_was_given():
+    given = {"real": torch.tensor([1.0, 2, 3]), "samples": torch.tensor([0.0, 4])}
+    measured = {"real": torch.full((3,), 2.0), "samples": torch.tensor([0.0, 2]), "without numbers": torch.ones(2)}
+    figures = figures_of(Measurement("year", NumberField(0, 10), "regressor", given, measured))
+    real, samples = figures["agreement"]["real"], figures["agreement"]["samples"]
+    assert real == {"n": 3, "r2": 0, "error": pytest.approx(2 / 3)} and samples == {"n": 2, "r2": 0.5, "error": 1}
+    deviations = {kind: each["deviation"] for kind, each in figures["spread"].items()}
+    expected = {"data": (2 / 3) ** 0.5, "real": 0, "samples": 1, "without numbers": 0}
+    assert deviations == pytest.approx(expected)
 
 
 def test_one_number_changes_in_a_sweep(logs, draw_held_out):
