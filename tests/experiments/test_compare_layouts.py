@@ -22,6 +22,7 @@ from train.data.loading import ImageSource
 from train.datasets import shapes
 from train.distributed import DistContext
 from train.samplers import ddpm
+from train.spaces import PixelSpace
 from train.trained_sampler import TrainedSampler
 
 pytestmark = pytest.mark.usefixtures("tiny_judges")
@@ -216,6 +217,24 @@ def test_the_arms_of_the_preset_have_equal_networks(monkeypatch, tmp_path):
     assert bench.count(wide, runs["none"].space) > 1.3 * counts["none"]  # without narrower levels
     with pytest.raises(ValueError, match=r"got box_tokens 1,\d{3},\d{3} parameters, wanted"):
         arms.check_parameters({"none": counts["none"], "box_tokens": 1_000_000}, counts["none"], 0.05)
+
+
+def test_all_random_numbers_of_a_run_are_of_its_seed(monkeypatch, tmp_path):
+    bench, seen = preset_bench(monkeypatch, tmp_path), []
+    bench = replace(bench, training=replace(bench.training, batch_size=4))
+
+    def record(state, batches, step, *, seed, **options):
+        seen.append((seed, step.training.seed, next(batches)[0]["image"], state.modules["network"].state_dict()))
+
+    monkeypatch.setattr(arms, "fit", record)
+    settings = arms.pixel_settings(bench.sampler, ARMS["none"], bench.train_images.dataset)(32)
+    run = arms.Run("none", 0, settings, PixelSpace(bench.data), "none_0")
+    for seed in (0, 1, 1):
+        bench.train(run.with_seed(seed), tmp_path / "weights.safetensors")
+    first, second, again = seen
+    assert [each[:2] for each in seen] == [(0, 0), (1, 1), (1, 1)]
+    assert not torch.equal(first[2], second[2]) and torch.equal(second[2], again[2])
+    assert any(not torch.equal(first[3][name], second[3][name]) for name in first[3])
 
 
 def test_on_codes_the_map_of_the_decoder_is_joined(monkeypatch, tmp_path):
