@@ -5,7 +5,7 @@ occur in training. Saves a table and a picture of captions with samples.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import cycle, islice
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
-from experiments.harness.report import progress, table
+from experiments.harness.report import progress, share, share_words, table
 from experiments.metrics.contact_sheet import GAP, draw_lines
 from experiments.metrics.image_classifier import RECIPE, classify, load_labelled_images, train_image_classifier
 from experiments.metrics.layout.layout_pictures import save_picture
@@ -230,12 +230,6 @@ def kinds_of(requests: Sequence[Request]) -> list[str]:
     return list(dict.fromkeys(request.kind for request in requests))
 
 
-def share(right: Iterable[bool]) -> dict[str, Any]:
-    """Returns the number of images and the share that is right, None without an image."""
-    values = list(right)
-    return {"n": len(values), "right": sum(values) / len(values) if values else None}
-
-
 def count_tokens(captions: Sequence[str], length: int) -> dict[str, Any]:
     """Returns the least and the greatest number of words, tokens and chunks of captions, and how many tokens of all of
     them are lost where they are cut into chunks of at most `length` tokens."""
@@ -313,12 +307,6 @@ def report(results: dict[str, Any], folder: Path) -> str:
             *("", str(folder / "results.json"), str(folder / PICTURE)),
         ]
     )
-
-
-def share_words(each: dict[str, Any]) -> tuple[str, str]:
-    """Returns a number of images and a share with its binomial standard error, as words."""
-    n, right = each["n"], each["right"]
-    return str(n), "-" if right is None else f"{right:.3f} ± {(right * (1 - right) / n) ** 0.5:.3f}"
 
 
 def span(least: int, most: int) -> str:

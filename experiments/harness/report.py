@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,18 @@ def mean_and_deviation(values: list[float]) -> str:
     """Formats values as mean ± sample standard deviation; a single value as itself."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
+
+
+def share(right: Iterable[bool]) -> dict[str, Any]:
+    """Returns the number of images and the share that is right, None without an image."""
+    values = list(right)
+    return {"n": len(values), "right": sum(values) / len(values) if values else None}
+
+
+def share_words(each: dict[str, Any]) -> tuple[str, str]:
+    """Returns a number of images and a share with its binomial standard error, as words."""
+    n, right = each["n"], each["right"]
+    return str(n), "-" if right is None else f"{right:.3f} ± {(right * (1 - right) / n) ** 0.5:.3f}"
 
 
 def progress(
