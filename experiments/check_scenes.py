@@ -27,7 +27,7 @@ from experiments.metrics.layout.layouts import Layouts, box_iou
 from experiments.metrics.layout.scene_network import SceneNetwork, detect, segment
 from models.ranges import check_ranges
 from train.config import DataConfig, SamplingConfig
-from train.data.nouns import count_noun
+from train.data.nouns import NUMBERS
 from train.data.transforms import as_uint8
 from train.datasets import shapes
 from train.datasets._shapes_scene import COLORS, GROUNDS, PAIRS, PALETTE, THINGS
@@ -298,7 +298,7 @@ def draw_picture(requests: Sequence[Request], images: Tensor, real: Tensor) -> I
     for first in shown[: 2 * MOST_ROWS]:
         rows = [i for i in ones if requests[i].pair == requests[first].pair][:MOST_IMAGES]
         grid = grid_image(torch.cat([images[rows], real[rows]]), columns=len(rows))
-        strips.append((f"{requests[first].caption} (a pair {requests[first].kind})", grid))
+        strips.append((f"{requests[first].kind}: {requests[first].caption}", grid))
     width, height = grid.width + GAP, grid.height + LINE + GAP
     picture = Image.new("RGB", (GAP + 2 * width, GAP + -(-len(strips) // 2) * height), "white")
     ink, font = ImageDraw.Draw(picture), ImageFont.load_default(size=TEXT)
@@ -325,7 +325,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
         marks = ["*" if each["kind"] == HELD_OUT else "" for each in cells]
         pairs.append((color, *(f"{each[SAMPLES]['right']:.2f}{mark}" for each, mark in zip(cells, marks, strict=True))))
     others = [("all captions", "images", SAMPLES, REAL)]
-    shares = {f"{NUMBER}, {count_noun('thing', each['count'])}": each for each in results[NUMBER]}
+    shares = {f"{NUMBER}: {NUMBERS[each['count']]}": each for each in results[NUMBER]}
     shares |= {PLACES: results[PLACES]} if PLACES in results else {}
     for name, each in shares.items():
         others.append((name, *share_words(each[SAMPLES]), share_words(each[REAL])[1]))
