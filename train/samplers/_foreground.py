@@ -1,7 +1,7 @@
 """Foreground-weighted training losses: more weight on small objects than on large ones and the background.
 
-The rule is that of Chen et al. 2024 (GeoDiffusion), with cells that boxes touch in place of rounded corners, and with
-small boxes in front of large ones whatever their order.
+The rule is that of Chen et al. 2024 (GeoDiffusion), which rounds the edges of boxes to whole cells. Here a box has all
+cells that it touches, and small boxes are in front of large ones whatever their order.
 """
 
 from collections.abc import Callable, Sequence
