@@ -1,7 +1,6 @@
 """Edits images by their layouts: moves, adds, removes or relabels boxes, and keeps the rest of the image."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.layout_edits import (
-    FIELDS,
     FORMS,
     EditedLayout,
     LayoutNames,
@@ -38,14 +36,15 @@ from experiments.harness.layout_edits import (
     read_layout,
     read_layout_names,
 )
+from experiments.harness.layout_inputs import open_layouts
 from experiments.harness.report import table
 from experiments.metrics.contact_sheet import draw_boxes
 from models.ranges import NOT_NEGATIVE, SIZE, check_ranges
-from train.condition_source import Row
 from train.config import SamplingConfig
 from train.data.transforms import to_picture
 from train.distributed import DistContext
-from train.files import write_text
+from train.layout_files import LayoutVocabulary
+from train.layouts import Layout, trained_vocabulary, write_layouts
 from train.trained_sampler import TrainedSampler
 
 GREY = 128  # shown where the image is drawn anew
@@ -61,6 +60,9 @@ class LayoutEditConfig:
     "add CLASS [COLOR] LEFT TOP RIGHT BOTTOM", "remove REGION", "relabel REGION CLASS [COLOR]". Positions are fractions
     of the image. Regions are numbered from 0 in the layout before, later ones in front; without edits, they are
     listed."""
+    layouts: str | None = None
+    """File or folder of layouts, as of get_samples.py, for the images in turn; if omitted, those of the held-out images
+    or the rows of --condition_file."""
     margin: int = 0
     """Cells around the boxes that are drawn anew as well: codes or latents (pixel models: pixels)."""
     results: int = 1
@@ -68,7 +70,7 @@ class LayoutEditConfig:
     paste: bool = True
     """Copy the pixels outside the boxes from the input; --no_paste: leave them as rendered by the model."""
 
-    EVERYDAY = ("edit", "margin")
+    EVERYDAY = ("edit", "layouts", "margin")
     RANGES = {"margin": NOT_NEGATIVE, "results": SIZE}
 
     def __post_init__(self):
@@ -79,11 +81,11 @@ class LayoutEditConfig:
 class Config:
     """Edits the layouts of images, which are drawn anew in the boxes that change, as they were and as they are; writes
     layout_edited.png (original | before | after | results), images/, layouts.json and results.json to
-    <logs_root>/<log_dir>. Layouts are those of the held-out images, or rows of --condition_file for --image."""
+    <logs_root>/<log_dir>. Layouts are those of the held-out images; images of your own come with --layouts."""
 
     EXAMPLES = (
         'python experiments/edit_layout.py --load_dir layout --n_images 4 --edit "move 0 by 0.2 0" "remove 1"',
-        'python experiments/edit_layout.py --load_dir layout --image a.png --condition_file a.json --edit "remove 0"',
+        'python experiments/edit_layout.py --load_dir layout --image a.png --layouts layouts.json --edit "remove 0"',
     )
 
     given: InputImagesConfig
@@ -97,15 +99,25 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     """Loads the images and edits their layouts. ValueError: an edit does not fit one of them."""
     names = read_layout_names(model.sampler.network, model.dataset("val"), str(model.run))
     inputs = load_input_images(config.given.image, config.given.n_images, model, config.sampling.condition_file)
+    provenance = {"given_images": inputs.fingerprint}  # of all pixels: none is masked yet
+    if config.layout.layouts is None:
+        vocabulary = trained_vocabulary(model)
+    else:
+        opened = open_layouts(config.layout.layouts, model, config.sampling)
+        vocabulary, rows, provenance = opened.vocabulary, inputs.rows or ({},), provenance | opened.provenance
+        given = [opened.layouts[i % len(opened)].row for i in range(len(inputs))]
+        rows = [
+            {**rows[i % len(rows)], **row} for i, row in enumerate(given)
+        ]  # a held-out image keeps its other fields
+        inputs = dataclasses.replace(inputs, rows=tuple(rows))
     layouts = edit_layouts(inputs, config.layout.edit, names)
-    setup = (inputs, layouts, names, config.layout, config.sampling)
-    return ExperimentSetup(setup, {"given_images": inputs.fingerprint})  # of all pixels: none is masked yet
+    return ExperimentSetup((inputs, layouts, names, vocabulary, config.layout, config.sampling), provenance)
 
 
 def edit_layouts(inputs: InputImages, texts: Sequence[str], names: LayoutNames) -> list[EditedLayout]:
     """Returns the layout of each image before and after the edits. ValueError: an edit does not fit."""
-    if not inputs.rows:  # layouts of other file formats would be read here, as rows of `inputs`
-        raise ValueError("got --image without layouts: pass --condition_file FILE.json with boxes and box_class")
+    if not inputs.rows:
+        raise ValueError("got --image without layouts: pass --layouts FILE.json with boxes and classes")
     edits = [parse_edit(text, names) for text in texts]
     layouts = []
     for number, name in enumerate(inputs.names):
@@ -123,6 +135,7 @@ def measure(
     inputs: InputImages,
     layouts: list[EditedLayout],
     names: LayoutNames,
+    vocabulary: LayoutVocabulary,
     settings: LayoutEditConfig,
     sampling: SamplingConfig,
     model: TrainedSampler,
@@ -150,7 +163,8 @@ def measure(
     original, inside = inputs.image.unsqueeze(1), mask[:, None, None]
     results = torch.where(inside, rendered, original) if settings.paste else rendered
     save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
-    save_layouts(batches.folder / "layouts.json", inputs.rows)
+    stems = [f"{i:03d}_{Path(name).stem}" for i, name in enumerate(inputs.names)]  # as of the images
+    write_layouts(batches.folder, [*map(Layout, stems, inputs.rows)], vocabulary)
     save_overview(batches.folder / "layout_edited.png", inputs, layouts, names, results)
     return {
         "n_images": len(inputs),
@@ -178,11 +192,6 @@ def describe_edit(name: str, layout: EditedLayout, names: LayoutNames) -> dict[s
         return None if region is None else {"region": names.describe(region), "box": list(region.box)}
 
     return {"name": name, "before": list(map(describe, layout.before)), "after": list(map(describe, layout.regions))}
-
-
-def save_layouts(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the layouts of rows of conditions in the format of a --condition_file."""
-    write_text(path, json.dumps([{name: row[name].tolist() for name in FIELDS if name in row} for row in rows]) + "\n")
 
 
 def save_overview(

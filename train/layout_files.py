@@ -73,11 +73,12 @@ class LayoutVocabulary:
 
 
 def vocabulary_of(dataset: Dataset, fields: Sequence[str], size: tuple[int, int]) -> LayoutVocabulary:
-    """Returns the vocabulary of a data set for a model that reads `fields`; ValueError if the data have no regions."""
+    """Returns the vocabulary of a data set for a model that reads `fields`. Where the data do not name the classes of
+    boxes, they are numbers; ValueError for maps of such classes."""
     classes = tuple(getattr(dataset, "region_classes", ()))
-    if not classes:
-        raise ValueError("got layouts for data without boxes or maps of classes: leave --layouts out")
-    categories = Categories(tuple(range(len(classes))), classes, tuple(dataset.region_things))
+    if not classes and "panoptic" in fields:
+        raise ValueError("got layouts for data without names of classes, by which maps are read: leave --layouts out")
+    categories = Categories(tuple(range(len(classes))), classes, tuple(getattr(dataset, "region_things", ())))
     categories = dataset.categories if isinstance(dataset, RegionDataset) else categories
     return LayoutVocabulary(categories, tuple(getattr(dataset, "palette", ())), tuple(fields), size)
 
@@ -92,10 +93,15 @@ def number_of(value: Any, names: Sequence[str], what: str) -> int:
     if type(value) is int and 0 <= value and (not names or value < len(names)):
         return value
     if not names:
-        raise ValueError(f"got the {what} {value!r}, but the data have no names of {what}s: pass numbers from 0 on")
+        raise ValueError(f"got the {what} {value!r}, but the data have no {what} names: pass numbers from 0 on")
     listed = ", ".join(names[:LISTED]) + (f", ... ({len(names)} names)" if len(names) > LISTED else "")
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
     raise ValueError(f"got the {what} {value!r}{hint}, wanted one of {listed}, or a number from 0 to {len(names) - 1}")
+
+
+def name_of(number: int, names: Sequence[str]) -> str | int:
+    """Returns the name of the number of a class or a colour, or the number itself where it has no name."""
+    return names[number] if number < len(names) else number
 
 
 def renumber(numbers: Tensor, own: Categories, vocabulary: LayoutVocabulary) -> Ragged:

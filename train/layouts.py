@@ -37,6 +37,7 @@ from train.layout_files import (
     SEGMENT_FIELDS,
     LayoutVocabulary,
     list_files,
+    name_of,
     read_file,
     read_folder,
     vocabulary_of,
@@ -179,10 +180,9 @@ def describe_boxes(layout: Layout, vocabulary: LayoutVocabulary) -> dict[str, An
     row = layout.row
     boxes = row["boxes"].as_subclass(Tensor).clamp(0, 1)
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    classes = [vocabulary.classes[number] for number in row["box_class"][inside].tolist()]
+    classes = [name_of(number, vocabulary.classes) for number in row["box_class"][inside].tolist()]
     shortest = [[float(str(side)) for side in box] for box in boxes[inside].numpy()]  # of the digits of float32
     entry = {"name": layout.name, "boxes": shortest, "classes": classes}
     if "box_color" in row:
-        colors = row["box_color"][inside].tolist()
-        entry["colors"] = [vocabulary.colors[number] for number in colors] if vocabulary.colors else colors
+        entry["colors"] = [name_of(number, vocabulary.colors) for number in row["box_color"][inside].tolist()]
     return entry

@@ -91,11 +91,39 @@ def test_results_are_reported_again_and_go_on_as_an_input(layout_logs, monkeypat
     layouts = json.loads((folder / "layouts.json").read_text())
     assert [len(row["boxes"]) for row in layouts] == [len(layout) - 1 for layout in before]
     files = " ".join(str(path) for path in sorted((folder / "images").glob("*.png")))
-    again = f"{MODEL} --image {files} --condition_file {folder / 'layouts.json'} --sample_steps 2 --log_dir second"
+    again = f"{MODEL} --image {files} --layouts {folder / 'layouts.json'} --sample_steps 2 --log_dir second"
     edit(layout_logs, again, ["add ring blue 0.1 0.1 0.5 0.5"])
-    for layout, image in zip(layouts, read_results(layout_logs / "second")["images"], strict=True):
-        assert [each["box"] for each in image["before"]] == layout["boxes"]
+    results = read_results(layout_logs / "second")
+    for layout, image in zip(layouts, results["images"], strict=True):
+        assert [each["box"] for each in image["before"]] == [pytest.approx(box) for box in layout["boxes"]]
+        words = [" ".join(pair) for pair in zip(layout["colors"], layout["classes"], strict=True)]
+        assert [each["region"] for each in image["before"]] == words
         assert image["after"][-1] == {"region": "blue ring", "box": [0.1, 0.1, 0.5, 0.5]}
+    assert "layouts_sha256" in (layout_logs / "second" / "config.yaml").read_text()
+
+
+def test_layouts_of_samples_are_edited_and_sampled_again(layout_logs, tmp_path):
+    """The file that get_samples.py writes is one that edit_layout.py reads, and the other way round."""
+    given = [
+        {"name": "a", "boxes": [[0.1, 0.2, 0.5, 0.7]], "classes": ["disc"], "colors": ["red"]},
+        {"name": "b", "boxes": [[0.0, 0.5, 0.5, 1.0]], "classes": ["bow"], "colors": ["green"]},
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps(given))
+    quick = f"--logs_root {layout_logs} --load_dir layout --no_amp --device cpu --sample_steps 2 --save_individually"
+    call("experiments/get_samples.py", f"{quick} --layouts {tmp_path / 'mine.json'} --n_samples 2 --log_dir drawn")
+    images = " ".join(map(str, sorted((layout_logs / "drawn" / "images").glob("*.png"))))
+    beside = layout_logs / "drawn" / "layouts.json"
+    flags = f"{MODEL} --image {images} --layouts {beside} --sample_steps 2 --log_dir moved"
+    edit(layout_logs, flags, ["move 0 by 0.6 0"])  # beyond the image, which the layouts are clipped to
+    (first, second) = json.loads((layout_logs / "moved" / "layouts.json").read_text())
+    assert first["boxes"] == [pytest.approx([0.7, 0.2, 1, 0.7])] and second["boxes"] == [
+        pytest.approx([0.6, 0.5, 1, 1])
+    ]
+    assert (first["classes"], first["colors"], second["classes"]) == (["disc"], ["red"], ["bow"])
+    moved = layout_logs / "moved" / "layouts.json"
+    call("experiments/get_samples.py", f"{quick} --layouts {moved} --n_samples 2 --log_dir redrawn")
+    again = json.loads((layout_logs / "redrawn" / "layouts.json").read_text())
+    assert again == [first, second]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +133,17 @@ def test_results_are_reported_again_and_go_on_as_an_input(layout_logs, monkeypat
         ("--n_images 2", [], "got no --edit, wanted for example 'remove REGION'; regions of val_"),
         ("--n_images 2", ["move 0 by 0 0"], "leaves the layout of val_"),
         ("--n_images 2", ["add cat red 0 0 1 1"], "unknown class 'cat'"),
-        ("--image {picture}", ["remove 0"], "pass --condition_file"),
+        ("--image {picture}", ["remove 0"], "pass --layouts FILE.json"),
+        ("--layouts a.json --condition_file {rows}", ["remove 0"], "got --layouts and --condition_file"),
         ("--n_images 2 --margin -1", ["remove 0"], "margin -1"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(layout_logs, tmp_path, capsys, flags, edits, expected):
     Image.new("RGB", SIZE).save(tmp_path / "a.png")
+    (tmp_path / "rows.json").write_text('[{"boxes": [[0, 0, 1, 1]], "box_class": [0], "box_color": [0]}]')
+    files = {"picture": tmp_path / "a.png", "rows": tmp_path / "rows.json"}
     with pytest.raises(SystemExit) as stop:
-        edit(layout_logs, f"{MODEL} --log_dir refused {flags.format(picture=tmp_path / 'a.png')}", edits)
+        edit(layout_logs, f"{MODEL} --log_dir refused {flags.format(**files)}", edits)
     assert stop.value.code == 2 and not (layout_logs / "refused").exists()
     assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
 

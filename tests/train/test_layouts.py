@@ -227,8 +227,22 @@ def test_what_the_model_reads_must_be_there(tmp_path, written):
     plain = LayoutVocabulary(Categories((0,), ("disc",), (True,)), (), COLORS, (8, 8))
     entry = {"boxes": [[0, 0, 1, 1]], "classes": [0], "colors": [9]}
     assert read_layouts(save(tmp_path, [entry]), plain)[0].row["box_color"].tolist() == [9]
-    with pytest.raises(ValueError, match="the data have no names of colors: pass numbers"):
+    with pytest.raises(ValueError, match="the data have no color names: pass numbers"):
         read_layouts(save(tmp_path, [entry | {"colors": ["red"]}]), plain)
+
+
+def test_without_names_classes_are_numbers(tmp_path):
+    """Of data that do not name them; a number beyond the names stays one, too."""
+    boxes = vocabulary_of(object(), COLORS, (8, 8))
+    path = save(tmp_path, [{"name": "a", "boxes": [[0, 0, 1, 1]], "classes": [3], "colors": [9]}])
+    layouts = read_layouts(path, boxes)
+    assert json.loads(write_layouts(tmp_path / "again", layouts, boxes).read_text()) == json.loads(path.read_text())
+    (entry,) = json.loads(write_layouts(tmp_path / "named", layouts, of_shapes(COLORS)).read_text())
+    assert (entry["classes"], entry["colors"]) == ([scenes().region_classes[3]], [9])
+    with pytest.raises(ValueError, match="the data have no class names: pass numbers"):
+        read_layouts(save(tmp_path, [{"boxes": [[0, 0, 1, 1]], "classes": ["disc"]}]), boxes)
+    with pytest.raises(ValueError, match="without names of classes, by which maps are read"):
+        vocabulary_of(object(), SEGMENTS, (8, 8))
 
 
 def test_folders_of_other_files_are_refused(tmp_path, written):
