@@ -3,7 +3,7 @@
 The loop is the published form (Cheng et al. 2023, LayoutDiffuse): the cells of each object are cut out of the map,
 attend to each other with a prompt, and are put back; each cell gets the mean over its objects, and cells without an
 object attend to the whole map. Attention there is two products and a softmax; the loop is also timed with the fused
-attention of ours. Both give the same numbers as ours.
+attention of ours. Both give the same numbers as ours. Places in boxes, which the loop does not have, are timed as well.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,8 @@ IMAGES, CHANNELS, HEADS = 8, 128, 4
 SIDES = (16, 32)  # of square maps
 OVERLAPS = ("mean", "mean_prompt")  # own prompts where objects overlap, and their mean as published
 MANY, FEW, SMALL = 100, 6, 0.1  # small boxes in an image, and their side
-OURS, LOOP, FUSED_LOOP, WHOLE_MAP, FEW_BOXES = "ours", "loop", "loop, fused attention", "whole map", "ours, few boxes"
+OURS, WITH_PLACES, FEW_BOXES = "ours", "ours, with places", "ours, few boxes"
+LOOP, FUSED_LOOP, WHOLE_MAP = "loop", "loop, fused attention", "whole map"
 PASSES = ("forward", "forward and backward")
 Slices = tuple[slice, slice]  # the rows and columns of an object
 AttendToAll = Callable[[RegionAttention, Tensor], Tensor]  # (h, w, 3 C) -> (h, w, C)
@@ -126,7 +127,7 @@ def attend_to_whole_map(layer: RegionAttention, x: Tensor, prompts: Tensor) -> T
 
 
 def region_attention_cases(device: torch.device) -> dict[str, dict[str, Callable[[], object]]]:
-    """Returns what to time, by case and way: boxes of `shapes` in four ways, and many small boxes beside few.
+    """Returns what to time, by case and way: boxes of `shapes` in five ways, and many small boxes beside few.
 
     Ours and the whole map begin with x and boxes, the loop with x and the cells of its objects.
     """
@@ -135,17 +136,19 @@ def region_attention_cases(device: torch.device) -> dict[str, dict[str, Callable
     for side in SIDES:
         slices = boxes.slices(side)
         for overlap in OVERLAPS:
-            layer = make_layer(overlap).to(device)
+            layer, placed = (make_layer(overlap, places).to(device) for places in (False, True))
             ways = {
-                OURS: partial(attend_by_region, layer, boxes),
-                LOOP: partial(attend_object_by_object, layer, slices, attend_to_all),
-                FUSED_LOOP: partial(attend_object_by_object, layer, slices, attend_to_all_fused),
-                WHOLE_MAP: partial(attend_to_whole_map, layer),
+                OURS: (layer, attend_by_region, boxes),
+                WITH_PLACES: (placed, attend_by_region, boxes),
+                LOOP: (layer, attend_object_by_object, slices, attend_to_all),
+                FUSED_LOOP: (layer, attend_object_by_object, slices, attend_to_all_fused),
+                WHOLE_MAP: (layer, attend_to_whole_map),
             }
             inputs = make_inputs(side, boxes.boxes.shape[1], device)
             for part, run in zip(PASSES, (run_forward, run_forward_backward), strict=True):
                 cases[case_name(side, overlap, part)] = {
-                    way: partial(run, layer, attend, *inputs) for way, attend in ways.items()
+                    way: partial(run, used, partial(attend, used, *how), *inputs)
+                    for way, (used, attend, *how) in ways.items()
                 }
         layer = make_layer(OVERLAPS[0]).to(device)
         cases[many_name(side)] = {
@@ -170,10 +173,10 @@ def many_name(side: int) -> str:
     return f"{side}x{side}, {MANY} small boxes, {PASSES[1]}"
 
 
-def make_layer(overlap: str) -> RegionAttention:
-    """Returns a layer of kind v2 with random weights, without places, which the loop does not have."""
+def make_layer(overlap: str, places: bool = False) -> RegionAttention:
+    """Returns a layer of kind v2 with random weights."""
     torch.manual_seed(0)
-    return RegionAttention(CHANNELS, HEADS, CHANNELS, kind="v2", overlap=overlap, places=False)
+    return RegionAttention(CHANNELS, HEADS, CHANNELS, kind="v2", overlap=overlap, places=places)
 
 
 def make_inputs(side: int, prompts: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,10 +203,11 @@ def compare_ways(rows: Sequence[Row], name: str) -> Iterator[str]:
     seconds = {row["workload"]: row["seconds"] for row in rows}
     for side in SIDES:
         for case in (case_name(side, overlap, part) for overlap in OVERLAPS for part in PASSES):
-            ours, loop, fused, whole = (
-                seconds[f"{name}, {case}, {way}"] for way in (OURS, LOOP, FUSED_LOOP, WHOLE_MAP)
+            ours, placed, loop, fused, whole = (
+                seconds[f"{name}, {case}, {way}"] for way in (OURS, WITH_PLACES, LOOP, FUSED_LOOP, WHOLE_MAP)
             )
             faster = f"{loop / ours:.2f}x as fast as the loop ({fused / ours:.2f}x with fused attention)"
-            yield f"{case}: {faster}, {ours / whole:.2f}x the time of the whole map"
+            slower = f"{ours / whole:.2f}x the time of the whole map ({placed / whole:.2f}x with places)"
+            yield f"{case}: {faster}, {slower}"
         many, few = (seconds[f"{name}, {many_name(side)}, {way}"] for way in (OURS, FEW_BOXES))
         yield f"{many_name(side)}: {many / few:.2f}x the time of {FEW}"

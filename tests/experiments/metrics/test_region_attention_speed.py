@@ -12,7 +12,9 @@ from experiments.metrics.region_attention_speed import (
     LOOP,
     OURS,
     OVERLAPS,
+    PASSES,
     WHOLE_MAP,
+    WITH_PLACES,
     attend_by_region,
     attend_object_by_object,
     attend_to_all,
@@ -71,15 +73,24 @@ def test_the_whole_map_is_plain_attention(small):
     assert torch.equal(run(), plain(make_inputs(4, 6, CPU)[0]))
 
 
+def test_with_places_all_starts_the_same_and_places_learn(small):
+    cases = region_attention_cases(CPU)
+    for overlap in OVERLAPS:
+        forward, both = (cases[f"4x4, overlap {overlap}, {part}"] for part in PASSES)
+        assert torch.allclose(forward[WITH_PLACES](), forward[OURS](), rtol=0, atol=1e-6)
+        *others, places = both[WITH_PLACES]()
+        assert len(others) == len(both[OURS]()) and places.any()
+
+
 def test_each_case_has_its_rows_and_its_ratios(small, capsys):
     rows = fixed_workloads.measure_region_attention(1, CPU)
-    assert len({row["workload"] for row in rows}) == len(rows) == 2 * (4 * 4 + 2)
+    assert len({row["workload"] for row in rows}) == len(rows) == 2 * (4 * 5 + 2)
     lines = capsys.readouterr().out
     assert lines.count("as fast as the loop") == 8 and lines.count("the time of 2") == 2
-    seconds = {OURS: 2.0, LOOP: 5.0, FUSED_LOOP: 3.0, WHOLE_MAP: 1.6, FEW_BOXES: 0.5}
+    seconds = {OURS: 2.0, WITH_PLACES: 2.4, LOOP: 5.0, FUSED_LOOP: 3.0, WHOLE_MAP: 1.6, FEW_BOXES: 0.5}
     way_of = {row["workload"]: way for row in rows for way in seconds if row["workload"].endswith(f", {way}")}
     rows = [{**row, "seconds": seconds[way_of[row["workload"]]]} for row in rows]
     ratios = [*compare_ways(rows, "region attention")]
     faster = "2.50x as fast as the loop (1.50x with fused attention)"
-    assert ratios[0] == f"4x4, overlap mean, forward: {faster}, 1.25x the time of the whole map"
+    assert ratios[0] == f"4x4, overlap mean, forward: {faster}, 1.25x the time of the whole map (1.50x with places)"
     assert ratios[4] == "4x4, 12 small boxes, forward and backward: 4.00x the time of 2"
