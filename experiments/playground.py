@@ -133,8 +133,8 @@ class Playground:
 
     @cached_property
     def layout_names(self) -> LayoutNames | None:
-        """The names of the classes and colours of boxes; None if the model reads no boxes."""
-        if FIELDS[0] not in self.trained.sampler.conditions:
+        """The names of the classes and colours of boxes; None if the model reads no boxes, or masks too."""
+        if FIELDS[0] not in self.trained.sampler.conditions or "masks" in self.trained.sampler.conditions:
             return None
         return read_layout_names(self.trained.sampler.network, self.trained.dataset("val"), str(self.trained.run))
 

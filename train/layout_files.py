@@ -25,7 +25,9 @@ from train.datasets._regions import (
     UNLABELLED,
     RegionDataset,
     box_fields,
+    make_boxes,
     make_map,
+    make_masks,
     naming,
     panoptic_fields,
     read_categories,
@@ -36,7 +38,7 @@ from train.datasets._regions import (
 from train.files import parse_json
 from train.registry import did_you_mean
 
-BOX_FIELDS = ("boxes", "box_class", "box_color")
+BOX_FIELDS = ("boxes", "masks", "box_class", "box_color")
 SEGMENT_FIELDS = ("panoptic", "segment_id", "segment_class")
 REMEDY = "pass a .json file, or a folder of .txt files or .png maps, as --layouts"
 LISTED = 12  # names in a message
@@ -160,17 +162,22 @@ def file_stem(name: str) -> str:
 
 def read_entry(number: int, entry: Any, vocabulary: LayoutVocabulary) -> Item:
     """Reads a layout of a JSON list."""
-    if not isinstance(entry, dict) or not {"boxes", "classes"} <= entry.keys():
-        raise ValueError(f"layout {number} is {str(entry)[:60]}, wanted an object with boxes and classes")
+    if not isinstance(entry, dict) or "classes" not in entry or ("boxes" in entry) == ("masks" in entry):
+        got = f"layout {number} is {str(entry)[:60]}"
+        raise ValueError(f"{got}, wanted an object with boxes and classes, or masks in place of boxes")
     name = file_stem(f"{entry.get('name', f'layout_{number:03d}')}.json")
     with naming(f"layout {number}, {name}" if "name" in entry else f"layout {number}"):
-        own = {"boxes", "classes", "colors", "size", "name"}
+        own = {"boxes", "masks", "classes", "colors", "size", "name"}
         others = {key: value for key, value in entry.items() if key not in own}
         if unknown := sorted(others.keys() - {*vocabulary.fields, "label"} | others.keys() & {*SEGMENT_FIELDS}):
             hint = did_you_mean(unknown[0], [*own, *vocabulary.fields])
             raise ValueError(f"got {unknown[0]!r}{hint}, wanted {', '.join(sorted(own))} or another field of the model")
-        boxes, n = read_boxes(entry["boxes"], entry.get("size")), len(entry["boxes"])
-        fields = {"boxes": boxes, "box_class": read_numbers(entry, "classes", vocabulary.classes, "class", n)}
+        if "masks" in entry:
+            fields = read_masks(entry["masks"], entry.get("size"))
+        else:
+            fields = {"boxes": read_boxes(entry["boxes"], entry.get("size"))}
+        n = len(fields["boxes"])
+        fields["box_class"] = read_numbers(entry, "classes", vocabulary.classes, "class", n)
         if "colors" in entry:
             fields["box_color"] = read_numbers(entry, "colors", vocabulary.colors, "color", n)
         if isinstance(entry.get("label"), str) and vocabulary.n_classes:
@@ -187,9 +194,25 @@ def read_boxes(boxes: Any, size: Any) -> Tensor:
     if size is None:
         check_fractions(values.numpy(), 'give the layout "size": [height, width] for boxes in pixels')
         return Ragged(values.clamp(0, 1))
+    return make_boxes(values.numpy(), read_size(size))
+
+
+def read_masks(masks: Any, size: Any) -> dict[str, Any]:
+    """Returns the masks, polygons or run lengths, of an image of `size`, [height, width], and the boxes around them."""
+    if not isinstance(masks, list):
+        raise ValueError(f"got the masks {str(masks)[:60]}, wanted a list of polygons or run lengths")
+    pixels = [coco.decode_segmentation(each, read_size(size)) for each in masks]
+    return {
+        "masks": make_masks(pixels, read_size(size)),
+        "boxes": make_boxes([coco.box_of_mask(each) for each in pixels], read_size(size)),
+    }
+
+
+def read_size(size: Any) -> tuple[int, int]:
+    """Returns the height and width of an image; ValueError for anything but two whole numbers above 0."""
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise ValueError(f"got size {size}, wanted [height, width] in pixels")
-    return box_fields(values.numpy(), [0] * len(boxes), tuple(size))["boxes"]
+    return tuple(size)
 
 
 def check_fractions(boxes: np.ndarray, remedy: str) -> None:
@@ -212,8 +235,9 @@ def read_numbers(entry: Mapping[str, Any], key: str, names: Sequence[str], what:
 
 
 def read_instances(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
-    """Reads the boxes of COCO's instances; an image without any has none."""
-    content, categories = read_listed(path, ("category_id", "bbox"))
+    """Reads the boxes of COCO's instances, and the masks if the model reads them; an image without any has none."""
+    of_masks = "masks" in vocabulary.fields
+    content, categories = read_listed(path, ("category_id", "bbox", *(["segmentation"] if of_masks else [])))
     items = []
     for key, image in content.images.items():
         rows = content.annotations.get(key, [])
@@ -224,6 +248,9 @@ def read_instances(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
             size = int(image["height"]), int(image["width"])
             boxes = coco.to_xyxy([row["bbox"] for row in rows])
             fields = box_fields(boxes, renumber(numbers, categories, vocabulary), size)
+            if of_masks:
+                masks = [coco.decode_segmentation(row["segmentation"], size) for row in rows]
+                fields["masks"] = make_masks(masks, size)
         items.append((file_stem(image["file_name"]), fields))
     return items
 
@@ -251,7 +278,12 @@ def read_listed(path: Path, keys: Sequence[str]) -> tuple[CocoFile, Categories]:
 
 
 def renumber_fields(fields: dict[str, Any], own: Categories, vocabulary: LayoutVocabulary) -> dict[str, Any]:
-    """Converts the classes of regions, numbers of a file's own list, to those of the model."""
+    """Converts the classes of the regions of a map, numbers of a file's own list, to those of the model, and adds the
+    masks of its things if the model reads them."""
+    if "masks" in vocabulary.fields and "box_id" in fields:
+        ids = fields["panoptic"].as_subclass(Tensor).numpy()
+        masks = [(ids == each).astype(np.uint8) for each in fields["box_id"].tolist()]
+        fields = fields | {"masks": make_masks(masks, ids.shape)}
     classes = {name: fields[name] for name in ("box_class", "segment_class") if name in fields}
     return fields | {name: renumber(numbers, own, vocabulary) for name, numbers in classes.items()}
 

@@ -1,6 +1,7 @@
 """Layouts of images to generate: read from files, as rows of conditions, and written so that they can be read again.
 
     layouts.json            [{"boxes": [[x0, y0, x1, y1], ...], "classes": ["disc", ...]}, ...]
+                            or "masks" in place of "boxes", as in COCO's JSON, with the "size" of their image
     instances_val.json      COCO's instances, or its panoptic JSON beside the folder panoptic_val/ of its maps
     folder/a.txt            lines x,y,w,h,class name (LayoutDiffuse)
     folder/a.png            grey levels that are classes, or a panoptic map in colours; perhaps with a categories.json
@@ -27,6 +28,7 @@ from train.condition_source import Row
 from train.data.collate import box_fractions, collate, is_boxes
 from train.data.formats import panoptic
 from train.data.formats.categories import encode_categories
+from train.data.formats.coco import encode_rle
 from train.data.transforms import cover_size, is_spatial, resize_and_crop, trim
 from train.datasets import Ragged
 from train.datasets._regions import CLASS_FILES, naming
@@ -46,6 +48,7 @@ from train.trained_sampler import TrainedSampler
 
 REMEDIES = {  # for fields of regions that a file does not have
     "boxes": "pass boxes: JSON, a folder of .txt files, or maps of instances",
+    "masks": "pass masks: JSON, or maps of instances",
     "box_color": 'pass a JSON file of layouts with "colors" beside "classes"',
     "panoptic": "pass a folder of .png maps, or COCO's panoptic JSON beside the folder of its maps",
 }
@@ -64,9 +67,11 @@ def trained_vocabulary(trained: TrainedSampler, size: tuple[int, int] | None = N
     ValueError if it reads no regions.
     """
     fields = [name for name in trained.sampler.conditions if name != "label"]
-    if not {"boxes", "panoptic"} & {*fields}:
+    if not {"boxes", "masks", "panoptic"} & {*fields}:
         reads = ", ".join(trained.sampler.conditions) or "no conditions"
-        raise ValueError(f"got layouts for {trained.run}, which reads {reads}: pass a run with boxes or segments")
+        raise ValueError(
+            f"got layouts for {trained.run}, which reads {reads}: pass a run with boxes, masks or segments"
+        )
     vocabulary = vocabulary_of(trained.dataset("val"), fields, size or trained.data.size)
     return replace(vocabulary, n_classes=trained.sampler.n_classes, class_names=trained.class_names)
 
@@ -74,9 +79,10 @@ def trained_vocabulary(trained: TrainedSampler, size: tuple[int, int] | None = N
 def read_layouts(path: str | Path, vocabulary: LayoutVocabulary) -> list[Layout]:
     """Reads the layouts in a file or a folder; each row has all fields of regions that the model reads.
 
-    In a JSON list, boxes are fractions of the generated image, or pixels of an image of "size": [height, width]. An
-    entry may have "colors", a "name", a "label" (the number or name of the image's class), and other fields of the
-    model. FileNotFoundError, ValueError: there is nothing, or it cannot be used; the message names the image.
+    In a JSON list, boxes are fractions of the generated image, or pixels of an image of "size": [height, width], and
+    masks are polygons or run lengths of pixels of such an image. An entry may have "colors", a "name", a "label" (the
+    number or name of the image's class), and other fields of the model. FileNotFoundError, ValueError: there is
+    nothing, or it cannot be used; the message names the image.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():
@@ -118,7 +124,7 @@ def read_row(path: Path, name: str, fields: dict[str, Any], vocabulary: LayoutVo
     with naming(path):
         for field in vocabulary.regions:
             if field not in fields:
-                remedy = REMEDIES[field if field == "box_color" else "boxes" if field in BOX_FIELDS else "panoptic"]
+                remedy = REMEDIES.get(field, REMEDIES["boxes" if field in BOX_FIELDS else "panoptic"])
                 raise ValueError(f"{name} has no {field}, which the model reads: {remedy}")
         wanted = {field: value for field, value in fields.items() if field in (*vocabulary.fields, "label")}
         row = make_row(fit_fields(wanted, vocabulary.size))
@@ -152,11 +158,12 @@ def fit_fields(fields: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 
 def write_layouts(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVocabulary) -> Path:
     """Writes layouts to <folder>/layouts.json so that `read_layouts` reads them again; segments as COCO's panoptic
-    JSON with its maps in <folder>/layouts/. Boxes are clipped to the image. Returns the path of the JSON file."""
+    JSON with its maps in <folder>/layouts/. Boxes are clipped to the image; where there are masks, the boxes are not
+    written, but those around the masks are read. Returns the path of the JSON file."""
     path = folder / "layouts.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if "boxes" in layouts[0].row:
-        entries = [json.dumps(describe_boxes(layout, vocabulary)) for layout in layouts]
+    if {"boxes", "masks"} & layouts[0].row.keys():
+        entries = [json.dumps(describe_objects(layout, vocabulary)) for layout in layouts]
         write_text(path, "[\n" + ",\n".join(entries) + "\n]\n")
         return path
     images, annotations = [], []
@@ -175,14 +182,19 @@ def write_layouts(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVoc
     return path
 
 
-def describe_boxes(layout: Layout, vocabulary: LayoutVocabulary) -> dict[str, Any]:
-    """Returns a layout of boxes as an entry of a JSON file; boxes outside the image are left out."""
+def describe_objects(layout: Layout, vocabulary: LayoutVocabulary) -> dict[str, Any]:
+    """Returns a layout of masks or boxes as an entry of a JSON file; those outside the image are left out."""
     row = layout.row
-    boxes = row["boxes"].as_subclass(Tensor).clamp(0, 1)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    if "masks" in row:
+        masks = row["masks"].as_subclass(Tensor) > 0
+        inside = masks.flatten(1).any(1)
+        shapes = {"masks": [*map(encode_rle, masks[inside].numpy())], "size": [*masks.shape[1:]]}
+    else:
+        boxes = row["boxes"].as_subclass(Tensor).clamp(0, 1)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        shapes = {"boxes": [[float(str(side)) for side in box] for box in boxes[inside].numpy()]}  # digits of float32
     classes = [name_of(number, vocabulary.classes) for number in row["box_class"][inside].tolist()]
-    shortest = [[float(str(side)) for side in box] for box in boxes[inside].numpy()]  # of the digits of float32
-    entry = {"name": layout.name, "boxes": shortest, "classes": classes}
+    entry = {"name": layout.name, **shapes, "classes": classes}
     if "box_color" in row:
         entry["colors"] = [name_of(number, vocabulary.colors) for number in row["box_color"][inside].tolist()]
     return entry

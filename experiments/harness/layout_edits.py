@@ -94,11 +94,14 @@ class EditedLayout:
 def read_layout_names(network: nn.Module, dataset: Dataset, run: str) -> LayoutNames:
     """Returns the names of what a network reads, those of the data set; numbers, where it has no names.
 
-    ValueError if the network reads no boxes; `run` is its name.
+    ValueError if the network reads no boxes, or masks, which edits of boxes would not fit; `run` is its name.
     """
-    limits = next((each.region_limits for each in network.modules() if isinstance(each, Conditioner)), {})
-    if "box_class" not in limits:
-        raise ValueError(f"{run} reads no boxes: pass a run with --conditions layout, boxes, objects or location_words")
+    conditioner = next((each for each in network.modules() if isinstance(each, Conditioner)), Conditioner())
+    limits = conditioner.region_limits
+    masks = any("masks" in encoder.fields for encoder in conditioner.region_encoders.values())
+    if "box_class" not in limits or masks:
+        got = f"{run} reads {'masks' if masks else 'no boxes'}"
+        raise ValueError(f"{got}: pass a run with --conditions layout, boxes, objects or location_words, of boxes")
     palette = tuple(getattr(dataset, "palette", ()))[: limits.get("box_color", 0)]
     return LayoutNames(
         classes=number_names(getattr(dataset, "region_classes", ()), limits["box_class"]),

@@ -151,7 +151,7 @@ def read_segments(item: dict[str, Any]) -> tuple[np.ndarray | None, dict[int, in
         return semantic, {number: number for number in np.unique(semantic).tolist() if number != UNLABELLED}
     if "masks" not in item:
         return None, {}
-    segments, classes = np.zeros(item["image"].shape[-2:], np.int64), {}
+    segments, classes = np.zeros(item["masks"].shape[-2:], np.int64), {}
     of_boxes = numbers(item["box_class"]) if "box_class" in item else [0] * len(item["masks"])
     for i, (mask, number) in enumerate(zip(item["masks"].numpy(), of_boxes, strict=True), 1):
         segments[mask > 0], classes[-i] = -i, number

@@ -1,4 +1,4 @@
-"""Layout condition: boxes or segments with classes -> a map of the share of each class in each cell."""
+"""Layout condition: boxes, masks or segments with classes -> a map of the share of each class in each cell."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +14,22 @@ from models.regions import Regions
 from models.streams import DecoderMap
 
 FIELDS = ("boxes", "box_class")  # batch fields that the encoder reads, with its default options
-FIELDS_OF = {"boxes": FIELDS, "segments": ("panoptic", "segment_id", "segment_class")}
+FIELDS_OF = {
+    "boxes": FIELDS,
+    "masks": ("masks", "box_class"),
+    "segments": ("panoptic", "segment_id", "segment_class"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConditionConfig):
-    """A map of boxes or segments that is concatenated to x (UNet) or added to the embeddings of codes (transformer)."""
+    """A map of regions that is concatenated to x (UNet) or added to the embeddings of codes (transformer)."""
 
     layout_classes: int = 0
-    """Number of classes of boxes or segments; 0: as many as the data set has."""
-    layout_regions: Literal["boxes", "segments"] = "boxes"
-    """boxes: of the fields boxes and box_class; segments: of panoptic, segment_id and segment_class."""
+    """Number of classes of regions; 0: as many as the data set has."""
+    layout_regions: Literal["boxes", "masks", "segments"] = "boxes"
+    """boxes: of the fields boxes and box_class; masks: the exact shapes of objects, which may overlap, of masks and
+    box_class; segments: of panoptic, segment_id and segment_class."""
     layout_places: bool = True
     """Add where in its box each pixel of the front region lies, from 0 at the left and the top to 1."""
     layout_colors: int = 0
@@ -38,8 +43,8 @@ class Config(ConditionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.layout_colors and self.layout_regions != "boxes":
-            raise ValueError("got layout_colors for segments, which have none: pass --layout_regions boxes")
+        if self.layout_colors and self.layout_regions == "segments":
+            raise ValueError("got layout_colors for segments, which have none: pass --layout_regions boxes or masks")
 
 
 class LayoutEncoder(RegionEncoder):

@@ -1,4 +1,4 @@
-"""Prompts of objects: boxes or segments with classes -> a token for each, which describes its region."""
+"""Prompts of objects: boxes, masks or segments with classes -> a token for each, which describes its region."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +17,13 @@ FIELDS = FIELDS_OF["boxes"]  # batch fields that the encoder reads, with its def
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConditionConfig):
-    """A token for each box or segment: the prompt of its region in --region_attention, and read by cross-attention."""
+    """A token for each region: its prompt in --region_attention, and read by cross-attention."""
 
     objects_classes: int = 0
-    """Number of classes of boxes or segments; 0: as many as the data set has."""
-    objects_regions: Literal["boxes", "segments"] = "boxes"
-    """boxes: of the fields boxes and box_class; segments: of panoptic, segment_id and segment_class."""
+    """Number of classes of regions; 0: as many as the data set has."""
+    objects_regions: Literal["boxes", "masks", "segments"] = "boxes"
+    """boxes: of the fields boxes and box_class; masks: the exact shapes of objects, which may overlap, of masks and
+    box_class; segments: of panoptic, segment_id and segment_class."""
     objects_colors: int = 0
     """Number of colours of the field box_color, which are added to the classes; 0: it is not read."""
 
@@ -31,8 +32,8 @@ class Config(ConditionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.objects_colors and self.objects_regions != "boxes":
-            raise ValueError("got objects_colors for segments, which have none: pass --objects_regions boxes")
+        if self.objects_colors and self.objects_regions == "segments":
+            raise ValueError("got objects_colors for segments, which have none: pass --objects_regions boxes or masks")
 
 
 class ObjectsEncoder(RegionEncoder):

@@ -135,7 +135,7 @@ def test_layouts_that_cannot_be_drawn_leave_no_folder(logs, file, capfd):
 
 def test_a_model_without_regions_takes_no_layouts(trained_ddpm, file, capfd):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm {QUICK} --layouts {file} --log_dir without"
-    assert "which reads label: pass a run with boxes or segments" in refused(capfd, "get_samples", flags)
+    assert "which reads label: pass a run with boxes, masks or segments" in refused(capfd, "get_samples", flags)
 
 
 def test_layouts_of_a_canvas_are_fractions_of_all_of_it(logs, tmp_path, conditions):
@@ -208,6 +208,30 @@ def test_segments_are_drawn_from_maps_and_written_as_such(logs, tmp_path, condit
     (layout,) = read_layouts(tmp_path / "out" / "layouts.json", vocabulary)
     assert layout.name == "a" and torch.equal(layout.row["panoptic"], batch["panoptic"][0])
     assert colors_in(tmp_path / "out" / "a_layout.png") > 5
+
+
+def test_masks_are_drawn_written_and_read_again(tmp_path, conditions):
+    """Those of held-out scenes, some of which overlap, by a network that reads them in two ways."""
+    flags = DDPM.replace("--img_size 8", SHAPES) + " --train_steps 1 --steps_per_eval 0 --no_amp"
+    masks = "--conditions layout objects --layout_regions masks --objects_regions masks --region_attention v2"
+    call("train_sampler.py", f"--logs_root {tmp_path} {flags} {masks} --layout_colors 6 --log_dir masks")
+    run_layouts(f"{tmp_path / 'masks'} --output_dir {tmp_path / 'held'} {QUICK} --n_images 3 --n_seeds 1")
+    held = conditions[-1]
+    dataset, names = shapes.build(shapes.Config(shapes_size=16), "val"), read_names(tmp_path / "held" / "layouts.json")
+    items = [dataset[int(name.removeprefix("val_"))] for name in names]
+    for row, item in zip(held["masks"], items, strict=True):
+        assert torch.equal(row[: len(item["masks"])], item["masks"].as_subclass(torch.Tensor))
+    assert colors_in(tmp_path / "held" / f"{names[0]}_layout.png") > 5
+    beside = f"--layouts {tmp_path / 'held' / 'layouts.json'} --n_samples 3 --log_dir again"
+    call("experiments/get_samples.py", f"--logs_root {tmp_path} --load_dir masks {QUICK} {beside}")
+    seen = (held["masks"] > 0).flatten(2).any(2)
+    for name in ("masks", "box_class", "box_color"):
+        rows = zip(held[name], seen, conditions[-1][name], conditions[-1]["masks_mask"], strict=True)
+        assert all(torch.equal(row[kept], again[present]) for row, kept, again, present in rows)
+
+
+def read_names(path):
+    return [entry["name"] for entry in json.loads(path.read_text())]
 
 
 def test_odd_command_lines_are_refused(logs, tmp_path, capfd):

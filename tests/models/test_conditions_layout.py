@@ -80,6 +80,21 @@ def test_a_layout_of_segments_is_the_shares_of_their_pixels():
     assert values[3].tolist() == [[0.25, 0.75, 0.75, 0], [0.25, 0.25, 0.75, 0]]
 
 
+def test_a_layout_of_masks_has_their_shapes_where_they_overlap():
+    masks = torch.zeros(1, 2, 2, 4, dtype=torch.uint8)
+    masks[0, 0, :, :2] = masks[0, 1, 0, 1:] = masks[0, 1, 1, 3] = 1  # a block, and a hook in front of it
+    raw = {"masks": masks, "masks_mask": torch.ones(1, 2).bool(), "box_class": torch.tensor([[2, 0]])}
+    raw["box_color"] = torch.tensor([[0, 1]])
+    values = encode_layout(raw, torch.zeros(1, 3, 2, 4), layout_regions="masks", layout_colors=2)[0]
+    assert values[0].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]] and values[2].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert torch.equal(values[6], values[0]) and torch.equal(values[5], values[2]) and not values[1].any()
+    u, v = values[3:5]  # in the boxes around the masks
+    assert torch.allclose(u, torch.tensor([[1 / 4, 1 / 6, 3 / 6, 5 / 6], [1 / 4, 3 / 4, 0, 5 / 6]]))
+    assert torch.allclose(v, torch.tensor([[1 / 4] * 4, [3 / 4, 3 / 4, 0, 3 / 4]]))
+    half = encode_layout(raw, torch.zeros(1, 3, 1, 2), layout_regions="masks", layout_places=False)[0]
+    assert half[:, 0].tolist() == [[0.25, 0.75], [0, 0], [0.75, 0]]
+
+
 def test_regions_of_no_class_have_no_share():
     numbers = torch.tensor([[-1, 3, 1]])
     assert layout.sum_by_number(torch.ones(1, 3, 1, 1), numbers, 3).flatten().tolist() == [0, 1, 0]
@@ -100,6 +115,14 @@ SEGMENTS = {
 }
 LAYOUTS = {
     "boxes": (LAYOUT | {"box_color": torch.zeros(4, 2).long()}, {"layout_colors": 2}),
+    "masks": (
+        {
+            "masks": torch.rand(4, 2, 9, 7, generator=torch.manual_seed(5)) < 0.4,
+            "masks_mask": LAYOUT["boxes_mask"],
+            "box_class": LAYOUT["box_class"],
+        },
+        {"layout_regions": "masks"},
+    ),
     "segments": (SEGMENTS, {"layout_regions": "segments"}),
 }
 
@@ -175,6 +198,18 @@ def test_objects_of_segments_and_none_at_all():
     assert empty.tokens().values.shape == (4, 0, WIDTH) and empty.attention_mask(2, 2).shape == (4, 4, 0)
     null = Conditioner({"objects": build_encoder(objects, objects_classes=3)})({}, x())
     assert null.regions is None and Condition.cat([null, empty]).attention_mask(2, 2).shape == (8, 4, 0)
+
+
+def test_objects_of_masks_are_read_where_their_shapes_are():
+    raw, _ = LAYOUTS["masks"]
+    raw = raw | {"box_color": torch.tensor([[1, 0]] * 4)}
+    encoder = objects.build(objects.Config(objects_classes=3, objects_colors=2, objects_regions="masks"), WIDTH, 0)
+    assert encoder.fields == ("masks", "box_class", "box_color")
+    condition = Conditioner({"objects": encoder}).eval()({"objects": raw}, x())
+    expected = raw["masks"] & raw["masks_mask"][:, :, None, None]
+    assert torch.equal(condition.attention_mask(9, 7), expected.flatten(2).mT)
+    with pytest.raises(ValueError, match="got box_class 3 as region 0, wanted 0 to 2"):
+        Conditioner({"objects": encoder}).eval()({"objects": raw | {"box_class": torch.full((4, 2), 3)}}, x())
 
 
 def test_the_classes_of_objects_are_those_of_the_data():

@@ -19,6 +19,7 @@ from train.layout_files import LayoutVocabulary, vocabulary_of
 from train.layouts import layouts_provenance, read_layouts, write_layouts
 
 BOXES, COLORS = ("boxes", "box_class"), ("boxes", "box_class", "box_color")
+MASKS = ("masks", "box_class")
 SEGMENTS = ("panoptic", "segment_id", "segment_class")
 SIZE, COUNT = 32, 6
 ENTRY = {"boxes": [[0.1, 0.2, 0.4, 0.6], [0, 0, 1, 0.5]], "classes": ["ring", 1], "colors": ["blue", 0]}
@@ -143,10 +144,11 @@ def item_fields(dataset, index, size, fields):
 def test_what_is_read_is_what_training_sees(tmp_path, size):
     save_coco(tmp_path / "coco")
     dataset = coco.build(coco.Config(data_dir=str(tmp_path / "coco")), "train")
-    layouts = read_layouts(tmp_path / "coco/annotations/instances_train2017.json", vocabulary_of(dataset, BOXES, size))
-    for index, (_, row) in enumerate(sorted(layouts)):
-        expected = item_fields(dataset, index, size, BOXES)
-        assert all(torch.equal(collate([row])[name], expected[name]) for name in expected)
+    instances = tmp_path / "coco/annotations/instances_train2017.json"
+    for fields in (BOXES, MASKS):
+        for index, (_, row) in enumerate(sorted(read_layouts(instances, vocabulary_of(dataset, fields, size)))):
+            expected = item_fields(dataset, index, size, fields)
+            assert all(torch.equal(collate([row])[name], expected[name]) for name in expected)
     save_panoptic_folder(tmp_path / "maps")
     dataset = panoptic_folder.build(panoptic_folder.Config(data_dir=str(tmp_path / "maps")), "train")
     for fields in (SEGMENTS, BOXES):
@@ -155,6 +157,23 @@ def test_what_is_read_is_what_training_sees(tmp_path, size):
         ):
             expected = item_fields(dataset, index, size, fields)
             assert all(torch.equal(collate([row])[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("path", MAPS)
+def test_masks_of_maps_are_their_things(written, path):
+    if path.startswith("semantic"):
+        with pytest.raises(ValueError, match="has no masks, which the model reads: pass masks"):
+            read_layouts(written / path, of_shapes(MASKS))
+        return
+    if path.startswith("two_channel"):
+        shutil.copy(written / "two_channel" / "categories.json", written / path)
+    things = torch.tensor(scenes().region_things)
+    for _, row in read_layouts(written / path, of_shapes((*SEGMENTS, *MASKS))):
+        classes = classes_of_pixels(row)
+        for mask, number in zip(row["masks"].as_subclass(torch.Tensor), row["box_class"], strict=True):
+            assert mask.any() and (classes[mask > 0] == number).all()
+        known = classes < len(things)
+        assert torch.equal(row["masks"].as_subclass(torch.Tensor).any(0), known & things[classes.where(known, 0)])
 
 
 # Writing and identity
@@ -175,6 +194,28 @@ def test_written_layouts_are_read_again(tmp_path, written):
     again = read_layouts(write_layouts(tmp_path / "maps", layouts, vocabulary), vocabulary)
     for one, other in zip(layouts, again, strict=True):
         assert one.name == other.name and torch.equal(classes_of_pixels(one.row), classes_of_pixels(other.row))
+
+
+def test_written_masks_are_read_again(tmp_path):
+    """Overlapping ones, in their order, with their colours; boxes are those around them."""
+    ring = {"size": [SIZE, SIZE], "counts": [2 * SIZE, 3, SIZE * SIZE - 2 * SIZE - 3]}  # the top of the third column
+    entry = {
+        "name": "a",
+        "masks": [[[4, 4, 12, 4, 12, 20, 4, 20]], ring, [[60, 60, 70, 60, 70, 70]], [[8, 0, 30, 0, 30, 30, 8, 30]]],
+        "classes": ["disc", "ring", "bow", "disc"],
+        "colors": ["red", "blue", "red", "green"],
+        "size": [SIZE, SIZE],
+    }
+    fields = ("masks", *COLORS)
+    layouts = read_layouts(save(tmp_path, [entry]), of_shapes(fields))
+    (row,), masks = [layout.row for layout in layouts], layouts[0].row["masks"].as_subclass(torch.Tensor)
+    assert masks.flatten(1).sum(1).tolist() == [8 * 16, 3, 0, 22 * 30] and masks[[0, 3]].all(0).sum() == 4 * 16
+    assert torch.equal(row["boxes"][0], torch.tensor([4.0, 4, 12, 20]) / SIZE)
+    (again,) = read_layouts(write_layouts(tmp_path / "again", layouts, of_shapes(fields)), of_shapes(fields))
+    kept = [0, 1, 3]  # the other one is outside the image
+    assert again.name == "a" and all(torch.equal(again.row[name], row[name][kept]) for name in fields)
+    (wide,) = read_layouts(save(tmp_path, [entry]), of_shapes(MASKS, (8, 16)))  # cropped as in training
+    assert wide.row["masks"].shape == (4, 8, 16)
 
 
 def test_the_provenance_changes_with_any_file_that_is_read(tmp_path):
@@ -203,6 +244,9 @@ REFUSED = {
     "size": ([{"boxes": [], "classes": [], "size": [0, 3]}], r"got size \[0, 3\]"),
     "key": ([{"boxes": [], "classes": [], "colour": []}], "got 'colour', did you mean 'colors'"),
     "no boxes": ([{"classes": []}], "layout 0 is .*, wanted an object with boxes and classes"),
+    "both": ([{"boxes": [], "masks": [], "classes": []}], "or masks in place of boxes"),
+    "no size": ([{"masks": [[[0, 0, 4, 0, 4, 4]]], "classes": [0]}], "layout 0: got size None, wanted .height, width"),
+    "mask": ([{"masks": [[0, 0, 4]], "classes": [0], "size": [8, 8]}], "got a segmentation"),
     "twice": ([{"boxes": [], "classes": [], "name": "a"}] * 2, "two layouts have the name a"),
     "empty": ([], "has no layouts"),
     "object": ({}, "wanted a list such as"),

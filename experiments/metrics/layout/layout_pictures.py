@@ -26,6 +26,7 @@ from experiments.metrics.contact_sheet import (
 )
 from experiments.metrics.layout.colors import Palette
 from experiments.metrics.layout.layouts import Layouts
+from models.regions import at_centres
 from train.condition_source import Row
 from train.data.transforms import to_picture
 from train.files import atomic_write
@@ -83,10 +84,12 @@ def regions_of(layouts: Layouts, index: int) -> Row:
 
 
 def draw_layout(row: Row, size: Size, names: Sequence[str], palette: Palette = ()) -> Image.Image:
-    """Draws the regions of a layout at a `size`, with the names of their classes: its map or else its boxes, later ones
-    in front, in the colours of the objects or, without a palette or such colours, of the classes."""
+    """Draws the regions of a layout at a `size`, with the names of their classes: its map or masks in the colours of
+    classes, or else its boxes in those of objects or, without a palette or such colours, of classes. Later ones are in
+    front."""
     height, width = size
-    maps = {name: enlarge_map(row[name], size) for name in ("panoptic", "semantic") if name in row}
+    present = [name for name in ("panoptic", "semantic", "masks") if name in row]
+    maps = {name: at_centres(row[name].as_subclass(Tensor), height, width) for name in present}
     if maps:
         return draw_map(np.full((height, width, 3), PAPER, np.uint8), {**row, **maps}, names)
     panel, labels = Image.new("RGB", (width, height), (PAPER,) * 3), []
@@ -102,12 +105,6 @@ def draw_layout(row: Row, size: Size, names: Sequence[str], palette: Palette = (
             labels.append(Label(class_name(number, names), color, left, top, (right - left) * (bottom - top)))
     write_labels(panel, labels)
     return panel
-
-
-def enlarge_map(pixels: Tensor, size: Size) -> Tensor:
-    """Enlarges a map of numbers (h, w) to a size."""
-    levels = pixels.as_subclass(Tensor)[None, None].double()  # exact for ids
-    return torch.nn.functional.interpolate(levels, size, mode="nearest-exact")[0, 0].long()
 
 
 def object_colors(row: Row, palette: Palette) -> list[Color]:

@@ -107,6 +107,8 @@ def test_names_are_those_of_the_data_and_numbers_without():
     assert read_layout_names(network_with(boxes=BoxEncoder(2, 8)), object(), "run") == LayoutNames(("0", "1"))
     with pytest.raises(ValueError, match="run reads no boxes"):
         read_layout_names(network_with(layout=LayoutEncoder(3, "segments")), data, "run")
+    with pytest.raises(ValueError, match="run reads masks: pass a run .* of boxes"):
+        read_layout_names(network_with(boxes=BoxEncoder(3, 8), layout=LayoutEncoder(3, "masks")), data, "run")
 
 
 @pytest.mark.parametrize(

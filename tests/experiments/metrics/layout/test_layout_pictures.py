@@ -97,6 +97,16 @@ def test_segments_have_the_colours_of_their_classes():
     assert np.abs(picture[44, 154] - on_paper(class_color(0))).max() <= 1
 
 
+def test_masks_have_their_shapes_and_later_ones_are_in_front():
+    masks = torch.zeros(2, *SIZE, dtype=torch.uint8)
+    masks[0, :10], masks[1, 5:, 30:] = 1, 1
+    picture = draw({"masks": masks, "box_class": Ragged([0, 1])})
+    assert (picture[60, 80] == PAPER).all()
+    assert np.abs(picture[36, 90] - on_paper(class_color(0))).max() <= 1
+    assert np.abs(picture[30, 150] - on_paper(class_color(1))).max() <= 1
+    assert (draw({"masks": masks[:0], "box_class": Ragged([])}) == PAPER).all()
+
+
 def layouts_of(boxes, pixels=None):
     """The layouts of three images, of which the second has no box and the third has `boxes`."""
     boxes = torch.cat([BOXES[:1], boxes]).double()
