@@ -131,6 +131,7 @@ def test_layouts_of_samples_are_edited_and_sampled_again(layout_logs, tmp_path):
     [
         ("--n_images 2", ["move 70 0 0 1 1"], "but val_"),
         ("--n_images 2", [], "got no --edit, wanted for example 'remove REGION'; regions of val_"),
+        ("--n_images 2 --layouts {layouts}", [], ": 0 red disc"),
         ("--n_images 2", ["move 0 by 0 0"], "leaves the layout of val_"),
         ("--n_images 2", ["add cat red 0 0 1 1"], "unknown class 'cat'"),
         ("--image {picture}", ["remove 0"], "pass --layouts FILE.json"),
@@ -141,7 +142,8 @@ def test_layouts_of_samples_are_edited_and_sampled_again(layout_logs, tmp_path):
 def test_invalid_settings_are_refused_in_one_line(layout_logs, tmp_path, capsys, flags, edits, expected):
     Image.new("RGB", SIZE).save(tmp_path / "a.png")
     (tmp_path / "rows.json").write_text('[{"boxes": [[0, 0, 1, 1]], "box_class": [0], "box_color": [0]}]')
-    files = {"picture": tmp_path / "a.png", "rows": tmp_path / "rows.json"}
+    (tmp_path / "layouts.json").write_text('[{"boxes": [[0, 0, 1, 1]], "classes": ["disc"], "colors": ["red"]}]')
+    files = {"picture": tmp_path / "a.png", "rows": tmp_path / "rows.json", "layouts": tmp_path / "layouts.json"}
     with pytest.raises(SystemExit) as stop:
         edit(layout_logs, f"{MODEL} --log_dir refused {flags.format(**files)}", edits)
     assert stop.value.code == 2 and not (layout_logs / "refused").exists()
