@@ -1,4 +1,4 @@
-"""Position embeddings (rotary, relative-position bias) and the embedding of the time."""
+"""Position embeddings (rotary, relative-position bias), the embedding of the time, and embeddings that may grow."""
 
 import math
 
@@ -10,6 +10,17 @@ from torch import Tensor, nn
 
 from models.sdpa import upcast
 from models.tables import cached_tables, kron, mixed_radix
+
+
+class GrowingEmbedding(nn.Embedding):
+    """An embedding to which a partial load may add rows (see `train.checkpoint.load_matching`).
+
+    Numbers keep their vectors; with `null_last`, the vector of the last row, the null or mask token, stays last.
+    """
+
+    def __init__(self, rows: int, width: int, null_last: bool = False):
+        super().__init__(rows, width)
+        self.null_last = null_last
 
 
 class Rotary(nn.Module):

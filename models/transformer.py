@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.attention import CrossAttention, GatedCrossAttention
 from models.blocks import init_normal, zero_module
 from models.conditioning import Condition, ConditionEncoder, Conditioner
-from models.embeddings import TimeEmbedding
+from models.embeddings import GrowingEmbedding, TimeEmbedding
 from models.kv_cache import KVCache, LayerCache
 from models.streams import Context, GatedTokens, Map
 from models.transformer_block import (
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.codes, self.grid, self.takes_time = codes, tuple(grid), time_scale is not None
-        self.code = nn.Embedding(codes + 1, width)
+        self.code = GrowingEmbedding(codes + 1, width, null_last=True)
         self.position = nn.Parameter(torch.zeros(*self.grid, width)) if attention.position == "learned" else None
         self.encoders = Conditioner(encoders)
         if self.encoders.decoder_channels:

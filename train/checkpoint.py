@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.conditioning import Conditioner
+from models.embeddings import GrowingEmbedding
 from models.registry import current_names
 from train.distributed import DistContext, full_tensor, shard_like
 from train.files import fsync, sha256, write_errors_as_oserror, write_text
@@ -219,8 +220,8 @@ def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> P
     Two kinds of weights may be larger than in the file. A linear layer or convolution directly in the module (the input
     layer, which sees the image and concatenated conditions) gets zeros for new input channels, so its output does not
     change; conditions that the file has keep theirs, wherever new ones are joined. Deeper layers are not grown, since
-    their inputs may be concatenated in another order. An embedding with more rows keeps its last row (the null or mask
-    token) last; new rows keep their initial values.
+    their inputs may be concatenated in another order. A `GrowingEmbedding` may have more rows; new ones keep their
+    initial values. Other embeddings do not say where the rows of the file belong.
     """
     current, loaded = module.state_dict(), {}
     saved = module_tensors(name, tensors, current)
@@ -255,8 +256,9 @@ def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor, keys: Coll
             return None
         columns = torch.tensor(saved_columns(module, saved.shape[1], current.shape[1], keys))
         return torch.zeros_like(out).index_copy_(1, columns, saved.to(out.dtype))
-    if isinstance(layer, nn.Embedding) and saved.shape[1] == current.shape[1] and rows < len(current):
-        out[: rows - 1], out[-1] = saved[:-1], saved[-1]
+    if isinstance(layer, GrowingEmbedding) and saved.shape[1] == current.shape[1] and rows < len(current):
+        kept = rows - layer.null_last
+        out[:kept], out[len(out) - rows + kept :] = saved[:kept], saved[kept:]
         return out
     return None
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.conditioning import ConditionConfig, ConditionEncoder, Vector
+from models.embeddings import GrowingEmbedding
 
 FIELDS = ("label",)  # batch fields that the encoder reads
 
@@ -23,7 +24,7 @@ class LabelEncoder(ConditionEncoder):
         if n_classes < 1:
             raise ValueError(f"got n_classes {n_classes}, wanted at least 1: leave the condition out")
         self.n_classes = n_classes
-        self.embedding = nn.Embedding(n_classes + 1, width)
+        self.embedding = GrowingEmbedding(n_classes + 1, width, null_last=True)
 
     def forward(self, raw: Tensor | None, x: Tensor, drop: Tensor | None = None) -> Vector:
         labels = torch.full(x.shape[:1], self.n_classes, device=x.device) if raw is None else raw

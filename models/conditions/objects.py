@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.conditioning import ConditionConfig, RegionEncoder, Tokens, check_classes
 from models.conditions.layout import FIELDS_OF
+from models.embeddings import GrowingEmbedding
 from models.ranges import SIZE_OR_ZERO
 from models.regions import Regions
 
@@ -48,8 +49,8 @@ class ObjectsEncoder(RegionEncoder):
         self.token_width = width
         self.fields = (*FIELDS_OF[regions], *(["box_color"] if colors else []))
         self.limits = {FIELDS_OF[regions][-1]: classes} | ({"box_color": colors} if colors else {})
-        self.embedding = nn.Embedding(classes, width)
-        self.color = nn.Embedding(colors, width) if colors else None
+        self.embedding = GrowingEmbedding(classes, width)
+        self.color = GrowingEmbedding(colors, width) if colors else None
 
     def forward(
         self,

@@ -10,10 +10,15 @@ from helpers.process_pool import ProcessPool
 from helpers.run_asserts import weights
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
 from models.conditions import image, layout, objects
+from models.conditions.label import LabelEncoder
+from models.conditions.metadata import MetadataEncoder
+from models.conditions.objects import ObjectsEncoder
+from models.embeddings import GrowingEmbedding
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.checkpoint import checkpoint_path, load_matching
 from train.optim import freeze_all_but, is_selected
+from vq.quantizers.nearest import NearestQuantizer
 
 RUN = (
     f"{DDPM} --dataset digits --no_amp --weight_decay 0.1 --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
@@ -132,7 +137,7 @@ def test_an_adaptive_weight_needs_the_last_layer(tmp_path, capfd):
 
 def net(classes=3, width=4):
     torch.manual_seed(classes)
-    return nn.ModuleDict({"embed": nn.Embedding(classes, width), "out": nn.Linear(width, 2)})
+    return nn.ModuleDict({"embed": GrowingEmbedding(classes, width, null_last=True), "out": nn.Linear(width, 2)})
 
 
 WRONG = {
@@ -181,6 +186,32 @@ def test_matching_weights_are_loaded_and_every_key_reported():
     assert torch.equal(after["out.bias"], before["out.bias"])
     x = torch.randn(7, 6)  # new input channels change nothing
     assert torch.allclose(x @ after["out.weight"].T, x[:, :4] @ source["out"].weight.T, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "rows"),
+    [
+        (lambda n: LabelEncoder(n, 8), {"embedding": [0, 1, 2, 3, None, None, 4]}),
+        (
+            lambda n: ObjectsEncoder(n, 8, colors=n - 1),
+            {"embedding": [0, 1, 2, 3, None, None], "color": [0, 1, 2, *[None] * 2]},
+        ),
+        (lambda n: MetadataEncoder({"camera": "abcdef"[:n], "light": "ab"}, 8), {"embedding": [None] * 10}),
+        (lambda n: NearestQuantizer(n, 8), {"codebook": [0, 1, 2, 3, None, None]}),
+    ],
+    ids=["label", "objects", "metadata", "codebook"],
+)
+def test_numbers_keep_their_vectors_when_there_are_more(build, rows):
+    """Growing from 4 to 6: the saved row in each of the new ones, None for an initial one."""
+    old, new = build(4), build(6)
+    before = {key: value.clone() for key, value in new.state_dict().items()}
+    report = load_matching(new, {f"net.{key}": value for key, value in old.state_dict().items()}, "net")
+    for name, sources in rows.items():
+        key, loaded = f"{name}.weight", any(row is not None for row in sources)
+        saved = old.state_dict()[key]
+        expected = [before[key][i] if row is None else saved[row] for i, row in enumerate(sources)]
+        assert torch.equal(new.state_dict()[key], torch.stack(expected))
+        assert any(line.startswith(f"net.{key}: ") for line in (report.grown if loaded else report.misshapen))
 
 
 @pytest.mark.parametrize("layer", ["deeper.conv", "norm"])

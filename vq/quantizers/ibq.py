@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from models.embeddings import GrowingEmbedding
 from models.sdpa import upcast
 from vq.entropy import EntropyConfig, entropy, mean_over_processes
 from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mean_square_per_example, nearest
@@ -103,7 +104,7 @@ class IBQQuantizer(Quantizer):
         super().__init__()
         self.codebook_size, self.dim = codebook_size, dim
         self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
-        self.codebook = nn.Embedding(codebook_size, dim)
+        self.codebook = GrowingEmbedding(codebook_size, dim)
         nn.init.normal_(self.codebook.weight)  # large products: if all are near 0, all codes get the same gradient
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:

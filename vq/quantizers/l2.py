@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.embeddings import GrowingEmbedding
 from models.sdpa import upcast
 from vq.quantizer import lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
@@ -28,7 +29,7 @@ class L2Quantizer(Quantizer):
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25):
         super().__init__()
         self.codebook_size, self.dim, self.beta = codebook_size, dim, beta
-        self.codebook = nn.Embedding(codebook_size, dim)
+        self.codebook = GrowingEmbedding(codebook_size, dim)
         nn.init.normal_(self.codebook.weight)  # directions uniform on the sphere
         self.codebook.weight.data = self.codes().detach()
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.embeddings import GrowingEmbedding
 from models.sdpa import upcast
 from vq.quantizer import lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
@@ -28,7 +29,7 @@ class NearestQuantizer(Quantizer):
         super().__init__()
         self.codebook_size, self.dim = codebook_size, dim
         self.codebook_weight, self.commitment_weight = (beta, 1.0) if legacy_beta else (1.0, beta)
-        self.codebook = nn.Embedding(codebook_size, dim)
+        self.codebook = GrowingEmbedding(codebook_size, dim)
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
