@@ -241,6 +241,7 @@ class ConditionEncoder(nn.Module, ABC):
     decoder_channels: int = 0  # C of its DecoderMap
     token_width: int = 0  # D of its Tokens
     gated_width: int = 0  # D of its GatedTokens
+    describes_regions: bool = False  # True: its tokens have membership, and Tokens are prompts of region attention
     pretrained: bool = False  # True: a network that contains it does not reinitialise its weights
 
     @abstractmethod
@@ -287,6 +288,11 @@ class Conditioner(nn.ModuleDict):
     def token_width(self) -> int:
         """D of the encoders' Tokens, 0 if none returns any."""
         return max((encoder.token_width for encoder in self.values()), default=0)
+
+    @property
+    def prompt_width(self) -> int:
+        """D of the encoders' Tokens that describe regions, 0 if none does."""
+        return max((encoder.token_width for encoder in self.values() if encoder.describes_regions), default=0)
 
     @property
     def gated_width(self) -> int:

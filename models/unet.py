@@ -159,6 +159,7 @@ class BlockFactory:
             depth=self.depth,
             context_width=self.encoders.token_width,
             gated_width=self.encoders.gated_width,
+            prompt_width=self.encoders.prompt_width,
             kernel_sizes=config.kernel_sizes,
             dilations=config.dilations,
             na_backend=config.na_backend,

@@ -27,6 +27,7 @@ class AttentionOptions:
     depth: int = 0  # number of attention blocks before it in the network
     context_width: int = 0  # D of the condition's tokens, 0 without tokens
     gated_width: int = 0  # D of its gated tokens
+    prompt_width: int = 0  # D of its tokens that describe regions
     kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention: one per group of heads, or one for all
     dilations: tuple[int, ...] = (1,)
     na_backend: Backend = "auto"
@@ -107,15 +108,14 @@ class RegionBlock(ConditionBlock):
 
     def __init__(self, channels: int, options: AttentionOptions):
         super().__init__()
-        if not options.context_width:
-            raise ValueError(
-                "got region_attention without a condition whose tokens describe regions: pass --conditions objects"
-            )
+        if not options.prompt_width:
+            got = "got region_attention without a condition whose tokens describe regions"
+            raise ValueError(f"{got}: pass --conditions objects, or boxes with --no_boxes_everywhere")
         self.norm = group_norm(channels, eps=EPS)
         self.attention = RegionAttention(
             channels,
             options.heads,
-            options.context_width,
+            options.prompt_width,
             kind=options.region_attention,
             overlap=options.overlap,
             places=options.region_places,

@@ -63,6 +63,7 @@ class BoxEncoder(RegionEncoder):
         check_classes("boxes", classes)
         self.token_width, self.gated_width = (0, width) if gated else (width, 0)
         self.frequencies, self.everywhere, self.kind = frequencies, everywhere, GatedTokens if gated else Tokens
+        self.describes_regions = not everywhere
         self.fields = (*FIELDS, *(["box_color"] if colors else []))
         self.limits = {"box_class": classes} | ({"box_color": colors} if colors else {})
         self.classes = nn.Parameter(torch.randn(classes, width))  # as loud as the features, whatever the network's init

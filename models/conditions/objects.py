@@ -43,6 +43,8 @@ class ObjectsEncoder(RegionEncoder):
     The null is no token at all: what a network does where no region is.
     """
 
+    describes_regions = True
+
     def __init__(self, classes: int, width: int, regions: str = "boxes", colors: int = 0):
         super().__init__()
         check_classes("objects", classes)

@@ -90,6 +90,14 @@ def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
     assert len(stream.values) == B and stream.values.shape[1 if isinstance(stream, Map) else -1] == width
 
 
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), ("boxes", {"boxes_everywhere": False})])
+def test_an_encoder_says_whether_its_tokens_describe_regions(name, options):
+    module = importlib.import_module(f"models.conditions.{name}")
+    encoder = module.build(module.Config(**RAW[name][0] | options), WIDTH, n_classes=3)
+    stream = encode(name, encoder, RAW[name][1])
+    assert encoder.describes_regions == (isinstance(stream, Tokens) and stream.membership is not None)
+
+
 def read(stream):
     """What a network sees of a stream: of tokens, the sum of those that are no padding."""
     if not isinstance(stream, Tokens):

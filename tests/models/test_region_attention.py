@@ -120,7 +120,7 @@ def feature_map(batch, height=9, width=6, dtype=torch.float64, seed=0):
 def block_of(kind="v2", overlap="mean", dtype=torch.float64, places=True):
     """A block with random weights, since initial zeros would hide errors."""
     options = AttentionOptions(
-        heads=HEADS, context_width=D, region_attention=kind, overlap=overlap, region_places=places
+        heads=HEADS, prompt_width=D, region_attention=kind, overlap=overlap, region_places=places
     )
     block = RegionBlock(C, options).to(dtype)
     for p in block.parameters():
@@ -304,7 +304,7 @@ def test_a_compiled_block_is_the_same_in_one_graph():
 def test_fixed_shapes_run_on_a_gpu_without_its_numbers(kind, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     condition = condition_of(random_regions([2, 5]), dtype=torch.float32)
-    options = AttentionOptions(heads=HEADS, context_width=D, region_attention=kind)
+    options = AttentionOptions(heads=HEADS, prompt_width=D, region_attention=kind)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         out = RegionBlock(C, options)(torch.randn(2, C, 9, 6), condition.to("cuda"))
     assert out.device.type == "cuda" and out.shape == (2, C, 9, 6)
@@ -373,10 +373,10 @@ def test_every_weight_gets_a_gradient_even_without_regions(kind, overlap, counts
 
 
 def test_a_block_starts_as_the_identity_and_its_places_at_zero():
-    options = AttentionOptions(heads=HEADS, context_width=D)
+    options = AttentionOptions(heads=HEADS, prompt_width=D)
     block, x, condition = RegionBlock(C, options).double(), feature_map(2), condition_of(random_regions([1, 5]))
     assert torch.equal(block(x, condition), x) and torch.equal(block(x, Condition()), x)
-    plain = RegionBlock(C, AttentionOptions(heads=HEADS, context_width=D, region_places=False)).double()
+    plain = RegionBlock(C, AttentionOptions(heads=HEADS, prompt_width=D, region_places=False)).double()
     plain.load_state_dict({key: value for key, value in block.state_dict().items() if "places" not in key})
     for each in (block, plain):
         torch.nn.init.normal_(each.attention.proj.weight, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ import torch
 
 from models.attention import record_maps
 from models.conditioning import Condition
-from models.conditions import image, layout, objects
+from models.conditions import boxes, image, layout, objects, text
 from models.embeddings import TimeEmbedding
 from models.region_attention import RegionAttention
 from models.unet import UNet, UNetConfig
@@ -18,12 +18,18 @@ BOXES = {
 }
 PICTURE = torch.randn(2, 2, *SIZE, generator=torch.Generator().manual_seed(1))
 FIELDS = {"objects": BOXES, "layout": BOXES, "image": PICTURE}
+OPTIONS = {
+    "objects": {"objects_classes": 3},
+    "layout": {"layout_classes": 3},
+    "boxes": {"boxes_classes": 3, "boxes_everywhere": False},
+    "image": {"condition_channels": 2},
+    "text": {"text_width": 32, "text_layers": 1},
+}
 
 
-def encoder_of(name):
-    module = {"objects": objects, "layout": layout, "image": image}[name]
-    options = {"condition_channels": 2} if name == "image" else {f"{name}_classes": 3}
-    return module.build(module.Config(**options), 32, 0)
+def encoder_of(name, **changes):
+    module = {"objects": objects, "layout": layout, "boxes": boxes, "image": image, "text": text}[name]
+    return module.build(module.Config(**(OPTIONS[name] | changes)), 32, 0)
 
 
 def unet(names=(), **changes):
@@ -101,6 +107,15 @@ def test_every_weight_of_regions_is_trained():
     assert all(grad is not None and grad.abs().max() > 1e-6 for grad in trained.values())
 
 
+def test_boxes_are_prompts_of_their_regions():
+    network, (x, t) = open_all(unet(("boxes",), region_attention="v2")), batch()
+    out, null = network(x, t, {"boxes": BOXES}), network(x, t)
+    assert (out - null).flatten(1).abs().amax(1).min() > 1e-3
+    out.square().sum().backward()
+    unread = {"null"}  # regions that are dropped have no prompt
+    assert {name for name, p in network.encoders["boxes"].named_parameters() if not p.grad.any()} == unread
+
+
 def test_maps_of_region_blocks_are_recorded_by_name():
     network = unet(("objects",), region_attention="v1")
     with record_maps(network, ["region_blocks.up.2.attention"]) as maps:
@@ -140,6 +155,12 @@ def test_unknown_words_are_refused(options):
         UNetConfig(**options)
 
 
-def test_region_attention_without_objects_is_refused():
-    with pytest.raises(ValueError, match="got region_attention without a condition .*: pass --conditions objects"):
-        unet(("layout",), region_attention="v2")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("layout", {}), ("boxes", {"boxes_everywhere": True}), ("boxes", {"boxes_gated": True}), ("text", {})],
+    ids=str,
+)
+def test_region_attention_without_prompts_is_refused(name, options):
+    message = "got region_attention without a condition .*: pass --conditions objects, or boxes with --no_boxes_every"
+    with pytest.raises(ValueError, match=message):
+        UNet(UNetConfig(channels=8, heads=2, region_attention="v2"), {name: encoder_of(name, **options)})

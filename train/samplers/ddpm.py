@@ -20,7 +20,6 @@ from diffusion.rng import Streams, to_device
 from diffusion.solvers import solver_options_for
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Loss, OnStep, Prediction
-from models.conditioning import RegionEncoder
 from models.ranges import FINITE, POSITIVE
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
@@ -232,11 +231,11 @@ def make_network(config: Config, process: ContinuousProcess, channels: int, n_cl
         out_channels=2 * channels if process.variance == "learned_range" else channels,
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
-    encoders = make_encoders(config, unet.emb_dim, n_classes)
-    others = {name: each for name, each in encoders.items() if not isinstance(each, RegionEncoder)}
-    checked = encoders if unet.region_attention == "none" else others  # region attention reads the tokens of regions
-    check_tokens_are_read(checked, config.attn_block_type, config.middle_attn_block_type)
-    return UNet(unet, encoders)
+    network = UNet(unet, make_encoders(config, unet.emb_dim, n_classes))
+    has_prompts = unet.region_attention != "none"  # which region attention reads
+    others = {name: each for name, each in network.encoders.items() if not (has_prompts and each.describes_regions)}
+    check_tokens_are_read(others, config.attn_block_type, config.middle_attn_block_type)
+    return network
 
 
 class GaussianSampler(LearnedSampler):

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusion.rng import Streams, seed_of
 from models.conditioning import ConditionConfig, Conditioner
-from models.conditions import boxes, objects
+from models.conditions import boxes, location_words, metadata, objects
 from models.conditions.image import ImageEncoder
 from models.conditions.label import LabelEncoder
 from models.conditions.layout import Config as LayoutConfig
@@ -200,16 +200,29 @@ def test_tokens_that_no_attention_block_reads_are_refused():
     ):
         ddpm.build(ddpm.Config(**config), shape=space, pixels=True, n_classes=0)
     small = {"channels": 32, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (1,)}
-    read = ({"attn_block_type": "transformer"}, {"middle_attn_block_type": "transformer"}, {"region_attention": "v2"})
-    for kinds in read:
+    for kinds in ({"attn_block_type": "transformer"}, {"middle_attn_block_type": "transformer"}):
         ddpm.build(ddpm.Config(**config, **small, **kinds), shape=space, pixels=True, n_classes=0)
     config["condition_options"] = boxes.Config(boxes_classes=2, boxes_gated=True)  # read by blocks of their own
     sampler = ddpm.build(ddpm.Config(**config, **small), shape=space, pixels=True, n_classes=0)
     assert len(sampler.network.gated_blocks["up"]) == 2
-    both = {"conditions": ("objects", "metadata"), "region_attention": "v2"}
-    options = merge_configs([objects.Config, MetadataConfig], ConditionConfig)
-    words = {"objects_classes": 2, "metadata_values": ("light=day",), "metadata_as": "tokens"}
-    with pytest.raises(ValueError, match="conditions metadata, whose tokens attn_block_type softmax ignores"):
-        ddpm.build(
-            ddpm.Config(**both, **small, condition_options=options(**words)), shape=space, pixels=True, n_classes=0
-        )
+
+
+def test_region_attention_reads_tokens_of_regions_alone():
+    modules = {"boxes": boxes, "location_words": location_words, "metadata": metadata, "objects": objects}
+    unread = {
+        "boxes": {"boxes_classes": 2},
+        "location_words": {"location_words_classes": 2},
+        "metadata": {"metadata_values": ("light=day",), "metadata_as": "tokens"},
+    }
+    small = {"channels": 32, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (1,), "region_attention": "v2"}
+
+    def build(name, changes):
+        options = merge_configs([objects.Config, modules[name].Config], ConditionConfig)
+        config = options(objects_classes=2, **unread[name] | changes)
+        config = ddpm.Config(conditions=("objects", name), condition_options=config, **small)
+        return ddpm.build(config, shape=(3, 8, 8), pixels=True, n_classes=0)
+
+    for name in unread:
+        with pytest.raises(ValueError, match=f"conditions {name}, whose tokens attn_block_type softmax ignores"):
+            build(name, {})
+    assert len(build("boxes", {"boxes_everywhere": False}).network.region_blocks["up"]) == 2
