@@ -67,6 +67,7 @@ class ObjectsEncoder(RegionEncoder):
         values = self.embedding(regions.class_ids.clamp(min=0))  # (B, R, D)
         if self.color is not None:
             values = values + self.color(raw["box_color"])
+        values = values.masked_fill(~regions.present.unsqueeze(-1), 0)  # padding is the same in all images
         membership = torch.eye(values.shape[1], dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
         return Tokens(values, regions.present, membership)
 

@@ -377,6 +377,16 @@ def test_row_ids_are_equal_for_equal_conditions_alone():
     assert Condition().row_ids() is None
 
 
+@pytest.mark.parametrize("name", ["layout", "boxes", "location_words", "objects"])
+def test_images_with_nothing_of_their_regions_have_equal_conditions(name):
+    """Dropped regions of different classes in the first two images, boxes outside in the others."""
+    boxes = torch.tensor([[[0.1, 0.2, 0.7, 0.9]], [[0, 0, 0.5, 0.5]], [[1.2, 0, 1.5, 1]], [[0, -2, 1, -1.5]]])
+    raw = {"boxes": boxes, "box_class": torch.tensor([[0], [1], [1], [2]])}
+    drop = {"regions": torch.tensor([True, True, False, False])}
+    ids = Conditioner({name: build_encoder(name)})({name: raw}, x(), drop).row_ids()
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
 def test_a_condition_moves_to_a_device():
     on_meta = full_condition().to("meta")
     assert all(tensor.device.type == "meta" for tensor in tensors_of(on_meta))
