@@ -45,6 +45,9 @@ class ForegroundConfig(SamplerConfig):
         if self.foreground == "none" and self.foreground_weight is not None:
             got = f"got foreground_weight {self.foreground_weight} for foreground none"
             raise ValueError(f"{got}: pass --foreground constant or area, or leave it out")
+        if self.foreground == "none" and not self.foreground_norm:
+            got = "got no_foreground_norm for foreground none"
+            raise ValueError(f"{got}: pass --foreground constant or area, or --foreground_norm")
 
 
 def loss_weight(config: ForegroundConfig, batch: Batch, grid: Sequence[int]) -> Tensor | None:

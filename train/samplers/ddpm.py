@@ -149,6 +149,12 @@ class Config(ConditionsConfig):
             if value != default and (name, value) != ("loss_type", "simple"):
                 remedy = f"pass --{name} {default}" if isinstance(default, str) else f"leave --{name} out"
                 raise ValueError(f"got {name} {value} for process {self.process}, which has no such setting: {remedy}")
+        for is_default, got, remedy in (
+            (self.overlap == "mean", f"overlap {self.overlap}", "--overlap mean"),
+            (self.region_places, "no_region_places", "--region_places"),
+        ):
+            if self.region_attention == "none" and not is_default:
+                raise ValueError(f"got {got} for region_attention none: pass --region_attention v2, or {remedy}")
         if self.process == "edm" and self.time_embedding == "noise_level":
             raise ValueError("got time_embedding noise_level for process edm, whose alpha is always 1: pass time")
         if self.process != "gaussian" and self.time_sampler == "loss_second_moment":

@@ -226,3 +226,16 @@ def test_region_attention_reads_tokens_of_regions_alone():
         with pytest.raises(ValueError, match=f"conditions {name}, whose tokens attn_block_type softmax ignores"):
             build(name, {})
     assert len(build("boxes", {"boxes_everywhere": False}).network.region_blocks["up"]) == 2
+
+
+def test_options_of_region_attention_are_refused_without_it():
+    for options, message in (
+        (
+            {"overlap": "front"},
+            "got overlap front for region_attention none: pass --region_attention v2, or --overlap mean",
+        ),
+        ({"region_places": False}, "got no_region_places for region_attention none: .* v2, or --region_places"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ddpm.Config(**options)
+        ddpm.Config(**options, region_attention="v2")

@@ -164,6 +164,9 @@ def test_validation_tells_the_loss_by_size_of_box(case):
 WRONG = {
     r"got foreground 'Constant', wanted one of none, constant, area: pass --foreground": {"foreground": "Constant"},
     "got foreground_weight 2.0 for foreground none: pass --foreground": {"foreground_weight": 2.0},
+    "got no_foreground_norm for foreground none: pass --foreground .*, or --foreground_norm": {
+        "foreground_norm": False
+    },
     "got foreground_weight 0, wanted": {"foreground": "area", "foreground_weight": 0},
 }
 
