@@ -194,7 +194,8 @@ def test_captions_are_ids_where_batches_are_loaded():
 
 
 def test_tokens_that_no_attention_block_reads_are_refused():
-    config, space = {"conditions": ("boxes",), "condition_options": boxes.Config(boxes_classes=2)}, (3, 8, 8)
+    options = boxes.Config(boxes_classes=2, boxes_everywhere=False)
+    config, space = {"conditions": ("boxes",), "condition_options": options}, (3, 8, 8)
     with pytest.raises(
         ValueError, match="conditions boxes, whose tokens attn_block_type softmax ignores: pass --attn_b"
     ):
