@@ -18,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
+from models.blocks import ConditionBlock
 from models.transformer import CausalTransformer
+from models.unet_attention import RegionBlock
 from train.config import TrainingConfig
 
 T = TypeVar("T")
@@ -28,10 +30,9 @@ def checkpoint_activations(module: nn.Module) -> int:
     """Recomputes the blocks of a network in the backward pass; returns the number of blocks.
 
     Only the input of each block is stored, not its activations (Chen et al. 2016, "Training Deep Nets with Sublinear
-    Memory Cost"), at the cost of one more forward pass. Blocks are the entries of the outermost nn.ModuleLists and
-    nn.Sequentials, except single layers; a list in a list is part of it. Gradients stay the same, with dropout too;
-    without gradients nothing changes. Deep copies are recomputed as well. ValueError if there are no blocks, or if a
-    BatchNorm would update its statistics twice per batch.
+    Memory Cost"), at the cost of one more forward pass. Blocks are those of `outermost_blocks`. Gradients stay the
+    same, with dropout too; without gradients nothing changes. Deep copies are recomputed as well. ValueError if there
+    are no blocks, or if a BatchNorm would update its statistics twice per batch.
     """
     blocks = [block for block in outermost_blocks(module) if not is_checkpointed(block)]
     if not blocks:
@@ -46,9 +47,12 @@ def checkpoint_activations(module: nn.Module) -> int:
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields the entries of the outermost nn.ModuleLists and nn.Sequentials (of nested ones, theirs), not layers."""
+    """Yields the entries of the outermost nn.ModuleLists and nn.Sequentials (of nested ones, theirs), not layers, and
+    ConditionBlocks elsewhere."""
+    lists = nn.ModuleList | nn.Sequential
     for child in module.children():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, nn.ModuleList | nn.Sequential):
+        is_entry = isinstance(module, lists) and not isinstance(child, lists)
+        if not (is_entry or isinstance(child, ConditionBlock)):
             yield from outermost_blocks(child)
         elif next(child.children(), None) is not None:
             yield child
@@ -91,8 +95,9 @@ def compile_network(module: nn.Module, mode: str = "default") -> None:
     `torch.compile`.
 
     Identical blocks share compiled code. Layers outside the blocks run eagerly, such as the last layer, for which the
-    adaptive weight of a VQGAN takes separate gradients. Call it before `fully_shard`; deep copies are not compiled.
-    Results differ from those of the eager network by rounding.
+    adaptive weight of a VQGAN takes separate gradients. So does region attention, which would pad all regions to the
+    size of the map. Call it before `fully_shard`; deep copies are not compiled. Results differ from those of the eager
+    network by rounding.
 
     ValueError if this machine cannot compile (it needs a C++ compiler and Python's headers on a CPU, triton on CUDA),
     found by compiling one addition, which takes a few seconds.
@@ -107,7 +112,8 @@ def compile_network(module: nn.Module, mode: str = "default") -> None:
             f"torch.compile does not work here on {device.type}: {reason}. On a CPU it needs a C++ compiler (g++, or "
             "the one in CXX) and Python's headers, on CUDA it needs triton: install them, or leave --compile out"
         ) from error
-    blocks, config = list(outermost_blocks(module)), torch._dynamo.config  # loaded by the compiler
+    blocks = [block for block in outermost_blocks(module) if not isinstance(block, RegionBlock)]
+    config = torch._dynamo.config  # loaded by the compiler
     # Blocks of a class share its limit of versions, of which each shape takes one or two; beyond it they run eagerly.
     config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
     for block in blocks:

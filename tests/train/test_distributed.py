@@ -25,6 +25,7 @@ STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_e
 STAGE_2 = f"{FLAGS} {SAMPLER} --warmup_iters 2 --steps_per_eval 2 --train_steps 4 --ae_load_dir whole"
 LOW_DISCREPANCY = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
+REGIONS = "--dataset shapes --shapes_count 24 --conditions objects layout --region_attention v2 --condition_drop 0.3"
 PARALLEL = ["ddp", "fsdp"]
 STEPS = 6
 
@@ -77,6 +78,7 @@ def test_two_processes_train_the_same_absorbing_sampler(logs, two, parallel):
 
 
 DDPM_CASES = [(BY_LOSS, "ddp"), (LOW_DISCREPANCY, "fsdp"), (BY_LOSS, "fsdp"), (LOW_DISCREPANCY, "ddp")]
+DDPM_CASES += [(REGIONS, parallel) for parallel in PARALLEL]
 
 
 @pytest.mark.parametrize(

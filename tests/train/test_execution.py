@@ -9,14 +9,20 @@ from torch import nn
 
 from helpers.labels import label_encoders
 from models.attention import record_maps
+from models.blocks import SPADE
+from models.conditions.boxes import BoxEncoder
+from models.conditions.layout import LayoutEncoder
+from models.conditions.objects import ObjectsEncoder
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
+from models.unet_attention import GatedBlock, RegionBlock
 from train.execution import (
     autocast,
     checkpoint_activations,
     compile_for_sampling,
     compile_network,
     convert_to_channels_last,
+    is_checkpointed,
     outermost_blocks,
     set_deterministic,
     set_tf32,
@@ -45,6 +51,19 @@ def unet():
     )
 
 
+def unet_of_layouts():
+    """With region attention, gated attention and a map for the ResBlocks going up."""
+    encoders = {
+        "objects": ObjectsEncoder(3, 32),
+        "boxes": BoxEncoder(3, 32, gated=True),
+        "layout": LayoutEncoder(3, into="decoder"),
+    }
+    boxes = {"boxes": torch.tensor([[[0, 0, 0.5, 1]], [[0.2, 0.3, 1, 1]]]), "box_class": torch.tensor([[0], [2]])}
+    shape = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
+    network = UNet(UNetConfig(**shape, region_attention="v2"), encoders)
+    return network, (torch.randn(2, 3, 8, 8), torch.rand(2), dict.fromkeys(encoders, boxes))
+
+
 def vqgan():
     config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=16)
     return VQGAN(config, (8, 8)), (torch.randn(2, 3, 8, 8),)
@@ -59,7 +78,7 @@ def build_network(build):
     return network, inputs
 
 
-@pytest.fixture(params=[transformer, unet, vqgan])
+@pytest.fixture(params=[transformer, unet, unet_of_layouts, vqgan])
 def case(request):
     return build_network(request.param)
 
@@ -99,6 +118,14 @@ def test_recomputation_gives_bitwise_equal_gradients(case, dtype):
     recomputed = copy.deepcopy(network)
     assert checkpoint_activations(recomputed) == len(list(outermost_blocks(network))) > 1
     assert differing(step(recomputed, inputs, dtype), step(network, inputs, dtype)) == []
+
+
+def test_blocks_beside_the_lists_are_recomputed():
+    network = build_network(unet_of_layouts)[0]
+    checkpoint_activations(network)
+    beside = [m for m in network.modules() if isinstance(m, RegionBlock | GatedBlock)]
+    assert len(beside) == 3 + 4 and all(map(is_checkpointed, beside))
+    assert not any(is_checkpointed(m) for m in network.modules() if isinstance(m, SPADE))  # parts of their ResBlocks
 
 
 @pytest.mark.parametrize("build", [transformer, unet, vqgan])
@@ -277,6 +304,22 @@ def test_every_block_of_a_unet_is_compiled_whole(fresh_compiler, monkeypatch):
     for size in (1, 2, 3):
         x = (torch.randn(size, 3, 8, 8), torch.rand(size), {"label": torch.zeros(size, dtype=torch.int64)})
         assert torch.equal(compiled(*x), network(*x))
+
+
+@pytest.mark.slow
+def test_region_attention_is_not_compiled(fresh_compiler, monkeypatch):
+    compiled, compile_block = [], nn.Module.compile
+
+    def compile_whole(block, **_):
+        compiled.append(block)
+        compile_block(block, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_whole)
+    network, inputs = build_network(unet_of_layouts)
+    expected = network(*inputs)
+    compile_network(network)
+    assert torch.equal(network(*inputs), expected)
+    assert {GatedBlock} == {type(block) for block in compiled} & {GatedBlock, RegionBlock, SPADE}
 
 
 def settings():
