@@ -379,11 +379,13 @@ def test_row_ids_are_equal_for_equal_conditions_alone():
 
 @pytest.mark.parametrize("name", ["layout", "boxes", "location_words", "objects"])
 def test_images_with_nothing_of_their_regions_have_equal_conditions(name):
-    """Dropped regions of different classes in the first two images, boxes outside in the others."""
+    """Dropped regions of different classes and colours in the first two images, boxes outside in the others."""
     boxes = torch.tensor([[[0.1, 0.2, 0.7, 0.9]], [[0, 0, 0.5, 0.5]], [[1.2, 0, 1.5, 1]], [[0, -2, 1, -1.5]]])
-    raw = {"boxes": boxes, "box_class": torch.tensor([[0], [1], [1], [2]])}
+    raw = {"boxes": boxes, "box_class": torch.tensor([[0], [1], [1], [2]]), "box_color": torch.arange(4).unsqueeze(1)}
+    module = importlib.import_module(f"models.conditions.{name}")
+    encoder = module.build(module.Config(**{f"{name}_classes": 3, f"{name}_colors": 4}), WIDTH, n_classes=0)
     drop = {"regions": torch.tensor([True, True, False, False])}
-    ids = Conditioner({name: build_encoder(name)})({name: raw}, x(), drop).row_ids()
+    ids = Conditioner({name: encoder})({name: raw}, x(), drop).row_ids()
     assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
