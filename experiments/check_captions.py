@@ -23,7 +23,8 @@ from experiments.harness.report import progress, share, share_words, table
 from experiments.metrics.contact_sheet import GAP, draw_lines
 from experiments.metrics.image_classifier import RECIPE, classify, load_labelled_images, train_image_classifier
 from experiments.metrics.layout.layout_pictures import save_picture
-from models.conditions.text import TOKENIZER, tokenize
+from models.conditions.text import tokenize
+from models.prompts import PromptTokenizer
 from models.ranges import COUNT, check_ranges
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
@@ -194,8 +195,9 @@ def measure(
     save_picture(batches.folder / PICTURE, draw_picture(requests, images))
     long_captions = {request.caption for request in requests if request.kind in (REPEATED, LAST)}
     figures = compute_figures(requests, classify(classifier, images), of_real, real.labels, names)
-    length = model.sampler.network.encoders["text"].length
-    return figures | {"long_captions": count_tokens(sorted(long_captions), length)}
+    encoder = model.sampler.network.encoders["text"]
+    counts = count_tokens(sorted(long_captions), encoder.length, encoder.tokenizer)
+    return figures | {"long_captions": counts}
 
 
 def compute_figures(
@@ -230,13 +232,13 @@ def kinds_of(requests: Sequence[Request]) -> list[str]:
     return list(dict.fromkeys(request.kind for request in requests))
 
 
-def count_tokens(captions: Sequence[str], length: int) -> dict[str, Any]:
+def count_tokens(captions: Sequence[str], length: int, tokenizer: PromptTokenizer) -> dict[str, Any]:
     """Returns the least and the greatest number of words, tokens and chunks of captions, and how many tokens of all of
     them are lost where they are cut into chunks of at most `length` tokens."""
     counts: dict[str, list[int]] = {"words": [], "tokens": [], "chunks": []}
     cut = 0
     for caption in captions:
-        tokens, (ids, mask) = len(TOKENIZER.encode(caption)), tokenize([caption], length)
+        tokens, (ids, mask) = len(tokenizer.encode(caption)), tokenize([caption], length, tokenizer)
         chunks = ids.shape[1]
         for name, count in (("words", len(caption.split())), ("tokens", tokens), ("chunks", chunks)):
             counts[name].append(count)

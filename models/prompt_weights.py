@@ -36,7 +36,7 @@ class PromptRules:
     split: Literal["length", "comma", "sentence", "phrase", "word"] | None = None  # default: that of the syntax
     restore_mean: bool = True  # a1111: scale each chunk so that weights leave the mean of its numbers as it was
     length: int = CHUNK  # L
-    pad_id: int | None = None  # after the end of a chunk; default: the end
+    pad_id: int | None = None  # after the end of a chunk; default: that of the tokenizer
     mask_padding: bool = False  # the mask leaves padding of chunks out, as encoders trained here need it
     pad_with_empty: bool = False  # shorter prompts of a batch get embeddings of the empty text, instead of a mask
 

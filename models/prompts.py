@@ -25,6 +25,7 @@ class PromptTokenizer(Protocol):
 
     start_id: int
     end_id: int
+    pad_id: int  # after the end
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without start and end."""
@@ -70,7 +71,7 @@ def chunk_text(
     without tokens has none.
 
     Longer sections are cut by the rule that `split` names, a key of SPLITS. After its end a chunk is filled with the
-    end, or with `pad_id`: 0 for weights of SD 2.
+    tokenizer's padding, or with `pad_id`: 0 for weights of SD 2.
     """
     if split not in SPLITS:
         raise ValueError(f"got split {split!r}{did_you_mean(split, SPLITS)}: choose {', '.join(SPLITS)}")
@@ -80,7 +81,7 @@ def chunk_text(
         number += len(section)
         if tokens or not parts or i < len(text) - 1:
             parts += SPLITS[split](tokens, room) or [[]]
-    pad = tokenizer.end_id if pad_id is None else pad_id
+    pad = tokenizer.pad_id if pad_id is None else pad_id
     ids, weights, pieces = [], [], []
     for part in parts:
         empty = room - len(part)

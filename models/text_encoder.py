@@ -4,7 +4,7 @@ Shapes: B batch, L tokens with start and end, D width, C chunks of a long text.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class TextEncoder(nn.Module):
 
     A token does not depend on those after it, hence not on padding behind the end.
     """
+
+    tokenizer: ClassVar[Tokenizer] = Tokenizer()
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()

@@ -90,6 +90,7 @@ class Tokenizer:
 
     start_id: ClassVar[int] = 49_406
     end_id: ClassVar[int] = 49_407
+    pad_id: ClassVar[int] = 49_407  # after the end
     vocab_size: ClassVar[int] = 49_408
 
     def encode(self, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Text encoders as files: the tensors of a `TextEncoder` in safetensors, its options as JSON in the header.
 
-A run whose --text_encoder names one takes its options and weights; the encoder then stays as it is.
+A run whose --text_encoder names one takes its options and weights; the encoder then stays as it is. The same holds for
+MiniLM, whose weights come from a package.
 """
 
 import dataclasses
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from models.bert import MINILM_L6, Bert, BertConfig, bert_tensors
 from models.conditioning import ConditionConfig
 from models.conditions import text
-from models.conditions.text import ENCODER_FLAGS, CaptionEncoder
+from models.conditions.text import ENCODER_FLAGS, MINILM, CaptionEncoder
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.tokenizer import Tokenizer
+from models.wordpiece import packaged_model, read_packaged
 from train.data.text_cache import TextCache
 from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
 from vq.weights import refuse_nan
@@ -32,9 +35,13 @@ def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
         save_file(tensors, temporary, {HEADER: json.dumps(dataclasses.asdict(encoder.config))})
 
 
-def read_text_encoder(path: str | Path) -> TextEncoder:
-    """Reads an encoder, frozen and in eval mode, on the CPU in float32; FileNotFoundError or ValueError if there is
-    none."""
+def read_text_encoder(path: str | Path) -> TextEncoder | Bert:
+    """Reads an encoder, or MiniLM, frozen and in eval mode, on the CPU in float32; FileNotFoundError or ValueError if
+    there is none."""
+    if path == MINILM:
+        encoder = Bert(MINILM_L6)
+        encoder.load_state_dict(bert_tensors(load(read_packaged("model.safetensors")), encoder.config))
+        return encoder.eval().requires_grad_(False)
     options, tensors = read_file(Path(path).expanduser())
     encoder = TextEncoder(options)
     wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
@@ -80,17 +87,26 @@ def with_options_of_file(options: ConditionConfig) -> ConditionConfig:
     """
     if not isinstance(options, text.Config) or not options.text_encoder:
         return options
-    encoder, _ = read_file(Path(options.text_encoder).expanduser())
-    if (encoder.vocab_size, encoder.end_id) != (Tokenizer.vocab_size, Tokenizer.end_id):
-        got = f"{options.text_encoder} has {encoder.vocab_size} ids and end {encoder.end_id}"
-        raise ValueError(f"{got}, wanted CLIP's {Tokenizer.vocab_size} and {Tokenizer.end_id}: pass another encoder")
-    own = {flag: getattr(encoder, name) for name, flag in ENCODER_FLAGS.items()}
+    encoder = read_options(options.text_encoder)
     defaults = {field.name: field.default for field in dataclasses.fields(text.Config)}
+    own = {flag: getattr(encoder, name, defaults[flag]) for name, flag in ENCODER_FLAGS.items()}
     for flag, value in own.items():
         given = getattr(options, flag)
         if given not in (value, defaults[flag]):
             raise ValueError(f"got {flag} {given}, {options.text_encoder} has {value}: leave --{flag} out")
     return dataclasses.replace(options, **own)
+
+
+def read_options(path: str) -> TextEncoderConfig | BertConfig:
+    """Reads the options of an encoder; ValueError for one with the ids of another tokenizer."""
+    if path == MINILM:
+        packaged_model()  # ValueError if it is not installed
+        return MINILM_L6
+    encoder, _ = read_file(Path(path).expanduser())
+    if (encoder.vocab_size, encoder.end_id) != (Tokenizer.vocab_size, Tokenizer.end_id):
+        got = f"{path} has {encoder.vocab_size} ids and end {encoder.end_id}"
+        raise ValueError(f"{got}, wanted CLIP's {Tokenizer.vocab_size} and {Tokenizer.end_id}: pass another encoder")
+    return encoder
 
 
 def load_text_encoder(network: nn.Module, options: ConditionConfig) -> None:
@@ -106,7 +122,8 @@ def text_provenance(options: ConditionConfig) -> dict[str, str]:
     """Returns what a run records of --text_encoder: the hash of its content, not its path; {} without one."""
     if not isinstance(options, text.Config) or not options.text_encoder:
         return {}
-    return {"text_sha256": sha256(Path(options.text_encoder).expanduser())}
+    minilm = options.text_encoder == MINILM
+    return {"text_sha256": sha256(packaged_model() if minilm else Path(options.text_encoder).expanduser())}
 
 
 def open_text_cache(options: ConditionConfig, logs_root: str) -> TextCache | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.types import OnStep
 from experiments.harness.images import image_names
 from models.conditions.metadata import UNKNOWN
-from models.conditions.text import TOKENIZER, CaptionEncoder
+from models.conditions.text import CaptionEncoder
 from models.prompt_weights import Embed, PromptRules, encode_prompts
 from models.prompts import parse_prompt
 from train.condition_source import ConditionSource, Row
@@ -124,7 +124,8 @@ class PromptInputs:
         if self.syntax == "plain":
             return {FIELD: list(prompts)}
         encoder, device = self.trained.sampler.network.encoders["text"], self.trained.device
-        tokens, mask = encode_prompts(prompts, TOKENIZER, embed_with(encoder, device), rules_of(encoder, self.syntax))
+        rules = rules_of(encoder, self.syntax)
+        tokens, mask = encode_prompts(prompts, encoder.tokenizer, embed_with(encoder, device), rules)
         return {FIELD: tokens, f"{FIELD}_mask": mask}
 
     def records(self, count: int) -> list[dict[str, Any]]:

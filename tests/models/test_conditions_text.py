@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from helpers.tiny_minilm import VOCABULARY, random_weights
+from models import wordpiece
+from models.bert import bert_tensors
 from models.conditioning import Condition, Conditioner
 from models.conditions import text
 from models.conditions.text import caption_chunks, tokenize
@@ -131,6 +134,50 @@ def test_options_that_do_not_fit():
         text.Config(text_width=16, text_heads=3)
     with pytest.raises(ValueError, match="got text_length 2, wanted at least 3"):
         text.Config(text_length=2)
+
+
+# BERT, whose tokens also see those after them
+
+
+@pytest.fixture
+def minilm(monkeypatch):
+    """Builds the encoder of a run with MiniLM, as it is saved with the run, of 20 tokens a chunk."""
+    monkeypatch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+    sizes = {"text_width": 8, "text_layers": 2, "text_heads": 2, "text_length": 20}
+
+    def build(**options):
+        encoder = text.build(text.Config(text_encoder="minilm", **sizes, **options), 0, 0)
+        encoder.encoder.load_state_dict(bert_tensors(random_weights(), encoder.encoder.config))
+        return encoder.eval()
+
+    return build
+
+
+@pytest.mark.parametrize("null", ["learned", "empty"])
+@torch.no_grad()
+def test_no_padding_matters_to_bert(null, minilm):
+    encoder, captions = minilm(text_null=null), ["a red star", LONG, ""]
+    together, training = encode(encoder, captions), encode(encoder.train(), captions)
+    encoder.eval()
+    for row, count in enumerate((5, 175 + 20, 2)):
+        alone = encode(encoder, captions[row : row + 1])
+        assert len(present(alone, 0)) == count
+        for other in (together, training):
+            assert torch.allclose(present(other, row), present(alone, 0), atol=1e-5)
+    drop = encode(encoder, captions, torch.tensor([True, False, False]))
+    null = encode(encoder, [""]).values[0, -8:-6] if null == "empty" else encoder.null[0]
+    assert torch.allclose(present(drop, 0), null, atol=1e-6)
+
+
+@torch.no_grad()
+def test_ids_of_the_loader_are_those_of_bert(minilm):
+    encoder, captions = minilm(), ["a red star", "unaffable stars"]
+    ids, mask = tokenize(captions, encoder.length, encoder.tokenizer)
+    assert ids[0, 0].tolist() == [101, *(VOCABULARY[word] for word in ("a", "red", "star")), 102, 0, 0, 0]
+    assert mask.sum(-1).flatten().tolist() == [5, 7]
+    from_ids = encoder({"caption": ids, "caption_mask": mask}, torch.zeros(2, 3, 4, 4))
+    assert torch.equal(from_ids.values, encode(encoder, captions).values)
+    assert not any(p.requires_grad for p in encoder.encoder.parameters()) and encoder.null.requires_grad
 
 
 # Networks

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.text_weights import tiny_clip, tiny_openclip
+from helpers.tiny_minilm import VOCABULARY, tiny_bert
+from models import wordpiece
+from models.bert import Bert
 from models.conditions.text import CaptionEncoder
 from models.prompt_weights import PromptRules, encode_prompts, scale_tokens
 from models.text_encoder import TextEncoder, TextEncoderConfig
@@ -187,17 +190,46 @@ def test_a_mean_is_read_as_far_as_the_longest_text():
     assert mask[0].tolist() == [True] * 7 + [False] * 70
 
 
-def test_padding_is_masked_for_encoders_that_are_trained_so():
-    """As captions in training: the same numbers where the mask is True."""
+def small_encoder(_) -> TextEncoder:
     torch.manual_seed(0)
-    network = TextEncoder(TextEncoderConfig(width=16, layers=2, heads=2)).eval()
-    captions = ["a cat " * 45, "a dog"]
-    rules = PromptRules(mask_padding=True)
-    z, mask = encode_prompts(captions, TOKENIZER, lambda ids, seen=None: network(ids, seen).tokens, rules)
+    return TextEncoder(TextEncoderConfig(width=16, layers=2, heads=2)).eval()
+
+
+def small_bert(patch) -> Bert:
+    patch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+    return tiny_bert()
+
+
+@pytest.mark.parametrize(("build", "lengths"), [(small_encoder, [94, 4]), (small_bert, [200, 6])])
+@pytest.mark.parametrize("syntax", ["plain", "a1111", "compel"])
+def test_padding_is_masked_for_encoders_that_are_trained_so(build, lengths, syntax, monkeypatch):
+    """As captions in training: the same numbers where the mask is True."""
+    network, captions = build(monkeypatch), ["a cat " * 45, "a dog"]
+    rules = PromptRules(syntax=syntax, split="length", length=network.config.length, mask_padding=True)
+    z, mask = encode_prompts(captions, network.tokenizer, lambda ids, seen=None: network(ids, seen).tokens, rules)
     values, present = CaptionEncoder(network).eval().encode({"caption": captions}, torch.zeros(2, 3, 8, 8))
-    assert mask.sum(1).tolist() == present.sum(1).tolist() == [94, 4]
+    assert mask.sum(1).tolist() == present.sum(1).tolist() == lengths
     for row in range(2):
         torch.testing.assert_close(z[row, mask[row]], values[row, present[row]], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_of_prompts_for_bert(monkeypatch):
+    """Without weight a piece is gone: the other tokens are those of the text in which none attends to it."""
+    network = small_bert(monkeypatch)
+    rules = {syntax: PromptRules(syntax=syntax, length=20, mask_padding=True) for syntax in ("a1111", "compel")}
+
+    def encode(prompt: str, syntax: str) -> Tensor:
+        return encode_prompts([prompt], network.tokenizer, lambda *args: network(*args).tokens, rules[syntax])[0][0]
+
+    plain, heavier = encode("a red star", "a1111"), encode("a (red:1.4) star", "a1111")
+    factors = heavier / plain
+    assert torch.allclose(factors[2] / factors[1], torch.tensor(1.4), atol=1e-5)
+    ids = torch.tensor([[101, *network.tokenizer.encode("a red star"), 102, *[0] * 15]])
+    seen = torch.arange(20) != 2
+    without = encode("a (red)0 star", "compel")
+    assert torch.allclose(without[[0, 1, 3, 4]], network(ids, seen[None]).tokens[0, [0, 1, 3, 4]], atol=1e-4)
+    assert not torch.allclose(without[1], plain[1], atol=1e-3)
 
 
 def test_other_lengths_of_chunks():

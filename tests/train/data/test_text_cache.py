@@ -8,6 +8,8 @@ from contextlib import closing
 import pytest
 import torch
 
+from helpers.tiny_minilm import VOCABULARY, tiny_bert
+from models import wordpiece
 from models.conditions.text import CaptionEncoder
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.data import text_cache
@@ -42,6 +44,18 @@ def test_embeddings_are_those_of_the_encoder(tmp_path):
         one, other = (tokens.values[row][tokens.mask[row]] for tokens in (from_texts, from_cache))
         assert torch.allclose(one, other, atol=1e-5)
     assert not batch["caption"][~batch["caption_mask"]].any()
+
+
+def test_embeddings_of_bert_are_those_of_the_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+    encoder = tiny_bert()
+    batch = TextCache(encoder, tmp_path)[CAPTIONS]
+    lengths = [5, 195, 2, 5]  # of 20 tokens a chunk
+    assert batch["caption"].shape == (4, 200, 8) and batch["caption_mask"].sum(1).tolist() == lengths
+    captions = CaptionEncoder(encoder, pretrained=True).eval()
+    tokens = captions(CAPTIONS, torch.zeros(4, 3, 4, 4))
+    for row, length in enumerate(lengths):
+        assert torch.allclose(batch["caption"][row, :length], tokens.values[row][tokens.mask[row]], atol=1e-5)
 
 
 def test_a_caption_is_encoded_once_whatever_its_batch(tmp_path, encoded):
