@@ -49,6 +49,11 @@ def tiny_bert() -> Bert:
     return encoder.eval()
 
 
+def use_vocabulary(patch: pytest.MonkeyPatch) -> None:
+    """Gives words the ids of the tiny vocabulary, without a package."""
+    patch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+
+
 def install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     """Puts the tiny encoder in place of the package; returns its archive. The package must not be imported."""
     archive = folder / wordpiece.PACKAGE / "model.zip"

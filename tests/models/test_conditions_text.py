@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from helpers.tiny_minilm import VOCABULARY, random_weights
-from models import wordpiece
+from helpers.tiny_minilm import VOCABULARY, random_weights, use_vocabulary
 from models.bert import bert_tensors
 from models.conditioning import Condition, Conditioner
 from models.conditions import text
@@ -142,7 +141,7 @@ def test_options_that_do_not_fit():
 @pytest.fixture
 def minilm(monkeypatch):
     """Builds the encoder of a run with MiniLM, as it is saved with the run, of 20 tokens a chunk."""
-    monkeypatch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+    use_vocabulary(monkeypatch)
     sizes = {"text_width": 8, "text_layers": 2, "text_heads": 2, "text_length": 20}
 
     def build(**options):

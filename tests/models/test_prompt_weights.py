@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.text_weights import tiny_clip, tiny_openclip
-from helpers.tiny_minilm import VOCABULARY, tiny_bert
-from models import wordpiece
+from helpers.tiny_minilm import tiny_bert, use_vocabulary
 from models.bert import Bert
 from models.conditions.text import CaptionEncoder
 from models.prompt_weights import PromptRules, encode_prompts, scale_tokens
@@ -196,7 +195,7 @@ def small_encoder(_) -> TextEncoder:
 
 
 def small_bert(patch) -> Bert:
-    patch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+    use_vocabulary(patch)
     return tiny_bert()
 
 

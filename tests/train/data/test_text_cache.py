@@ -8,8 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from helpers.tiny_minilm import VOCABULARY, tiny_bert
-from models import wordpiece
+from helpers.tiny_minilm import tiny_bert, use_vocabulary
 from models.conditions.text import CaptionEncoder
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.data import text_cache
@@ -47,7 +46,7 @@ def test_embeddings_are_those_of_the_encoder(tmp_path):
 
 
 def test_embeddings_of_bert_are_those_of_the_encoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(wordpiece, "load_vocabulary", lambda: VOCABULARY)
+    use_vocabulary(monkeypatch)
     encoder = tiny_bert()
     batch = TextCache(encoder, tmp_path)[CAPTIONS]
     lengths = [5, 195, 2, 5]  # of 20 tokens a chunk

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from diffusion.rng import Streams, seed_of
+from helpers.tiny_minilm import VOCABULARY, tiny_bert, use_vocabulary
 from models.conditioning import ConditionConfig, Conditioner
 from models.conditions import boxes, location_words, metadata, objects
 from models.conditions.image import ImageEncoder
@@ -191,6 +192,20 @@ def test_captions_are_ids_where_batches_are_loaded():
     assert with_condition_fields(source, encoders()) is source
     with pytest.raises(ValueError, match="the conditions need caption"):
         raw_conditions({"text": ("caption",)}, with_condition_fields(Batches(), network)[[1]])
+
+
+def test_captions_are_ids_of_the_encoder_s_own_tokenizer(monkeypatch):
+    use_vocabulary(monkeypatch)
+    network = Conditioner({"text": CaptionEncoder(tiny_bert(), pretrained=True)})
+    batch = with_condition_fields(Batches(caption=["a red star"]), network)[[0]]
+    assert batch["caption"].flatten().tolist() == [
+        101,
+        *(VOCABULARY[word] for word in ("a", "red", "star")),
+        102,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_tokens_that_no_attention_block_reads_are_refused():
