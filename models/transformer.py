@@ -1,12 +1,12 @@
 """A pre-norm transformer over a grid of discrete codes, and a causal one that predicts codes in raster order.
 
-Conditions enter by adaptive norms (vectors), cross-attention (tokens) and added embeddings (maps).
+Conditions enter by adaptive norms (vectors), cross-attention (tokens) and added embeddings (maps, optionally vectors).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +37,13 @@ class Transformer(nn.Module):
     `encoders` encode raw fields, by name, as the streams of a `Condition` (see models/conditions). The sum of the
     vectors, of the transformer's width, goes to adaptive norms; tokens go to cross-attention in each block, gated ones
     to gated cross-attention beside it; maps are added to the embeddings through a linear layer. Both attentions and
-    that layer change nothing at first.
+    that layer change nothing at first. With `vectors_into` "embeddings", vectors are added to the embeddings of all
+    places instead, through a linear layer that starts at zero; all other weights are those of a network without
+    vectors. ValueError if no encoder returns any.
 
     By default the network has no time input: the optimal prediction of a masked code does not depend on it (Ou et al.
     2025). With a `time_scale`, which multiplies t, it has one (`takes_time`), for processes that change codes into
-    other codes: the embedding of t is added to the vectors.
+    other codes: the embedding of t goes to adaptive norms, with the vectors if they do.
 
     `feed_forward` is one of FEED_FORWARDS, or the dotted path of a module class built with (width, mlp_ratio).
 
@@ -59,6 +61,7 @@ class Transformer(nn.Module):
         heads: int = 8,
         layers: int = 24,
         encoders: Mapping[str, ConditionEncoder] | None = None,
+        vectors_into: Literal["norms", "embeddings"] = "norms",
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008 (it is frozen)
         mlp_ratio: float = 4.0,
         feed_forward: str = "gelu",
@@ -75,13 +78,19 @@ class Transformer(nn.Module):
         self.encoders = Conditioner(encoders)
         if self.encoders.decoder_channels:
             raise ValueError("got a map into a decoder, which a transformer does not have: pass --layout_into input")
+        if vectors_into == "embeddings" and not self.encoders.makes_vectors:
+            raise ValueError(
+                "got vectors_into embeddings, and no class or other condition that is a vector: "
+                "leave --vectors_into out, or pass --conditions numbers"
+            )
         self.time = TimeEmbedding(width, width, time_scale) if self.takes_time else None
         self.map_in = nn.Linear(self.encoders.map_channels, width) if self.encoders.map_channels else None
+        self.vector_in = nn.Linear(width, width) if vectors_into == "embeddings" else None
         self.dropout = nn.Dropout(embd_dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 build_attention(attention, width, heads, self.grid, depth),
-                adaptive=self.encoders.makes_vectors or self.takes_time,
+                adaptive=(self.encoders.makes_vectors and self.vector_in is None) or self.takes_time,
                 mlp_ratio=mlp_ratio,
                 dropout=resid_dropout,
                 cross=build_cross_attention(attention, width, heads, self.encoders.token_width),
@@ -99,7 +108,7 @@ class Transformer(nn.Module):
         """Initialises all weights but those of pretrained encoders and, here, of gated tokens.
 
         N(0, 0.02^2), and 1 / sqrt(2 layers) of that standard deviation where a layer writes into the residual stream
-        (GPT-2). Modulations, cross-attention and the layer of the maps start at zero.
+        (GPT-2). Modulations, cross-attention and the layers of maps and vectors start at zero.
         """
         others = {m for e in self.encoders.values() if e.pretrained or e.gated_width for m in e.modules()}
         for module in self.modules():
@@ -107,8 +116,9 @@ class Transformer(nn.Module):
                 init_normal(module)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
-        if self.map_in is not None:
-            zero_module(self.map_in)
+        for layer in (self.map_in, self.vector_in):
+            if layer is not None:
+                zero_module(layer)
         for block in self.blocks:
             for projection in block.residual_projections():
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
@@ -224,7 +234,7 @@ class Transformer(nn.Module):
         residual: Tensor | None = None,
         positions: slice | None = None,
     ) -> Tensor:
-        """Sums the embeddings of codes, positions, maps and the residual: ids (B, *grid) -> (B, *grid, D).
+        """Sums the embeddings of codes, positions, maps, vectors and the residual: ids (B, *grid) -> (B, *grid, D).
 
         With `positions`, ids (B, n) are the codes at those positions in raster order -> (B, n, D).
         """
@@ -232,6 +242,8 @@ class Transformer(nn.Module):
         for term in (self.position, self.embed_maps(condition, grid), residual):  # of the whole grid
             if term is not None:
                 x = x + (term if positions is None else term.flatten(-3, -2)[..., positions, :])
+        if self.vector_in is not None:
+            x = x + self.vector_in(condition.vector()).view(len(x), *[1] * (x.ndim - 2), -1)
         return self.dropout(x)
 
     def embed_maps(self, condition: Condition, grid: tuple[int, int]) -> Tensor | None:
@@ -243,13 +255,16 @@ class Transformer(nn.Module):
         return self.map_in(rearrange(maps, "b c h w -> b h w c"))
 
     def embed_vectors(self, condition: Condition, t: Tensor | None, count: int) -> Tensor | None:
-        """Returns the sum of the vectors and the embedding of t, (B, D), for adaptive norms; None without any."""
+        """Returns the sum of the vectors and the embedding of t, (B, D), for adaptive norms; None without any.
+
+        Vectors that are added to the embeddings of codes are left out.
+        """
         if self.takes_time and (t is None or t.shape != (count,)):
             got = "no t" if t is None else f"t {tuple(t.shape)}"
             raise ValueError(f"got {got} for {count} grids, wanted ({count},): t.expand({count})")
         if not self.takes_time and t is not None:
             raise ValueError("got t for a transformer without a time input: build it with a time_scale, or leave t out")
-        vector = condition.vector()
+        vector = condition.vector() if self.vector_in is None else None
         if t is None:
             return vector
         return self.time(t) if vector is None else self.time(t) + vector

@@ -50,7 +50,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     assert cli.flag_names(TransformerConfig) == {
         *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),
         *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
-        *("qk_norm", "zero_init", "tied_head", "class_conditional", "label_drop"),
+        *("qk_norm", "zero_init", "tied_head", "vectors_into", "class_conditional", "label_drop"),
         *("conditions", "condition_drop", "foreground", "foreground_weight", "foreground_norm"),
     }
     assert cli.flag_names(absorbing.Config) - cli.flag_names(TransformerConfig) == {

@@ -16,6 +16,7 @@ from models.unet import UNet
 
 B, CODES, GRID, WIDTH, CLASSES, D = 3, 9, (3, 4), 16, 3, 5
 NETWORKS = pytest.mark.parametrize("kind", [Transformer, CausalTransformer])
+INTO = pytest.mark.parametrize("into", ["norms", "embeddings"])
 
 
 class Words(ConditionEncoder):
@@ -102,8 +103,9 @@ def test_weight_names_order_and_initial_values_are_stable(kind, classes):
 
 
 @NETWORKS
-def test_words_images_and_labels_change_nothing_at_first(kind):
-    network, inputs = build_network(kind), fields() | {"image": torch.randn(B, 2, *GRID)}
+@INTO
+def test_words_images_and_labels_change_nothing_at_first(kind, into):
+    network, inputs = build_network(kind, vectors_into=into), fields() | {"image": torch.randn(B, 2, *GRID)}
     assert torch.equal(network(codes(), inputs), network(codes()))
     before = {name: p.clone() for name, p in network.named_parameters()}
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
@@ -233,6 +235,20 @@ def test_a_map_is_averaged_over_cells_and_added_to_embeddings():
 
 
 @NETWORKS
+def test_a_vector_is_added_to_embeddings_instead_of_norms(kind):
+    network = randomize(build_network(kind, label_encoders(CLASSES, WIDTH), vectors_into="embeddings"))
+    assert all(block.modulation is None for block in network.blocks)
+    labels, inputs = fields()["label"], []
+    network.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    for condition in (None, {"label": labels}):
+        network(codes(), condition)
+    null, vectors = (network.vector_in(network.encoders["label"].embedding(each)) for each in (labels * 0 + 3, labels))
+    assert torch.allclose(inputs[1] - inputs[0], (vectors - null)[:, None, None].expand_as(inputs[0]))
+    with pytest.raises(ValueError, match="got vectors_into embeddings, and no class or other condition that is a vec"):
+        build_network(kind, {"image": ImageEncoder(2)}, vectors_into="embeddings")
+
+
+@NETWORKS
 def test_a_residual_is_added_to_the_embeddings(kind):
     network, residual = randomize(build_network(kind, {})), torch.randn(B, *GRID, WIDTH).double()
     output = network(codes(), residual=residual)
@@ -261,12 +277,14 @@ def test_the_time_is_an_option_of_its_own(kind):
         plain(codes(), t=t)
 
 
-def test_the_time_joins_the_vectors():
-    network = randomize(build_network(encoders=label_encoders(CLASSES, WIDTH), time_scale=1.0))
+@INTO
+def test_the_time_joins_the_vectors_of_norms(into):
+    network = randomize(build_network(encoders=label_encoders(CLASSES, WIDTH), time_scale=1.0, vectors_into=into))
     embeddings, t, labels = [], torch.tensor([3.0, 5.0, 7.0]), torch.tensor([0, 1, 2])
     network.blocks[1].register_forward_pre_hook(lambda block, args: embeddings.append(args[1]))
     network(codes(), {"label": labels}, t=t)
-    assert torch.equal(embeddings[0], network.time(t) + network.encoders["label"].embedding(labels))
+    vectors = network.encoders["label"].embedding(labels)
+    assert torch.equal(embeddings[0], network.time(t) + vectors if into == "norms" else network.time(t))
 
 
 # All conditions together
@@ -286,8 +304,10 @@ def all_conditions(network):
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("stops", [list(range(12)), [0, 1, 5, 6, 11]], ids=["one by one", "some"])
-def test_cached_logits_equal_those_of_the_full_sequence(position, stops):
-    network = randomize(build_network(CausalTransformer, attention=AttentionConfig(position=position), time_scale=10.0))
+@INTO
+def test_cached_logits_equal_those_of_the_full_sequence(position, stops, into):
+    options = {"attention": AttentionConfig(position=position), "time_scale": 10.0, "vectors_into": into}
+    network = randomize(build_network(CausalTransformer, **options))
     (condition, options), kv_cache, ids = all_conditions(network), KVCache(GRID), codes()
     expected = network(ids, condition, **options).flatten(1, 2)
     for stop in stops:

@@ -41,6 +41,9 @@ class TransformerConfig(ConditionsConfig):
     """Initialize the last layers of attention and feed-forward to zero, so that each block starts as the identity."""
     tied_head: bool = False
     """Tie the output layer to the code embeddings."""
+    vectors_into: Literal["norms", "embeddings"] = "norms"
+    """Class, numbers and metadata go to adaptive norms, or are added to the embeddings of the codes: a network trained
+    without them, loaded by --load_partial, then starts unchanged."""
     attn_pdrop: float = 0.0
     """Dropout on attention weights."""
     embd_pdrop: float = 0.0
@@ -93,6 +96,7 @@ def make_network(
         heads=config.bert_n_head,
         layers=config.bert_n_layers,
         encoders=encoders,
+        vectors_into=config.vectors_into,
         time_scale=time_scale,
         mlp_ratio=config.mlp_ratio,
         attention=AttentionConfig(

@@ -1,4 +1,4 @@
-"""Numbers in transformers of codes: equal rows share a call, training and sampling take missing values."""
+"""Numbers in transformers of codes: equal rows share a call, missing values, and networks trained without them."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion.rng import Streams
 from models.conditions import numbers
+from train.checkpoint import load_matching
 from train.data.streams import TrainingStreams
 from train.samplers import absorbing, autoregressive
 from train.samplers.absorbing import AbsorbingSampler
@@ -18,14 +19,16 @@ KINDS = {"absorbing": AbsorbingSampler, "autoregressive": AutoregressiveSampler}
 MODULES = {"absorbing": absorbing, "autoregressive": autoregressive}
 NAN = math.nan
 BATCH = {"year": torch.tensor([2001.0, NAN, 2001, 2017]), "lat": torch.tensor([5.0, 5, 5, 5])}
+SMALL = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
+NUMBERS = {
+    "conditions": ("numbers",),
+    "condition_options": numbers.Config(numbers_ranges=("year=2000:2020", "lat=-90:90")),
+}
 
 
-def build_sampler(name):
+def build_sampler(name, conditions=NUMBERS):
     torch.manual_seed(0)
-    options = numbers.Config(numbers_ranges=("year=2000:2020", "lat=-90:90"))
-    small = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
-    config = MODULES[name].Config(**small, conditions=("numbers",), condition_options=options)
-    sampler = KINDS[name](config, codes=CODES, grid=GRID, n_classes=0)
+    sampler = KINDS[name](MODULES[name].Config(**SMALL, **conditions), codes=CODES, grid=GRID, n_classes=0)
     for parameter in sampler.network.parameters():
         nn.init.normal_(parameter, std=0.3)
     sampler.network.eval()
@@ -66,3 +69,16 @@ def test_the_loss_reaches_the_numbers(name):
     loss.per_example.mean().backward()
     assert all(p.grad.isfinite().all() for p in sampler.network.parameters() if p.grad is not None)
     assert all(p.grad.any() for p in sampler.network.encoders.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_trained_network_takes_numbers_and_classes_unchanged(name):
+    """With norms instead, the blocks of a trained network would become the identity."""
+    old = build_sampler(name, conditions={}).network
+    config = MODULES[name].Config(**SMALL, **NUMBERS, vectors_into="embeddings")
+    new = KINDS[name](config, codes=CODES, grid=GRID, n_classes=3).network.eval()
+    report = load_matching(new, {f"net.{key}": value for key, value in old.state_dict().items()}, "net")
+    assert report.unexpected == report.misshapen == report.grown == []
+    assert all(key.startswith(("net.encoders.", "net.vector_in.")) for key in report.missing)
+    ids = torch.randint(CODES, (4, *GRID), generator=torch.manual_seed(1))
+    assert torch.equal(new(ids, {"numbers": BATCH, "label": torch.tensor([0, 1, 2, 3])}), old(ids))
