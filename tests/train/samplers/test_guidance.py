@@ -154,19 +154,24 @@ def test_each_window_has_its_part_of_the_chain(condition):
     assert torch.allclose(out, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_negative", [False, True])
 @pytest.mark.parametrize(("scale", "region_scale"), SCALES)
-def test_the_cache_holds_the_sequences_of_a_chain(scale, region_scale):
-    """Known codes finish an example early, which then drops out."""
+def test_the_cache_holds_the_sequences_of_a_chain(scale, region_scale, is_negative):
+    """Known codes finish an example early, which then drops out; the other keeps what guidance moves away from."""
     sampler = build("autoregressive")
     keep = torch.zeros(2, *GRID, dtype=torch.bool)
     keep[0, 2:] = True
     x0, settings = torch.randint(CODES, (2, *GRID)), {"guidance": scale, "region_guidance": region_scale}
     x = sampler.initial_codes(EditInput(x0, keep), (2, *GRID), Streams([1, 2]))
-    logits = sampler.make_denoiser(sampler.network, BATCH, autoregressive.Sampling(**settings), x)
+    chain, negative = raw_chain(sampler), NEGATIVE if is_negative else None
+    if is_negative:
+        chain[0] = raw_chain(sampler, NEGATIVE)[-1]
+    options = autoregressive.Sampling(**settings)
+    logits = sampler.make_denoiser(sampler.network, BATCH, options, x, negative=negative)
     for count in range(12):
         rows = None if count < 8 else torch.tensor([1])
         codes = x0.flatten(1) if rows is None else x0.flatten(1)[1:]
-        whole = [sampler.network(x0, raw).flatten(1, 2)[:, count] for raw in raw_chain(sampler)]
+        whole = [sampler.network(x0, raw).flatten(1, 2)[:, count] for raw in chain]
         expected = by_formula(*whole, scale, region_scale)
         out = logits(codes[:, :count], torch.zeros(len(codes)), rows)
         assert torch.allclose(out, expected if rows is None else expected[1:], rtol=0, atol=1e-4), count
