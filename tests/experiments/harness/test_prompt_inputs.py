@@ -165,6 +165,8 @@ def test_with_a_seed_of_its_own_the_place_in_the_file_is_nothing(tmp_path):
     assert torch.equal(first["codes"][0], last["codes"][2]) and first["label"][0] == last["label"][2]
     many = open_file(tmp_path, [item], model, n_seeds=20).draw(list(range(20)))
     assert torch.equal(many["codes"][0], first["codes"][0]) and len(many["label"].unique()) > 1
+    beside = open_file(tmp_path, [*others, item], model, n_seeds=20).draw(list(range(2, 60, 3)))
+    assert torch.equal(beside["codes"], many["codes"]) and torch.equal(beside["label"], many["label"])
     assert open_file(tmp_path, [item, *others], model, label=2).draw([0, 1, 2])["label"].tolist() == [2, 2, 2]
 
 
