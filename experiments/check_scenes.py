@@ -101,7 +101,7 @@ class Request(NamedTuple):
         return HELD_OUT if self.held_out else SEEN
 
 
-class Shown(NamedTuple):
+class Contents(NamedTuple):
     """What is found in N images."""
 
     things: Tensor  # (N, classes, colours) int64: how many
@@ -194,13 +194,13 @@ def measure(
     judging = open_scenes(replace(model.data, captions="own"), every_scene, shapes.JUDGE_SPLIT)
     judges = load_judges(judging, judge_folder, JUDGE_SEED)
     save_picture(batches.folder / PICTURE, draw_picture(requests, images, real))
-    figures = compute_figures(requests, find_shown(judges.scenes, images), find_shown(judges.scenes, real))
+    figures = compute_figures(requests, find_contents(judges.scenes, images), find_contents(judges.scenes, real))
     if model.data.captions != "own":
         del figures[PLACES]  # of which sentences by template say nothing
     return figures | {"judge": judges.hashes["scene network"]}
 
 
-def find_shown(network: SceneNetwork, images: Tensor) -> Shown:
+def find_contents(network: SceneNetwork, images: Tensor) -> Contents:
     """Finds the things and the grounds in images uint8 (N, 3, H, W).
 
     The horizon is never in the upper or lower quarter of an image: the ground there is the one of most pixels.
@@ -216,7 +216,7 @@ def find_shown(network: SceneNetwork, images: Tensor) -> Shown:
             things[image, thing, color] += 1
     numbers = len(THINGS) + torch.arange(len(GROUNDS))[:, None]
     quarters = [each.flatten(1)[:, None] for each in (classes[:, : H // 4], classes[:, -(H // 4) :])]  # (N, 1, pixels)
-    return Shown(things, torch.stack([(each == numbers).sum(2).argmax(1) for each in quarters], 1))
+    return Contents(things, torch.stack([(each == numbers).sum(2).argmax(1) for each in quarters], 1))
 
 
 def without_overlaps(detections: Detections) -> Detections:
@@ -242,7 +242,7 @@ def find_owners(layouts: Layouts, is_thing: Tensor) -> Tensor:
     return owner
 
 
-def compute_figures(requests: Sequence[Request], samples: Shown, real: Shown) -> dict[str, Any]:
+def compute_figures(requests: Sequence[Request], samples: Contents, real: Contents) -> dict[str, Any]:
     """Computes the shares of samples, and of the real scenes with their captions, that show what these ask for.
 
     Of captions of one thing: its class, its colour, and both in one thing; FLOOR is the share of samples that show
@@ -272,17 +272,17 @@ def compute_figures(requests: Sequence[Request], samples: Shown, real: Shown) ->
     }
 
 
-def judge(requests: Sequence[Request], shown: Shown) -> dict[str, Tensor]:
+def judge(requests: Sequence[Request], contents: Contents) -> dict[str, Tensor]:
     """Returns what of its request each image shows, (N,) bool each."""
     rows = torch.arange(len(requests))
     thing, color, count = torch.tensor([(*each.pair, each.count) for each in requests]).T
-    of_pair = shown.things[rows, thing, color]
+    of_pair = contents.things[rows, thing, color]
     return {
-        CLASS: shown.things[rows, thing].any(1),
-        COLOR: shown.things[rows, :, color].any(1),
+        CLASS: contents.things[rows, thing].any(1),
+        COLOR: contents.things[rows, :, color].any(1),
         BOTH: of_pair > 0,
         NUMBER: of_pair == count,
-        PLACES: (shown.grounds == torch.tensor([each.grounds for each in requests])).all(1),
+        PLACES: (contents.grounds == torch.tensor([each.grounds for each in requests])).all(1),
     }
 
 

@@ -21,10 +21,10 @@ from experiments.check_scenes import (
     REAL,
     SAMPLES,
     SEEN,
-    Shown,
+    Contents,
     compute_figures,
     draw_picture,
-    find_shown,
+    find_contents,
     plan_requests,
     report,
     requested_images,
@@ -53,7 +53,7 @@ def requests(planned):
     return planned[0]
 
 
-def shown_of(
+def contents_of(
     requests, things_of=lambda each: [(each.thing, each.color)] * each.count, grounds_of=lambda each: each.grounds
 ):
     """What is found in images that show `things_of` each request, (class, colour) each, on `grounds_of` it."""
@@ -61,12 +61,12 @@ def shown_of(
     for row, request in enumerate(requests):
         for thing, color in things_of(request):
             things[row, thing, color] += 1
-    return Shown(things, torch.tensor([grounds_of(request) for request in requests]))
+    return Contents(things, torch.tensor([grounds_of(request) for request in requests]))
 
 
 def figures_of(requests, **shown):
     """The figures of such samples beside real scenes that show all."""
-    return compute_figures(requests, shown_of(requests, **shown), shown_of(requests))
+    return compute_figures(requests, contents_of(requests, **shown), contents_of(requests))
 
 
 def rights(figures, kind, images=SAMPLES):
@@ -122,7 +122,7 @@ def test_what_there_is_is_found(oracle):
     source = open_scenes(DATA, shapes.Config(shapes_kinds=("free", "small")), "val")
     scenes = load_scenes(source, range(60), "scenes")
     oracle(scenes.layouts)
-    things, grounds = find_shown(None, scenes.images)
+    things, grounds = find_contents(None, scenes.images)
     wanted = torch.zeros_like(things)
     where = scenes.layouts.image, scenes.layouts.classes, scenes.layouts.colors
     wanted.index_put_(where, torch.ones(len(scenes.layouts)).long(), accumulate=True)
@@ -140,15 +140,15 @@ def test_real_scenes_show_what_their_captions_say(planned, oracle):
     asked, scenes = [requests[i] for i in rows], load_scenes(source, [requests[i].scene for i in rows], "scenes")
     assert torch.equal(images[rows], scenes.images)
     oracle(scenes.layouts)
-    assert all(each.all() for each in check_scenes.judge(asked, find_shown(None, images[rows])).values())
+    assert all(each.all() for each in check_scenes.judge(asked, find_contents(None, images[rows])).values())
 
 
-def test_things_of_low_scores_without_pixels_or_found_twice_do_not_count(oracle, monkeypatch):
+def test_things_that_are_doubtful_or_found_twice_do_not_count(oracle, monkeypatch):
     scenes = load_scenes(open_scenes(DATA, shapes.Config(shapes_kinds=("free",)), "val"), [0, 1], "scenes")
     oracle(scenes.layouts)
     found = check_scenes.detect(None, None)
     weak = Detections(found.image, found.boxes, found.classes, torch.full((len(found.image),), 0.2).double())
-    shown = find_shown(None, scenes.images).things
+    shown = find_contents(None, scenes.images).things
     assert shown.sum() == len(scenes.layouts)
     twice = Detections(
         found.image.repeat_interleave(2),
@@ -156,13 +156,13 @@ def test_things_of_low_scores_without_pixels_or_found_twice_do_not_count(oracle,
     )
     twice.scores[1::2], twice.classes[1::2] = 0.5, (twice.classes[1::2] + 1) % len(THINGS)  # also as another class
     monkeypatch.setattr(check_scenes, "detect", lambda *_: twice)
-    assert torch.equal(find_shown(None, scenes.images).things, shown)
+    assert torch.equal(find_contents(None, scenes.images).things, shown)
     oracle(scenes.layouts)
     monkeypatch.setattr(check_scenes, "segment", lambda *_: torch.full((2, 32, 32), len(THINGS)))
-    assert find_shown(None, scenes.images).things.sum() == 0
+    assert find_contents(None, scenes.images).things.sum() == 0
     oracle(scenes.layouts)
     monkeypatch.setattr(check_scenes, "detect", lambda *_: weak)
-    assert find_shown(None, scenes.images).things.sum() == 0
+    assert find_contents(None, scenes.images).things.sum() == 0
 
 
 def test_of_things_in_one_place_the_surest_counts():
@@ -183,7 +183,7 @@ def test_a_model_that_shows_everything_is_right_throughout(requests):
     assert figures[PLACES][SAMPLES] == {"n": 36 * N, "right": 1}
 
 
-def test_a_model_that_paints_held_out_pairs_in_another_colour_is_found_out(requests):
+def test_other_colours_of_held_out_pairs_are_found_out(requests):
     other = lambda each: [(each.thing, (each.color + each.held_out) % 6)] * each.count  # noqa: E731
     figures = figures_of(requests, things_of=other)
     assert rights(figures, SEEN) == [1, 1, 1] and rights(figures, HELD_OUT) == [1, 0, 0]
@@ -216,12 +216,12 @@ def test_a_model_that_reads_nothing_is_at_the_floor(requests):
     assert rights(figures, SEEN) == pytest.approx([5 / 10, 3 / 10, 2 / 10])
 
 
-def test_without_held_out_pairs_only_those_of_training_are_reported(requests):
+def test_without_held_out_pairs_there_is_one_kind(requests):
     figures = figures_of([each._replace(held_out=False) for each in requests])
     assert figures["kinds"].keys() == {SEEN} and "*" not in "".join(report(figures, ROOT).splitlines()[:15])
 
 
-def test_images_are_drawn_with_their_captions_and_the_noise_of_their_scene(requests):
+def test_images_are_drawn_with_the_noise_of_their_scenes(requests):
     drawn = []
 
     def draw(noises, seed, options, conditions):
@@ -234,7 +234,7 @@ def test_images_are_drawn_with_their_captions_and_the_noise_of_their_scene(reque
     assert drawn == [(noises, 7, {"caption": captions})]
 
 
-def test_the_picture_has_held_out_pairs_beside_pairs_of_training(requests):
+def test_the_picture_has_held_out_pairs_beside_others(requests):
     samples = torch.zeros(len(requests), 3, 32, 32, dtype=torch.uint8)
     for image, each in zip(samples, requests, strict=True):
         image[0], image[1], image[2] = 40 * each.thing, 40 * each.color, 255 * each.held_out
@@ -247,13 +247,13 @@ def test_the_picture_has_held_out_pairs_beside_pairs_of_training(requests):
 
 
 @pytest.mark.parametrize("captions", ["own", "templates"])
-def test_the_detector_knows_all_scenes_and_templates_name_no_grounds(requests, captions, tmp_path, monkeypatch):
+def test_the_detector_knows_all_scenes(requests, captions, tmp_path, monkeypatch):
     opened, blank = [], torch.zeros(len(requests), 3, 32, 32, dtype=torch.uint8)
     judges = SimpleNamespace(scenes=None, hashes={"scene network": "abc"})
     monkeypatch.setattr(check_scenes, "open_scenes", lambda *args: opened.append(args))
     monkeypatch.setattr(check_scenes, "load_judges", lambda source, folder, seed: judges)
-    found = lambda network, images: shown_of(requests, **({} if images.any() else {"things_of": lambda each: []}))  # noqa: E731
-    monkeypatch.setattr(check_scenes, "find_shown", found)
+    found = lambda network, images: contents_of(requests, **({} if images.any() else {"things_of": lambda each: []}))  # noqa: E731
+    monkeypatch.setattr(check_scenes, "find_contents", found)
     model = SimpleNamespace(data=replace(DATA, captions=captions), reader=replace(READER, shapes_seed=3))
     batches = ResumableBatches(SimpleNamespace(is_main=True), tmp_path)
     monkeypatch.setattr(ResumableBatches, "resume", lambda self, name, rows, make: iter([make([*rows])]))
@@ -302,7 +302,7 @@ def test_the_command_asks_a_run_and_judges_its_samples(tmp_path, conditions, tin
     assert len(conditions) == 4
 
 
-def test_the_preset_asks_for_the_pairs_that_its_training_leaves_out(monkeypatch, tmp_path):
+def test_the_preset_leaves_out_each_class_in_one_colour(monkeypatch, tmp_path):
     path = ROOT / "configs" / "shapes_captions.yaml"
     config = parse_config("train_sampler.py", f"--config {path} --logs_root {tmp_path}", monkeypatch)
     held_out = [tuple(pair.split("-")) for pair in config["shapes_held_out"]]
