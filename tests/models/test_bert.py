@@ -60,7 +60,7 @@ def test_padding_does_not_matter():
 
 
 @torch.no_grad()
-def test_tokens_see_those_before_and_after_them_but_no_masked_ones():
+def test_tokens_see_both_sides_but_no_masked_ones():
     encoder, ids = tiny_bert(), IDS[[0, 0], :6].clone()
     ids[1, 3] = 55
     mask, others = torch.ones(2, 6, dtype=torch.bool), torch.arange(6) != 3

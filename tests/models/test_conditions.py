@@ -378,7 +378,7 @@ def test_row_ids_are_equal_for_equal_conditions_alone():
 
 
 @pytest.mark.parametrize("name", ["layout", "boxes", "location_words", "objects"])
-def test_images_with_nothing_of_their_regions_have_equal_conditions(name):
+def test_images_without_present_regions_have_equal_conditions(name):
     """Dropped regions of different classes and colours in the first two images, boxes outside in the others."""
     boxes = torch.tensor([[[0.1, 0.2, 0.7, 0.9]], [[0, 0, 0.5, 0.5]], [[1.2, 0, 1.5, 1]], [[0, -2, 1, -1.5]]])
     raw = {"boxes": boxes, "box_class": torch.tensor([[0], [1], [1], [2]]), "box_color": torch.arange(4).unsqueeze(1)}

@@ -232,7 +232,7 @@ def test_wrong_metadata_of_all_items_are_one_error(tmp_path):
         open_file(tmp_path, [{"prompt": "a"}, {"prompt": "b"}], model, metadata=("light=day", "light=night"))
 
 
-def test_settings_that_cannot_be_sampled_with_are_reported_before_drawing(tmp_path):
+def test_impossible_settings_are_reported_before_drawing(tmp_path):
     model = make_model("absorbing", condition_drop=0.0)
     objects = [
         {"prompt": "a"},
