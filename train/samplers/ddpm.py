@@ -158,10 +158,8 @@ class Config(ConditionsConfig):
         if self.process == "edm" and self.time_embedding == "noise_level":
             raise ValueError("got time_embedding noise_level for process edm, whose alpha is always 1: pass time")
         if self.process != "gaussian" and self.time_sampler == "loss_second_moment":
-            raise ValueError(
-                f"got time_sampler loss_second_moment for process {self.process}: it needs the discrete steps of "
-                "gaussian; choose uniform or low_discrepancy"
-            )
+            got = f"got time_sampler loss_second_moment for process {self.process}"
+            raise ValueError(f"{got}: it needs the discrete steps of gaussian; choose uniform or low_discrepancy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +236,8 @@ def make_network(config: Config, process: ContinuousProcess, channels: int, n_cl
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
     network = UNet(unet, make_encoders(config, unet.emb_dim, n_classes))
-    has_prompts = unet.region_attention != "none"  # which region attention reads
-    others = {name: each for name, each in network.encoders.items() if not (has_prompts and each.describes_regions)}
+    read = unet.region_attention != "none"  # prompts of regions, by region attention
+    others = {name: each for name, each in network.encoders.items() if not (read and each.describes_regions)}
     check_tokens_are_read(others, config.attn_block_type, config.middle_attn_block_type)
     return network
 
