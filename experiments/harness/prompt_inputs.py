@@ -210,8 +210,8 @@ def open_prompts(
 
 
 def try_settings(inputs: PromptInputs, options: SamplingConfig) -> list[str]:
-    """Returns what is wrong with items whose settings differ from `options` and are none of the sampler's: an image of
-    each is sampled up to its first step."""
+    """Returns the errors of items whose own settings, other than `options`, the sampler cannot use: it samples an image
+    with each of them up to its first step."""
     wrong: dict[Any, str] = {}  # "": nothing
     errors = []
     for item, own, negative in zip(inputs.items, inputs.options, inputs.negatives, strict=True):
