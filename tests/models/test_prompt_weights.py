@@ -184,6 +184,15 @@ def test_blend_is_a_mean_and_clauses_are_a_sequence():
     assert long.shape[1] == 77
 
 
+@pytest.mark.parametrize("texts", [("a cat", "a cat a dog " * 20), ("a cat a dog " * 20, "a cat")])
+def test_the_shorter_text_of_a_mean_is_followed_by_the_empty_text(texts):
+    first, second = texts
+    got = encode(f'("{first}", "{second}").blend(1, 3)', syntax="compel")[0]
+    one, other = encode(first, second, syntax="compel", pad_with_empty=True)[0]
+    assert got.shape == (1, 154, 32)
+    torch.testing.assert_close(got[0], one / 4 + other * 3 / 4)
+
+
 def test_a_mean_is_read_as_far_as_the_longest_text():
     mask = encode('("a cat", "a cat on a mat", "a").blend(1, 1, 1)', syntax="compel", mask_padding=True)[1]
     assert mask[0].tolist() == [True] * 7 + [False] * 70
