@@ -219,9 +219,9 @@ def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> P
 
     Two kinds of weights may be larger than in the file. A linear layer or convolution directly in the module (the input
     layer, which sees the image and concatenated conditions) gets zeros for new input channels, so its output does not
-    change; conditions that the file has keep theirs, wherever new ones are joined. Deeper layers are not grown, since
-    their inputs may be concatenated in another order. A `GrowingEmbedding` may have more rows; new ones keep their
-    initial values. Other embeddings do not say where the rows of the file belong.
+    change; maps that the file has keep theirs, wherever new ones are joined, but not if they have more channels now.
+    Deeper layers are not grown, since their inputs may be concatenated in another order. A `GrowingEmbedding` may have
+    more rows; new ones keep their initial values. Other embeddings do not say where the rows of the file belong.
     """
     current, loaded = module.state_dict(), {}
     saved = module_tensors(name, tensors, current)
@@ -254,8 +254,10 @@ def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor, keys: Coll
     if isinstance(layer, nn.Linear | nn.Conv2d) and "." not in owner and saved.shape[1] < current.shape[1]:
         if saved.select(1, 0).shape != current.select(1, 0).shape:
             return None
-        columns = torch.tensor(saved_columns(module, saved.shape[1], current.shape[1], keys))
-        return torch.zeros_like(out).index_copy_(1, columns, saved.to(out.dtype))
+        columns = saved_columns(module, saved.shape[1], current.shape[1], keys)
+        if columns is None:
+            return None
+        return torch.zeros_like(out).index_copy_(1, torch.tensor(columns), saved.to(out.dtype))
     if isinstance(layer, GrowingEmbedding) and saved.shape[1] == current.shape[1] and rows < len(current):
         kept = rows - layer.null_last
         out[:kept], out[len(out) - rows + kept :] = saved[:kept], saved[kept:]
@@ -330,20 +332,22 @@ def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[st
     return manifest[WEIGHTS]["sha256"], report
 
 
-def saved_columns(module: nn.Module, count: int, total: int, keys: Collection[str]) -> list[int]:
+def saved_columns(module: nn.Module, count: int, total: int, keys: Collection[str]) -> list[int] | None:
     """Returns where the `count` input channels of a saved input layer are among the `total` of the current one.
 
-    The last channels are the maps of conditions, of which those with saved weights had theirs; else: the first ones.
+    The last channels are the maps of conditions, of which those with saved weights had theirs; without maps, they are
+    the first ones. None if a map had fewer channels: they may be those of other classes.
     """
-    columns, encoders = list(range(total)), dict(module.named_children()).get("encoders")
-    if isinstance(encoders, Conditioner) and encoders.map_channels <= total:
-        start = total - encoders.map_channels
-        columns = list(range(start))
-        for name, encoder in encoders.items():
-            if any(key.startswith(f"encoders.{name}.") for key in keys):
-                columns += range(start, start + encoder.map_channels)
-            start += encoder.map_channels
-    return columns if len(columns) == count else list(range(count))
+    encoders = dict(module.named_children()).get("encoders")
+    if not isinstance(encoders, Conditioner) or not 0 < encoders.map_channels <= total:
+        return list(range(count))
+    start = total - encoders.map_channels
+    columns = list(range(start))
+    for name, encoder in encoders.items():
+        if any(key.startswith(f"encoders.{name}.") for key in keys):
+            columns += range(start, start + encoder.map_channels)
+        start += encoder.map_channels
+    return columns if len(columns) == count else None
 
 
 def load_posthoc_averages(path: Path, state: TrainState) -> None:

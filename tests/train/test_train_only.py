@@ -257,6 +257,20 @@ def test_old_networks_start_the_same_with_regions(names):
     assert torch.allclose(out, expected, rtol=0, atol=1e-5) and expected.any()
 
 
+def test_a_map_of_more_classes_does_not_take_the_channels_of_fewer():
+    def build(classes):
+        config = UNetConfig(channels=8, channel_mults=(1,), res_blocks=1, attn_factors=(), heads=1)
+        return UNet(config, {"layout": layout.build(layout.Config(layout_classes=classes), 32, 0)})
+
+    old, new = build(4), build(6)
+    report = load_matching(new, {f"net.{key}": value for key, value in old.state_dict().items()}, "net")
+    changed = [
+        "encoders.layout.null: (6, 1, 1) in the file, (8, 1, 1)",
+        "conv_in.weight: (8, 9, 3, 3) in the file, (8, 11, 3, 3)",
+    ]
+    assert report.grown == [] and report.misshapen == [f"net.{line} here" for line in changed]
+
+
 def test_a_renamed_weight_is_loaded_by_its_new_name():
     encoders = label_encoders(3, 8)
     network = Transformer(codes=4, grid=(2, 2), width=8, heads=2, layers=1, encoders=encoders)
