@@ -306,20 +306,12 @@ def test_every_block_of_a_unet_is_compiled_whole(fresh_compiler, monkeypatch):
         assert torch.equal(compiled(*x), network(*x))
 
 
-@pytest.mark.slow
 def test_region_attention_is_not_compiled(fresh_compiler, monkeypatch):
-    compiled, compile_block = [], nn.Module.compile
-
-    def compile_whole(block, **_):
-        compiled.append(block)
-        compile_block(block, backend="eager", fullgraph=True)
-
-    monkeypatch.setattr(nn.Module, "compile", compile_whole)
-    network, inputs = build_network(unet_of_layouts)
-    expected = network(*inputs)
-    compile_network(network)
-    assert torch.equal(network(*inputs), expected)
-    assert {GatedBlock} == {type(block) for block in compiled} & {GatedBlock, RegionBlock, SPADE}
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **_: compiled.append(type(block)))
+    compile_network(unet_of_layouts()[0])
+    assert compiled.count(GatedBlock) == 4 and not {RegionBlock, SPADE} & {*compiled}
 
 
 def settings():
