@@ -106,9 +106,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         opened = open_layouts(config.layout.layouts, model, config.sampling)
         vocabulary, rows, provenance = opened.vocabulary, inputs.rows or ({},), provenance | opened.provenance
         given = [opened.layouts[i % len(opened)].row for i in range(len(inputs))]
-        rows = [
-            {**rows[i % len(rows)], **row} for i, row in enumerate(given)
-        ]  # a held-out image keeps its other fields
+        rows = [{**rows[i % len(rows)], **row} for i, row in enumerate(given)]  # held-out images keep other fields
         inputs = dataclasses.replace(inputs, rows=tuple(rows))
     layouts = edit_layouts(inputs, config.layout.edit, names)
     return ExperimentSetup((inputs, layouts, names, vocabulary, config.layout, config.sampling), provenance)
