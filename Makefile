@@ -44,7 +44,7 @@ demo-ddpm: $(VENV)/core  ## the same with Gaussian diffusion in pixel space
 	$(RUN) experiments/calc_approximate_ELBO.py --sampler ddpm
 	$(RUN) experiments/check_digits.py --sampler ddpm
 
-demo-layout: $(VENV)/core  ## train on drawn scenes with their layouts, sample, measure how well samples obey (16 minutes on 2 CPU cores with bfloat16)
+demo-layout: $(VENV)/core  ## train on drawn scenes with their layouts, sample, measure how well samples obey (15 minutes on 2 CPU cores with bfloat16)
 	$(RUN) train_sampler.py --sampler ddpm --config configs/shapes_layout.yaml
 	$(RUN) experiments/get_samples.py --config configs/shapes_layout.yaml --log_dir samples_layout
 	$(RUN) experiments/calc_layout.py --samples logs/samples_layout/samples.npz --log_dir layout
