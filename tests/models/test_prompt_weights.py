@@ -185,7 +185,7 @@ def test_blend_is_a_mean_and_clauses_are_a_sequence():
 
 
 @pytest.mark.parametrize("texts", [("a cat", "a cat a dog " * 20), ("a cat a dog " * 20, "a cat")])
-def test_the_shorter_text_of_a_mean_is_followed_by_the_empty_text(texts):
+def test_the_shorter_text_of_a_mean_ends_in_the_empty_text(texts):
     first, second = texts
     got = encode(f'("{first}", "{second}").blend(1, 3)', syntax="compel")[0]
     one, other = encode(first, second, syntax="compel", pad_with_empty=True)[0]

@@ -257,7 +257,7 @@ def test_old_networks_start_the_same_with_regions(names):
     assert torch.allclose(out, expected, rtol=0, atol=1e-5) and expected.any()
 
 
-def test_a_map_of_more_classes_does_not_take_the_channels_of_fewer():
+def test_a_map_of_more_classes_takes_no_channels_of_fewer():
     def build(classes):
         config = UNetConfig(channels=8, channel_mults=(1,), res_blocks=1, attn_factors=(), heads=1)
         return UNet(config, {"layout": layout.build(layout.Config(layout_classes=classes), 32, 0)})
