@@ -28,6 +28,7 @@ from models.streams import (
 )
 
 REGIONS = "regions"  # the name of the drop of all encoders of regions
+POOLED = "_pooled"  # after the name of an encoder: the vector made of its tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,8 +242,9 @@ class ConditionEncoder(nn.Module, ABC):
     decoder_channels: int = 0  # C of its DecoderMap
     token_width: int = 0  # D of its Tokens
     gated_width: int = 0  # D of its GatedTokens
+    pools: bool = False  # True: `pool` makes a Vector of its Tokens, another stream
     describes_regions: bool = False  # True: its tokens have membership, and Tokens are prompts of region attention
-    pretrained: bool = False  # True: a network that contains it does not reinitialise its weights
+    keeps_weights: bool = False  # True: a network that contains it does not reinitialise its weights
 
     @abstractmethod
     def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None) -> Stream:
@@ -250,6 +252,10 @@ class ConditionEncoder(nn.Module, ABC):
 
         `raw=None` is the null for all examples.
         """
+
+    def pool(self, tokens: Tokens) -> Vector:
+        """Returns one vector for the tokens of each example, of an encoder that pools."""
+        raise NotImplementedError
 
 
 class RegionEncoder(ConditionEncoder):
@@ -313,7 +319,12 @@ class Conditioner(nn.ModuleDict):
     def makes_vectors(self) -> bool:
         """Whether any encoder returns a vector."""
         sizes = ("map_channels", "decoder_channels", "token_width", "gated_width")
-        return any(not any(getattr(encoder, size) for size in sizes) for encoder in self.values())
+        return any(each.pools or not any(getattr(each, size) for size in sizes) for each in self.values())
+
+    @property
+    def stream_names(self) -> list[str]:
+        """The names of the streams: those of the encoders, and of vectors that are made of their tokens."""
+        return [*self, *(f"{name}{POOLED}" for name, encoder in self.items() if encoder.pools)]
 
     @property
     def region_encoders(self) -> dict[str, RegionEncoder]:
@@ -353,6 +364,8 @@ class Conditioner(nn.ModuleDict):
                 streams[name] = encoder(raw, x, dropped, None if raw is None else regions)
             else:
                 streams[name] = encoder(raw, x, dropped)
+            if encoder.pools:
+                streams[f"{name}{POOLED}"] = encoder.pool(streams[name])
         return Condition(streams, regions)
 
     def regions(self, fields: Mapping[str, Any], drop: Tensor | None) -> Regions | None:
@@ -376,7 +389,7 @@ class Conditioner(nn.ModuleDict):
             return self(condition, x, drop)
         if drop is not None:
             raise ValueError("got drop and an encoded condition: pass drop to encode")
-        missing = [name for name in self if name not in condition.streams]
+        missing = [name for name in self.stream_names if name not in condition.streams]
         if missing:
             raise ValueError(f"got a condition without {', '.join(missing)}: create it with encode, which adds nulls")
         if condition.batch_size not in (None, len(x)):

@@ -103,8 +103,9 @@ class TextEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
-        self.apply(init_normal)  # N(0, 0.02^2) and, of positions, half of that, as in CLIP
-        nn.init.normal_(self.position, std=0.01)
+        self.apply(init_normal)
+        nn.init.normal_(self.token.weight)  # not N(0, 0.02^2): what all texts share would soon drown what differs
+        nn.init.normal_(self.position, std=0.5)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> TextFeatures:
         """Encodes ids (B, L) int64, which begin with the start token and have an end token.

@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bert import Bert, BertConfig
-from models.conditioning import ConditionConfig, ConditionEncoder, Tokens, tokens_after_null
+from models.blocks import zero_module
+from models.conditioning import ConditionConfig, ConditionEncoder, Tokens, Vector, tokens_after_null
 from models.prompts import PromptTokenizer
 from models.ranges import SIZE
 from models.text_encoder import CHUNK, TextEncoder, TextEncoderConfig
@@ -51,6 +53,8 @@ class Config(ConditionConfig):
     """Layer of the text encoder that tokens are from, from the last: 2 is the one before it."""
     text_final_norm: bool = True
     """Apply the last norm of the text encoder to the tokens."""
+    text_pooled: bool = False
+    """Add the mean of a caption's tokens, through two layers, to the embedding of the time."""
 
     RANGES = {
         **dict.fromkeys(("text_width", "text_layers", "text_heads", "text_clip_skip"), SIZE),
@@ -72,15 +76,39 @@ class Config(ConditionConfig):
         return kind(**{name: getattr(self, flag) for name, flag in ENCODER_FLAGS.items() if name in names})
 
 
+class TokenPooling(nn.Module):
+    """A vector for the tokens of each example: their mean, a norm and two linear layers (Saharia et al. 2022, Imagen).
+
+    The last layer starts at zero.
+    """
+
+    def __init__(self, token_width: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(token_width)
+        self.expand, self.contract = nn.Linear(token_width, width), zero_module(nn.Linear(width, width))
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Values (B, M, D), mask (B, M), bool and with at least one True each -> (B, E)."""
+        weights = mask.unsqueeze(-1).to(values.dtype)
+        mean = (values * weights).sum(1) / weights.sum(1)
+        return self.contract(F.silu(self.expand(self.norm(mean))))
+
+
 class CaptionEncoder(ConditionEncoder):
     """Encodes captions as tokens, of which padding is masked; an example depends on its own caption alone.
 
     The tokens of the null come first, seen only by dropped examples. With `pretrained`, the text encoder does not
-    learn, and computes in float32.
+    learn, and computes in float32. With `pooled_width`, the tokens are also pooled to a vector of that width.
     """
 
+    keeps_weights = True
+
     def __init__(
-        self, encoder: TextEncoder | Bert, null: Literal["learned", "empty"] = "learned", pretrained: bool = False
+        self,
+        encoder: TextEncoder | Bert,
+        null: Literal["learned", "empty"] = "learned",
+        pretrained: bool = False,
+        pooled_width: int = 0,
     ):
         super().__init__()
         self.pretrained = pretrained
@@ -88,6 +116,8 @@ class CaptionEncoder(ConditionEncoder):
         self.encoder, self.token_width, self.length = encoder, encoder.config.width, encoder.config.length
         self.tokenizer = encoder.tokenizer
         self.null = nn.Parameter(torch.randn(1, 1, self.token_width)) if null == "learned" else None
+        self.pools = pooled_width > 0
+        self.pooling = TokenPooling(self.token_width, pooled_width) if self.pools else None
 
     def forward(self, raw: Captions | None, x: Tensor, drop: Tensor | None = None) -> Tokens:
         null = self.null_tokens(x).expand(len(x), -1, -1)
@@ -97,6 +127,10 @@ class CaptionEncoder(ConditionEncoder):
         if drop is not None:
             present = present & ~drop.unsqueeze(1)
         return tokens_after_null(null, values, present, drop)
+
+    def pool(self, tokens: Tokens) -> Vector:
+        values, mask = tokens.values, tokens.mask
+        return Vector(self.pooling(values, values.new_ones(values.shape[:2]) if mask is None else mask))
 
     def null_tokens(self, x: Tensor) -> Tensor:
         """Returns the tokens of the null: (1, 1, D), or those of the empty caption, (1, 2, D)."""
@@ -161,6 +195,7 @@ def caption_chunks(caption: str, length: int, tokenizer: PromptTokenizer = TextE
 
 
 def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:
-    """Builds the encoder; it depends neither on the width of the embeddings nor on the number of classes."""
+    """Builds the encoder, whose pooled vectors have width `width`; it does not depend on the number of classes."""
     encoder = Bert(config.encoder) if config.text_encoder == MINILM else TextEncoder(config.encoder)
-    return CaptionEncoder(encoder, config.text_null, pretrained=bool(config.text_encoder))
+    pooled_width = width if config.text_pooled else 0
+    return CaptionEncoder(encoder, config.text_null, bool(config.text_encoder), pooled_width)

@@ -5,7 +5,7 @@ import torch
 
 from helpers.tiny_minilm import VOCABULARY, random_weights, use_vocabulary
 from models.bert import bert_tensors
-from models.conditioning import Condition, Conditioner
+from models.conditioning import Condition, Conditioner, Tokens
 from models.conditions import text
 from models.conditions.text import caption_chunks, tokenize
 from models.tokenizer import Tokenizer
@@ -16,12 +16,10 @@ START, END = Tokenizer.start_id, Tokenizer.end_id
 LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
 
 
-def build(**options):
+def build(width=0, **options):
     torch.manual_seed(0)
-    encoder = text.build(text.Config(**{"text_width": 16, "text_layers": 2, "text_heads": 2} | options), 0, 0)
-    encoder.encoder.token.weight.data.normal_()  # so that words matter
-    encoder.encoder.position.data.normal_()
-    return encoder.eval()
+    options = {"text_width": 16, "text_layers": 2, "text_heads": 2} | options
+    return text.build(text.Config(**options), width, 0).eval()
 
 
 def encode(encoder, captions, drop=None):
@@ -117,6 +115,34 @@ def test_equal_captions_share_a_row_and_different_ones_never():
     ]
 
 
+# Pooled
+
+
+@torch.no_grad()
+def test_the_pooled_vector_is_of_the_mean_of_tokens():
+    encoder = build(width=6, text_pooled=True)
+    conditioner, x = Conditioner({"text": encoder}).eval(), torch.zeros(3, 3, 4, 4)
+    fields, drop = {"text": ["a red star", LONG, "a bus"]}, {"text": torch.tensor([False, False, True])}
+    assert not conditioner(fields, x).vector().any()  # at birth
+    torch.nn.init.normal_(encoder.pooling.contract.weight)
+    condition, pooling = conditioner(fields, x, drop), encoder.pooling
+    rows = torch.stack([present(condition.streams["text"], row).mean(0) for row in range(3)])
+    mean = torch.nn.functional.layer_norm(rows, (16,), pooling.norm.weight, pooling.norm.bias)
+    wanted = pooling.contract(torch.nn.functional.silu(pooling.expand(mean)))
+    assert condition.vector().shape == (3, 6) and torch.allclose(condition.vector(), wanted, atol=1e-5)
+    assert torch.allclose(conditioner(None, x).vector(), wanted[2:].expand(3, -1), atol=1e-5)  # the null
+    assert (wanted[0] - wanted[1]).abs().max() > 0.1
+
+
+def test_a_condition_without_its_pooled_vector_is_refused():
+    conditioner, x = Conditioner({"text": build(width=6, text_pooled=True)}), torch.zeros(1, 3, 4, 4)
+    assert conditioner.makes_vectors and conditioner.stream_names == ["text", "text_pooled"]
+    condition = conditioner({"text": ["a bus"]}, x)
+    assert conditioner.resolve(condition, x) is condition
+    with pytest.raises(ValueError, match="got a condition without text_pooled"):
+        conditioner.resolve(Condition({"text": condition.streams["text"]}), x)
+
+
 def test_other_numbers_of_captions_are_refused():
     encoder, (ids, mask) = build(), tokenize(["a bus"] * 3, 77)
     for raw in (["a bus"] * 3, {"caption": ids, "caption_mask": mask}):
@@ -195,11 +221,12 @@ def transformer(encoder):
     return network, lambda condition, count: network(torch.zeros(count, 4, 4, dtype=torch.long), condition)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("kind", [unet, transformer])
 @torch.no_grad()
-def test_networks_read_captions_and_no_padding(kind):
+def test_networks_read_captions_and_no_padding(kind, pooled):
     """At birth captions change nothing; later the longest caption of a batch does not change the others' outputs."""
-    network, run = kind(build())
+    network, run = kind(build({unet: 32, transformer: 16}[kind], text_pooled=pooled))
     network.eval()
     captions = ["a red star", LONG]
     assert torch.allclose(run({"text": captions}, 2), run(None, 2), atol=1e-5)
@@ -208,6 +235,25 @@ def test_networks_read_captions_and_no_padding(kind):
     both, null = run({"text": captions}, 2), run(None, 2)
     assert (both - null).flatten(1).abs().amax(1).min() > 1e-3
     assert torch.allclose(run({"text": captions[:1]}, 1)[0], both[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [unet, transformer])
+def test_pooled_vectors_alone_carry_the_caption(kind):
+    """With equal tokens, the vectors of two captions lead to other outputs."""
+    network, run = kind(build({unet: 32, transformer: 16}[kind], text_pooled=True))
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
+    streams = network.encoders({"text": ["a red star", "a bus on the moon"]}, torch.zeros(2, 3, 4, 4)).streams
+    tokens = Tokens(*(None if part is None else part[:1].expand_as(part) for part in streams["text"]))
+    one, other = run(Condition(streams | {"text": tokens}), 2)
+    assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [unet, transformer])
+def test_networks_keep_the_embeddings_of_words_that_differ(kind):
+    """As loud as what the norms make of them, so that steps of an optimizer do not drown what tells words apart."""
+    encoder = kind(build(32))[0].encoders["text"].encoder
+    assert 0.9 < encoder.token.weight.std() < 1.1 and 0.4 < encoder.position.std() < 0.6
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def test_words_images_and_labels_change_nothing_at_first(kind, into):
 def test_pretrained_encoders_keep_their_weights():
     torch.manual_seed(0)
     encoders = {"words": Words(), "mine": Words()}
-    encoders["words"].pretrained = True
+    encoders["words"].keeps_weights = True
     before = {name: encoder.embedding.weight.clone() for name, encoder in encoders.items()}
     build_network(encoders=encoders)
     unchanged = {name: torch.equal(encoder.embedding.weight, before[name]) for name, encoder in encoders.items()}

@@ -14,11 +14,18 @@ from train.data.patches import COPIED
 from train.datasets import Dataset, Templates, content_fingerprint, read_item
 
 OF_CLASSES = Templates(
-    train=("{a_noun}", "a photo of {a_noun}", "an image of {a_noun}", "a picture that shows {a_noun}"),
+    train=(
+        *("{a_noun}", "{noun}", "a photo of {a_noun}", "an image of {a_noun}", "a picture that shows {a_noun}"),
+        *("photo: {noun}", "{a_noun} in a picture", "{a_noun} and nothing else", "here one sees {a_noun}"),
+        *("a picture of {a_noun}, seen up close", "there is {a_noun} in this photo", "what is shown here is {a_noun}"),
+    ),
     val=("this is {a_noun}", "a photograph in which one sees {a_noun}"),
 )
 OF_REGIONS = Templates(
-    train=("{things}", "a photo of {things}", "an image with {things}", "a picture that shows {things}"),
+    train=(
+        *("{things}", "a photo of {things}", "an image with {things}", "a picture that shows {things}"),
+        *("photo: {things}", "{things} in a picture", "{things} and nothing else", "here one sees {things}"),
+    ),
     val=("this is {things}", "a photograph in which one sees {things}"),
 )
 NOTHING = "nothing"  # the things of an image without any

@@ -81,7 +81,12 @@ class Templates(NamedTuple):
 
 
 DIGIT_TEMPLATES = Templates(
-    train=("{a_noun}", "the digit {name}", "a handwritten {noun}", "the number {noun}"),
+    train=(
+        *("{a_noun}", "{noun}", "{name}", "the digit {name}", "the digit {noun}", "the number {noun}"),
+        *("a handwritten {noun}", "a picture of {a_noun}", "this is the digit {noun}", "{a_noun}, in handwriting"),
+        *("here somebody wrote {a_noun}", "{a_noun} that someone wrote down", "the digit {name}, drawn with a pen"),
+        *("written with a pen: the number {name}", "a small image of the number {name}, handwritten"),
+    ),
     val=("this is the numeral {name}", "{a_noun}, written by hand"),
     nouns=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
 )
