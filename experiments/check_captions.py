@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import cycle, islice
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from train.trained_sampler import TrainedSampler
 SEEN, HELD_OUT = "sentences of training", "sentences held out"
 SWAPPED = "the same noise, another noun"
 REPEATED, LAST = "long, the noun again and again", "long, the noun at its end"
+MOST_SEEN = 5  # sentences of training that are asked for
 LONG_WORDS = 150  # of a long caption
 MOST_ROWS, MOST_IMAGES = 10, 8  # in the picture, and images of a caption there
 MOST_WORDS = 50  # of a caption there
@@ -123,7 +125,7 @@ def read_sentences(model: TrainedSampler, split: str) -> Sentences:
 def plan_requests(training: Sentences, held_out: Sentences, n_samples: int) -> list[Request]:
     """Returns the images to generate: `n_samples` of each caption.
 
-    Long captions are made of sentences that training has seen, so that their words are known.
+    Of many sentences of training, every second or third is asked for. Long captions are made of sentences that training has seen, so that their words are known.
     """
     K, requests = len(held_out.captions), []
 
@@ -132,14 +134,15 @@ def plan_requests(training: Sentences, held_out: Sentences, n_samples: int) -> l
         requests.extend(Request(kind, template, caption, label, noise, before) for noise in noises)
 
     for kind, sentences in ((SEEN, training), (HELD_OUT, held_out)):
-        for i, template in enumerate(sentences.templates):
+        step = ceil(len(sentences.templates) / MOST_SEEN) if kind == SEEN else 1
+        for i, template in list(enumerate(sentences.templates))[::step]:
             for label in range(K):
                 add(kind, template, sentences.captions[label][i], label, label)
     for i, template in enumerate(held_out.templates):
         for before in range(K):
             label = swapped_label(before, i, K)
             add(SWAPPED, template, held_out.captions[label][i], label, before)
-    phrases = [re.sub(r"\{\w+\}", "", template).strip(" ,") for template in training.templates]
+    phrases = [re.sub(r"\{\w+\}", "", template).strip(" ,:") for template in training.templates]
     for label in range(K):
         add(REPEATED, "", repeat_words(training.captions[label], LONG_WORDS), label, label)
     for label, (last, *_) in enumerate(held_out.captions):

@@ -72,6 +72,16 @@ def test_every_sentence_is_asked_with_every_noun(requests):
     assert all(read_noun(request.caption) == request.label for request in requests)
 
 
+def test_of_many_sentences_some_from_first_to_last_are_asked():
+    training = sentences(*(f"sentence {number}: a {{noun}}" for number in range(11)))
+    requests = plan_requests(training, HELD_OUT_SENTENCES, 1)
+    asked = {request.template for request in of_kind(requests, SEEN)}
+    assert asked == {f"sentence {number}: a {{noun}}" for number in (0, 3, 6, 9)}
+    assert {request.template for request in of_kind(requests, HELD_OUT)} == {*HELD_OUT_SENTENCES.templates}
+    (last,) = (request for request in of_kind(requests, LAST) if request.label == 0)
+    assert "sentence 5: a" in last.caption and last.caption.startswith("sentence 0: a, sentence 1: a, ")
+
+
 def test_a_swapped_noun_is_another_one_with_the_same_noise(requests):
     swapped, before = of_kind(requests, SWAPPED), of_kind(requests, HELD_OUT)
     assert len(swapped) == len(before) == 2 * 4 * N

@@ -17,7 +17,7 @@ OF_CLASSES = Templates(
     train=(
         *("{a_noun}", "{noun}", "a photo of {a_noun}", "an image of {a_noun}", "a picture that shows {a_noun}"),
         *("photo: {noun}", "{a_noun} in a picture", "{a_noun} and nothing else", "here one sees {a_noun}"),
-        *("a picture of {a_noun}, seen up close", "there is {a_noun} in this photo", "what is shown here is {a_noun}"),
+        *("a picture of {a_noun}, seen up close", "this photo shows {a_noun}", "what you see here: {a_noun}"),
     ),
     val=("this is {a_noun}", "a photograph in which one sees {a_noun}"),
 )

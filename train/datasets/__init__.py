@@ -86,6 +86,7 @@ DIGIT_TEMPLATES = Templates(
         *("a handwritten {noun}", "a picture of {a_noun}", "this is the digit {noun}", "{a_noun}, in handwriting"),
         *("here somebody wrote {a_noun}", "{a_noun} that someone wrote down", "the digit {name}, drawn with a pen"),
         *("written with a pen: the number {name}", "a small image of the number {name}, handwritten"),
+        "a handwritten {noun}, that is the digit {name}: somebody took a pen and wrote {a_noun} on a sheet of paper",
     ),
     val=("this is the numeral {name}", "{a_noun}, written by hand"),
     nouns=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),

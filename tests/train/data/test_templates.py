@@ -25,9 +25,9 @@ def test_a_class_is_named_in_sentences():
     dataset = TemplateCaptions(images_of([0, 1, 2], ("T-shirt/top", "Ankle boot", "pants")), "train")
     boot, pants = dataset[1]["captions"], dataset[2]["captions"]
     assert boot[:3] == ["an ankle boot", "ankle boot", "a photo of an ankle boot"]
-    assert all(caption.count("ankle boot") == 1 for caption in boot) and "there is an ankle boot in this photo" in boot
+    assert all(caption.count("ankle boot") == 1 for caption in boot) and "this photo shows an ankle boot" in boot
     assert pants[2] == "a photo of pants" and dataset[0]["captions"][0] == "a t-shirt/top"
-    assert len({*boot}) == len({*pants}) == len(OF_CLASSES.train)
+    assert len({*boot}) == len(OF_CLASSES.train) and "this photo shows pants" in pants
     assert dataset[1]["label"] == 1 and dataset.class_names[1] == "Ankle boot" and len(dataset) == 3
     assert noun_of("Traffic_light") == "traffic light"
 
@@ -38,7 +38,7 @@ def test_digits_have_sentences_of_their_own():
     number = int(np.flatnonzero(train.labels == 8)[0])
     captions = train[number]["captions"]
     assert captions[:5] == ["an eight", "eight", "8", "the digit 8", "the digit eight"]
-    assert all(("eight" in caption) != ("8" in caption) for caption in captions)
+    assert all("eight" in caption or "8" in caption for caption in captions)
     number = int(np.flatnonzero(val.labels == 7)[0])
     assert val[number]["captions"] == ["this is the numeral 7", "a seven, written by hand"]
 
