@@ -26,6 +26,7 @@ PALETTE = (
 COLORS = tuple(name for name, _ in PALETTE)
 PAIRS = tuple(f"{color}-{thing}" for color in COLORS for thing in THINGS)
 KINDS = {"free": 0.4, "neighbours": 0.2, "occlusion": 0.2, "small": 0.1, "nested": 0.1}  # shares of the scenes
+MORE_KINDS = {"large": 0.4}  # those of kinds that occur only where they are asked for
 SPLIT_NUMBERS = {"train": 0, "val": 1, "judge": 2}  # part of the seed
 CAMERAS = {  # and whether a dark bar stands at the left, at the right
     **{"CAM_FRONT": (False, False), "CAM_FRONT_LEFT": (True, False), "CAM_FRONT_RIGHT": (False, True)},
@@ -61,7 +62,7 @@ class Scene:
 
     split: str
     index: int
-    kind: str  # of KINDS
+    kind: str  # of PLACE
     things: tuple[Thing, ...]
     visible: Array  # (n,) share of each thing that no later one covers, in [0, 1]
     colors: Array  # (n, 3) in [0, 255]: the palette's, with jitter
@@ -141,11 +142,11 @@ def pick(u: float, options: Sequence) -> object:
 
 
 def choose_kind(u: float, kinds: Sequence[str]) -> str:
-    """Returns the kind at a uniform number in [0, 1); one that is not in `kinds` is chosen anew, by shares."""
+    """Returns the kind of KINDS at a uniform number in [0, 1); one that is not in `kinds` is chosen anew, by shares."""
     kind, place = find_share(u, KINDS)
     if kind in kinds:
         return kind
-    kept = {each: share for each, share in KINDS.items() if each in kinds}
+    kept = {each: share for each, share in (KINDS | MORE_KINDS).items() if each in kinds}
     return find_share(place * sum(kept.values()), kept)[0]
 
 
@@ -366,4 +367,5 @@ PLACE = {
     "occlusion": place_occlusion,
     "small": partial(place_scattered, fewest=3, most=6, low=0.15, high=0.22),
     "nested": place_nested,
+    "large": partial(place_scattered, fewest=1, most=3, low=0.34, high=0.5),
 }

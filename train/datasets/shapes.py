@@ -23,6 +23,7 @@ from train.datasets._shapes_scene import (
     COLORS,
     GROUNDS,
     KINDS,
+    MORE_KINDS,
     PAIRS,
     PALETTE,
     SPLIT_NUMBERS,
@@ -38,7 +39,8 @@ JUDGE_SPLIT = "judge"  # on which networks that judge samples are trained
 VERSION = 1  # of the scenes and how they are drawn: a change makes all caches anew
 N_VAL = 1000  # scenes for validation
 PAIRS_OF_GROUNDS = tuple(f"{upper}-{lower}" for upper in GROUNDS for lower in GROUNDS if upper != lower)
-CHOICES = {"shapes_kinds": tuple(KINDS), "shapes_things": THINGS, "shapes_grounds": GROUNDS}  # of what occurs
+ALL_KINDS = (*KINDS, *MORE_KINDS)
+CHOICES = {"shapes_kinds": ALL_KINDS, "shapes_things": THINGS, "shapes_grounds": GROUNDS}  # of what occurs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,8 @@ class ScenesConfig:
     shapes_size: int = 64
     """Side in pixels where no other size is asked for; a training draws at its --img_size."""
     shapes_kinds: tuple[str, ...] = tuple(KINDS)
-    """Kinds of scenes that occur: free, neighbours (of one class), occlusion, small, nested. Scenes of kinds left out
-    are replaced; the others stay."""
+    """Kinds of scenes that occur: free, neighbours (of one class), occlusion, small, nested; if asked for also large,
+    up to three large things apart from each other. Scenes of kinds left out are replaced; the others stay."""
     shapes_things: tuple[str, ...] = THINGS
     """Classes of things that occur: disc, square, triangle, plus, ring, bow. Things of classes left out are replaced by
     others. Numbers of classes stay: a model has 10 classes of regions whatever occurs, so that files and judges fit."""

@@ -20,6 +20,7 @@ from train.datasets._shapes_scene import (
     COLORS,
     GROUNDS,
     KINDS,
+    MORE_KINDS,
     NIGHT,
     PAIRS,
     PALETTE,
@@ -220,6 +221,16 @@ def test_the_kinds_have_their_shares():
     assert Counter(choose_kind((i + 0.5) / 1000, tuple(KINDS)) for i in range(1000)) == {
         kind: round(1000 * expected) for kind, expected in KINDS.items()
     }
+
+
+def test_large_things_occur_where_they_are_asked_for():
+    assert not {scene.kind for scene in val_scenes()} & {*MORE_KINDS}
+    large, both = (shapes.build(shapes.Config(shapes_kinds=kinds), "val") for kinds in (["large"], ["large", "free"]))
+    scenes = [large.scene(i) for i in range(200)]
+    assert {scene.kind for scene in scenes} == {"large"} and {len(scene.things) for scene in scenes} == {1, 2, 3}
+    assert all(0.34 <= thing.box[2] - thing.box[0] <= 0.5 for scene in scenes for thing in scene.things)
+    counts = Counter(both.scene(i).kind for i in range(1000))  # those that are free by default stay
+    assert counts.keys() == {"large", "free"} and 0.64 < counts["free"] / 1000 < 0.76  # 0.4 + 0.6 / 2
 
 
 def test_objects_are_as_many_small_and_near_as_specified():
