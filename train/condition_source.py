@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from train.data.loading import BatchSource
 from train.data.transforms import to_item
 from train.datasets import Ragged
 from train.datasets._decode import decode
-from train.files import parse_json, sha256
+from train.files import check_columns, parse_unique_json, sha256
 from train.loop import Batch
 
 Row = Mapping[str, Any]  # the fields of one image, as in an item of a data set
@@ -159,11 +160,13 @@ def parse_rows(path: Path, texts: Sequence[str] = ()) -> list[Row]:
 
 
 def read_json(path: Path) -> list[Row]:
-    """Reads a list of objects."""
+    """Reads a list of objects; ValueError for another structure, and a key twice."""
     try:
-        rows = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        rows = parse_unique_json(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f'{path} is not a list of objects, wanted for example [{{"label": 3}}, {{"label": 5}}]')
     return rows
@@ -172,7 +175,12 @@ def read_json(path: Path) -> list[Row]:
 def read_csv(path: Path, texts: Sequence[str] = ()) -> list[Row]:
     """Reads a table with a header; a column of numbers becomes numbers, unless it is named in `texts`."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+        table = csv.DictReader(file)
+        rows = list(table)
+    try:
+        check_columns(table.fieldnames or ())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"{path}: row {number} does not have the same number of columns as the header")

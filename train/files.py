@@ -1,14 +1,16 @@
-"""Atomic file writes, content hashes, .npz files, and the nearest folder that exists."""
+"""Atomic file writes, content hashes, JSON, columns of tables, .npz files, and the nearest folder that exists."""
 
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+OBJECT_END = re.compile(r'"(?:[^"\\]|\\.)*"|(})')  # in JSON: a text, which may have braces, or the end of an object
 UNREADABLE_ARRAYS = (  # what numpy.load raises for damaged or encrypted files
     *(ValueError, TypeError, LookupError, EOFError, OSError, RuntimeError, OverflowError, MemoryError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, struct.error),
@@ -34,6 +37,43 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def parse_unique_json(text: str, first_line: int = 1) -> Any:
+    """Returns what a JSON text says in which somebody may have written a key twice; `first_line` is its first line in
+    the file.
+
+    json.JSONDecodeError if it is no JSON, or is nested too deeply; ValueError, with the place, for a key that is twice
+    in an object.
+    """
+    number = 0  # of the object, in the order of their ends
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            end = [match.start() for match in OBJECT_END.finditer(text) if match[1]][number - 1]
+            line, column = first_line + text.count("\n", 0, end), end - text.rfind("\n", 0, end)
+            got = f"got the key {repeated(name for name, _ in pairs)!r} twice in an object that ends there"
+            raise ValueError(f"line {line} column {column}: {got}: leave one of them out")
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=to_object)
+    except RecursionError as error:
+        raise json.JSONDecodeError("it is nested too deeply", text, 0) from error
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raises ValueError for a column that is twice in the first line of a table; columns may be without names."""
+    if (name := repeated(filter(None, names))) is not None:
+        raise ValueError(f"got the column {name!r} twice in the first line: leave one of them out")
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Returns the first name that is there more than once; None if each is there once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def fsync(path: Path) -> None:

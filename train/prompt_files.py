@@ -21,7 +21,7 @@ from typing import Any
 
 from models.conditions.metadata import UNKNOWN
 from train.data.formats.prompts import decode_rows
-from train.files import parse_json, sha256
+from train.files import parse_unique_json, repeated, sha256
 from train.registry import did_you_mean
 
 ALIASES = {
@@ -121,8 +121,8 @@ def read_table(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_list(text: str) -> Iterator[tuple[int, Any]]:
     """Yields the objects of a JSON list."""
     try:
-        content = parse_json(text)
-    except ValueError as error:
+        content = parse_unique_json(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(content, list):
         raise ValueError('it is not a list, wanted for example [{"prompt": "a cat"}, {"prompt": "a dog"}]')
@@ -134,8 +134,8 @@ def read_json_lines(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, parse_json(line)
-            except ValueError:
+                yield number, parse_unique_json(line, number)
+            except json.JSONDecodeError:
                 yield number, line
 
 
@@ -233,6 +233,8 @@ def check_metadata(name: str, value: Any) -> dict[str, float | str]:
         parts = [word.partition("=") for word in value.split()]
         if not all(field and sign and word for field, sign, word in parts):
             raise ValueError(f"got {name} {shorten(value)}, wanted fields and values such as lon=-90.8 light=night")
+        if (twice := repeated(field for field, _, _ in parts)) is not None:
+            raise ValueError(f"got {name} {shorten(value)} with {twice} twice: leave one of them out")
         value = {field: word for field, _, word in parts}
     if not isinstance(value, dict) or not {*map(type, value.values())} <= {int, float, str, type(None)}:
         raise ValueError(f"got {name} {shorten(value)}, wanted an object of numbers and words, or {len(SEVEN)} numbers")

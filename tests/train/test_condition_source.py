@@ -198,6 +198,11 @@ BROKEN = {
     "is not a list of objects": ("rows.json", '{"label": 3}'),
     "field 'boxes' is not a tensor": ("rows.json", '[{"boxes": [[0, 0]]}, {"boxes": [[0, 0, 1]]}]'),
     "row 1 and the first differ in words": ("rows.json", '[{"label": 3}, {"label": 3, "words": "a"}]'),
+    "rows.json: line 2 column 24: got the key 'label' twice": (
+        "rows.json",
+        '[{"label": 3},\n{"label": 3, "label": 4}]',
+    ),
+    "rows.csv: got the column 'label' twice in the first line: leave": ("rows.csv", "label,words,label\n3,a,4\n"),
     "row 0 does not have the same number of columns as the header": ("rows.csv", "label,words\n3\n"),
     "none.png not found, which .* names as condition_image": ("rows.json", '[{"condition_image": "none.png"}]'),
 }

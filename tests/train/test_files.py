@@ -1,13 +1,14 @@
-"""Files of arrays that are damaged, foreign or malicious are refused with a message that names them."""
+"""Files of arrays that are damaged, foreign or malicious, and JSON with a key twice, are refused with a reason."""
 
 import io
+import json
 import random
 import zipfile
 
 import numpy as np
 import pytest
 
-from train.files import read_arrays
+from train.files import parse_unique_json, read_arrays
 
 WANTED = "wanted what the test wrote"
 
@@ -81,3 +82,28 @@ def test_damaged_archives_are_refused_or_read(tmp_path):
                 read(tmp_path / "damaged.npz")
             except ValueError as error:
                 assert "damaged.npz cannot be read" in str(error)
+
+
+# JSON of users
+
+
+def test_unique_json_is_json():
+    text = '{"a": [{}, {"b": null, "a": "}"}], "b": 1.5}'
+    assert parse_unique_json(text) == json.loads(text) and parse_unique_json("[3]") == [3]
+    for broken in ("{", "[" * 100_000):
+        with pytest.raises(json.JSONDecodeError):
+            parse_unique_json(broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"a": 1, "a": 1}', "line 5 column 16"),
+        ('[{},\n{"a": {"b": {}}, "c": {"x": "}", "x": 2}}]', "line 6 column 40"),
+        ('[{"\\"}": "\\\\"},\n\n{"x": 1, "a": {"x": "{"}, "x": 2\n}]', "line 8 column 1"),
+    ],
+)
+def test_a_key_twice_is_refused_with_its_place(text, place):
+    """Braces in texts end no object."""
+    with pytest.raises(ValueError, match=f"^{place}: got the key '[ax]' twice in an object that ends there: leave one"):
+        parse_unique_json(text, first_line=5)

@@ -80,6 +80,13 @@ def test_the_label_of_a_layout_is_a_number_or_a_name(tmp_path):
         read_layouts(path, vocabulary)
 
 
+def test_a_key_twice_in_a_layout_is_refused(tmp_path):
+    path = tmp_path / "layouts.json"
+    path.write_text('[{"boxes": [],\n"classes": [], "classes": []}]')
+    with pytest.raises(ValueError, match="layouts.json: line 2 column 29: got the key 'classes' twice in an object"):
+        read_layouts(path, of_shapes(BOXES))
+
+
 def test_pixels_of_a_stated_size_are_cropped_as_in_training(tmp_path):
     entry = {"boxes": [[10, 0, 20, 10]], "classes": ["disc"], "size": [10, 30]}
     (layout,) = read_layouts(save(tmp_path, [entry]), of_shapes(BOXES))

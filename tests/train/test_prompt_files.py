@@ -116,6 +116,7 @@ def test_every_alias_names_a_key():
         ({"prompt": "a", "height": 0}, "got height 0"),
         ({"prompt": "a", "metadata": [1, 2]}, "got metadata with 2 numbers, wanted 7: lon, lat, gsd"),
         ({"prompt": "a", "metadata": {"lon": [1]}}, "got metadata"),
+        ({"prompt": "a", "metadata": "lon=1 lat=2 lon=3"}, "'lon=1 lat=2 lon=3' with lon twice: leave one of them out"),
         ({"prompt": "a", "metadata": "lon"}, "wanted fields and values such as lon=-90.8"),
         ({"prompt": "a", "output": "/tmp/a.png"}, "wanted a path inside the output folder"),
         ({"prompt": "a", "output": "b/../../a.png"}, "wanted a path inside the output folder"),
@@ -155,6 +156,22 @@ def test_no_two_items_have_one_picture(tmp_path):
         ("a.csv", "name,text\na,b\n", "wanted prompt in the first line"),
         ("a.csv", "prompt,seed\na,b,c\n", "line 2 has another number of columns"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', "item 2: got '{\"prompt\"', wanted an object"),
+        (
+            "a.json",
+            '[{"prompt": "a"},\n {"prompt": "b", "seed": 1, "seed": 2}]',
+            "a.json: line 2 column 38: got the key 'seed' twice",
+        ),
+        ("a.json", '[{"prompt": "a", "metadata": {"lon": 1, "lon": 2}}]', "got the key 'lon' twice"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n\n{"prompt": "b", "prompt": "c"}',
+            "a.jsonl: line 3 column 30: got the key 'prompt' twice",
+        ),
+        (
+            "a.csv",
+            "prompt,seed,seed\na,1,2\n",
+            "a.csv: got the column 'seed' twice in the first line: leave one of them out",
+        ),
         ("a.yaml", "prompt: a", "wanted a .txt, .csv, .json, .jsonl file"),
     ],
 )

@@ -24,6 +24,7 @@ from typing import Any
 
 from train.config import DataConfig
 from train.datasets import DatasetConfig
+from train.files import parse_unique_json
 from train.registry import did_you_mean
 
 KINDS = {  # kinds of values, and how to check them
@@ -197,20 +198,11 @@ def translate(content: Any) -> dict[str, Any]:
     return {"sampler": "ddpm"} | data | {"ddpm": {key: value for key, value in flags.items() if key not in data_keys}}
 
 
-def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the dict of a JSON object; ValueError for a duplicate key."""
-    keys = [key for key, _ in pairs]
-    duplicate = next((key for key in keys if keys.count(key) > 1), None)
-    if duplicate is not None:
-        raise ValueError(f"duplicate key {duplicate!r}")
-    return dict(pairs)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON config file and converts it; errors name the file and the key."""
     try:
-        return translate(json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=reject_duplicate_keys))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return translate(parse_unique_json(path.read_text(encoding="utf-8-sig")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -217,6 +217,18 @@ def test_lists_without_shares_are_equally_likely(folder):
         ("a.jsonl", '{"img_name": "a.png", "prompt": "x"}\n{"img_name": "a.png"}', "line 2 is .*wanted"),
         ("a.jsonl", '{"img_name": "a.png", "prompt": "x"}\n{', "line 2 is not JSON"),
         ("a.jsonl", '{"img_name": "a.png", "prompt": {"x": -1}}', "line 1, a.png: got the share -1"),
+        (
+            "a.json",
+            '{"a.png": "x",\n"a.png": "y"}',
+            "line 2 column 13: got the key 'a.png' twice .*leave one of them out",
+        ),
+        ("a.json", '{"a.png": {"x": 1, "x": 2}}', "line 1 column 26: got the key 'x' twice"),
+        (
+            "a.jsonl",
+            '{"img_name": "b.png", "prompt": "x"}\n{"img_name": "a", "prompt": "x", "prompt": ""}',
+            "line 2 .* 'prompt' twice",
+        ),
+        ("a.csv", "img_name,prompt,prompt\na.png,x,y\n", "got the column 'prompt' twice in the first line: leave one"),
     ],
 )
 def test_broken_files_of_captions_name_file_and_row(folder, file, text, message):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from train.files import parse_json
+from train.files import check_columns, parse_unique_json
 
 COLUMNS = ("img_name", "prompt")
 
@@ -31,7 +31,8 @@ def decode_captions(text: str, suffix: str = ".csv") -> dict[str, list[Caption]]
     .jsonl    {"img_name": "a.png", "prompt": "a cat"}, a line each; the prompt may also be a list, or have shares
     others    CSV with the columns img_name and prompt, a caption a row, and perhaps share
 
-    ValueError for another structure, shares that are no numbers of at least 0, and images whose shares are all 0.
+    ValueError for another structure, keys and columns that are twice, shares that are no numbers of at least 0, and
+    images whose shares are all 0.
     """
     captions: dict[str, list[Caption]] = {}
     for where, image, value in READERS.get(suffix, read_table)(text):
@@ -84,7 +85,7 @@ def read_table(text: str) -> Iterator[tuple[str, str, Any]]:
 
 def read_object(text: str) -> Iterator[tuple[str, str, Any]]:
     """Yields the images of a JSON object."""
-    images = parse_json(text)
+    images = parse_unique_json(text)
     if not isinstance(images, dict):
         raise ValueError('got another structure, wanted {"a.png": "a cat", "b.png": ["a dog", "a dog on grass"]}')
     yield from ((image, image, value) for image, value in images.items())
@@ -95,8 +96,8 @@ def read_json_lines(text: str) -> Iterator[tuple[str, str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                row = parse_json(line)
-            except ValueError as error:
+                row = parse_unique_json(line, number)
+            except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from error
             if not isinstance(row, dict) or not set(COLUMNS) <= set(row) or not isinstance(row["img_name"], str):
                 raise ValueError(f'line {number} is {line[:60]}, wanted {{"img_name": "a.png", "prompt": "a cat"}}')
@@ -109,11 +110,12 @@ READERS: dict[str, Callable[[str], Iterator[tuple[str, str, Any]]]] = {".json": 
 def decode_rows(text: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yields the rows of a CSV file that has these columns, and perhaps others.
 
-    ValueError for other columns, and for rows of another length.
+    ValueError for other columns, a column that is twice, and rows of another length.
     """
     rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
     if rows.fieldnames is None or not set(columns) <= set(rows.fieldnames):
         raise ValueError(f"got the columns {rows.fieldnames}, wanted {' and '.join(columns)} in the first line")
+    check_columns(rows.fieldnames)
     for row in rows:
         if None in row or None in row.values():
             raise ValueError(f"line {rows.line_num} has another number of columns than the first: quote commas")
@@ -129,8 +131,8 @@ def encode_prompts(prompts: Mapping[str, str]) -> str:
 
 
 def decode_instance_prompts(text: str) -> dict[str, dict[int, str]]:
-    """Reads {image: {id of an instance: prompt}} from JSON; ValueError for another structure."""
-    images = json.loads(text)
+    """Reads {image: {id of an instance: prompt}} from JSON; ValueError for another structure, and a key twice."""
+    images = parse_unique_json(text)
     if not isinstance(images, dict) or not all(isinstance(each, dict) for each in images.values()):
         raise ValueError("got another structure, wanted {image: {instance id: prompt}}")
     return {image: {int(key): str(prompt) for key, prompt in own.items()} for image, own in images.items()}

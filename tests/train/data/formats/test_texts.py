@@ -97,6 +97,8 @@ def test_prompts_of_instances():
     assert prompts.decode_instance_prompts(prompts.encode_instance_prompts(decoded)) == decoded
     with pytest.raises(ValueError, match="wanted {image: {instance id: prompt}}"):
         prompts.decode_instance_prompts('{"a": ["b"]}')
+    with pytest.raises(ValueError, match="line 1 column 24: got the key '3' twice in an object that ends there"):
+        prompts.decode_instance_prompts('{"a": {"3": "", "3": ""}}')
 
 
 def test_classes_are_numbered_by_their_order():
