@@ -29,7 +29,10 @@ REMEDY = "pass a file of `save_text_encoder` as --text_encoder"
 
 
 def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
-    """Writes an encoder to a file, atomically."""
+    """Writes an encoder to a file, atomically; ValueError for MiniLM, whose weights are in a package."""
+    if not isinstance(encoder, TextEncoder):
+        got = f"got a {type(encoder).__name__}, wanted a TextEncoder"
+        raise ValueError(f"{got}: for MiniLM pass --text_encoder minilm, which needs no file")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     with atomic_write(path) as temporary, write_errors_as_oserror(Path(path)):
         save_file(tensors, temporary, {HEADER: json.dumps(dataclasses.asdict(encoder.config))})

@@ -162,6 +162,12 @@ def test_a_network_takes_the_weights_of_minilm(package):
     assert text_provenance(options) == {"text_sha256": sha256(package)}
 
 
+def test_minilm_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="got a Bert, wanted a TextEncoder: for MiniLM pass --text_encoder minilm"):
+        save_text_encoder(tiny_minilm.tiny_bert(), tmp_path / "encoder.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_minilm_without_its_package_is_refused(monkeypatch):
     tiny_minilm.uninstall(monkeypatch)
     for function in (with_options_of_file, text_provenance, lambda options: load_text_encoder(nn.Module(), options)):
