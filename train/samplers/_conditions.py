@@ -51,14 +51,30 @@ def options_of_conditions(config: SamplerConfig) -> ConditionConfig:
 
 
 def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[str, ConditionEncoder]:
-    """Builds the encoders of --conditions, and of the label if there are classes, for embeddings of this width."""
+    """Builds the encoders of --conditions, and of the label if there are classes, for embeddings of this width.
+
+    ValueError for a label among --conditions, and a field of words or numbers that another condition reads too.
+    """
     if "label" in config.conditions:
         raise ValueError("got 'label' among --conditions: use --class_conditional for classes")
     encoders = {}
     for name in (*config.conditions, *(["label"] if n_classes else [])):
         module = load_plugin("models.conditions", name, "condition")
         encoders[name] = module.build(plugin_options(config.condition_options, module.Config), width, n_classes)
+    check_named_fields(encoders)
     return encoders
+
+
+def check_named_fields(encoders: Mapping[str, ConditionEncoder]) -> None:
+    """Raises ValueError for a field of words or numbers, which options name, that another condition reads too."""
+    fields_of = fields_by_condition(encoders)
+    for name in encoders:
+        if load_plugin("models.conditions", name, "condition").FIELDS:
+            continue  # fixed ones, which conditions of regions have in common
+        for other in (each for each in encoders if each != name):
+            if both := [field for field in fields_of[name] if field in fields_of[other]]:
+                got = f"got the field {both[0]} in the conditions {name} and {other}, wanted it in one of them"
+                raise ValueError(f"{got}: leave it out of --{name}_fields")
 
 
 def check_tokens_are_read(encoders: Mapping[str, ConditionEncoder], *kinds: str | None) -> None:

@@ -19,12 +19,14 @@ from models.conditions.metadata import MetadataEncoder
 from models.conditions.text import CaptionEncoder, tokenize
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.cli.plugins import merge_configs
+from train.registry import load_plugin
 from train.samplers import ddpm
 from train.samplers._condition_sources import with_condition_fields
 from train.samplers._conditions import (
     ConditionsConfig,
     draw_drops,
     fields_by_condition,
+    make_encoders,
     raw_conditions,
     with_declared_values,
 )
@@ -47,6 +49,40 @@ def test_conditions_name_their_fields():
     encoders = {"image": ImageEncoder(2), "label": LabelEncoder(3, 4), "layout": LayoutEncoder(3, "segments")}
     fields = {"image": ("condition_image",), "label": ("label",), "layout": ("panoptic", "segment_id", "segment_class")}
     assert fields_by_condition(encoders) == fields
+
+
+COMMON = {
+    "got the field year in the conditions metadata and numbers, wanted it in one.*out of --metadata_fields": (
+        ("metadata", "numbers"),
+        {"metadata_values": ("light=day", "year=new"), "numbers_ranges": ("year=0:9", "lon=0:9")},
+    ),
+    "got the field label in the conditions numbers and label, wanted it in one.*out of --numbers_fields": (
+        ("numbers",),
+        {"numbers_ranges": ("label=0:9",)},
+    ),
+    "got the field caption in the conditions metadata and text": (
+        ("text", "metadata"),
+        {"metadata_values": ("caption=a",), "text_width": 8, "text_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", COMMON)
+def test_a_named_field_is_read_by_one_condition(message):
+    names, options = COMMON[message]
+    kinds = [load_plugin("models.conditions", name, "condition").Config for name in names]
+    config = ConditionsConfig(conditions=names, condition_options=merge_configs(kinds, ConditionConfig)(**options))
+    with pytest.raises(ValueError, match=message):
+        make_encoders(config, 8, 3)
+
+
+def test_conditions_of_regions_read_the_same_fields():
+    """Without a field that only one of them may read."""
+    names = ("layout", "objects", "metadata", "numbers")
+    kinds = [load_plugin("models.conditions", name, "condition").Config for name in names]
+    options = {"layout_classes": 2, "objects_classes": 2, "metadata_values": ("a=b",), "numbers_ranges": ("c=0:1",)}
+    config = ConditionsConfig(conditions=names, condition_options=merge_configs(kinds, ConditionConfig)(**options))
+    assert [*make_encoders(config, 8, 3)] == [*names, "label"]
 
 
 def encoders(*layouts):
