@@ -20,6 +20,7 @@ from experiments.harness.report import progress
 from experiments.metrics.layout.layout_pictures import PictureRow, draw_layout, draw_rows, panel_size, save_picture
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
+from train.data.nouns import count_noun
 from train.distributed import DistContext
 from train.layouts import write_layouts
 from train.loop import Batch
@@ -139,8 +140,9 @@ def measure(
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats the paths of the pictures."""
     first, count = results["names"][0], results["n_layouts"] * results["n_seeds"]
-    layouts = f"{results['n_layouts']} layouts: {folder / first}.png{', ...' if results['n_layouts'] > 1 else ''}"
-    return f"{count} images of {layouts}\nfiles of single images: {folder / 'images'}"
+    drawn = f"{count_noun('image', count)} of {count_noun('layout', results['n_layouts'])}"
+    more = ", ..." if results["n_layouts"] > 1 else ""
+    return f"{drawn}: {folder / first}.png{more}\nfiles of single images: {folder / 'images'}"
 
 
 def model_flags(word: str) -> list[str]:

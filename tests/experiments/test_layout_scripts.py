@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from experiments.harness.images import read_samples
+from experiments.run_layout_to_image import report
 from helpers.tiny_runs import DDPM, call
 from train.datasets import shapes
 from train.layout_files import vocabulary_of
@@ -150,6 +151,13 @@ def test_layouts_of_a_canvas_are_fractions_of_all_of_it(logs, tmp_path, conditio
 
 
 # run_layout_to_image.py
+
+
+def test_one_and_several_layouts_are_counted(tmp_path):
+    one = {"names": ["a"], "n_layouts": 1, "n_seeds": 1}
+    several = {"names": ["a", "b"], "n_layouts": 2, "n_seeds": 8}
+    assert report(one, tmp_path).startswith(f"an image of a layout: {tmp_path / 'a.png'}\n")
+    assert report(several, tmp_path).startswith(f"16 images of two layouts: {tmp_path / 'a.png'}, ...\n")
 
 
 def run_layouts(words):
