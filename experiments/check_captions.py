@@ -125,7 +125,8 @@ def read_sentences(model: TrainedSampler, split: str) -> Sentences:
 def plan_requests(training: Sentences, held_out: Sentences, n_samples: int) -> list[Request]:
     """Returns the images to generate: `n_samples` of each caption.
 
-    Of many sentences of training, every second or third is asked for. Long captions are made of sentences that training has seen, so that their words are known.
+    Of the sentences of training, at most MOST_SEEN are asked for, evenly spaced. Long captions are made of sentences
+    that training has seen, so that their words are known.
     """
     K, requests = len(held_out.captions), []
 
@@ -142,7 +143,7 @@ def plan_requests(training: Sentences, held_out: Sentences, n_samples: int) -> l
         for before in range(K):
             label = swapped_label(before, i, K)
             add(SWAPPED, template, held_out.captions[label][i], label, before)
-    phrases = [re.sub(r"\{\w+\}", "", template).strip(" ,:") for template in training.templates]
+    phrases = [re.sub(r"\W*\{\w+\}", "", template).strip(" ,:") for template in training.templates]
     for label in range(K):
         add(REPEATED, "", repeat_words(training.captions[label], LONG_WORDS), label, label)
     for label, (last, *_) in enumerate(held_out.captions):

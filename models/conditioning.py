@@ -226,7 +226,7 @@ class ConditionConfig:
 
 
 class ConditionEncoder(nn.Module, ABC):
-    """Encodes one raw condition of a batch as one stream, with a learned null.
+    """Encodes one raw condition of a batch as one stream, with a learned null; see `pool` for a second one.
 
     A file `models/conditions/<name>.py` defines:
     - the encoder. It returns a Map, a DecoderMap, Tokens or GatedTokens if it says how wide they are, else a Vector;
@@ -244,7 +244,6 @@ class ConditionEncoder(nn.Module, ABC):
     gated_width: int = 0  # D of its GatedTokens
     pools: bool = False  # True: `pool` makes a Vector of its Tokens, another stream
     describes_regions: bool = False  # True: its tokens have membership, and Tokens are prompts of region attention
-    keeps_weights: bool = False  # True: a network that contains it does not reinitialise its weights
 
     @abstractmethod
     def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None) -> Stream:
@@ -254,8 +253,12 @@ class ConditionEncoder(nn.Module, ABC):
         """
 
     def pool(self, tokens: Tokens) -> Vector:
-        """Returns one vector for the tokens of each example, of an encoder that pools."""
+        """Returns a vector of width E for the tokens of each example, if the encoder `pools`."""
         raise NotImplementedError
+
+    def kept_modules(self) -> set[nn.Module]:
+        """Returns the modules whose weights a network that contains the encoder does not initialise anew."""
+        return set()
 
 
 class RegionEncoder(ConditionEncoder):

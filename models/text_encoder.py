@@ -104,7 +104,8 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
         self.apply(init_normal)
-        nn.init.normal_(self.token.weight)  # not N(0, 0.02^2): what all texts share would soon drown what differs
+        # Not N(0, 0.02^2): a few steps of Adam would add more to all texts alike than what tells them apart
+        nn.init.normal_(self.token.weight)
         nn.init.normal_(self.position, std=0.5)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> TextFeatures:

@@ -105,12 +105,12 @@ class Transformer(nn.Module):
             self.add_gated_attention(attention, heads)
 
     def init_weights(self, zero_init: bool) -> None:
-        """Initialises all weights but those of encoders that keep theirs and, here, of gated tokens.
+        """Initialises all weights but those that encoders keep and, here, those of gated tokens.
 
         N(0, 0.02^2), and 1 / sqrt(2 layers) of that standard deviation where a layer writes into the residual stream
         (GPT-2). Modulations, cross-attention and the layers of maps and vectors start at zero.
         """
-        others = {m for e in self.encoders.values() if e.keeps_weights or e.gated_width for m in e.modules()}
+        others = {m for e in self.encoders.values() for m in (e.modules() if e.gated_width else e.kept_modules())}
         for module in self.modules():
             if module not in others:
                 init_normal(module)
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             width = block.attention.width
             block.gated = GatedCrossAttention(width, heads, self.encoders.gated_width, **options)
-        encoders = [e for e in self.encoders.values() if e.gated_width and not e.keeps_weights]
+        encoders = [e for e in self.encoders.values() if e.gated_width]
         for part in (*encoders, *(block.gated for block in self.blocks)):
             part.apply(init_normal)
 

@@ -176,9 +176,9 @@ def read_csv(path: Path, texts: Sequence[str] = ()) -> list[Row]:
     """Reads a table with a header; a column of numbers becomes numbers, unless it is named in `texts`."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
-        rows = list(table)
+        rows, columns = list(table), table.fieldnames or ()
     try:
-        check_columns(table.fieldnames or ())
+        check_columns(columns)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for number, row in enumerate(rows):

@@ -40,10 +40,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_unique_json(text: str, first_line: int = 1) -> Any:
-    """Returns what a JSON text says in which somebody may have written a key twice; `first_line` is its first line in
-    the file.
+    """Parses JSON that people write; `first_line` is that of the text in its file.
 
-    json.JSONDecodeError if it is no JSON, or is nested too deeply; ValueError, with the place, for a key that is twice
+    json.JSONDecodeError if it is no JSON or nested too deeply; ValueError, with the place, for a key that occurs twice
     in an object.
     """
     number = 0  # of the object, in the order of their ends

@@ -88,7 +88,7 @@ class TokenPooling(nn.Module):
         self.expand, self.contract = nn.Linear(token_width, width), zero_module(nn.Linear(width, width))
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Values (B, M, D), mask (B, M), bool and with at least one True each -> (B, E)."""
+        """Values (B, M, D), mask (B, M) bool with at least one True each -> (B, E)."""
         weights = mask.unsqueeze(-1).to(values.dtype)
         mean = (values * weights).sum(1) / weights.sum(1)
         return self.contract(F.silu(self.expand(self.norm(mean))))
@@ -100,8 +100,6 @@ class CaptionEncoder(ConditionEncoder):
     The tokens of the null come first, seen only by dropped examples. With `pretrained`, the text encoder does not
     learn, and computes in float32. With `pooled_width`, the tokens are also pooled to a vector of that width.
     """
-
-    keeps_weights = True
 
     def __init__(
         self,
@@ -130,7 +128,11 @@ class CaptionEncoder(ConditionEncoder):
 
     def pool(self, tokens: Tokens) -> Vector:
         values, mask = tokens.values, tokens.mask
-        return Vector(self.pooling(values, values.new_ones(values.shape[:2]) if mask is None else mask))
+        mask = torch.ones_like(values[..., 0], dtype=torch.bool) if mask is None else mask
+        return Vector(self.pooling(values, mask))
+
+    def kept_modules(self) -> set[nn.Module]:
+        return {*self.encoder.modules()}
 
     def null_tokens(self, x: Tensor) -> Tensor:
         """Returns the tokens of the null: (1, 1, D), or those of the empty caption, (1, 2, D)."""

@@ -116,10 +116,10 @@ def test_words_images_and_labels_change_nothing_at_first(kind, into):
     assert [name for name, p in network.named_parameters() if torch.equal(p, before[name])] == []
 
 
-def test_pretrained_encoders_keep_their_weights():
+def test_encoders_keep_the_weights_that_they_name():
     torch.manual_seed(0)
     encoders = {"words": Words(), "mine": Words()}
-    encoders["words"].keeps_weights = True
+    encoders["words"].kept_modules = lambda: {*encoders["words"].modules()}
     before = {name: encoder.embedding.weight.clone() for name, encoder in encoders.items()}
     build_network(encoders=encoders)
     unchanged = {name: torch.equal(encoder.embedding.weight, before[name]) for name, encoder in encoders.items()}

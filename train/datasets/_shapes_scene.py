@@ -142,12 +142,12 @@ def pick(u: float, options: Sequence) -> object:
 
 
 def choose_kind(u: float, kinds: Sequence[str]) -> str:
-    """Returns the kind of KINDS at a uniform number in [0, 1); one that is not in `kinds` is chosen anew, by shares."""
-    kind, place = find_share(u, KINDS)
-    if kind in kinds:
-        return kind
+    """Returns the kind at a uniform number in [0, 1); one that is not in `kinds` is chosen anew, by shares."""
     kept = {each: share for each, share in (KINDS | MORE_KINDS).items() if each in kinds}
-    return find_share(place * sum(kept.values()), kept)[0]
+    if MORE_KINDS.keys() & kept.keys():
+        return find_share(u * sum(kept.values()), kept)[0]
+    kind, place = find_share(u, KINDS)
+    return kind if kind in kinds else find_share(place * sum(kept.values()), kept)[0]
 
 
 def find_share(u: float, shares: dict[str, float]) -> tuple[str, float]:

@@ -52,8 +52,9 @@ class ScenesConfig:
     shapes_size: int = 64
     """Side in pixels where no other size is asked for; a training draws at its --img_size."""
     shapes_kinds: tuple[str, ...] = tuple(KINDS)
-    """Kinds of scenes that occur: free, neighbours (of one class), occlusion, small, nested; if asked for also large,
-    up to three large things apart from each other. Scenes of kinds left out are replaced; the others stay."""
+    """Kinds of scenes that occur: free, neighbours (of one class), occlusion, small, nested, and, only if named here,
+    large (up to three things apart from each other). Scenes of kinds left out are replaced; the others stay, except
+    beside large."""
     shapes_things: tuple[str, ...] = THINGS
     """Classes of things that occur: disc, square, triangle, plus, ring, bow. Things of classes left out are replaced by
     others. Numbers of classes stay: a model has 10 classes of regions whatever occurs, so that files and judges fit."""

@@ -69,7 +69,7 @@ def check_named_fields(encoders: Mapping[str, ConditionEncoder]) -> None:
     """Raises ValueError for a field of words or numbers, which options name, that another condition reads too."""
     fields_of = fields_by_condition(encoders)
     for name in encoders:
-        if load_plugin("models.conditions", name, "condition").FIELDS:
+        if getattr(load_plugin("models.conditions", name, "condition"), "FIELDS", ()):
             continue  # fixed ones, which conditions of regions have in common
         for other in (each for each in encoders if each != name):
             if both := [field for field in fields_of[name] if field in fields_of[other]]:

@@ -225,12 +225,12 @@ def test_the_kinds_have_their_shares():
 
 def test_large_things_occur_where_they_are_asked_for():
     assert not {scene.kind for scene in val_scenes()} & {*MORE_KINDS}
-    large, both = (shapes.build(shapes.Config(shapes_kinds=kinds), "val") for kinds in (["large"], ["large", "free"]))
+    large = shapes.build(shapes.Config(shapes_kinds=("large",)), "val")
     scenes = [large.scene(i) for i in range(200)]
     assert {scene.kind for scene in scenes} == {"large"} and {len(scene.things) for scene in scenes} == {1, 2, 3}
     assert all(0.34 <= thing.box[2] - thing.box[0] <= 0.5 for scene in scenes for thing in scene.things)
-    counts = Counter(both.scene(i).kind for i in range(1000))  # those that are free by default stay
-    assert counts.keys() == {"large", "free"} and 0.64 < counts["free"] / 1000 < 0.76  # 0.4 + 0.6 / 2
+    counts = Counter(choose_kind((i + 0.5) / 1400, (*KINDS, *MORE_KINDS)) for i in range(1400))
+    assert counts == {kind: round(1000 * share) for kind, share in (KINDS | MORE_KINDS).items()}
 
 
 def test_objects_are_as_many_small_and_near_as_specified():
