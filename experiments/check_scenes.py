@@ -37,7 +37,7 @@ from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
 COUNTS = (1, 2, 3)  # things that a caption asks for
-KIND = "free"  # of the scenes: things apart from each other
+KINDS = ("free", "large")  # of scenes whose things are apart from each other
 LEAST_SCORE = 0.3  # of a detection that counts
 MOST_OVERLAP = 0.5  # intersection over union of two things
 JUDGE_SEED = 0
@@ -148,9 +148,13 @@ def plan_requests(data: DataConfig, reader: shapes.Config, n_samples: int) -> tu
 
 
 def scenes_of(pair: str, data: DataConfig, reader: shapes.Config, n: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the first `n` validation scenes of each of COUNTS things, all of a pair such as "red-disc", by number."""
+    """Yields the first `n` validation scenes of each of COUNTS things, all of a pair such as "red-disc", by number.
+
+    They are of the kinds that the model was trained on, if their things are apart from each other.
+    """
+    kinds = tuple(kind for kind in KINDS if kind in reader.shapes_kinds) or KINDS[:1]
     only = {"shapes_things": (pair.partition("-")[2],), "shapes_held_out": (pair,), "shapes_val_pairs": "held_out"}
-    source = open_scenes(data, replace(reader, shapes_kinds=(KIND,), **only), "val")
+    source = open_scenes(data, replace(reader, shapes_kinds=kinds, **only), "val")
     missing = dict.fromkeys(COUNTS, n)
     for index in range(len(source)):
         item = source[index]

@@ -28,6 +28,7 @@ from experiments.check_scenes import (
     plan_requests,
     report,
     requested_images,
+    scenes_of,
     without_overlaps,
 )
 from experiments.harness.batches import ResumableBatches
@@ -300,6 +301,15 @@ def test_the_command_asks_a_run_and_judges_its_samples(tmp_path, conditions, tin
         assert picture.height > 2 * 64
     call("experiments/check_scenes.py", command)  # reports again
     assert len(conditions) == 4
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "asked"),
+    [(("free", "small"), {"free"}), (("large",), {"large"}), (("large", "free"), {"large", "free"}), (("nested",), {"free"})],
+)
+def test_scenes_are_of_a_kind_that_the_model_knows(trained_on, asked):
+    scenes = scenes_of("red-disc", DATA, shapes.Config(shapes_kinds=trained_on), 3)
+    assert {item["scene_kind"] for _, item in scenes} == asked
 
 
 def test_the_preset_leaves_out_each_class_in_one_colour(monkeypatch, tmp_path):
