@@ -4,6 +4,7 @@ page.py has the tabs; playground.py draws the images.
 """
 
 import html
+import math
 import random
 import secrets
 import shutil
@@ -28,6 +29,7 @@ from experiments.playground import (
     escape_markdown,
 )
 from models.conditions.metadata import UNKNOWN
+from models.conditions.numbers import parse_number
 from train.cli.parse import is_out_of_memory
 from train.loop import Batch
 from train.registry import load_plugin, plugin_names
@@ -38,6 +40,7 @@ SEEDS = 1_000_000  # seeds that the page draws from
 TAB_TITLE = ": samples"  # of the browser's tab, after the name of the run
 SIDE = 384  # pixels to which images are enlarged
 MOST_FIELDS = 12  # of metadata that are words on the page, and that are numbers; further ones are unknown
+WHOLE_STEPS = 30  # length from which a range of whole numbers has steps of 1; 0 to 14 may be a thickness in pixels
 
 
 @contextmanager
@@ -72,8 +75,8 @@ def class_note(play: Playground) -> Any:
 
 
 def text_inputs(play: Playground) -> list:
-    """Returns the boxes of the prompt and the negative prompt, and those of the metadata, words before numbers, or the
-    updates of them: those that the model reads are visible."""
+    """Returns the boxes of the prompt and the negative prompt, those of words, and `number_inputs`, or the updates of
+    them: those that the model reads are visible."""
     import gradio as gr
 
     visible = {"visible": play.reads_prompts, "min_width": 320}
@@ -85,17 +88,40 @@ def text_inputs(play: Playground) -> list:
     for name, words in islice(fields.words.items(), MOST_FIELDS):
         boxes.append(gr.Dropdown([UNKNOWN, *words], value=initial[name], label=name, visible=True, min_width=150))
     boxes += [gr.Dropdown([UNKNOWN], value=UNKNOWN, visible=False) for _ in range(MOST_FIELDS + 2 - len(boxes))]
-    for name, (low, high, _) in islice(fields.numbers.items(), MOST_FIELDS):
-        value, about = initial[name].replace(UNKNOWN, ""), f"{low:g} to {high:g} in the data."
-        style = {"info": about, "placeholder": UNKNOWN, "visible": True, "min_width": 150}
-        boxes.append(gr.Textbox(value, label=name, **style))
-    return boxes + [gr.Textbox("", visible=False) for _ in range(2 * MOST_FIELDS + 2 - len(boxes))]
+    return boxes + number_inputs(play)
 
 
-def read_metadata(play: Playground, values: Sequence[str]) -> dict[str, str]:
+def number_inputs(play: Playground) -> list:
+    """Returns the sliders of the numbers, each followed by its switch "unknown", or the updates of them: those of the
+    fields that the model reads are visible."""
+    import gradio as gr
+
+    inputs, shown = [], {"visible": True, "min_width": 150}
+    for name, (low, high, _) in islice(play.metadata_fields.numbers.items(), MOST_FIELDS):
+        value = parse_number(name, play.initial_metadata[name])
+        unknown = math.isnan(value)
+        value, step = low if unknown else value, slider_step(low, high)
+        ends = min(low, value), max(high, value)  # --metadata may be outside the range
+        inputs.append(gr.Slider(*ends, value=value, step=step, label=name, buttons=[], **shown))
+        inputs.append(gr.Checkbox(unknown, label=f"{name} unknown", **shown))
+    for _ in range(MOST_FIELDS - len(inputs) // 2):
+        inputs += [gr.Slider(visible=False), gr.Checkbox(visible=False)]
+    return inputs
+
+
+def slider_step(low: float, high: float) -> float:
+    """Returns the step of a slider: 1 for long ranges of whole numbers, such as days; otherwise the power of ten that
+    is a hundredth to a thousandth of the range."""
+    if low % 1 == high % 1 == 0 and high - low >= WHOLE_STEPS:
+        return 1
+    return 10 ** math.floor(math.log10(high - low) - 2)
+
+
+def read_metadata(play: Playground, values: Sequence[Any]) -> dict[str, str | float]:
     """Returns the metadata of a model from the values of their boxes, in the order of `text_inputs`."""
-    fields, chosen = play.metadata_fields, {}
-    for names, own in ((fields.words, values[:MOST_FIELDS]), (fields.numbers, values[MOST_FIELDS:])):
+    fields, chosen, inputs = play.metadata_fields, {}, values[MOST_FIELDS:]
+    numbers = [UNKNOWN if unknown else value for value, unknown in zip(inputs[::2], inputs[1::2], strict=True)]
+    for names, own in ((fields.words, values[:MOST_FIELDS]), (fields.numbers, numbers)):
         names = [*names][:MOST_FIELDS]
         chosen |= dict(zip(names, own[: len(names)], strict=True))  # further boxes are hidden
     return dict.fromkeys(fields.unknown, UNKNOWN) | chosen
@@ -250,6 +276,9 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
     settings = Settings(runs, most, run, step, *boxes, main | others)
     updated, last_choice = list(settings.controls.values()), gr.State(runs.name(runs.first))
     seed_box.input(None, None, fixed, js="() => true")
+    numbers = texts[2 + MOST_FIELDS :]
+    for slider, unknown in zip(numbers[::2], numbers[1::2], strict=True):
+        slider.input(None, None, unknown, js="() => false")
     outputs = [heading, step, label, note, settings_run, last_choice, *texts, *updated]
     loaded = run.input(settings.pick_run, [run, last_choice], outputs, show_progress_on=heading)
     loaded.success(None, run, None, js=f"run => {{ document.title = run + '{TAB_TITLE}' }}")

@@ -103,7 +103,7 @@ class Request:
     layout: Layout | None = None  # None: that of the data
     prompt: str = ""  # what all images show; "": captions of the data
     negative: str = ""  # what guidance moves away from; "": the null
-    metadata: Mapping[str, str] = field(default_factory=dict)  # words and numbers by field; others are of the data
+    metadata: Mapping[str, str | float] = field(default_factory=dict)  # by field; others are of the data
 
     def __post_init__(self):
         if self.count < 1 or self.seed < 0:
@@ -200,7 +200,7 @@ class Playground:
         if request.prompt:
             source = source.with_values(**{CAPTION: request.prompt})
         if request.metadata:
-            words = [f"{name}={value or UNKNOWN}" for name, value in request.metadata.items()]
+            words = [f"{name}={value}" for name, value in request.metadata.items()]
             source = source.with_values(**self.metadata_fields.parse(words))
         label = classes.get(request.label, request.label)
         if label == AS_IN_DATA:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.page_components import MOST_FIELDS, read_metadata, show_errors, text_inputs
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.page_components import (
+    MOST_FIELDS,
+    Settings,
+    read_metadata,
+    show_errors,
+    slider_step,
+    text_inputs,
+)
+from experiments.playground import AS_IN_DATA, Playground, Runs
 from helpers.browser import (
     choose,
     content,
@@ -27,6 +36,7 @@ from helpers.browser import (
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 from models.conditions.numbers import NumberField
 from train.samplers._metadata import MetadataFields
+from train.samplers.ddpm import Sampling
 
 CLASSES = ("<b>shoe", "hat", "t-shirt")  # in the order of their numbers
 
@@ -56,37 +66,76 @@ def test_out_of_memory_is_one_line():
         raise RuntimeError("another fault")
 
 
-def model_of(words, numbers, reads_prompts):
+def model_of(words, numbers, reads_prompts, **initial):
     """A model of these fields, as the page sees it."""
     fields = MetadataFields(words, numbers)
-    initial = dict.fromkeys(fields.unknown, "unknown") | {name: "5" for name in [*numbers][:1]}
+    initial = dict.fromkeys(fields.unknown, "unknown") | initial
     return SimpleNamespace(metadata_fields=fields, initial_metadata=initial, reads_prompts=reads_prompts)
 
 
 @needs_gradio
 def test_boxes_of_prompts_and_metadata_are_those_of_the_model():
-    model = model_of(
-        {"light": ("day", "night")}, {"year": NumberField(2000, 2030), "lon": NumberField(-180, 180)}, True
-    )
+    fields = {"year": NumberField(2000, 2030), "lon": NumberField(-180, 180, cyclic=True)}
+    model = model_of({"light": ("day", "night")}, fields, True, year="2018")
     boxes = {box.label: box for box in text_inputs(model) if box.visible}
-    assert [*boxes] == ["prompt", "negative prompt", "light", "year", "lon"]
+    assert [*boxes] == ["prompt", "negative prompt", "light", "year", "year unknown", "lon", "lon unknown"]
     assert [value for _, value in boxes["light"].choices] == ["unknown", "day", "night"]
-    assert [boxes[name].value for name in ("light", "year", "lon")] == ["unknown", "5", ""]
-    assert boxes["lon"].placeholder == "unknown" and "-180 to 180" in boxes["lon"].info
+    assert [boxes[name].value for name in ("light", "year unknown", "lon unknown")] == ["unknown", False, True]
+    sliders = {name: (box.minimum, box.value, box.maximum, box.step) for name, box in boxes.items() if name in fields}
+    assert sliders == {"year": (2000, 2018, 2030, 1), "lon": (-180, -180, 180, 1)}
     many = model_of({}, {f"n{i}": NumberField(0, 1) for i in range(MOST_FIELDS + 3)}, False)
     for other in (model_of({}, {}, False), many):
         assert list(map(type, text_inputs(other))) == list(map(type, text_inputs(model)))  # updates fit the boxes
-    assert sum(box.visible for box in text_inputs(many)) == MOST_FIELDS
+    assert sum(box.visible for box in text_inputs(many)) == 2 * MOST_FIELDS
+
+
+@needs_gradio
+def test_a_slider_holds_a_number_outside_the_range():
+    for value, ends in (("-5", (-5, 10)), ("3", (0, 10)), ("12.5", (0, 12.5))):
+        slider = text_inputs(model_of({}, {"height": NumberField(0, 10)}, False, height=value))[2 + MOST_FIELDS]
+        assert (slider.minimum, slider.maximum, slider.value) == (*ends, float(value))
+
+
+def test_steps_of_sliders_are_round():
+    steps = {(0, 31): 1, (1980, 2100): 1, (-40, 40): 1, (0, 12): 0.1, (0, 1): 0.01, (0, 4): 0.01, (1.5, 61.5): 0.1}
+    assert {ends: slider_step(*ends) for ends in steps} == steps
 
 
 @needs_gradio
 def test_boxes_are_read_as_the_fields_they_show():
-    model = model_of({"light": ("day",), "sky": ("blue",)}, {"year": NumberField(0, 1), "lon": NumberField(0, 1)}, True)
-    values = {"prompt": "a seven ", "negative prompt": "", "light": "day", "sky": "unknown", "year": "2018", "lon": ""}
+    model = model_of(
+        {"light": ("day",), "sky": ("blue",)}, {"year": NumberField(0, 1), "lon": NumberField(-9, 9)}, True
+    )
+    values = {"prompt": "a seven ", "light": "day", "year": 1, "lon": 0, "lon unknown": False}
     typed = [values.get(box.label, box.value) if box.visible else box.value for box in text_inputs(model)]
-    assert read_metadata(model, typed[2:]) == {"light": "day", "sky": "unknown", "year": "2018", "lon": ""}
+    assert read_metadata(model, typed[2:]) == {"light": "day", "sky": "unknown", "year": "unknown", "lon": 0}
     many = model_of({}, {f"n{i}": NumberField(0, 1) for i in range(MOST_FIELDS + 1)}, False)
-    assert read_metadata(many, [""] * 2 * MOST_FIELDS)[f"n{MOST_FIELDS}"] == "unknown"  # for which there is no box
+    values = [box.value for box in text_inputs(many)]
+    assert read_metadata(many, values[2:])[f"n{MOST_FIELDS}"] == "unknown"  # for which there is no slider
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """A logs folder with runs of rotated digits, `turned` with their thickness, `tilted` less and without it."""
+    logs = tmp_path_factory.mktemp("numbered")
+    flags = f"--logs_root {logs} {DDPM} --conditions numbers --no_class_conditional --train_steps 1 --no_amp"
+    for name, data in (("turned", "--digits_rotation 40 --digits_thickness"), ("tilted", "--digits_rotation 10")):
+        call("train_sampler.py", f"{flags} --dataset digits {data} --steps_per_eval 0 --log_dir {name}")
+    return logs
+
+
+@needs_gradio
+def test_numbers_of_sliders_reach_every_image(numbered, conditions):
+    output = OutputConfig(logs_root=str(numbered), device="cpu", amp=False)
+    model, options = load_model(ModelConfig(sampler="ddpm", load_dir="turned"), output), Sampling(sample_steps=2)
+    play = Playground(model, options, model.condition_source(options))
+    settings = Settings(Runs(numbered, None, play), 2, *[None] * 8, text_inputs(play), {})
+    changes = {"rotation": 0, "rotation unknown": False, "thickness": 1.5}  # which stays unknown
+    values = [changes.get(box.label, box.value) for box in settings.texts]
+    _, request = settings.read("turned", model.step, AS_IN_DATA, 2, 0, True, "turned", *values)
+    play.sample(request)
+    (batch,) = conditions
+    assert batch["rotation"].tolist() == [0, 0] and batch["thickness"].isnan().all()
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +386,25 @@ def test_uploads_are_opened_or_their_fault_is_told(tab, tmp_path):
     press(tab, "Inpaint")
     tab.get_by_text("nothing is masked").wait_for()
     press(tab, "New sample")
+
+
+@in_browser
+def test_a_moved_slider_is_no_longer_unknown(numbered):
+    with (
+        served(numbered, "--sampler ddpm --load_dir turned --no_amp --device cpu --sample_steps 2") as url,
+        tab_at(url) as tab,
+    ):
+        slider, unknown = tab.get_by_label("range slider for rotation"), field(tab, "rotation unknown")
+        assert unknown.is_checked() and slider.input_value() == "-40"
+        slider.press("ArrowRight")
+        tab.wait_for_function("box => !box.checked", arg=unknown.element_handle())
+        assert slider.input_value() == "-39" and field(tab, "thickness unknown").is_checked()
+        enter(tab, "images", 2)
+        press(tab, "Sample")
+        _, sources = new_images(tab, 2)
+        choose(tab, "run", "tilted")
+        field(tab, "thickness unknown").wait_for(state="hidden")
+        assert unknown.is_checked()
+        assert [slider.get_attribute(end) for end in ("min", "max")] == ["-10", "10"] and slider.input_value() == "-10"
+        press(tab, "Sample")
+        new_images(tab, 2, sources)

@@ -243,7 +243,7 @@ def test_conditions_other_than_the_class_are_unchanged(play):
 
 
 def test_a_prompt_and_metadata_apply_to_all_images(captioned):
-    metadata = {"rotation": "-20.5", "thickness": ""}
+    metadata = {"rotation": -20.5, "thickness": "unknown"}
     batch = captioned.conditions(make_request(captioned, prompt="a seven", metadata=metadata))
     assert batch["caption"] == ["a seven"] * 3 and batch["rotation"].tolist() == [-20.5] * 3
     assert batch["thickness"].isnan().all()
@@ -264,7 +264,9 @@ def test_a_negative_prompt_reaches_every_image(captioned, monkeypatch):
 
 
 def test_images_of_a_prompt_are_those_that_the_experiments_draw(captioned):
-    request = make_request(captioned, prompt="a seven", negative="a zero", metadata={"rotation": "", "thickness": "3"})
+    request = make_request(
+        captioned, prompt="a seven", negative="a zero", metadata={"rotation": "unknown", "thickness": 3}
+    )
     texts, missing = {"caption": ["a seven"] * 3}, torch.full((3,), torch.nan)
     conditions = texts | {"rotation": missing, "thickness": torch.full((3,), 3.0)}
     negative = {"caption": ["a zero"] * 3}
