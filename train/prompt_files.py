@@ -113,8 +113,13 @@ def read_lines(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_table(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the rows of a CSV file; empty cells but that of the prompt are left out."""
+    """Yields the rows of a CSV file; empty cells but that of the prompt are left out.
+
+    ValueError for an unknown column, also one whose cells are all empty.
+    """
     for number, row in enumerate(decode_rows(text, ("prompt",)), 1):
+        for column in filter(None, row):
+            find_key(column)
         yield number, {key: value for key, value in row.items() if value.strip() or key == "prompt"}
 
 
@@ -156,10 +161,7 @@ def make_item(number: int, index: int, content: Any) -> PromptItem:
         raise ValueError(f'got {shorten(content)}, wanted an object such as {{"prompt": "a cat"}}')
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = ALIASES.get(key, key)
-        if name not in CHECKS:
-            known = [*CHECKS, *ALIASES]
-            raise ValueError(f"got the key {key!r}{did_you_mean(key, known)}, wanted some of {', '.join(known)}")
+        name = find_key(key)
         if name in values:
             raise ValueError(f"got {name} twice, also as {key!r}: leave one of them out")
         values[name] = None if value is None and name != "prompt" else CHECKS[name](name, value)
@@ -167,6 +169,15 @@ def make_item(number: int, index: int, content: Any) -> PromptItem:
         raise ValueError("got no prompt: add one, which may be empty")
     output = values.pop("output", None) or f"images/{index:06d}.png"
     return PromptItem(number=number, output=output, **values)
+
+
+def find_key(key: str) -> str:
+    """Returns our name of a key or an alias; ValueError, with the nearest if one is near, for an unknown key."""
+    name = ALIASES.get(key, key)
+    if name not in CHECKS:
+        known = [*CHECKS, *ALIASES]
+        raise ValueError(f"got the key {key!r}{did_you_mean(key, known)}, wanted some of {', '.join(known)}")
+    return name
 
 
 def repeated_outputs(items: Sequence[PromptItem]) -> list[str]:

@@ -39,6 +39,11 @@ def test_rows_of_a_table(tmp_path):
     assert second.metadata == {"lon": "1.5", "light": "day"} and second.prompt == "" and second.negative == "blur"
 
 
+def test_columns_without_name_and_content_are_left_out(tmp_path):
+    (item,) = read(tmp_path, "prompts.csv", "prompt,,seed\na cat,,3\n")
+    assert item == PromptItem(number=1, prompt="a cat", output="images/000000.png", seed=3)
+
+
 def test_objects_of_a_list_and_of_lines_are_the_same(tmp_path):
     objects = [
         {"prompt": "a cat", "seed": 2**63 - 1},
@@ -155,6 +160,7 @@ def test_no_two_items_have_one_picture(tmp_path):
         ("a.txt", "# nothing\n\n", "has no prompts"),
         ("a.csv", "name,text\na,b\n", "wanted prompt in the first line"),
         ("a.csv", "prompt,seed\na,b,c\n", "line 2 has another number of columns"),
+        ("a.csv", "prompt,sed\na,\n", "a.csv: got the key 'sed', did you mean 'seed'?, wanted some of prompt"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', "item 2: got '{\"prompt\"', wanted an object"),
         (
             "a.json",
