@@ -1,7 +1,8 @@
 """The cache of embeddings: each caption is encoded once by a frozen text encoder, on the CPU, and kept in one file.
 
-The file is an SQLite database, mapped into memory and named after the encoder's weights; a caption is known by its ids.
-Any number of processes may read and fill it. What a killed job had encoded stays.
+The file is an SQLite database, named after the encoder's weights; a caption is known by its ids. Its first 2 GiB are
+mapped into memory, and the rest is read. Any number of processes may read and fill it. What a killed job had encoded
+stays.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from models.conditions.text import MULTIPLE, caption_chunks
 from models.text_encoder import TextEncoder
 from train.loop import Batch
 
-MAPPED = 1 << 40  # bytes of the file that may be mapped
+MAPPED = (1 << 31) - (1 << 16)  # bytes of the file that are mapped, the most that SQLite allows by default
 WAIT = 600.0  # seconds for other processes that write
 Chunks = list[list[int]]  # the ids of a caption
 

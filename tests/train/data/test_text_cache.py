@@ -3,7 +3,7 @@
 import os
 import pickle
 import sqlite3
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -108,6 +108,20 @@ class DyingConnection:
     def executemany(self, query, rows):
         self.connection.execute(query, next(iter(rows)))
         os._exit(9)
+
+
+def test_the_file_is_mapped_as_far_as_sqlite_can(tmp_path, monkeypatch):
+    mapped = []
+
+    @contextmanager
+    def recording(connection):
+        with closing(connection):
+            yield connection
+            mapped.extend(connection.execute("PRAGMA mmap_size").fetchone())
+
+    monkeypatch.setattr(text_cache, "closing", recording)
+    TextCache(build(), tmp_path)[["a bus"]]
+    assert mapped == [text_cache.MAPPED]
 
 
 def test_caches_travel_to_workers(tmp_path):
