@@ -6,12 +6,13 @@ Sentences are held apart and nouns are not: those of validation never occur in t
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from train.data.captions import SHARES
 from train.data.nouns import count_noun, join_words, with_article
 from train.data.patches import COPIED
-from train.datasets import Dataset, Templates, content_fingerprint, read_item
+from train.datasets import Dataset, Templates, UnreadableImage, content_fingerprint, read_item
 
 OF_CLASSES = Templates(
     train=(
@@ -36,7 +37,7 @@ class TemplateCaptions:
     """A `Dataset` whose items have `captions` made of their classes; they replace captions of their own."""
 
     def __init__(self, dataset: Dataset, split: str):
-        """ValueError for data without classes, and classes without names."""
+        """ValueError for data without classes, classes without names, and data of regions without boxes."""
         self.dataset, self.n_classes, self.labels = dataset, dataset.n_classes, dataset.labels
         for name in (*COPIED, "notes", "unpaired", "blocks", "number_measures"):
             if hasattr(dataset, name):
@@ -45,6 +46,11 @@ class TemplateCaptions:
         if not names:
             reason = "whose classes have no names: pass --class_names, or" if dataset.n_classes else "without classes:"
             raise ValueError(f"got --captions templates for data {reason} leave --captions out")
+        if not dataset.n_classes and not has_boxes(dataset):
+            raise ValueError(
+                "got --captions templates for data whose things cannot be counted, such as maps of classes, wanted "
+                "boxes: leave --captions out"
+            )
         templates = getattr(dataset, "templates", None) or (OF_CLASSES if dataset.n_classes else OF_REGIONS)
         self.sentences = templates.val if split == "val" else templates.train
         self.nouns = templates.nouns or tuple(map(noun_of, names))
@@ -81,6 +87,14 @@ class TemplateCaptions:
 
     def digest(self, fingerprint: str) -> str:
         return hashlib.sha256(f"{fingerprint} {self.sentences} {self.nouns} {MOST_NOUNS}".encode()).hexdigest()
+
+
+def has_boxes(dataset: Dataset) -> bool:
+    """Returns whether items have boxes with classes, by the first one that can be read."""
+    for index in range(len(dataset)):
+        with suppress(UnreadableImage):
+            return "box_class" in dataset[index]
+    return False
 
 
 def noun_of(name: str) -> str:

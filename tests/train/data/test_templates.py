@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import tiny_regions
 from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.templates import NOTHING, OF_CLASSES, OF_REGIONS, TemplateCaptions, describe_things, noun_of
-from train.datasets import DIGIT_TEMPLATES, ArrayDataset, Ragged, Templates, digits, shapes
+from train.datasets import DIGIT_TEMPLATES, ArrayDataset, Ragged, Templates, coco, digits, semantic, shapes, yolo
 from train.datasets.cifar10 import CLASS_NAMES
 
 SHAPES = shapes.Config(shapes_count=30, shapes_size=16)
@@ -71,6 +72,25 @@ def test_drawn_scenes_are_described_by_their_things():
     assert dataset.read_at_size(3, (24, 24))["captions"] == item["captions"]
 
 
+@pytest.mark.parametrize(
+    ("annotations", "things"),
+    [("instances", ["a car", NOTHING]), ("stuff", [NOTHING, NOTHING]), ("panoptic", ["a car", "a car"])],
+)
+def test_things_of_coco_are_counted_without_crowds_and_stuff(tmp_path, annotations, things):
+    config = coco.Config(data_dir=str(tiny_regions.save_coco(tmp_path)), annotations=(annotations,))
+    dataset = build_dataset(DataConfig(dataset="coco", captions="templates"), config, "val")
+    for i, words in enumerate(things):
+        assert dataset[i]["captions"] == [f"this is {words}", f"a photograph in which one sees {words}"]
+
+
+def test_things_of_yolo_are_counted(tmp_path):
+    config = yolo.Config(data_dir=str(tiny_regions.save_yolo(tmp_path)))
+    label = "2 0.5 0.5 0.5 0.5\n0 0.5 0.5 1 1\n2 0.2 0.2 0.1 0.1\n"
+    tiny_regions.save_text(tmp_path / "labels" / "val" / "e.txt", label)
+    dataset = build_dataset(DataConfig(dataset="yolo", captions="templates"), config, "val")
+    assert [dataset[i]["captions"][0] for i in range(2)] == [f"this is {NOTHING}", "this is two cars and a grass"]
+
+
 def test_sentences_are_part_of_the_identity_of_the_data():
     images = images_of([0, 1], ("cat", "dog"))
     other = images_of([0, 1], ("cat", "dog"), templates=Templates(("{noun}",), ("see {noun}",), ("tom", "rex")))
@@ -109,6 +129,13 @@ def test_data_without_names_of_classes_are_refused():
         TemplateCaptions(ArrayDataset(np.zeros((2, 4, 4), np.uint8), np.arange(2), 2), "train")
     with pytest.raises(ValueError, match="got --captions templates for data without classes: .*leave --captions out"):
         TemplateCaptions(ArrayDataset(np.zeros((2, 4, 4), np.uint8), np.arange(2), 0), "train")
+
+
+@pytest.mark.parametrize("patches", [1, 2])
+def test_maps_of_classes_without_boxes_are_refused(tmp_path, patches):
+    config = semantic.Config(data_dir=str(tiny_regions.save_semantic(tmp_path)))
+    with pytest.raises(ValueError, match="got --captions templates for data whose .* wanted boxes: leave --captions"):
+        build_dataset(DataConfig(dataset="semantic", captions="templates", patches=patches), config, "train")
 
 
 def test_patches_and_captions_keep_what_a_data_set_declares():
