@@ -35,7 +35,7 @@ from train.datasets._regions import (
     read_map,
     read_text,
 )
-from train.files import parse_json, parse_unique_json
+from train.files import parse_unique_json
 from train.registry import did_you_mean
 
 BOX_FIELDS = ("boxes", "masks", "box_class", "box_color")
@@ -120,10 +120,9 @@ def read_file(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
     if path.suffix.lower() != ".json":
         return read_files([path], path, vocabulary)
     with naming(path):
-        text = read_text(path, REMEDY)
-        content = parse_json(text)
+        content = parse_unique_json(read_text(path, REMEDY))
         if isinstance(content, list):
-            return [read_entry(number, entry, vocabulary) for number, entry in enumerate(parse_unique_json(text))]
+            return [read_entry(number, entry, vocabulary) for number, entry in enumerate(content)]
         if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
             raise ValueError(
                 'wanted a list such as [{"boxes": [[0.1, 0.2, 0.4, 0.6]], "classes": ["car"]}], or the images, '

@@ -85,6 +85,9 @@ def test_a_key_twice_in_a_layout_is_refused(tmp_path):
     path.write_text('[{"boxes": [],\n"classes": [], "classes": []}]')
     with pytest.raises(ValueError, match="layouts.json: line 2 column 29: got the key 'classes' twice in an object"):
         read_layouts(path, of_shapes(BOXES))
+    path.write_text('{"images": [], "annotations": [],\n"images": []}')
+    with pytest.raises(ValueError, match="layouts.json: line 2 column 13: got the key 'images' twice in an object"):
+        read_layouts(path, of_shapes(BOXES))
 
 
 def test_pixels_of_a_stated_size_are_cropped_as_in_training(tmp_path):
