@@ -194,6 +194,7 @@ def test_grey_and_colour_images_can_be_mixed(tmp_path, picture):
 BROKEN = {
     "rows.txt, wanted a .json or .csv file": ("rows.txt", "a"),
     "has no rows": ("rows.csv", "label\n"),
+    "rows.csv has no rows, wanted at least one": ("rows.csv", ""),
     "is not JSON": ("rows.json", "[{"),
     "is not a list of objects": ("rows.json", '{"label": 3}'),
     "field 'boxes' is not a tensor": ("rows.json", '[{"boxes": [[0, 0]]}, {"boxes": [[0, 0, 1]]}]'),

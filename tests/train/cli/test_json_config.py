@@ -254,6 +254,13 @@ def test_errors_name_the_file_and_the_key(key, value, tmp_path):
         assert word in message, message
 
 
+def test_a_duplicate_key_is_refused_with_its_place(tmp_path):
+    path = write_config(tmp_path)
+    path.write_text('{"gpu_ids": [0],\n"gpu_ids": [1]}')
+    with pytest.raises(ValueError, match="mine.json: line 2 column 15: got the key 'gpu_ids' twice in an object"):
+        read_json(path)
+
+
 def test_epochs_must_be_given_in_steps(tmp_path):
     with pytest.raises(ValueError, match="max_epochs 100.*write train_steps.*'ddpm'"):
         read_json(write_config(tmp_path, {"ddpm": REMOVED}))
