@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         if vectors_into == "embeddings" and not self.encoders.makes_vectors:
             raise ValueError(
                 "got vectors_into embeddings, and no class or other condition that is a vector: "
-                "leave --vectors_into out, or pass --conditions numbers"
+                "leave --vectors_into out, or pass --conditions numbers, or --conditions text --text_pooled"
             )
         self.time = TimeEmbedding(width, width, time_scale) if self.takes_time else None
         self.map_in = nn.Linear(self.encoders.map_channels, width) if self.encoders.map_channels else None

@@ -66,7 +66,7 @@ class BoxEncoder(RegionEncoder):
         self.describes_regions = not everywhere
         self.fields = (*FIELDS, *(["box_color"] if colors else []))
         self.limits = {"box_class": classes} | ({"box_color": colors} if colors else {})
-        self.classes = nn.Parameter(torch.randn(classes, width))  # as loud as the features, whatever the network's init
+        self.classes = nn.Parameter(torch.randn(classes, width))  # as large as the features, in any network
         self.colors = nn.Parameter(torch.randn(colors, width)) if colors else None
         self.mlp = nn.Sequential(nn.Linear(width + 8 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.norm = nn.LayerNorm(width)

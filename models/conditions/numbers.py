@@ -150,7 +150,7 @@ class NumbersEncoder(ConditionEncoder):
     A field of a batch is numbers (B,), of which NaN is missing; so is a field that is left out. The nulls start at
     zero: what is missing is then left out of the sum. Values outside the range of a field are not clamped, since they
     would look like its ends; a warning names the first one of each field, except in training, whose data are checked
-    where they are loaded. Those of a cyclic field come round again.
+    where they are loaded. Those of a cyclic field come round again, without a warning.
     """
 
     def __init__(self, ranges: Mapping[str, NumberField], width: int, emb_width: int, field_drop: float = 0.0):
@@ -199,7 +199,10 @@ class NumbersEncoder(ConditionEncoder):
 
 
 class RangeCheck:
-    """Checks values of fields, and warns once of each linear field that has values outside its range."""
+    """Checks values of fields, and warns once of each linear field that has values outside its range.
+
+    Each source of data has a check of its own, and each process that reads it a copy, which warns by itself.
+    """
 
     def __init__(self, ranges: Mapping[str, NumberField]):
         self.ranges, self.warned = dict(ranges), set[str]()

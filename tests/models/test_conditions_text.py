@@ -251,7 +251,7 @@ def test_pooled_vectors_alone_carry_the_caption(kind):
 
 @pytest.mark.parametrize("kind", [unet, transformer])
 def test_networks_keep_the_embeddings_of_words_that_differ(kind):
-    """As loud as what the norms make of them, so that steps of an optimizer do not drown what tells words apart."""
+    """As large as what the norms make of them, so that steps of an optimizer do not outweigh what tells words apart."""
     encoder = kind(build(32))[0].encoders["text"].encoder
     assert 0.9 < encoder.token.weight.std() < 1.1 and 0.4 < encoder.position.std() < 0.6
 

@@ -42,8 +42,8 @@ class TransformerConfig(ConditionsConfig):
     tied_head: bool = False
     """Tie the output layer to the code embeddings."""
     vectors_into: Literal["norms", "embeddings"] = "norms"
-    """Class, numbers and metadata go to adaptive norms, or are added to the embeddings of the codes: a network trained
-    without them, loaded by --load_partial, then starts unchanged."""
+    """Class, numbers, metadata and pooled captions go to adaptive norms, or are added to the embeddings of the codes: a
+    network trained without them, loaded by --load_partial, then starts unchanged."""
     attn_pdrop: float = 0.0
     """Dropout on attention weights."""
     embd_pdrop: float = 0.0
