@@ -125,6 +125,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
     **{"ddpm_shapes": "a run of layouts", "--text_encoder": "a trained encoder"},
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
+    **{name: "annotated images to download" for name in ("coco128", "xbd")},
     **{
         "experiments/benchmark": "minutes of measuring",
         **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),
