@@ -109,8 +109,13 @@ class Condition:
         return Condition(streams, None if self.regions is None else self.regions.window(top, left, height, width, grid))
 
     def row_ids(self) -> Tensor | None:
-        """Returns (B,) int64, equal for examples with equal conditions; None without streams and regions."""
-        parts = [tensor for stream in self.streams.values() for tensor in stream if tensor is not None]
+        """Returns (B,) int64, equal for examples with equal conditions; None without streams and regions.
+
+        Vectors made of tokens are not compared: they follow from these, but equal ones may be rounded differently.
+        """
+        pooled = {f"{name}{POOLED}" for name in self.streams}
+        streams = [stream for name, stream in self.streams.items() if name not in pooled]
+        parts = [tensor for stream in streams for tensor in stream if tensor is not None]
         parts += [] if self.regions is None else self.regions.tensors().values()
         tensors = [part.flatten(1) if part.ndim > 1 else part.unsqueeze(1) for part in parts]
         if not tensors:

@@ -1,5 +1,7 @@
 """Captions: tokens that depend on their own caption alone, of any length."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from models.conditioning import Condition, Conditioner, Tokens
 from models.conditions import text
 from models.conditions.text import caption_chunks, tokenize
 from models.tokenizer import Tokenizer
-from models.transformer import Transformer
+from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
 
 START, END = Tokenizer.start_id, Tokenizer.end_id
@@ -134,6 +136,17 @@ def test_the_pooled_vector_is_of_the_mean_of_tokens():
     assert (wanted[0] - wanted[1]).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_equal_captions_share_a_row_with_their_pooled_vectors():
+    """Whatever the sizes: a product of matrices may round equal rows differently."""
+    for width, count in ((6, 3), (33, 17), (256, 37)):
+        encoder = build(width, text_pooled=True, text_width=64)
+        torch.nn.init.normal_(encoder.pooling.contract.weight)
+        captions = ["a bus", "a red star", "a bus"] * count
+        rows = Conditioner({"text": encoder}).eval()({"text": captions}, torch.zeros(3 * count, 3, 4, 4)).row_ids()
+        assert rows.unique().numel() == 2 and (rows[::3] == rows[2::3]).all()
+
+
 def test_a_condition_without_its_pooled_vector_is_refused():
     conditioner, x = Conditioner({"text": build(width=6, text_pooled=True)}), torch.zeros(1, 3, 4, 4)
     assert conditioner.makes_vectors and conditioner.stream_names == ["text", "text_pooled"]
@@ -216,8 +229,8 @@ def unet(encoder):
     return network, lambda condition, count: network(torch.ones(count, 3, 4, 4), torch.zeros(count), condition)
 
 
-def transformer(encoder):
-    network = Transformer(codes=5, grid=(4, 4), width=16, heads=2, layers=2, encoders={"text": encoder})
+def transformer(encoder, kind=Transformer, **options):
+    network = kind(codes=5, grid=(4, 4), width=16, heads=2, layers=2, encoders={"text": encoder}, **options)
     return network, lambda condition, count: network(torch.zeros(count, 4, 4, dtype=torch.long), condition)
 
 
@@ -247,6 +260,28 @@ def test_pooled_vectors_alone_carry_the_caption(kind):
     tokens = Tokens(*(None if part is None else part[:1].expand_as(part) for part in streams["text"]))
     one, other = run(Condition(streams | {"text": tokens}), 2)
     assert (one - other).abs().max() > 1e-3
+
+
+LEARNERS = {
+    "unet": unet,
+    "norms": transformer,
+    "embeddings": partial(transformer, vectors_into="embeddings"),
+    "causal": partial(transformer, kind=CausalTransformer),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_pooled_vectors_learn(name):
+    """Of layers in a row one alone may start at zero: two would never have a gradient."""
+    network, run = LEARNERS[name](build(32 if name == "unet" else 16, text_pooled=True))
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(4):  # in the first steps only the last layers have a gradient
+        optimizer.zero_grad()
+        (run({"text": ["a red star", LONG]}, 2) - 1).square().sum().backward()
+        optimizer.step()
+    unchanged = [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
+    assert unchanged == ["encoders.text.null"]  # no caption is dropped
 
 
 @pytest.mark.parametrize("kind", [unet, transformer])

@@ -47,7 +47,7 @@ def is_close(is_recorded):
     return lambda got, name: is_recorded(got[..., ::4], torch.from_numpy(ORACLE[name]), f"prompts: {name}")
 
 
-@pytest.mark.parametrize("name", ["explicit", "escape", "unbalanced", "break", "long_weighted", "commas_at_75"])
+@pytest.mark.parametrize("name", CASES["a1111"])
 def test_a1111_embeddings_are_those_of_the_web_ui(name, is_close):
     assert is_close(encode(CASES["a1111"][name], syntax="a1111")[0], f"a1111_{name}")
 
@@ -60,7 +60,7 @@ def test_a1111_embeddings_of_other_encoders_and_without_the_mean(is_close):
     assert is_close(encode(long, embed=openclip, syntax="a1111", pad_id=0)[0], "a1111_sd2_long_weighted")
 
 
-@pytest.mark.parametrize("name", ["weights_up", "weights_down", "plusminus", "long_weighted", "conj", "blend"])
+@pytest.mark.parametrize("name", CASES["compel"])
 def test_compel_embeddings_are_those_of_compel(name, is_close):
     assert is_close(encode(CASES["compel"][name], syntax="compel")[0], f"compel_{name}")
 

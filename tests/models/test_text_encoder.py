@@ -21,6 +21,14 @@ def is_close(is_recorded):
 
 
 @torch.no_grad()
+def test_clip_embeddings_and_first_layers(is_close):
+    """Recorded are every fourth of 32 numbers of each token."""
+    assert is_close(tiny_clip().embed(CLIP_IDS)[..., ::4], "clip_hidden_0_embeddings")
+    for skip, name in ((3, "clip_hidden_1"), (2, "clip_penultimate_raw")):
+        assert is_close(tiny_clip(clip_skip=skip, final_norm=False)(CLIP_IDS).tokens[..., ::4], name)
+
+
+@torch.no_grad()
 def test_clip_last_layer_and_pooled_vector(is_close):
     features = tiny_clip()(CLIP_IDS)
     assert is_close(features.tokens, "clip_last_with_final_norm")
