@@ -192,6 +192,24 @@ def test_weights_of_words_change_images(name, syntax, same, weighted, tmp_path):
     assert close(unweighted, plain) and not close(changed, plain)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_equal_prompts_with_weights_share_a_call(pooled, tmp_path):
+    """And equal negative prompts; different ones never. In the first call all codes are masked."""
+    model, rows = make_model("absorbing", condition_options=text.Config(**TEXT, text_pooled=pooled)), []
+    model.sampler.network.register_forward_pre_hook(lambda network, args: rows.append(len(args[0])))
+    cat, other, dog = "a (cat:1.4)", "a (cat:1.5)", "a (dog:1.4)"
+    for pairs, expected in (
+        ([(cat, dog)] * 4, 2),
+        ([(cat, dog), (cat, dog), (other, dog), (cat, "a dog")], 4),
+        ([(cat, dog), (cat, "a dog"), (other, ""), (dog, cat)], 5),  # two prompts are negative ones elsewhere
+    ):
+        objects = [{"prompt": prompt, "negative": negative} for prompt, negative in pairs]
+        inputs = open_file(tmp_path, objects, model, prompt_syntax="a1111", guidance=3.0)
+        rows.clear()
+        inputs.draw([0, 1, 2, 3])
+        assert rows[0] == expected
+
+
 def test_long_prompts_and_breaks(tmp_path):
     model, long = MODELS["ddpm"], "a cat and a dog " * 40 + "in a hat " * 60
     (drawn,) = images(open_file(tmp_path, [{"prompt": long}], model), 0)

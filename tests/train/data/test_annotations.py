@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -21,9 +22,10 @@ from helpers.region_images import face_dataset
 from helpers.toy_encoding import COUNT, captions, load_codes, run_two_ranks
 from train.config import DataConfig
 from train.data.annotations import Records, pack, unpack, write_records
+from train.data.captions import choose_caption
 from train.data.code_file import CodeFile
 from train.data.loading import ImageSource, TrainingImages, training_batches
-from train.datasets import DatasetConfig, FloatImage, UnreadableImage
+from train.datasets import DatasetConfig, FloatImage, Ragged, UnreadableImage
 from train.distributed import DistContext
 from train.first_stage import FirstStage
 from train.spaces import CodeSpace
@@ -102,6 +104,30 @@ def test_cached_and_decoded_items_give_equal_batches(tmp_path, changes, workers)
     batches = training_batches(TrainingImages(plain, seed=0), workers=0, **options)
     for (batch,), (expected,) in zip(cached_batches, batches, strict=True):
         assert_same_fields(batch, expected)
+
+
+class SharedCaptions(AnnotatedDataset):
+    """Each image has a caption that is never shown, one that is seldom, and one that is often."""
+
+    def __getitem__(self, index):
+        item = {name: value for name, value in super().__getitem__(index).items() if name != "caption"}
+        captions = [f"{how} {index}" for how in ("never", "seldom", "often")]
+        return item | {"captions": captions, "caption_shares": Ragged(torch.tensor([0.0, 1, 3]))}
+
+
+def shared_captions():
+    return SharedCaptions(**vars(annotated_dataset()))
+
+
+def test_shares_of_captions_survive_the_image_cache(tmp_path):
+    cached, plain = (
+        TrainingImages(ImageSource(shared_captions(), dataclasses.replace(DATA, cache_images=each), tmp_path), seed=0)
+        for each in (True, False)
+    )
+    batch = cached[list(range(70))]
+    assert_same_fields(batch, plain[list(range(70))])
+    shown = Counter(caption.split()[0] for caption in batch["caption"])
+    assert shown.keys() == {"seldom", "often"} and 10 < shown["seldom"] < 25
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -202,6 +228,14 @@ def test_codes_of_mirrored_views_swap_sides_and_take_turns(tmp_path):
     assert batch["caption"] != [(every or [""])[0] for every in batch["captions"]]
     validation = code_source(tmp_path, face_dataset(), data, "val")[list(range(20))]
     assert validation["caption"] == [(every or [""])[0] for every in validation["captions"]]
+
+
+def test_shares_of_captions_survive_the_code_cache(tmp_path):
+    dataset, positions = shared_captions(), range(70)
+    source = code_source(tmp_path, dataset)
+    batch = source[list(positions)]
+    uncached = [choose_caption(dataset[source.item_index(k)], 3, k)["caption"] for k in positions]
+    assert batch["caption"] == uncached and "caption_shares" not in batch
 
 
 def test_codes_of_images_with_only_labels_have_no_annotations(tmp_path):

@@ -19,6 +19,7 @@ from models.conditions.metadata import MetadataEncoder
 from models.conditions.text import CaptionEncoder, tokenize
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.cli.plugins import merge_configs
+from train.data.streams import TrainingStreams
 from train.registry import load_plugin
 from train.samplers import ddpm
 from train.samplers._condition_sources import with_condition_fields
@@ -214,6 +215,18 @@ def test_metadata_have_a_drop_of_their_own():
 def text_network():
     encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=1, vocab_size=8, length=20))
     return nn.Sequential(nn.Linear(1, 1), Conditioner({"text": CaptionEncoder(encoder)}))
+
+
+def test_captions_are_dropped_by_their_positions():
+    """Each by itself, whatever the batch that it is in."""
+
+    def drops(positions):
+        streams = TrainingStreams(1, {"position": torch.tensor(positions)}, len(positions), torch.device("cpu"))
+        return draw_drops(ConditionsConfig(condition_drop=0.5), text_network()[1], streams, len(positions))["text"]
+
+    together, some = drops(range(400)), [311, 7, 42, 8, 399, 0, 43, 12]
+    assert abs(together.float().mean() - 0.5) < 0.1
+    assert torch.equal(drops(some), together[some])
 
 
 def test_captions_are_ids_where_batches_are_loaded():
