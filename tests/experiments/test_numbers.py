@@ -49,6 +49,9 @@ def test_samples_have_the_numbers_that_are_given(logs, conditions):
     script(logs, "get_samples", "--n_samples 3 --batch_size 2 --metadata rotation=-20.5 --log_dir turned_left")
     assert [batch["rotation"].tolist() for batch in conditions[:2]] == [[-20.5, -20.5], [-20.5]]
     assert all(batch["thickness"].isnan().all() for batch in conditions)
+    conditions.clear()
+    script(logs, "get_samples", "--n_samples 1 --metadata thickness=2 rotation=30 --log_dir both")
+    assert (conditions[0]["rotation"].item(), conditions[0]["thickness"].item()) == (30, 2)
 
 
 def test_samples_have_the_numbers_of_held_out_digits(logs, conditions):
