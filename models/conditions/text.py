@@ -79,7 +79,7 @@ class Config(ConditionConfig):
 class TokenPooling(nn.Module):
     """A vector for the tokens of each example: their mean, a norm and two linear layers (Saharia et al. 2022, Imagen).
 
-    The last layer starts at zero.
+    The last layer starts at zero; transformers initialise it anew, since their modulations do.
     """
 
     def __init__(self, token_width: int, width: int):
