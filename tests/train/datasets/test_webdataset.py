@@ -32,6 +32,7 @@ def shards(tmp_path, tiny):
         for number in range(4 * shard, 4 * shard + 4):
             members |= {f"s/{number:04d}.png": tiny.png(number), f"s/{number:04d}.cls": b"%d\n" % number}
             members[f"s/{number:04d}.json"] = json.dumps({"kind": number, "text": "a b"}).encode()
+            members[f"s/{number:04d}.txt"] = f"number {number}\nthis is {number}\n".encode()
         os.utime(tiny.save_shard(tmp_path / f"shards-{shard:03d}.tar", members), ns=(0, 10**18))
     return tmp_path
 
@@ -90,6 +91,18 @@ def test_json_fields_stay_with_their_image(shards, workers, scanned):
     unannotated = build(Config(data_dir=str(shards), label_from="cls"), "train")
     assert len(scanned) == 12 and unannotated[0].keys() == {"image", "label"}
     assert unannotated.fingerprint() != source.source.dataset.fingerprint()
+
+
+def test_captions_of_two_shards_survive_two_workers(shards):
+    config = Config(data_dir=f"{shards}/shards-00{{0,1}}.tar", label_from="cls", caption_ext=("txt",))
+    dataset = build(config, "train")
+    assert len(dataset.blocks.sizes) == 2
+    source, options = TrainingImages(ImageSource(dataset, DATA), seed=3), {"batch_size": 4, "accumulate": 1}
+    options |= {"start": 0, "steps": 20, "world": DistContext(torch.device("cpu"))}
+    alone, loaded = ([batch for (batch,) in training_batches(source, workers=n, **options)] for n in (0, 2))
+    assert [batch["caption"] for batch in loaded] == [batch["caption"] for batch in alone]
+    seen = {pair for batch in loaded for pair in zip(batch["label"].tolist(), batch["caption"], strict=True)}
+    assert seen == {(n, f"{words} {n}") for n in dataset.labels.tolist() for words in ("number", "this is")}
 
 
 @pytest.mark.parametrize(
