@@ -1,12 +1,13 @@
 """Classifiers of real images, trained here without pretrained weights, that judge generated ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.metrics.layout import fitting
 from train.config import DataConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
@@ -37,6 +38,8 @@ class Recipe(NamedTuple):
 
 
 RECIPE = Recipe(epochs=20, batch_size=64, peak_lr=3e-3, weight_decay=0.05, label_smoothing=0.1)
+FIELDS_RECIPE = fitting.Recipe(steps=1000, batch_size=64, peak_lr=3e-3)
+UNKNOWN = -1  # label of a field that is not known
 
 
 class ImageClassifier(nn.Module):
@@ -127,6 +130,43 @@ def fit_classifier(
                 schedule.step()
                 advance(len(rows))
     return classifier.requires_grad_(False).eval()
+
+
+def train_field_classifier(
+    images: Tensor,
+    labels: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    seed: int,
+    device: torch.device,
+    advance: Callable[[int], object] = lambda steps: None,
+) -> ImageClassifier:
+    """Trains one classifier of several fields on images (N, C, H, W) uint8, for FIELDS_RECIPE.steps steps; frozen.
+
+    `labels` (N,) of a field are below its size, or UNKNOWN. The logits of the fields stand side by side, in the order
+    of `sizes`. `advance` is called with 1 after each step. The global random state is unchanged.
+    """
+
+    def build() -> ImageClassifier:
+        return ImageClassifier(images.shape[1], sum(sizes.values())).to(device)
+
+    def loss(network: ImageClassifier, rows: Tensor, generator: torch.Generator) -> Tensor:
+        logits = network(move_and_scale(images[rows], generator, flip=False).to(device)).split([*sizes.values()], 1)
+        losses = [
+            F.cross_entropy(each, labels[name][rows].to(device), ignore_index=UNKNOWN, reduction="sum")
+            for name, each in zip(sizes, logits, strict=True)
+        ]
+        return torch.stack(losses).sum() / len(rows)
+
+    return fitting.fit(build, loss, len(images), FIELDS_RECIPE, seed, advance)
+
+
+@torch.no_grad()
+def classify_fields(classifier: ImageClassifier, images: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Returns the most likely class of each field of images uint8 (N, C, H, W): int64 (N,) each, on the CPU."""
+    device = classifier.head.weight.device
+    logits = torch.cat([classifier(part.to(device)).cpu() for part in images.split(BATCH)])
+    parts = logits.split([*sizes.values()], 1)
+    return {name: part.argmax(1) for name, part in zip(sizes, parts, strict=True)}
 
 
 def move_and_scale(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:

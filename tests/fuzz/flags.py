@@ -43,6 +43,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/check_classes.py": "--no_amp",
     "experiments/check_data.py": "--check_items 2 --sheet_items 1",
     "experiments/check_digits.py": "--no_amp",
+    "experiments/check_metadata.py": f"{SAMPLE} --n_samples 2",
     "experiments/check_numbers.py": f"{SAMPLE} --n_samples 2",
     "experiments/check_scenes.py": f"{SAMPLE} --n_samples 1",
     "experiments/compare_attention.py": "--features pixels",

@@ -3,7 +3,13 @@
 import torch
 
 from experiments.metrics import image_classifier
-from experiments.metrics.image_classifier import move_and_scale, train_image_classifier
+from experiments.metrics.image_classifier import (
+    UNKNOWN,
+    classify_fields,
+    move_and_scale,
+    train_field_classifier,
+    train_image_classifier,
+)
 
 
 def stripes(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +31,26 @@ def test_it_learns_classes_and_is_deterministic(monkeypatch):
     assert torch.equal(*logits) and not logits[0].requires_grad
     assert (logits[0].argmax(1) == labels).double().mean() >= 0.9
     assert runs[0].features(images).shape == (40, 512)
+
+
+def test_it_learns_several_fields_of_which_some_are_unknown(monkeypatch):
+    recipe = image_classifier.FIELDS_RECIPE._replace(steps=30, batch_size=32)
+    monkeypatch.setattr(image_classifier, "FIELDS_RECIPE", recipe)
+
+    def draw(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images, stripe = stripes(n, seed)
+        light = torch.arange(n) // 2 % 3
+        return (images * (0.2 + 0.4 * light.view(-1, 1, 1, 1))).byte(), {"light": light, "stripe": stripe}
+
+    images, labels = draw(96, 0)
+    labels["stripe"][: 96 // 2] = UNKNOWN
+    state, sizes = torch.random.get_rng_state(), {"light": 3, "stripe": 2}
+    classifier = train_field_classifier(images, labels, sizes, 0, torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    images, labels = draw(60, 1)
+    found = classify_fields(classifier, images, sizes)
+    assert found.keys() == sizes.keys()
+    assert all((found[name] == labels[name]).double().mean() >= 0.9 for name in sizes)
 
 
 def test_augmentation_mirrors_half_of_the_images():
