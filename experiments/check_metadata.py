@@ -176,8 +176,8 @@ def plan_requests(given: Numbers, occurring: Mapping[str, Sequence[int]]) -> lis
             others = [number for number in numbers if number != before]
             requests.append(Request(SWAPPED, index, field, others[index % len(others)]))
     for field, numbers in occurring.items():
-        shown = sorted(numbers[:MOST_WORDS])
-        requests += [Request(STRIP, row, field, number) for row in range(STRIP_ROWS) for number in shown]
+        most = sorted(numbers[:MOST_WORDS])
+        requests += [Request(STRIP, row, field, number) for row in range(STRIP_ROWS) for number in most]
     return requests
 
 
@@ -205,27 +205,27 @@ def requested_images(
 
 
 def compute_figures(
-    requests: Sequence[Request], given: Numbers, shown: Numbers, real: Numbers, real_shown: Numbers
+    requests: Sequence[Request], given: Numbers, predicted: Numbers, real: Numbers, real_predicted: Numbers
 ) -> list[dict[str, Any]]:
-    """Computes how often images show their words: `shown` are those of the requests, of which the first ask for those
-    `given`; `real_shown` are those recognised in real images, which have those of `real`.
+    """Computes how often images show their words: those `predicted` of the requests, of which the first ask for those
+    `given`, and those `real_predicted` of real images, which have those of `real`.
 
     Images whose word is unknown are left out where it is compared.
     """
     rows = []
-    for name in shown:
-        first = shown[name][: len(given[name])]
+    for name in predicted:
+        first = predicted[name][: len(given[name])]
         known, real_known = given[name] != NULL, real[name] != NULL
         changed = [i for i, each in enumerate(requests) if (each.kind, each.field) == (SWAPPED, name)]
         index, new = torch.tensor([(requests[i].index, requests[i].number) for i in changed]).T
-        after, before = shown[name][changed], given[name][index]
-        others = {other: each for other, each in shown.items() if other != name}
+        after, before = predicted[name][changed], given[name][index]
+        others = {other: each for other, each in predicted.items() if other != name}
         rows.append(
             {
                 "field": name,
                 SAMPLES: share((first == given[name])[known].tolist()),
                 FLOOR: share_of_matches(first[known], given[name][known]),
-                REAL: share((real_shown[name] == real[name])[real_known].tolist()),
+                REAL: share((real_predicted[name] == real[name])[real_known].tolist()),
                 NEW: share((after == new).tolist()),
                 BEFORE: share((after == before)[before != NULL].tolist()),
                 STAYS: {other: share((each[changed] == each[index]).tolist()) for other, each in others.items()},

@@ -57,12 +57,12 @@ def asked(request) -> dict[str, int]:
     return words | ({request.field: request.number} if request.field else {})
 
 
-def figures_of(show, given=GIVEN_WORDS, real_shown=None):
+def figures_of(show, given=GIVEN_WORDS, real_predicted=None):
     """The figures, by field, of a model that shows the words `show(asked, request)`."""
     rows = [show(asked(request), request) for request in REQUESTS]
     shown = {name: torch.tensor([row[name] for row in rows]) for name in VALUES}
     real = draw_words(6, seed=1)
-    return {row["field"]: row for row in compute_figures(REQUESTS, given, shown, real, real_shown or real)}
+    return {row["field"]: row for row in compute_figures(REQUESTS, given, shown, real, real_predicted or real)}
 
 
 def test_one_word_changes_and_the_noise_stays():
@@ -161,9 +161,10 @@ def test_unknown_words_do_not_count():
     hidden["place"][N // 4 :] = NULL
     place = figures_of(lambda words, request: words, hidden)["place"]
     assert place[SAMPLES] == {"n": N // 4, "right": 1} and place[BEFORE]["n"] == N // 4 and place[NEW]["n"] == N
-    real_shown = draw_words(6, seed=1)
-    real_shown["tone"][:3] = 3 - real_shown["tone"][:3]
-    assert figures_of(lambda words, request: words, real_shown=real_shown)["tone"][REAL] == {"n": 6, "right": 0.5}
+    real_predicted = draw_words(6, seed=1)
+    real_predicted["tone"][:3] = 3 - real_predicted["tone"][:3]
+    tone = figures_of(lambda words, request: words, real_predicted=real_predicted)["tone"]
+    assert tone[REAL] == {"n": 6, "right": 0.5}
 
 
 def test_matches_are_those_of_all_pairs_of_different_images():
