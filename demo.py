@@ -26,6 +26,7 @@ FONTS = ("Roboto", "system-ui", "sans-serif")  # installed ones: nothing is down
 STYLE = """
 img {image-rendering: pixelated}
 footer {display: none !important}
+.full-line {flex-basis: 100% !important}
 """
 
 

@@ -96,14 +96,15 @@ def number_inputs(play: Playground) -> list:
     fields that the model reads are visible."""
     import gradio as gr
 
-    inputs, shown = [], {"visible": True, "min_width": 150}
+    inputs = []
     for name, (low, high, _) in islice(play.metadata_fields.numbers.items(), MOST_FIELDS):
         value = parse_number(name, play.initial_metadata[name])
         unknown = math.isnan(value)
         value, step = low if unknown else value, slider_step(low, high)
         ends = min(low, value), max(high, value)  # --metadata may be outside the range
-        inputs.append(gr.Slider(*ends, value=value, step=step, label=name, buttons=[], **shown))
-        inputs.append(gr.Checkbox(unknown, label=f"{name} unknown", **shown))
+        style = {"visible": True, "min_width": 320, "buttons": []}
+        inputs.append(gr.Slider(*ends, value=value, step=step, label=name, **style))
+        inputs.append(gr.Checkbox(unknown, label=f"{name} unknown", visible=True, elem_classes=["full-line"]))
     for _ in range(MOST_FIELDS - len(inputs) // 2):
         inputs += [gr.Slider(visible=False), gr.Checkbox(visible=False)]
     return inputs
