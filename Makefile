@@ -49,7 +49,7 @@ demo-layout: $(VENV)/core  ## train on drawn scenes with their layouts, sample, 
 	$(RUN) experiments/get_samples.py --config configs/shapes_layout.yaml --log_dir samples_layout
 	$(RUN) experiments/calc_layout.py --samples logs/samples_layout/samples.npz --log_dir layout
 
-demo-captions: $(VENV)/core  ## train on digits with captions, in pixels and on codes; measure whether samples show what captions say
+demo-captions: $(VENV)/core  ## train on digits with captions, in pixels and on codes; measure whether samples show what captions say (15 minutes on 2 CPU cores with bfloat16)
 	$(RUN) train_vqgan.py
 	$(RUN) train_sampler.py --sampler ddpm --config configs/digits_captions.yaml
 	$(RUN) train_sampler.py --sampler absorbing --config configs/digits_captions.yaml
