@@ -54,12 +54,12 @@ def read_text(network: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> 
     tokens = condition.tokens()
     mask = torch.ones(tokens.values.shape[:2]) if tokens.mask is None else tokens.mask.float()
     mean = torch.einsum("bmd,bm->bd", tokens.values, mask) / mask.sum(1, keepdim=True)
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(5)
     if output.shape[1:] == (1, *GRID):
-        read = (mean @ torch.randn(mean.shape[1], 1, generator=rng) / 4).tanh()  # (B, 1)
+        read = (mean @ torch.randn(mean.shape[1], 1, generator=rng) / 3).tanh()  # (B, 1)
         return output + 0.2 * args[0] + 0.6 * read[..., None, None]
     read = mean @ torch.randn(mean.shape[1], CODES, generator=rng)
-    return output + 2 * read.view(len(read), *[1] * (output.ndim - 2), CODES)
+    return output + 0.5 * read.view(len(read), *[1] * (output.ndim - 2), CODES)
 
 
 def make_model(name: str = "ddpm", n_classes: int = 0, words: bool = False, **training: object) -> TrainedSampler:
