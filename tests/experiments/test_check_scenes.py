@@ -305,7 +305,12 @@ def test_the_command_asks_a_run_and_judges_its_samples(tmp_path, conditions, tin
 
 @pytest.mark.parametrize(
     ("trained_on", "asked"),
-    [(("free", "small"), {"free"}), (("large",), {"large"}), (("large", "free"), {"large", "free"}), (("nested",), {"free"})],
+    [
+        (("free", "small"), {"free"}),
+        (("large",), {"large"}),
+        (("large", "free"), {"large", "free"}),
+        (("nested",), {"free"}),
+    ],
 )
 def test_scenes_are_of_a_kind_that_the_model_knows(trained_on, asked):
     scenes = scenes_of("red-disc", DATA, shapes.Config(shapes_kinds=trained_on), 3)
