@@ -115,7 +115,7 @@ def measure(
     occurring = find_occurring(training.numbers)
     if not occurring:
         got = f"got no field of {', '.join(values)} with two words in the training images"
-        raise ValueError(f"{got}: nothing can be told apart, train on images that differ in their words")
+        raise ValueError(f"{got}, wanted one at least: train on images whose words differ")
     given = numbers_of(source.draw(batches.seed, range(settings.n_samples)), values)
     requests = plan_requests(given, occurring)
     draw = requested_images(requests, values, model, batches.seed, sampling, source)
