@@ -26,7 +26,7 @@ PALETTE = (
 COLORS = tuple(name for name, _ in PALETTE)
 PAIRS = tuple(f"{color}-{thing}" for color in COLORS for thing in THINGS)
 KINDS = {"free": 0.4, "neighbours": 0.2, "occlusion": 0.2, "small": 0.1, "nested": 0.1}  # shares of the scenes
-MORE_KINDS = {"large": 0.4}  # those of kinds that occur only where they are asked for
+MORE_KINDS = {"large": 0.4}  # shares of kinds that occur only where they are named, beside those above
 SPLIT_NUMBERS = {"train": 0, "val": 1, "judge": 2}  # part of the seed
 CAMERAS = {  # and whether a dark bar stands at the left, at the right
     **{"CAM_FRONT": (False, False), "CAM_FRONT_LEFT": (True, False), "CAM_FRONT_RIGHT": (False, True)},
