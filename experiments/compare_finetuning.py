@@ -30,7 +30,7 @@ from experiments.metrics.image_classifier import (
     load_labelled_images,
     train_image_classifier,
 )
-from models.ranges import MILLION, POSITIVE, SIZE, check_ranges
+from models.ranges import FINITE, MILLION, POSITIVE, SEED, SIZE, check_ranges
 from train.checkpoint import WEIGHTS, checkpoint_path, saved_steps
 from train.cli.files import run_folder
 from train.cli.parse import run_script
@@ -85,7 +85,7 @@ class ComparisonConfig:
     EVERYDAY = ("arms", "data_dir", "tuning_steps", "images")
     RANGES = {
         **dict.fromkeys(("base_steps", "tuning_steps", "n_samples"), MILLION),
-        **{"images": SIZE, "rank": SIZE, "full_lr": POSITIVE, "lora_lr": POSITIVE},
+        **{"images": SIZE, "rank": SIZE, "full_lr": POSITIVE, "lora_lr": POSITIVE, "guidance": FINITE, "seed": SEED},
     }
 
     def __post_init__(self):
