@@ -21,6 +21,7 @@ class Weight(NamedTuple):
     folder: tuple[str, ...]  # keys in a folder of diffusers
     single_axes: int | None = None  # of a weight in the file, where it has others than ours: 4 in a 1x1 convolution
     folder_axes: int | None = None
+    single_transposed: bool = False  # in a single file, rows are columns
 
     def names(self, layout: Layout) -> tuple[str, ...]:
         """Returns the keys in a layout."""
@@ -80,6 +81,7 @@ def from_layout(
     converted = {}
     for weight in weights:
         parts, wanted = [tensors[name] for name in weight.names(layout)], shapes[weight.ours]
+        parts = [part.T for part in parts] if weight.single_transposed and layout == "single" else parts
         got = torch.Size((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
         if without_ones(got) != without_ones(wanted) or len({part.shape for part in parts}) > 1:
             errors.append(f"{weight.names(layout)[0]} is {tuple(parts[0].shape)} for {weight.ours} {tuple(wanted)}")
@@ -109,5 +111,6 @@ def to_layout(
         for name, part in zip(names, value.chunk(len(names)), strict=True):
             axes = weight.axes(layout) or part.ndim
             part = part.reshape(*part.shape[: min(axes, 2)], *part.shape[2:axes], *[1] * (axes - part.ndim))
-            tensors[name] = part.to(dtype or part.dtype).clone()
+            part = part.T if weight.single_transposed and layout == "single" else part
+            tensors[name] = part.to(dtype or part.dtype).clone(memory_format=torch.contiguous_format)
     return tensors
