@@ -32,7 +32,7 @@ def test_latents_far_right_and_below_see_zeros_beyond_the_image():
 
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_tiles_of_a_continuous_autoencoder_differ_no_more_at_seams(seed):
+def test_tiles_differ_no_more_at_seams_than_twice_inside(seed):
     """Group norm and attention see a tile alone, so tiles differ inside too; where they abut, seams differ most."""
     torch.manual_seed(seed)
     network = AutoencoderKL(AutoencoderKLConfig(channels=8, channel_mults=(1, 2), res_blocks=1)).eval()
