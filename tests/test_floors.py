@@ -32,7 +32,6 @@ CONCEPTS = {
     "vq.discriminator": "a network",
     "vq.likelihood": "a network: the log-variance head",
     "vq.losses": "the adversarial losses",
-    "vq.tiles": "tiled encoding and decoding of an autoencoder",
 }
 COMMANDS_THAT_MAY_BE_IMPORTED = {  # the page of demo.py
     *("experiments.playground", "experiments.page_components", "experiments.layout_page", "experiments.page"),

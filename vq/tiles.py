@@ -1,12 +1,13 @@
 """Tiled encoding and decoding of large images in overlapping tiles; memory is that of a few tiles and the result.
 
-`tile` and `overlap` are in codes. Group norm and attention see one tile at a time, so results differ from those of the
-whole image; a tile of the training size suits the network best. For a network of convolutions alone the result is the
-same if the overlap is at least four times the receptive field's reach to one side.
+`tile` and `overlap` are in codes, or positions of latents. Group norm and attention see one tile at a time, so results
+differ from those of the whole image; a tile of the training size suits the network best. For a network of convolutions
+alone the result is the same if the overlap is at least four times the receptive field's reach to one side.
 """
 
 from collections.abc import Callable
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -121,6 +122,61 @@ def decode_tiled(vqgan: VQGAN, ids: Tensor, tile: int, overlap: int, *, tiles_pe
     return apply_tiled(
         lambda part: vqgan.decode(part.to(device)), ids, tile, overlap, scales=scales, tiles_per_batch=tiles_per_batch
     )
+
+
+@torch.no_grad()
+def encode_latents_tiled(
+    encode: Callable[[Tensor], Tensor],
+    images: Tensor,
+    factor: int,
+    tile: int,
+    overlap: int,
+    *,
+    tiles_per_batch: int = 1,
+) -> Tensor:
+    """Encodes images (B, C, H, W) in [-1, 1] with a continuous autoencoder: latents (B, D, H / factor, W / factor).
+
+    `encode` maps a tile to its latents, or to several maps of their size such as means and log-variances. ValueError
+    for sizes that are not multiples of the factor.
+    """
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"got images of {height}x{width} pixels, wanted multiples of {factor}: crop or pad them")
+    return apply_tiled(encode, images, tile, overlap, scales=(factor, 1), tiles_per_batch=tiles_per_batch)
+
+
+@torch.no_grad()
+def decode_latents_tiled(
+    decode: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    factor: int,
+    tile: int,
+    overlap: int,
+    *,
+    tiles_per_batch: int = 1,
+) -> Tensor:
+    """Decodes latents (B, D, h, w) with a continuous autoencoder to images (B, C, h * factor, w * factor)."""
+    return apply_tiled(decode, latents, tile, overlap, scales=(1, factor), tiles_per_batch=tiles_per_batch)
+
+
+class TileDifference(NamedTuple):
+    """Mean absolute differences between what tiles give and what the whole gives."""
+
+    mean: float
+    at_seams: float  # where neighbouring tiles are blended, and one value to each side; NaN for a single tile
+    inside: float  # elsewhere; NaN if there is no elsewhere
+
+
+def tile_difference(tiled: Tensor, whole: Tensor, tile: int, overlap: int, scale: int) -> TileDifference:
+    """Compares results of tiles with those of the whole, (B, C, H, W), with `scale` values per code along a side."""
+    difference = (tiled - whole).abs().double().mean((0, 1))  # (H, W)
+    seam = torch.zeros_like(difference, dtype=torch.bool)
+    for axis, side in enumerate(difference.shape):
+        x = torch.arange(side, device=seam.device) + 0.5
+        for low, high in blend_ramps(side // scale, tile, overlap, scale):
+            near = (x > low - 1) & (x < high + 1)
+            seam |= near[:, None] if axis == 0 else near
+    return TileDifference(*(part.mean().item() for part in (difference, difference[seam], difference[~seam])))
 
 
 def device_of(vqgan: VQGAN) -> torch.device:

@@ -8,7 +8,18 @@ from torch import nn
 
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
-from vq.tiles import apply_tiled, decode_tiled, encode_tiled, seam_ratio, seams, tile_starts, tile_weights
+from vq.tiles import (
+    apply_tiled,
+    decode_latents_tiled,
+    decode_tiled,
+    encode_latents_tiled,
+    encode_tiled,
+    seam_ratio,
+    seams,
+    tile_difference,
+    tile_starts,
+    tile_weights,
+)
 
 SMALL = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=6, codebook_size=16)
 CASES = [(24, 8, 2), (23, 8, 2), (9, 8, 4), (40, 16, 4), (17, 16, 15), (31, 7, 3), (12, 4, 0), (5, 8, 2), (8, 8, 2)]
@@ -226,3 +237,30 @@ def test_a_constant_per_tile_shows_in_abutting_tiles_only():
         return seam_ratio(tiled, positions, positions, 4)
 
     assert seam(0) > 10 and seam(4) < 2
+
+
+@pytest.mark.parametrize("size", [(12, 20), (9, 17), (3, 21)])
+def test_latents_of_convolutions_are_those_of_the_whole(size):
+    network, x = Convolutions(), images(*(4 * side for side in size), dtype=torch.float64)
+    latents = encode_latents_tiled(network.encoder, x, 4, 8, 4)
+    assert torch.allclose(latents, network.encoder(x), rtol=0, atol=1e-12)
+    tiled = decode_latents_tiled(network.decoder, latents, 4, 8, 4)
+    assert not tiled.requires_grad and torch.allclose(tiled, network.decoder(latents), rtol=0, atol=1e-12)
+
+
+def test_latents_of_sizes_that_are_no_multiples_are_refused():
+    with pytest.raises(ValueError, match="got images of 30x32 pixels, wanted multiples of 4"):
+        encode_latents_tiled(Convolutions().encoder, images(30, 32), 4, 4, 1)
+
+
+def test_the_difference_at_seams_is_that_of_the_blends():
+    whole = torch.zeros(1, 2, 24, 24)
+    tiled = whole.clone()
+    tiled[..., 9:15, :] = 3  # tiles of 8 codes share codes 4 to 8: they are blended in values 10 to 14
+    by_rows = tile_difference(tiled, whole, 8, 4, 2)
+    seam = (24 * 6 + 18 * 6, 24 * 6)  # values of both seams, and of the one that differs
+    assert by_rows == pytest.approx((3 * 6 / 24, 3 * seam[1] / seam[0], 0.0))
+    assert tile_difference(tiled.mT, whole, 8, 4, 2) == by_rows
+    tiled[:], tiled[..., 0, 0] = 0, 1
+    assert tile_difference(tiled, whole, 8, 4, 2) == pytest.approx((1 / 576, 0.0, 1 / (576 - seam[0])))
+    assert torch.tensor(tile_difference(tiled, whole, 12, 4, 2).at_seams).isnan()  # a single tile
