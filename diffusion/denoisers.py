@@ -38,6 +38,7 @@ def guided(
     interval: tuple[float, float] | None = None,
     schedule: str = "constant",
     rescale: float = 0.0,
+    rescale_of: str = "x0",
     process: ContinuousProcess | None = None,
 ) -> Denoiser:
     """Returns a denoiser guided along a chain of conditions, weakest first:
@@ -53,8 +54,13 @@ def guided(
     from 0 to the start of `process`, or without one to 1.
     schedule: key of GUIDANCE_SCHEDULES; a scale at t is 1 + (scale - 1) f(t); f rises to 1 at t = 0.
     rescale: fraction in [0, 1] by which each example's standard deviation of the guided x0 is moved to that of the last
-    condition's x0; needs `process` to recompute eps. (Lin et al. 2024, section 3.4, rescale the network's output.)
+    condition's x0; needs `process` to recompute eps. rescale_of "output": that of the network's output instead (Lin et
+    al. 2024, section 3.4), for a `GaussianDiffusion`.
     """
+    if rescale_of not in RESCALED:
+        raise ValueError(f"got guidance_rescale_of {rescale_of!r}, wanted one of {', '.join(RESCALED)}")
+    if rescale and rescale_of == "output" and not isinstance(process, GaussianDiffusion):
+        raise ValueError("got guidance_rescale_of output for a process other than gaussian: pass x0")
     check_interval(interval, 1.0 if process is None else process.start)
     if not 0 <= rescale <= 1:
         raise ValueError(f"got guidance rescale {rescale}, wanted 0 to 1: pass --guidance_rescale X")
@@ -79,7 +85,7 @@ def guided(
         frac = None if schedule == "constant" else GUIDANCE_SCHEDULES[schedule](t)
         result = lerp_chain(preds, [scale if frac is None else 1 + (scale - 1) * frac for scale in scales])
         if rescale:
-            result = process.with_x0(result, rescale_deviation(result.x0, preds[-1].x0, rescale), x, t)
+            result = RESCALED[rescale_of](process, result, preds[-1], rescale, x, t)
         return result if inside is None or inside.all() else lerp_chain([preds[-1], result], [inside.float()])
 
     return guided_denoise
@@ -106,6 +112,24 @@ def rescale_deviation(x0: Tensor, reference: Tensor, fraction: float) -> Tensor:
     wanted, std = (each.flatten(1).std(1) for each in (reference, x0))  # (B,)
     flat = std <= 1e-5 * x0.flatten(1).abs().amax(1)  # up to rounding: stays as it is
     return x0 * expand_weight(1 + fraction * (wanted / std - 1).masked_fill(flat, 0), x0)
+
+
+def rescale_x0(
+    process: ContinuousProcess, guided: Prediction, reference: Prediction, fraction: float, x: Tensor, t: Tensor
+) -> Prediction:
+    """Moves the standard deviation of x0 of a guided prediction at x (B, C, H, W) to that of a reference."""
+    return process.with_x0(guided, rescale_deviation(guided.x0, reference.x0, fraction), x, t)
+
+
+def rescale_output(
+    process: GaussianDiffusion, guided: Prediction, reference: Prediction, fraction: float, x: Tensor, t: Tensor
+) -> Prediction:
+    """Moves the standard deviation of the network's output (eps, x0 or v) to that of a reference."""
+    target, wanted = (process.target(each.x0, each.eps, t) for each in (guided, reference))
+    return process.from_target(rescale_deviation(target, wanted, fraction), x, t, guided.frac)
+
+
+RESCALED = {"x0": rescale_x0, "output": rescale_output}
 
 
 def check_interval(interval: tuple[float, float] | None, start: float = 1.0) -> None:

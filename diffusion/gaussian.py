@@ -145,12 +145,16 @@ class GaussianDiffusion(ContinuousProcess):
         if self.variance == "learned_range":
             output, frac = output.chunk(2, dim=1)
             frac = (frac + 1) / 2
+        return self.from_target(output, x_t, t, frac)
+
+    def from_target(self, target: Tensor, x_t: Tensor, t: Tensor, frac: Tensor | None = None) -> Prediction:
+        """Inverts `target`, for x_t (B, C, H, W); `frac` is that of the `Prediction`."""
         alpha, sigma = self.scales_like(t, x_t)
         if self.prediction == "v":
-            return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output, frac)
+            return Prediction(alpha * x_t - sigma * target, sigma * x_t + alpha * target, frac)
         if self.prediction == "eps":
-            return Prediction((x_t - sigma * output) / alpha, output, frac)
-        return Prediction(output, (x_t - alpha * output) / sigma, frac)
+            return Prediction((x_t - sigma * target) / alpha, target, frac)
+        return Prediction(target, (x_t - alpha * target) / sigma, frac)
 
     def clipped_posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Posterior variance; at s = 0, where it is zero, that of the step from 2/T to 1/T."""

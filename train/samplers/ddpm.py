@@ -20,7 +20,8 @@ from diffusion.rng import Streams, to_device
 from diffusion.solvers import solver_options_for
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Loss, OnStep, Prediction
-from models.ranges import FINITE, POSITIVE
+from diffusion.whole_steps import WHOLE_STEPS, whole_step_times
+from models.ranges import COUNT_OR_ZERO, FINITE, POSITIVE
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
 from train.data.streams import TrainingStreams
@@ -174,8 +175,16 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     """ddpm (ancestral), ddim, heun, dpmpp_2m, dpmpp_2m_sde, unipc."""
     sample_steps: int | None = None
     """Sampling steps; default: 20, or for ddpm the steps of the process."""
-    spacing: Literal["auto", "uniform", "leading", "linspace", "quadratic", "logsnr", "karras"] = "auto"
-    """Spacing of the steps; auto: karras for edm, else uniform."""
+    spacing: Literal[
+        *("auto", "uniform", "leading", "linspace", "quadratic", "logsnr", "karras"),
+        *("whole_leading", "whole_trailing", "whole_linspace", "whole_open"),
+    ] = "auto"
+    """Spacing of the steps; auto: karras for edm, else uniform. gaussian: whole_ are those of Stable Diffusion's
+    schedulers, at whole steps of the process."""
+    steps_offset: int = 0
+    """spacing whole_leading: steps that all times are later by; Stable Diffusion: 1."""
+    last_state: Literal["clean", "first"] = "clean"
+    """gaussian: what sampling ends at, x_0 or the state after the first step of noise (set_alpha_to_one false)."""
     rho: float | None = None
     """spacing karras: above 1 takes smaller steps near the data; default: 7."""
     sigma_min: float | None = None
@@ -186,6 +195,8 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     """Apply guidance only for t in this interval of the process: in [0, 1], for edm sigma in [0, 80]; 0 is data."""
     guidance_rescale: float = 0.0
     """Guidance rescale in [0, 1]: moves the standard deviation of guided predictions to the conditional's."""
+    guidance_rescale_of: Literal["x0", "output"] = "x0"
+    """What --guidance_rescale rescales: the predicted x0 or, for gaussian, the network's output (Lin et al. 2024)."""
     clip: bool = True
     """Clip the predicted image to [-1, 1] at every step (pixels only; latents are never clipped)."""
     dynamic_threshold: float | None = None
@@ -193,11 +204,14 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
 
     RANGES = {
         "rho": "[1, 1000]", "sigma_min": POSITIVE, "sigma_max": POSITIVE, "guidance_rescale": "[0, 1]",
-        "dynamic_threshold": "(0, 1]",
+        "dynamic_threshold": "(0, 1]", "steps_offset": COUNT_OR_ZERO,
     }  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
+        if self.steps_offset and self.spacing != "whole_leading":
+            got = f"got steps_offset {self.steps_offset} for spacing {self.spacing}"
+            raise ValueError(f"{got}: pass --spacing whole_leading, or leave it out")
         longest = max(EDM.start, self.sigma_max or 0)  # `guided` checks again, with the process
         check_interval(self.guidance_interval, longest)
 
@@ -371,6 +385,7 @@ class GaussianSampler(LearnedSampler):
             return edit.x0
         conditions = [network.encode(raw, x) for raw in chain.raw]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
+        guidance["rescale_of"] = options.guidance_rescale_of
         denoise = self.make_denoiser(network, control)
         denoise = guided(denoise, conditions, chain.scales, **guidance, process=whole)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
@@ -427,9 +442,21 @@ class GaussianSampler(LearnedSampler):
         steps = options.sample_steps
         if steps is None:
             steps = solver.steps(self.process, math.prod(self.shape[1:]))
+        last = self.last_time(options)
+        if spacing in WHOLE_STEPS:
+            return whole_step_times(whole, steps, spacing, options.steps_offset, start=process.start, last=last)
         if process.start < whole.start:
             steps = remaining_steps(whole, process, steps, spacing, options.rho)
-        return step_times(process, steps, spacing, options.rho)
+        times = [t for t in step_times(process, steps, spacing, options.rho)[:-1] if t > last]
+        return [*times, last]
+
+    def last_time(self, options: Sampling) -> float:
+        """Returns the time that sampling ends at; ValueError for a process without the state that --last_state names."""
+        if options.last_state == "clean":
+            return 0.0
+        if not isinstance(self.process, GaussianDiffusion):
+            raise ValueError(f"got last_state first for process {self.config.process}: pass --last_state clean")
+        return self.process.end
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
         """Returns -log2 p(x0 | conditions) of 8-bit images, in bits per dimension.
