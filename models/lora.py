@@ -110,7 +110,7 @@ class Adapter(nn.Module):
 
 
 def apply_weight(layer: nn.Linear | nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
-    """Returns what a layer with this weight, and without bias, makes of x."""
+    """Returns a layer with this weight (rows, in, ...), and no bias, of x (..., in) or (B, in, H, W)."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
     return F.conv2d(x, weight, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)

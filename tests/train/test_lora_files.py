@@ -185,6 +185,64 @@ def test_our_files_give_the_same_adapters(dora, tmp_path):
     assert json.loads(facts["step"]) == 40 and json.loads(facts["rank"]) == [3]
 
 
+SPELLINGS = {  # of a layer's name in a single file or a folder
+    "kohya": ("folder", lambda name: f"lora_unet_{name.replace('.', '_')}.lora_{{}}.weight", ("down", "up")),
+    "compvis": ("single", lambda name: f"lora_unet_{name.replace('.', '_')}.lora_{{}}.weight", ("down", "up")),
+    "peft": ("folder", lambda name: f"base_model.model.{name}.lora_{{}}.weight", ("A", "B")),
+    "diffusers": ("folder", lambda name: f"unet.{name}.lora_{{}}.weight", ("A", "B")),
+    "middle": ("folder", lambda name: f"unet.{name.removesuffix('.0')}.lora.{{}}.weight", ("down", "up")),
+    "old": ("folder", lambda name: old_name(name), ("down", "up")),
+}
+
+
+def old_name(name):
+    before, _, leaf = name.removesuffix(".0").rpartition(".")
+    return f"unet.{before}.processor.{leaf}_lora.{{}}.weight"
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.filterwarnings("ignore:.*has no alpha")
+def test_every_file_reaches_the_rows_of_its_name(kind, tmp_path):
+    torch.manual_seed(0)
+    network = UNet(UNetConfig(**SMALL, attn_block_type="transformer", scale_shift=False), {"text": TokenStub()}).eval()
+    table = unet_weights(network, conv_projections=True)
+    layout, spell, leaves = SPELLINGS[kind]
+    rows, state = row_table(table, layout), {key: value.clone() for key, value in network.state_dict().items()}
+    keys = [key for key in rows if ".attn" in key and key.endswith(".weight")]  # attention: all of them have it
+    assert len(keys) == 8 * len([1 for name in state if name.endswith("cross.q.weight")])
+    tensors = {}
+    for key in keys:
+        place = rows[key]
+        own = state[place.ours].chunk(place.parts)[place.part]
+        down, up = torch.randn(2, own.shape[1]), torch.randn(len(own), 2)
+        own += up @ down
+        name = spell(key.removesuffix(".weight"))
+        tensors |= {name.format(leaf): value for leaf, value in zip(leaves, (down, up), strict=True)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    read_lora(tmp_path / "file.safetensors", network, [Part("", "lora_unet", "unet", table)])
+    merge(network)
+    merged = network.state_dict()
+    assert all(torch.allclose(merged[key], value, atol=1e-5) for key, value in state.items())
+
+
+@pytest.mark.parametrize("prefix", ["", "unet."])
+def test_settings_of_peft_give_alpha(prefix, tmp_path):
+    network, pair, file, parts = square(tmp_path)
+    down, up = (pair[f"x.lora_{name}.weight"] for name in ("down", "up"))
+    for changes, scale in (
+        ({}, 4 / 2),
+        ({"use_rslora": True}, 4 / 2**0.5),
+        ({"alpha_pattern": {"x": 1}}, 1 / 2),
+        ({"alpha_pattern": {"n.x": 1, "in.x": 3}}, 3 / 2),
+    ):
+        settings = {f"{prefix}{key}": value for key, value in ({"r": 2, "lora_alpha": 4} | changes).items()}
+        header = {"lora_adapter_metadata": json.dumps(settings)}
+        save_file({"in.x.lora_A.weight": down, "in.x.lora_B.weight": up}, file, header)
+        name = f"{len(adapters_of(network))}"
+        read_lora(file, network, parts, name=name)
+        assert next(iter(adapters_of(network, name).values())).scale == pytest.approx(scale)
+
+
 def square(tmp_path, **tensors):
     """A network of one square layer, and a file of kohya for it."""
     torch.manual_seed(0)
@@ -214,7 +272,7 @@ def test_an_alpha_of_zero_is_the_rank(tmp_path):
     assert [adapter.scale for adapter in adapters_of(network).values()] == [1.0]
 
 
-def test_other_keys_are_refused_with_the_nearest_and_nothing_is_added(tmp_path):
+def test_other_keys_are_refused_with_the_nearest(tmp_path):
     network, _, file, parts = square(tmp_path, **{"y": torch.zeros(1)})
     save_file({key.replace("in_x", "in_z"): value for key, value in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"3 of 3 tensors are of no layer.*lora_unet_in_"):
