@@ -46,7 +46,8 @@ class LoRAOptions:
 class Adapter(nn.Module):
     """The change of some rows of a layer: `up` (rows, r) times `down` (r, in), for convolutions with kernels.
 
-    `magnitude` (rows,) makes it DoRA. `scale` is alpha / rank, `strength` what the change is multiplied by.
+    `magnitude` makes it DoRA: (rows,) or, in files of LyCORIS, (1, in), of columns instead of rows. `scale` is alpha /
+    rank, `strength` what the change is multiplied by.
     """
 
     def __init__(
@@ -77,37 +78,47 @@ class Adapter(nn.Module):
         change = self.product()
         if self.magnitude is not None:
             changed = upcast(weight) + change
-            factor = upcast(self.magnitude) / row_norms(changed)
-            change = expand_rows(factor, changed) * changed - upcast(weight)
+            factor = upcast(self.magnitude) / self.norms(changed)
+            factor = factor.view(*factor.shape, *[1] * (weight.ndim - factor.ndim))
+            change = factor * changed - upcast(weight)
         return self.strength * change
+
+    def norms(self, changed: Tensor) -> Tensor:
+        """Returns the norms of V = W + alpha / rank B A in the shape of the magnitudes."""
+        return row_norms(changed) if self.magnitude.ndim == 1 else row_norms(changed.transpose(0, 1))[None]
 
     def output_change(self, layer: nn.Linear | nn.Conv2d, rows: slice, x: Tensor) -> Tensor:
         """Returns what is added to the output of a layer's rows for its input x."""
         dropped = F.dropout(x, self.dropout, self.training)
-        if isinstance(layer, nn.Linear):
-            change = F.linear(F.linear(dropped, self.down), self.up)  # (..., rows)
-        else:
-            geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-            change = F.conv2d(F.conv2d(dropped, self.down, **geometry), self.up)  # (B, rows, H, W)
         if self.magnitude is None:
-            return self.strength * self.scale * change
+            return self.strength * self.scale * self.low_rank(layer, dropped)
         weight = layer.weight[rows]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            norms = row_norms(upcast(weight) + self.product())  # constants, as in section 4.3 of the paper
-        out = F.linear(x, weight) if isinstance(layer, nn.Linear) else F.conv2d(x, weight, **geometry)
-        factor = (self.magnitude / norms).to(out.dtype)
+            norms = self.norms(upcast(weight) + self.product())  # constants, as in section 4.3 of the paper
+        out = apply_weight(layer, weight, x)
+        factor = (self.magnitude / norms).to(out.dtype).flatten()
         factor = factor if isinstance(layer, nn.Linear) else factor[:, None, None]
-        return self.strength * (factor * (out + self.scale * change) - out)
+        if self.magnitude.ndim == 1:
+            return self.strength * (factor * (out + self.scale * self.low_rank(layer, dropped)) - out)
+        changed = apply_weight(layer, weight, factor * x) + self.scale * self.low_rank(layer, factor * dropped)
+        return self.strength * (changed - out)
+
+    def low_rank(self, layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+        """Returns B A x."""
+        inner = apply_weight(layer, self.down, x)
+        return F.linear(inner, self.up) if isinstance(layer, nn.Linear) else F.conv2d(inner, self.up)
+
+
+def apply_weight(layer: nn.Linear | nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+    """Returns a layer with this weight (rows, in, ...), and no bias, of x (..., in) or (B, in, H, W)."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
 
 def row_norms(weight: Tensor) -> Tensor:
     """Returns the norms of the rows of a weight (rows, ...), (rows,)."""
     return weight.flatten(1).norm(dim=1)
-
-
-def expand_rows(values: Tensor, weight: Tensor) -> Tensor:
-    """Returns values (rows,) in the axes of a weight (rows, ...)."""
-    return values.view(-1, *[1] * (weight.ndim - 1))
 
 
 class AdaptedLayer(nn.Module):
