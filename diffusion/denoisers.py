@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from diffusion.gaussian import GaussianDiffusion
 from diffusion.process import ContinuousProcess, repeat_times
 from diffusion.rng import to_device
 from diffusion.types import Denoiser, Prediction
