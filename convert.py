@@ -21,7 +21,7 @@ from train.config import SecondStageConfig, VQGANRunConfig
 from train.converters import FIRST_STAGE, ConvertedTensor
 from train.distributed import DistContext
 from train.files import parse_json, sha256
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from train.registry import load_plugin
 from train.runs import open_run, run_lock
 from train.sampler import build_state as build_sampler_state
@@ -214,7 +214,7 @@ def open_codes(config: Config):
             f"no VQGAN in {folder}, whose codes the sampler models: convert vqgan_<step>.th first, with the same "
             "--dataset, or pass its run as --ae_load_dir RUN"
         )
-    first = load_first_stage(folder, config.first.ae_load_step, torch.device("cpu"), amp=False)
+    first = load_vqgan_stage(folder, config.first.ae_load_step, torch.device("cpu"), amp=False)
     first.check_fits(config.data)
     return CodeSpace(first)
 

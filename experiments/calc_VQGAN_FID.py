@@ -34,7 +34,7 @@ from train.data.loading import ImageSource, build_dataset, fixed_subset, images_
 from train.datasets import Dataset, content_fingerprint
 from train.distributed import DistContext
 from train.files import atomic_write
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.runs import perceptual_provenance
 
 
@@ -81,7 +81,7 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
+def prepare(config: Config, model: VQGANStage, world: DistContext) -> ExperimentSetup:
     """Opens the images and the LPIPS network; results with another network are outdated."""
     settings = config.reconstruction
     dataset = build_dataset(model.data, model.reader, settings.split)
@@ -104,7 +104,7 @@ def measure(
     net: str,
     perceptual: nn.Module | None,
     cache: Path,
-    model: FirstStage,
+    model: VQGANStage,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Measures the reconstructions of a split, with LPIPS if there is a network, and saves the pictures. All ranks must

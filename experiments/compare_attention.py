@@ -36,7 +36,7 @@ from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingCo
 from train.data.loading import TrainingCodes, build_dataset, training_batches
 from train.datasets import Dataset, DatasetConfig, content_fingerprint
 from train.distributed import DistContext
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from train.identity import comparison_identity
 from train.loop import TrainState, fit
 from train.progress import Progress
@@ -198,7 +198,7 @@ def prepare(config: Config) -> Bench:
     comparison, data, output = config.comparison, config.data, config.output
     world = single_process_world(config.training.device)
     run = run_folder(output.logs_root, config.first.ae_load_dir or f"vqgan_{data.dataset}")
-    first = load_first_stage(
+    first = load_vqgan_stage(
         run, config.first.ae_load_step, world.device, config.training.amp, logs_root=output.logs_root
     )
     first.check_fits(data)

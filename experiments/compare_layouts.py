@@ -45,7 +45,7 @@ from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import grey_to_rgb
 from train.datasets import DatasetConfig, content_fingerprint
 from train.files import atomic_write, write_text
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from train.identity import comparison_identity, find_differences, format_differences
 from train.runs import open_run, run_lock
 
@@ -226,7 +226,7 @@ def prepare(config: Config) -> Bench:
         print(f"{CODES}: left out, pass the run of a VQGAN as --ae_load_dir", flush=True)
     elif CODES in c.arms:
         run, step = run_folder(output.logs_root, config.first.ae_load_dir), config.first.ae_load_step
-        first = load_first_stage(run, step, world.device, config.training.amp, logs_root=output.logs_root)
+        first = load_vqgan_stage(run, step, world.device, config.training.amp, logs_root=output.logs_root)
         first.check_fits(data)
     images = build_dataset(data, config.reader, "train")
     held_out = open_scenes(data, with_kinds(config.reader, c.eval_kinds), "val")

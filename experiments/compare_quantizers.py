@@ -34,7 +34,7 @@ from train.data.loading import ImageSource, TrainingImages, build_splits, images
 from train.datasets import DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.files import atomic_write
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.identity import comparison_identity
 from train.loop import TrainState, fit
 from train.optim import BadStepRecorder
@@ -186,7 +186,7 @@ class Bench:
         seconds = self.train(name, state, training)
         autoencoder = state.eval_module("autoencoder").eval().requires_grad_(False)
         device, amp = self.world.device, training.amp
-        first_stage = FirstStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
+        first_stage = VQGANStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
         batches = images_in_order(self.held_out, self.comparison.rebuilt_at_once)
         batches = progress(
             measure_reconstructions(first_stage, batches, self.features, self.lpips), len(self.held_out), "measuring"

@@ -41,7 +41,7 @@ from train.datasets.folder import SUFFIXES, list_images
 from train.distributed import DistContext
 from train.execution import autocast
 from train.files import atomic_write
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.logging import grid_image
 from train.progress import Progress
 from vq.tiles import decode_tiled, encode_tiled, seam_ratio, seams, tile_starts
@@ -101,7 +101,7 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
+def prepare(config: Config, model: VQGANStage, world: DistContext) -> ExperimentSetup:
     """Finds the images and the tiling. ValueError, FileNotFoundError: no images, or invalid tiles."""
     settings = config.reconstruction
     tiles, originals = make_tiles(settings, model), find_originals(settings, model)
@@ -123,7 +123,7 @@ class Tiles(NamedTuple):
     at_once: int = 1
 
 
-def make_tiles(config: ReconstructionConfig, first_stage: FirstStage) -> Tiles:
+def make_tiles(config: ReconstructionConfig, first_stage: VQGANStage) -> Tiles:
     """Returns the tiling of the flags, with defaults from the training grid; ValueError if it is invalid."""
     tile = max(first_stage.vqgan.grid) if config.tile is None else config.tile
     overlap = tile // 4 if config.overlap is None else config.overlap
@@ -139,7 +139,7 @@ class Originals(NamedTuple):
     fingerprint: str
 
 
-def find_originals(config: ReconstructionConfig, first_stage: FirstStage) -> Originals:
+def find_originals(config: ReconstructionConfig, first_stage: VQGANStage) -> Originals:
     """Returns the images of --images, or validation images."""
 
     def fit(image: Any) -> Tensor:
@@ -178,7 +178,7 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor], 
     return Originals(names, lambda i: fit(decode_channels(root / names[i], n_channels)), files_fingerprint(root, names))
 
 
-def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
+def validation_images(first_stage: VQGANStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
     """Returns a fixed random subset of the validation split, preprocessed by `fit`, by default as in training."""
     dataset = build_dataset(first_stage.data, first_stage.reader, "val")
     indices = sorted(fixed_subset(len(dataset), count))
@@ -221,7 +221,7 @@ def preprocess(
 
 
 @torch.inference_mode()
-def reconstruct(first_stage: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
+def reconstruct(first_stage: VQGANStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
     """Encodes and decodes an image, uint8 (C, H, W), by tiles or at once: returns ids (h, w) and the reconstruction."""
     x, vqgan = to_float(image)[None], first_stage.vqgan
     with autocast(first_stage.device, first_stage.amp):
@@ -234,7 +234,7 @@ def reconstruct(first_stage: FirstStage, image: Tensor, tiles: Tiles | None) -> 
     return ids[0].cpu(), to_uint8(fake[0]).cpu()
 
 
-def measure_image(first_stage: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
+def measure_image(first_stage: VQGANStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Measures one reconstruction; infinite or undefined values become None."""
     factor, (height, width) = first_stage.vqgan.config.factor, image.shape[1:]
     rows, columns = (seams(side, tiles.tile, tiles.overlap, factor) for side in ids.shape)
@@ -249,7 +249,7 @@ def measure_image(first_stage: FirstStage, image: Tensor, ids: Tensor, fake: Ten
     return {"width": width, "height": height, "codes": list(ids.shape), **metrics}
 
 
-def compare_to_whole(first_stage: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
+def compare_to_whole(first_stage: VQGANStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
     """Compares the tiled reconstruction with that of the whole image at once."""
     whole_ids, whole = reconstruct(first_stage, image, None)
     same = (whole_ids == ids).float().mean().item()
@@ -257,7 +257,7 @@ def compare_to_whole(first_stage: FirstStage, image: Tensor, ids: Tensor, fake: 
 
 
 def measure(
-    settings: ReconstructionConfig, tiles: Tiles, originals: Originals, model: FirstStage, batches: ResumableBatches
+    settings: ReconstructionConfig, tiles: Tiles, originals: Originals, model: VQGANStage, batches: ResumableBatches
 ) -> dict[str, Any]:
     """Reconstructs, measures and saves all images.
 

@@ -99,7 +99,7 @@ class Attention(nn.Module):
     the attention itself (default: `FullAttention`); `rotary` rotates queries and keys. `dropout` is the dropout rate of
     the attention weights. `scale` multiplies the logits (default: 1/sqrt(key width)). `qk_norm` applies RMSNorm to
     queries and keys before the rotation, so that logits stay bounded (Dehghani et al. 2023). Without `proj_bias`, the
-    last projection keeps zeros.
+    last projection keeps zeros; without `qkv_bias`, queries, keys and values have no bias.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Attention(nn.Module):
         scale: float | None = None,
         qk_norm: bool = False,
         proj_bias: bool = True,
+        qkv_bias: bool = True,
     ):
         super().__init__()
         if rotary is not None and context_width is not None:
@@ -124,9 +125,10 @@ class Attention(nn.Module):
         n = self.layout
         self.sizes = [n.query_heads * n.key_width, n.key_heads * n.key_width, n.value_heads * n.value_width]
         if context_width is None:
-            self.qkv = nn.Linear(width, sum(self.sizes))
+            self.qkv = nn.Linear(width, sum(self.sizes), bias=qkv_bias)
         else:
-            self.q, self.kv = nn.Linear(width, self.sizes[0]), nn.Linear(context_width, sum(self.sizes[1:]))
+            self.q = nn.Linear(width, self.sizes[0], bias=qkv_bias)
+            self.kv = nn.Linear(context_width, sum(self.sizes[1:]), bias=qkv_bias)
         self.proj = nn.Linear(self.sizes[2], width, bias=proj_bias)
         self.core = FullAttention() if core is None else core
         self.rotary = rotary
@@ -341,13 +343,15 @@ def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAt
         if isinstance(module, RelativeBias):  # both queries of a pair start with the trained bias
             module.table = nn.Parameter(module.table.repeat_interleave(2, 0))
     options = {name: getattr(layer, name) for name in ("rotary", "context_width", "dropout", "scale")}
-    options["qk_norm"] = layer.norm_q is not None
+    old = layer.qkv if layer.context_width is None else layer.q
+    options |= {"qk_norm": layer.norm_q is not None, "qkv_bias": old.bias is not None}
     differential = DiffAttentionV2(layer.width, layer.heads, gated=True, core=core, **options).to(layer.proj.weight)
     for name in ("proj", "norm_q", "norm_k") if options["qk_norm"] else ("proj",):
         getattr(differential, name).load_state_dict(getattr(layer, name).state_dict())
-    old, new = (layer.qkv, differential.qkv) if layer.context_width is None else (layer.q, differential.q)
+    new = differential.qkv if layer.context_width is None else differential.q
     n = layer.sizes[0]  # channels of the trained queries
-    for trained, fresh in ((old.weight, new.weight), (old.bias, new.bias)):
+    for name in ("weight", "bias") if options["qkv_bias"] else ("weight",):
+        trained, fresh = getattr(old, name), getattr(new, name)
         pairs = fresh[: 2 * n].unflatten(0, (layer.heads, 2, -1))
         pairs[:, 0] = trained[:n].unflatten(0, (layer.heads, -1))
         fresh[2 * n :] = trained[n:]

@@ -60,6 +60,8 @@ class UNetConfig:
     na_backend: Backend = "auto"
     transformer_attention: str = "softmax"  # self-attention in blocks of type "transformer"
     feed_forward: str = "geglu"  # in blocks of type "transformer"
+    qkv_bias: bool = True  # in blocks of type "transformer": queries, keys and values have a bias
+    transformer_eps: float = EPS  # in blocks of type "transformer": of the norm at their entry
     region_attention: str = "none"  # or one of REGION_ATTENTION: a block after each attention block but the middle one
     overlap: str = "mean"  # region attention: one of OVERLAPS
     region_places: bool = True  # region attention: prompts know where in the box a pixel lies
@@ -67,7 +69,7 @@ class UNetConfig:
     RANGES = {
         **{"in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mults": "(0, 1000]"},
         **{"res_blocks": "[1, 1000]", "attn_factors": SIZE, "heads": SIZE, "head_width": SIZE, "dropout": "[0, 1)"},
-        **{"time_scale": POSITIVE, "kernel_sizes": SIZE, "dilations": SIZE},
+        **{"time_scale": POSITIVE, "kernel_sizes": SIZE, "dilations": SIZE, "transformer_eps": POSITIVE},
     }
 
     def __post_init__(self):
@@ -165,6 +167,8 @@ class BlockFactory:
             na_backend=config.na_backend,
             transformer_attention=config.transformer_attention,
             feed_forward=config.feed_forward,
+            qkv_bias=config.qkv_bias,
+            transformer_eps=config.transformer_eps,
             region_attention=config.region_attention,
             overlap=config.overlap,
             region_places=config.region_places,

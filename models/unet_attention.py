@@ -33,24 +33,26 @@ class AttentionOptions:
     na_backend: Backend = "auto"
     transformer_attention: str = "softmax"  # self-attention of a transformer block: one of SELF_ATTENTION
     feed_forward: str = "geglu"  # of a transformer block: one of FEED_FORWARDS, or a dotted path
+    qkv_bias: bool = True  # of a transformer block: its queries, keys and values have a bias
+    transformer_eps: float = EPS  # of a transformer block: of the norm at its entry
     region_attention: str = "v2"  # of a region block: one of REGION_ATTENTION
     overlap: str = "mean"  # of a region block: one of OVERLAPS
     region_places: bool = True  # of a region block: its prompts know where in the box a cell lies
 
 
-def build_self_attention(kind: str, channels: int, options: AttentionOptions) -> Attention:
+def build_self_attention(kind: str, channels: int, options: AttentionOptions, qkv_bias: bool = True) -> Attention:
     """Builds self-attention; diff_v1 halves the heads and doubles their width, keeping the number of parameters."""
     if kind not in SELF_ATTENTION:
         raise ValueError(f"got self-attention {kind!r}, there are {', '.join(SELF_ATTENTION)}")
     heads = options.heads
     if kind == "neighborhood":
         core = HydraAttention(heads, options.kernel_sizes, options.dilations, backend=options.na_backend)
-        return Attention(channels, heads, core=core)
+        return Attention(channels, heads, core=core, qkv_bias=qkv_bias)
     if kind != "diff_v1":
-        return ATTENTION_TYPES[kind](channels, heads)
+        return ATTENTION_TYPES[kind](channels, heads, qkv_bias=qkv_bias)
     if heads % 2:
         raise ValueError(f"got {heads} heads of {channels} channels, diff_v1 pairs them: wanted an even number")
-    return ATTENTION_TYPES[kind](channels, heads // 2, depth=options.depth)
+    return ATTENTION_TYPES[kind](channels, heads // 2, depth=options.depth, qkv_bias=qkv_bias)
 
 
 class SelfAttentionBlock(ConditionBlock):
@@ -76,14 +78,16 @@ class SpatialTransformer(ConditionBlock):
 
     def __init__(self, channels: int, options: AttentionOptions):
         super().__init__()
-        self.norm = group_norm(channels, eps=EPS)
+        self.norm = group_norm(channels, eps=options.transformer_eps)
         self.proj_in = nn.Linear(channels, channels)
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = build_self_attention(options.transformer_attention, channels, options)
+        kind, bias = options.transformer_attention, options.qkv_bias
+        self.attention = build_self_attention(kind, channels, options, bias)
         self.cross = None
         if options.context_width:
             self.cross_norm = nn.LayerNorm(channels)
-            self.cross = CrossAttention(channels, options.heads, context_width=options.context_width)
+            context = {"context_width": options.context_width, "qkv_bias": bias}
+            self.cross = CrossAttention(channels, options.heads, **context)
         self.norm2 = nn.LayerNorm(channels)
         self.feed_forward = resolve_class(options.feed_forward, FEED_FORWARDS, (nn.Module,), "feed_forward")(channels)
         self.proj_out = zero_module(nn.Linear(channels, channels))

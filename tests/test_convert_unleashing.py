@@ -14,7 +14,7 @@ from helpers.tiny_runs import call
 from helpers.unleashing_layout import CONFIG, SIZE, build_vqgan, to_unleashing_weights
 from train.checkpoint import checkpoint_path, load_weights
 from train.cli.parse import flatten_group
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from vq.autoencoder import VQGAN
 from vq.discriminator import PatchDiscriminator
 
@@ -50,7 +50,7 @@ def converted(tmp_path_factory):
 def test_a_converted_run_gives_the_outputs_of_its_weights(converted):
     folder, _, (plain, discriminator), (averaged, _) = converted
     run = folder / "logs" / "converted"
-    first = load_first_stage(run, None, CPU, amp=False)
+    first = load_vqgan_stage(run, None, CPU, amp=False)
     assert first.step == 1200 and first.data.img_size == SIZE
     assert torch.equal(first.vqgan.encode(images()), averaged.encode(images()))
     assert len(averaged.encode(images()).unique()) > 3
@@ -82,7 +82,7 @@ def test_either_file_selects_both_and_one_file_serves_as_both(converted, tmp_pat
         assert one.read_bytes() == two.read_bytes()
     torch.save(to_unleashing_weights(averaged, discriminator), tmp_path / "vqgan_ema_7.th")
     call("convert.py", f"{flags} --weights {tmp_path}/vqgan_ema_7.th --log_dir alone")
-    first = load_first_stage(folder / "logs" / "alone", None, CPU, amp=False)
+    first = load_vqgan_stage(folder / "logs" / "alone", None, CPU, amp=False)
     assert first.step == 7 and torch.equal(first.vqgan.encode(images()), averaged.encode(images()))
 
 
@@ -136,7 +136,7 @@ def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
 def test_public_weights_reproduce_their_outputs(tmp_path):
     flags = f"--from unleashing --weights {FIXTURE}/vqgan_100.th --img_size 64 --logs_root {tmp_path} --dataset folder"
     call("convert.py", f"{flags} --log_dir public")
-    first = load_first_stage(tmp_path / "public", 100, CPU, amp=False)
+    first = load_vqgan_stage(tmp_path / "public", 100, CPU, amp=False)
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURE / "vqgan_io.npz").items()}
     x = io["images_0_1"] * 2 - 1
     latents = first.vqgan.latents(x)

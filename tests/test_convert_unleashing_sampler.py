@@ -15,7 +15,7 @@ from helpers.tiny_runs import call
 from helpers.unleashing_layout import SIZE, build_vqgan, sampler_logits, sampler_weights, to_unleashing_weights
 from train.checkpoint import checkpoint_path
 from train.converters import unleashing
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from train.spaces import CodeSpace
 from train.trained_sampler import load_sampler
 
@@ -31,7 +31,7 @@ def ids_of(kind, shape=(3, 16), codes=32):
 
 
 def load_run(logs, name, ema=True):
-    first = load_first_stage(logs / "vqgan_folder", None, CPU, amp=False)
+    first = load_vqgan_stage(logs / "vqgan_folder", None, CPU, amp=False)
     return load_sampler(logs / name, None, CodeSpace(first), CPU, ema=ema, amp=False)
 
 
@@ -90,7 +90,7 @@ def test_a_converted_run_has_the_files_of_a_trained_run(kind, converted):
     expected = {"sampler": kind, "bert_n_emb": 12, "bert_n_head": 3, "bert_n_layers": 2, "mlp_ratio": 4.0}
     expected |= {"total_steps": 8, "schedule": "linear"} if kind == "absorbing" else {}
     assert expected.items() <= sampler.items() and not sampler["class_conditional"]
-    first = load_first_stage(converted[0] / "logs" / "vqgan_folder", None, CPU, amp=False)
+    first = load_vqgan_stage(converted[0] / "logs" / "vqgan_folder", None, CPU, amp=False)
     assert first.provenance.items() <= origin.items() and origin["class_frequencies"] == []
     assert origin.keys() == {*first.provenance, "class_frequencies", "load_weights"}
     assert (content["data"]["dataset"], content["data"]["img_size"]) == ("folder", SIZE)

@@ -22,7 +22,7 @@ from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.datasets import digits
 from train.execution import autocast
-from train.first_stage import StoredVQGANConfig, load_first_stage
+from train.first_stage import StoredVQGANConfig, load_vqgan_stage
 from train.samplers import absorbing
 from vq.perceptual import load_perceptual
 
@@ -45,7 +45,7 @@ def test_validation_measures_validation_images(tmp_path):
     flags = f"--dataset folder --data_dir {data} --n_channels 1 --logs_root {tmp_path} {VQGAN} {GAN} --no_amp --no_ema"
     call("train_vqgan.py", f"{flags} --train_steps 3 --lr 1e-3")
     val_l1 = next(row["val/l1"] for row in rows(tmp_path / "vqgan_folder") if "val/l1" in row)
-    first = load_first_stage(tmp_path / "vqgan_folder", None, torch.device("cpu"), False)
+    first = load_vqgan_stage(tmp_path / "vqgan_folder", None, torch.device("cpu"), False)
     expected = {}
     for split in ("train", "val"):
         source = ImageSource(build_dataset(first.data, first.reader, split), first.data)
@@ -134,7 +134,7 @@ def test_no_device_is_hard_coded_below_train():
 
 
 def test_autocast_leaves_losses_and_distances_in_float32(trained):
-    first = load_first_stage(trained / "vqgan_digits", None, torch.device("cpu"), True)
+    first = load_vqgan_stage(trained / "vqgan_digits", None, torch.device("cpu"), True)
     with autocast(torch.device("cpu"), True):
         codes = first.vqgan.quantizer(first.vqgan.encoder(torch.zeros(1, 1, 16, 16)))
     assert codes.loss.dtype == codes.vectors.dtype == torch.float32

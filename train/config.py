@@ -261,14 +261,17 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageConfig:
-    """First stage: the trained VQGAN, if any."""
+    """First stage: the trained VQGAN or other autoencoder, if any."""
 
     ae_load_dir: str | None = None
-    """Run folder of the VQGAN. If omitted: vqgan_<dataset> for samplers of codes; other samplers work on pixels."""
+    """Run folder of the VQGAN or autoencoder. If omitted: vqgan_<dataset> for samplers of codes; other samplers work on
+    pixels."""
     ae_load_step: int | None = None
     """Step of the VQGAN; the newest by default."""
     cache_latents: bool = False
-    """Samplers of latents: encode all images once, in all training views, into a file in the VQGAN's folder."""
+    """Samplers of latents: encode all images once, in all training views, into a file in the autoencoder's folder."""
+    latent_sampling: Literal["mode", "sample"] = "mode"
+    """Autoencoders that encode an image to a distribution of latents: train on its mean, or on a sample each time."""
 
     EVERYDAY = ("ae_load_dir",)
     RANGES = {"ae_load_step": NOT_NEGATIVE}

@@ -1,10 +1,13 @@
-"""A trained VQGAN as the first stage of other models: maps images to codes or latents, and back."""
+"""First stages of other models: trained autoencoders that map images to codes or latents, and back.
+
+`FirstStage` is the contract; a VQGAN is here, continuous autoencoders are in train/continuous_stage.py.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,9 +40,86 @@ class StoredVQGANConfig:
     network: VQGANConfig
 
 
+class FirstStage(Protocol):
+    """A trained, frozen autoencoder. Latents are (B, D, h, w) float32, D `latent_channels`, h = H / `factor`."""
+
+    run: Path
+    step: int
+    weights: str  # SHA-256 of the weights file
+    device: torch.device
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of one latent position, or of one code."""
+        ...
+
+    @property
+    def latent_scale(self) -> float | None:
+        """The factor that diffusion multiplies shifted latents by; None: it is measured, for unit variance."""
+        ...
+
+    @property
+    def latent_shift(self) -> float:
+        """What is subtracted from latents first."""
+        ...
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether latents are quantized; `encode` and `decode` then map images to codes, and back."""
+        ...
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether latents of an image are a distribution, from which --latent_sampling sample draws."""
+        ...
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a second-stage run records of its first stage, to find it and to check that it is unchanged."""
+        ...
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Returns the shape of the latents of an image (H, W); ValueError for other sizes than it can encode."""
+        ...
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to latents, or to their means."""
+        ...
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Encodes images to the means and standard deviations of their latents (B, 2 D, h, w), if it is stochastic."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decodes latents, neither shifted nor scaled, to uint8 images (B, C, H, W)."""
+        ...
+
+    def latent_values(self, latents: Tensor) -> dict[str, Tensor]:
+        """Returns {"values": (B, C, H, W)} in the data's units if they have a --data_range, else {}."""
+        ...
+
+    def check_fits(self, data: DataConfig) -> None:
+        """Raises ValueError if it cannot encode the images of `data`."""
+        ...
+
+    def encode_dataset(
+        self,
+        dataset: Dataset,
+        split: str,
+        data: DataConfig,
+        batch_size: int,
+        world: DistContext,
+        latents: bool = False,
+        moments: bool = False,
+    ) -> CodeTable:
+        """Returns the codes, or latents, or `moments` of a split in all views of `data`, from the cache or encoded by
+        all ranks together."""
+        ...
+
+
 @dataclass(frozen=True)
-class FirstStage:
-    """A trained, frozen VQGAN and the data configuration it was trained with."""
+class VQGANStage:
+    """A trained, frozen VQGAN and the data configuration it was trained with: a `FirstStage` of codes."""
 
     run: Path
     vqgan: VQGAN
@@ -51,6 +131,18 @@ class FirstStage:
     amp: bool
     code_cache: Path | None = None  # where codes are kept if the run is read-only
     channels_last: bool = False  # the memory format of the weights, which the layers take over
+
+    latent_scale = None
+    latent_shift = 0.0
+    has_codes = True
+    is_stochastic = False
+
+    @property
+    def factor(self) -> int:
+        return self.vqgan.config.factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        return self.vqgan.quantizer.dim, *self.vqgan.config.grid(*size)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -89,6 +181,13 @@ class FirstStage:
         with autocast(self.device, self.amp):
             return self.vqgan.latents(floats.to(self.device)).float().contiguous()
 
+    def encode_moments(self, images: Tensor) -> Tensor:
+        raise ValueError(f"latents of the VQGAN in {self.run} are not random: pass --latent_sampling mode")
+
+    def latent_values(self, latents: Tensor) -> dict[str, Tensor]:
+        """As in `FirstStage`, decoded from the nearest codes."""
+        return self.decode_values(self.vqgan.quantizer.assign(latents))
+
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Quantizes latents (B, D, h, w) to the nearest codes and decodes them to uint8 images (B, C, H, W)."""
@@ -105,10 +204,15 @@ class FirstStage:
                 )
 
     def encode_dataset(
-        self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext, latents: bool = False
+        self,
+        dataset: Dataset,
+        split: str,
+        data: DataConfig,
+        batch_size: int,
+        world: DistContext,
+        latents: bool = False,
+        moments: bool = False,
     ) -> CodeTable:
-        """Returns the codes, or `latents`, of a split in all views of `data`, from the cache or encoded by all ranks
-        together."""
         if split != "train":
             data = data.without_augmentation
         views, margin = training_views(data, sides_of(dataset)), data.crop_margin
@@ -162,7 +266,7 @@ def suits_channels_last(device: torch.device, amp: bool, nf: int) -> bool:
     return device.type in ("cpu", "cuda") and not (amp and has_amx(device) and nf < NARROWEST)
 
 
-def load_first_stage(
+def load_vqgan_stage(
     run: Path,
     step: int | None,
     device: torch.device,
@@ -170,7 +274,7 @@ def load_first_stage(
     *,
     ema: bool | None = None,
     logs_root: str = LoggingConfig.logs_root,
-) -> FirstStage:
+) -> VQGANStage:
     """Loads the VQGAN of a run: with its EMA weights if it has them, or as `ema` asks.
 
     Its weights are in channels-last format where that is faster. If the run is on a read-only disk, codes are kept in
@@ -191,4 +295,4 @@ def load_first_stage(
     if channels_last:
         convert_to_channels_last(vqgan)
     code_cache = Path(os.path.expanduser(logs_root)) / ".cache" / "codes"
-    return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp, code_cache, channels_last)
+    return VQGANStage(run, vqgan, config.data, config.reader, step, weights, device, amp, code_cache, channels_last)

@@ -24,7 +24,7 @@ from train.cli.files import run_folder
 from train.condition_source import ConditionSource
 from train.config import ROOT, LoggingConfig, SamplingConfig
 from train.data.transforms import to_float
-from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
+from train.first_stage import StoredVQGANConfig, VQGANStage, load_vqgan_stage
 from train.loop import Batch
 from train.python_values import (
     check_images,
@@ -226,7 +226,7 @@ class SamplerRun:
 class TrainedVQGAN:
     """A trained VQGAN: images to codes and back. `first_stage` is the same at a lower level, as training uses it."""
 
-    def __init__(self, first_stage: FirstStage):
+    def __init__(self, first_stage: VQGANStage):
         self.first_stage = first_stage
 
     def __repr__(self) -> str:
@@ -352,7 +352,7 @@ def load_vqgan(
         remedy = "load loads it" if "sampler" in content else "wanted a run of train_vqgan.py"
         raise ValueError(f"{folder} is no run of a VQGAN: {remedy}")
     check_checkpoint(folder, step, ema)
-    return TrainedVQGAN(load_first_stage(folder, step, resolve_device(device), amp, ema=ema))
+    return TrainedVQGAN(load_vqgan_stage(folder, step, resolve_device(device), amp, ema=ema))
 
 
 def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Spaces that learned samplers work in: pixels, or codes or latents of a VQGAN, with maps from and to images."""
+"""Spaces that learned samplers work in: pixels, or codes or latents of a first stage, with maps from and to images."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.rng import Streams
+from diffusion.rng import Streams, seed_of
 from train.cli.files import run_folder
 from train.cli.parse import from_dict
 from train.config import DataConfig, SecondStageConfig
+from train.continuous_stage import load_first_stage
 from train.data.captions import choose_captions
 from train.data.code_file import CodeTable
 from train.data.collate import collate
@@ -19,7 +20,7 @@ from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, T
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
-from train.first_stage import FirstStage, load_first_stage
+from train.first_stage import FirstStage, VQGANStage
 from train.loop import Batch
 from train.registry import load_plugin
 from train.runs import read_provenance
@@ -238,11 +239,14 @@ class TrainingLatents:
 
 @dataclass(frozen=True)
 class LatentSpace(ContinuousSpace):
-    """A VQGAN's latents before quantization, times `scale` for unit variance: (B, D, h, w)."""
+    """Latents of an autoencoder, of about unit variance: (z - shift) * scale, (B, D, h, w); a VQGAN's unquantized."""
 
     first_stage: FirstStage
     scale: float
+    size: tuple[int, int]  # of the images
+    shift: float = 0.0
     cached: bool = False  # whether training reads latents from a file
+    sampled: bool = False  # whether training draws latents from their distribution, rather than takes its mean
 
     @property
     def description(self) -> str:
@@ -251,16 +255,16 @@ class LatentSpace(ContinuousSpace):
 
     @property
     def factor(self) -> int:
-        return self.first_stage.vqgan.config.factor
+        return self.first_stage.factor
 
     @property
     def model_args(self) -> dict[str, Any]:
-        vqgan = self.first_stage.vqgan
-        return {"shape": (vqgan.quantizer.dim, *vqgan.grid), "pixels": False}
+        return {"shape": self.first_stage.latent_shape(self.size), "pixels": False}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return self.first_stage.provenance | {"latent_scale": self.scale}
+        shift = {"latent_shift": self.shift} if self.shift else {}
+        return self.first_stage.provenance | {"latent_scale": self.scale} | shift
 
     def source(
         self,
@@ -277,7 +281,8 @@ class LatentSpace(ContinuousSpace):
             return super().source(images, split, data, seed, world, adapt, balance)
         if adapt is not None:
             raise ValueError("got --cache_latents and --adapt, which changes images anew each time: leave one out")
-        table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world, latents=True)
+        kind = {"moments" if self.sampled else "latents": True}
+        table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world, **kind)
         unread = replace(data, cache_images=False, in_memory=False)
         ordered = super().source(images, split, unread, seed, world, None, balance)
         return TrainingLatents(ordered, table, images.labels if images.n_classes else None)
@@ -286,18 +291,31 @@ class LatentSpace(ContinuousSpace):
         return 0 if self.cached else data.num_workers
 
     def encode_batch(self, batch: Batch) -> Batch:
-        latents = batch["latents"] if "latents" in batch else self.first_stage.encode_latents(batch["image"])
-        return batch | {"x0": latents * self.scale}
+        encode = self.first_stage.encode_moments if self.sampled else self.first_stage.encode_latents
+        latents = batch["latents"] if "latents" in batch else encode(batch["image"])
+        if self.sampled:
+            mean, std = latents.chunk(2, dim=1)
+            streams = Streams([seed_of(0, "latents", k) for k in batch["position"].tolist()], latents.device)
+            latents = torch.addcmul(mean, std, streams.normal(mean.shape))
+        return batch | {"x0": self.normalize(latents)}
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Shifts and scales latents (B, D, h, w)."""
+        return (latents - self.shift) * self.scale if self.shift else latents * self.scale
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Inverts `normalize`."""
+        return x / self.scale + self.shift if self.shift else x / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.first_stage.decode_latents(x / self.scale)
+        return self.first_stage.decode_latents(self.denormalize(x))
 
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
-        """Returns the values of the images, decoded from the nearest codes."""
-        return self.first_stage.decode_values(self.first_stage.vqgan.quantizer.assign(x / self.scale))
+        """Returns the values of the images in the data's units, if they have a --data_range."""
+        return self.first_stage.latent_values(self.denormalize(x))
 
     def encode_masked(self, images: Tensor, mask: Tensor) -> EditInput:
-        x0 = self.first_stage.encode_latents(to_float(fill_masked(images, mask))) * self.scale
+        x0 = self.normalize(self.first_stage.encode_latents(to_float(fill_masked(images, mask))))
         return EditInput(x0, ~any_in_cells(mask, self.factor).to(x0.device))
 
 
@@ -305,7 +323,7 @@ class LatentSpace(ContinuousSpace):
 class CodeSpace:
     """A VQGAN's code ids (B, h, w)."""
 
-    first_stage: FirstStage
+    first_stage: VQGANStage
 
     @property
     def description(self) -> str:
@@ -392,15 +410,31 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     training, logs_root = config.training, config.logging.logs_root
     first_stage = load_first_stage(run, config.first.ae_load_step, world.device, training.amp, logs_root=logs_root)
     first_stage.check_fits(config.data)
+    sampled = config.first.latent_sampling == "sample"
+    if sampled and not (first_stage.is_stochastic and not of_codes):
+        raise ValueError(f"got --latent_sampling sample, but {run} encodes images to no distribution: pass mode")
     if of_codes:
-        return CodeSpace(first_stage)
+        return CodeSpace(require_codes(first_stage, config.sampler.sampler))
     start = config.training.load_dir  # its weights were trained at its own scale
     started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
+    size, shift, cached = config.data.size, first_stage.latent_shift, config.first.cache_latents
+    if first_stage.latent_scale is not None:
+        return LatentSpace(first_stage, first_stage.latent_scale, size, shift, cached, sampled)
     scale = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
     scale = world.sum(torch.tensor(scale if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
     scale = scale or measure_latent_scale(first_stage, source, world)
-    return LatentSpace(first_stage, scale, config.first.cache_latents)
+    return LatentSpace(first_stage, scale, size, cached=cached)
+
+
+def require_codes(first_stage: FirstStage, sampler: str) -> VQGANStage:
+    """Returns the first stage; ValueError for a sampler of codes on one without codes."""
+    if not isinstance(first_stage, VQGANStage):
+        raise ValueError(
+            f"got sampler {sampler}, which models codes, but the autoencoder in {first_stage.run} has continuous "
+            "latents: pass --sampler ddpm, or the run of a VQGAN as --ae_load_dir"
+        )
+    return first_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,11 +445,14 @@ class StoredDataConfig:
 
 
 def reopen_space(content: dict[str, Any], first_stage: FirstStage | None) -> Space:
-    """Returns the space of a trained run, from its config.yaml and its VQGAN (None for pixels)."""
+    """Returns the space of a trained run, from its config.yaml and its first stage (None for pixels)."""
+    data = from_dict(StoredDataConfig, {"data": content.get("data", {})}, "the run's config.yaml").data
     if first_stage is None:
-        return PixelSpace(from_dict(StoredDataConfig, {"data": content.get("data", {})}, "the run's config.yaml").data)
-    scale = content.get("origin", {}).get("latent_scale")
-    return CodeSpace(first_stage) if scale is None else LatentSpace(first_stage, scale)
+        return PixelSpace(data)
+    origin = content.get("origin", {})
+    if (scale := origin.get("latent_scale")) is None:
+        return CodeSpace(require_codes(first_stage, str(content.get("sampler", {}).get("sampler"))))
+    return LatentSpace(first_stage, scale, data.size, origin.get("latent_shift", 0.0))
 
 
 def measure_latent_scale(first_stage: FirstStage, source: ImageSource, world: DistContext) -> float:
@@ -426,5 +463,7 @@ def measure_latent_scale(first_stage: FirstStage, source: ImageSource, world: Di
         latents.append(first_stage.encode_latents(images[indices.tolist()]["image"]).cpu())
     std = torch.cat(latents).std()
     if not 0 < std < float("inf"):
-        raise ValueError(f"the latents of {first_stage.run} have standard deviation {std:.3g}: is that VQGAN trained?")
+        raise ValueError(
+            f"the latents of {first_stage.run} have standard deviation {std:.3g}: is that autoencoder trained?"
+        )
     return float(world.mean((1 / std).to(first_stage.device)))

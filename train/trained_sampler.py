@@ -28,6 +28,7 @@ from train.class_names import class_captions, recorded_class_names
 from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
+from train.continuous_stage import load_first_stage
 from train.data.captions import choose_caption
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
@@ -35,7 +36,7 @@ from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.execution import autocast, frozen_weights_cast_once
 from train.finetuning import reopen_fine_tuned
-from train.first_stage import find_vqgan_run, load_first_stage
+from train.first_stage import find_vqgan_run
 from train.loop import Batch
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
 from train.registry import import_callable, load_plugin

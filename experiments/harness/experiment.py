@@ -26,13 +26,13 @@ from train.datasets import content_fingerprint
 from train.distributed import DistContext
 from train.execution import compile_for_sampling
 from train.files import sha256
-from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
+from train.first_stage import StoredVQGANConfig, VQGANStage, load_vqgan_stage
 from train.identity import results_identity
 from train.registry import load_plugin
 from train.runs import is_new, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
-TrainedModel = TrainedSampler | FirstStage
+TrainedModel = TrainedSampler | VQGANStage
 EARLIER_FINGERPRINTS = ("images", "image_files")  # of the data, in folders of earlier versions
 
 
@@ -248,7 +248,7 @@ def vqgan_run_defaults(argv: list[str], section: str) -> BaseSettings:
     return BaseSettings({} if trained_on is None else {"dataset": trained_on}, path)
 
 
-def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> FirstStage:
+def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> VQGANStage:
     """Loads the VQGAN of a run, with its averaged weights if it has them.
 
     FileNotFoundError: no such run or step. ValueError: not a VQGAN run, or trained on another data set than the
@@ -262,7 +262,7 @@ def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: to
     if trained_on != model.dataset:
         raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
     step = resolve_step(run, model.load_step, "--load_step")
-    first_stage = load_first_stage(run, step, device, amp, logs_root=output_root)
+    first_stage = load_vqgan_stage(run, step, device, amp, logs_root=output_root)
     check_allowed(run, first_stage.reader, model.allow)
     if model.data_dir is not None:
         first_stage = dataclasses.replace(

@@ -27,7 +27,7 @@ from train.data.transforms import check_8_bits, to_float, to_uint8, training_vie
 from train.datasets import DatasetConfig
 from train.distributed import DistContext, gradient_sync
 from train.execution import autocast, nan_grads_if_nonfinite, set_tf32
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
@@ -82,13 +82,13 @@ class HeadRunConfig:
 
 
 @torch.no_grad()
-def reconstruct_codes(first_stage: FirstStage, ids: Tensor) -> Reconstruction:
+def reconstruct_codes(first_stage: VQGANStage, ids: Tensor) -> Reconstruction:
     """Decodes ids (B, h, w) to the reconstruction and the decoder features that the head takes."""
     with autocast(first_stage.device, first_stage.amp):
         return reconstruct(first_stage.vqgan.decoder, first_stage.vqgan.quantizer.vectors(ids.to(first_stage.device)))
 
 
-def bits_per_dim(first_stage: FirstStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
+def bits_per_dim(first_stage: VQGANStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
     """Returns -log2 p(x | z) per dimension, float32 (B,), of 8-bit images x (B, C, H, W) scaled to [-1, 1] given their
     ids z (B, h, w); differentiable with respect to the head."""
     mean, features = reconstruct_codes(first_stage, ids)
@@ -103,7 +103,7 @@ class TrainedHead:
     run: Path
     step: int
     weights: str  # SHA-256 of the weights file
-    first_stage: FirstStage
+    first_stage: VQGANStage
     head: nn.Module
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class TrainedHead:
 class HeadStep:
     """One training step of the head: a `step_fn` for `fit` that returns loss (bits/dim), grad_norm, lr and finite."""
 
-    def __init__(self, first_stage: FirstStage, training: TrainingConfig, world: DistContext):
+    def __init__(self, first_stage: VQGANStage, training: TrainingConfig, world: DistContext):
         self.first_stage, self.training, self.world = first_stage, training, world
         self.bar_metrics = {"loss": "loss", "val": "val/bits_per_dim"}
 
@@ -172,13 +172,13 @@ class HeadReports:
             self.logger.log_images("likelihood", state.step, torch.cat(rows), columns=len(mean))
 
 
-def build_state(first_stage: FirstStage, training: TrainingConfig, world: DistContext) -> TrainState:
+def build_state(first_stage: VQGANStage, training: TrainingConfig, world: DistContext) -> TrainState:
     """Builds the training state of a new head."""
     torch.manual_seed(training.seed)
     return build_train_state({"head": build_head(first_stage.vqgan.decoder)}, training, world, primary=["head"])
 
 
-def train_head(run: Path, first_stage: FirstStage, config: HeadRunConfig, world: DistContext) -> None:
+def train_head(run: Path, first_stage: VQGANStage, config: HeadRunConfig, world: DistContext) -> None:
     """Trains a head on the images of `config`, or resumes its training. All ranks must call it.
 
     ValueError: the folder holds a run with other VQGAN weights, data or settings.
@@ -198,7 +198,7 @@ def train_head(run: Path, first_stage: FirstStage, config: HeadRunConfig, world:
         train(run, training, config.logging, state, world, source, step, make_reports, hooks=[], **loading)
 
 
-def load_head(run: Path, first_stage: FirstStage) -> TrainedHead:
+def load_head(run: Path, first_stage: VQGANStage) -> TrainedHead:
     """Loads the newest averaged head of a run; ValueError if it was trained on other VQGAN weights."""
     read_run(run)  # raises an error that lists the existing runs if this is none
     origin: dict[str, Any] = read_provenance(run)

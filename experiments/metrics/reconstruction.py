@@ -14,7 +14,7 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.image_pairs import WINDOW, l1, psnr, ssim
 from train.data.transforms import to_float
 from train.datasets._channels import PICTURES
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.runs import read_run
 from vq.perceptual import load_perceptual
 from vq.quantizer import count_codes, perplexity, usage
@@ -24,7 +24,7 @@ LPIPS = ("vgg", "alex", "squeeze")
 
 
 def measure_reconstructions(
-    first_stage: FirstStage, batches: Batches, features: Features, perceptual: nn.Module | None
+    first_stage: VQGANStage, batches: Batches, features: Features, perceptual: nn.Module | None
 ) -> Iterator[dict[str, Tensor]]:
     """Yields, for each batch of "image" uint8 (B, C, H, W), the metrics of its reconstructions, on the CPU.
 

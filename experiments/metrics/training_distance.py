@@ -20,7 +20,7 @@ from train.config import DataConfig, LoggingConfig, SamplingConfig, TrainingConf
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext, interruptible_sampling
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.logging import Logger
 from train.loop import Hook, Outputs, TrainState
 from train.progress import print_above
@@ -141,7 +141,7 @@ def reconstruction_distance(
 
     def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
         with eval_mode(state.eval_module("autoencoder")) as network:
-            first_stage = FirstStage(
+            first_stage = VQGANStage(
                 run, network, validation.config, reader, state.step, "", world.device, training.amp
             )
             for batch, counts in world.padded_batches(images_in_order(validation, size, indices)):

@@ -22,7 +22,7 @@ from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.execution import frozen_weights_cast_once, training_dtype
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.loop import Batch, TrainState, fit
 from train.registry import load_plugin
 from train.sampler import SamplerStep
@@ -83,8 +83,8 @@ def random_space(
     if not of_codes and ae_load_dir is None:
         return PixelSpace(data)
     autoencoder = VQGAN(network(), data.size, data.n_channels).to(device).eval().requires_grad_(False)
-    first_stage = FirstStage(Path(), autoencoder, data, reader, 0, "", device, False)
-    return CodeSpace(first_stage) if of_codes else LatentSpace(first_stage, 1.0)
+    first_stage = VQGANStage(Path(), autoencoder, data, reader, 0, "", device, False)
+    return CodeSpace(first_stage) if of_codes else LatentSpace(first_stage, 1.0, first_stage.data.size)
 
 
 def with_amp(space: Space, amp: bool) -> Space:
@@ -290,7 +290,7 @@ def encode_decode_runs(
     """Returns functions that encode images to codes and decode codes to images, as later stages do."""
     network = trainee.state.eval_module("autoencoder").eval()
     amp = trainee.step.dtype != torch.float32
-    first_stage = FirstStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
+    first_stage = VQGANStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
     pictures = to_uint8(images)
     codes = first_stage.encode(pictures)
     return {"encoding": lambda: first_stage.encode(pictures), "decoding": lambda: first_stage.decode(codes)}

@@ -73,7 +73,7 @@ def test_the_pictures_are_there(val_results, logs):
 
 
 def test_a_repeated_run_prints_the_saved_report(val_results, logs, capsys, monkeypatch):
-    monkeypatch.setattr("train.first_stage.FirstStage.encode", None)  # nothing is measured
+    monkeypatch.setattr("train.first_stage.VQGANStage.encode", None)  # nothing is measured
     capsys.readouterr()
     call(SCRIPT, f"--logs_root {logs} --no_amp")
     out = capsys.readouterr().out

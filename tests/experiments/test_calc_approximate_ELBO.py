@@ -201,7 +201,7 @@ def test_unreadable_images_do_not_shift_the_others(codes, head, monkeypatch):
     full_table = codes.space.first_stage.encode_dataset(codes.dataset("val"), "val", codes.data, 1, codes.world)
     readable = torch.tensor([i for i in range(359) if i not in (0, 17, 200)])
     table = full_table._replace(ids=full_table.ids[torch.zeros_like(readable), readable].unsqueeze(0), index=readable)
-    monkeypatch.setattr("train.first_stage.FirstStage.encode_dataset", lambda *args: table)
+    monkeypatch.setattr("train.first_stage.VQGANStage.encode_dataset", lambda *args: table)
     source = codes.batches("val")
     bits = DecoderBits(head, codes, "val", source)
     batch = source[list(range(40))]

@@ -17,7 +17,7 @@ from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import training_views
 from train.distributed import DistContext
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 
 CPU = torch.device("cpu")
 WORLD = DistContext(CPU)
@@ -36,7 +36,7 @@ def logs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_stage(logs):
-    return load_first_stage(logs / "vqgan_digits", None, CPU, amp=False)
+    return load_vqgan_stage(logs / "vqgan_digits", None, CPU, amp=False)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_run_without_a_width_is_square(trained, tmp_path):
     for name in ("img_width", "crop_margin"):
         del content["data"][name]
     (old / "config.yaml").write_text(yaml.safe_dump(content))
-    assert load_first_stage(old, None, CPU, amp=False).data.size == (16, 16)
+    assert load_vqgan_stage(old, None, CPU, amp=False).data.size == (16, 16)
 
 
 # the first stage
@@ -153,7 +153,7 @@ def test_every_space_has_the_shape_of_its_images(kind, first_stage, digits):
     space = {
         "Pixels": spaces.PixelSpace(first_stage.data),
         "Codes": spaces.CodeSpace(first_stage),
-        "Latents": spaces.LatentSpace(first_stage, 2.0),
+        "Latents": spaces.LatentSpace(first_stage, 2.0, first_stage.data.size),
     }[kind]
     expected = {
         "Pixels": {"shape": (1, 16, 24), "pixels": True},

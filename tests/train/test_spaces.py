@@ -19,7 +19,7 @@ from train.data.code_file import CodeTable
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import to_float
 from train.distributed import DistContext
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from train.samplers import absorbing, ddpm
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ LATENT = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --no_
 
 @pytest.fixture(scope="module")
 def first_stage(trained):
-    return load_first_stage(trained / "vqgan_digits", None, CPU, amp=False)
+    return load_vqgan_stage(trained / "vqgan_digits", None, CPU, amp=False)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def test_pixels_are_the_images_themselves(digits, data):
 
 
 def test_latents_decode_to_the_vqgans_reconstruction(first_stage, digits, data):
-    space = spaces.LatentSpace(first_stage, 3.0)
+    space = spaces.LatentSpace(first_stage, 3.0, first_stage.data.size)
     images, batch = images_of(digits, data)
     x0 = space.encode_batch(batch)["x0"]
     assert space.model_args == {"shape": (4, 4, 4), "pixels": False} and x0.shape == (16, 4, 4, 4)
     assert torch.equal(space.decode(x0), first_stage.decode(first_stage.encode(images)))
-    assert torch.allclose(x0, 3 * spaces.LatentSpace(first_stage, 1.0).encode_batch(batch)["x0"])
+    assert torch.allclose(x0, 3 * spaces.LatentSpace(first_stage, 1.0, first_stage.data.size).encode_batch(batch)["x0"])
     assert space.extra_arrays(x0) == {} and not x0.requires_grad
 
 
@@ -94,7 +94,10 @@ def test_every_code_comes_back_from_its_own_vector(first_stage):
     codebook = first_stage.vqgan.quantizer.codebook.weight  # (K, D)
     latents = codebook[ids].permute(0, 3, 1, 2)
     for scale in (0.1, 1.0, 7.3):
-        assert torch.equal(spaces.LatentSpace(first_stage, scale).decode(latents * scale), first_stage.decode(ids))
+        assert torch.equal(
+            spaces.LatentSpace(first_stage, scale, first_stage.data.size).decode(latents * scale),
+            first_stage.decode(ids),
+        )
 
 
 def test_codes_are_those_of_the_images(first_stage, digits, data):
@@ -113,7 +116,7 @@ def test_codes_are_those_of_the_images(first_stage, digits, data):
 @pytest.fixture
 def cached_space(first_stage, tmp_path):
     """Latents in a file in a folder of their own."""
-    return spaces.LatentSpace(dataclasses.replace(first_stage, run=tmp_path), 3.0, cached=True)
+    return spaces.LatentSpace(dataclasses.replace(first_stage, run=tmp_path), 3.0, first_stage.data.size, cached=True)
 
 
 @pytest.mark.parametrize("views", [{"shift": 0}, {"shift": 1, "horizontal_flip": True}, {"shift": 0, "crop_margin": 4}])
@@ -121,7 +124,7 @@ def test_cached_latents_are_those_of_the_images(first_stage, cached_space, digit
     data, positions = dataclasses.replace(data, cache_images=False, **views), [*range(40), len(digits) + 3, 5]
     sources = [
         space.source(digits, "train", data, 3, DistContext(CPU), None)
-        for space in (spaces.LatentSpace(first_stage, 3.0), cached_space)
+        for space in (spaces.LatentSpace(first_stage, 3.0, first_stage.data.size), cached_space)
     ]
     assert len(sources[0]) == len(sources[1]) and cached_space.workers(dataclasses.replace(data, num_workers=2)) == 0
     plain, cached = (cached_space.encode_batch(source[positions]) for source in sources)
@@ -145,7 +148,7 @@ def test_an_unreadable_image_has_the_latents_of_the_next(first_stage, cached_spa
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16), np.uint8)
     dataset = BrokenDataset(pixels, np.arange(12), 12, broken=(0, 4, 5))
     data, batches = dataclasses.replace(data, shift=0), []
-    for space in (spaces.LatentSpace(first_stage, 3.0), cached_space):
+    for space in (spaces.LatentSpace(first_stage, 3.0, first_stage.data.size), cached_space):
         with pytest.warns(UserWarning, match="skipped"):
             batch = space.source(dataset, "train", data, 1, DistContext(CPU), None)[[*range(12)]]
         batches.append(space.encode_batch(batch))
@@ -238,7 +241,7 @@ def test_an_untrained_vqgans_constant_latents_are_refused(first_stage, digits, d
         def encode_latents(self, images):
             return torch.ones(len(images), 4, 4, 4)
 
-    with pytest.raises(ValueError, match="have standard deviation 0: is that VQGAN trained"):
+    with pytest.raises(ValueError, match="have standard deviation 0: is that autoencoder trained"):
         spaces.measure_latent_scale(Constant(), ImageSource(digits, data), DistContext(CPU))
 
 
@@ -263,7 +266,7 @@ def test_a_run_opens_in_the_space_it_was_trained_in(kind, first_stage, data):
     space = {
         "Pixels": spaces.PixelSpace(data),
         "Codes": spaces.CodeSpace(first_stage),
-        "Latents": spaces.LatentSpace(first_stage, 0.37),
+        "Latents": spaces.LatentSpace(first_stage, 0.37, first_stage.data.size),
     }[kind]
     content = yaml.safe_load(yaml.safe_dump({"data": vars(data), "origin": space.provenance}))
     reopened = spaces.reopen_space(content, space.first_stage)

@@ -5,7 +5,7 @@ import torch
 
 from diffusion.rng import Streams
 from train.data.transforms import to_float
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from train.spaces import CodeSpace, LatentSpace, PixelSpace, any_in_cells, fill_masked
 
 
@@ -38,10 +38,10 @@ def test_a_cell_is_known_only_if_all_of_it_is_visible():
 
 @pytest.fixture(scope="module", params=["pixels", "latents", "codes"])
 def space(request, trained):
-    first_stage = load_first_stage(trained / "vqgan_digits", None, torch.device("cpu"), amp=False)
+    first_stage = load_vqgan_stage(trained / "vqgan_digits", None, torch.device("cpu"), amp=False)
     return {
         "pixels": PixelSpace(first_stage.data),
-        "latents": LatentSpace(first_stage, 2.0),
+        "latents": LatentSpace(first_stage, 2.0, first_stage.data.size),
         "codes": CodeSpace(first_stage),
     }[request.param]
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.conditions.numbers import NumberField
+from models.ranges import SIZE
 from train.datasets import ArrayDataset, DatasetConfig
 
 
@@ -21,15 +22,22 @@ class StrokeConfig(DatasetConfig):
     digits_thickness: bool = False
     """Measure the mean thickness of the strokes in pixels: the field thickness of --conditions numbers."""
 
-    RANGES = {"digits_rotation": "[0, 180]"}
+    only_digits: tuple[int, ...] = ()
+    """Use only the images of these digits; there are ten classes all the same."""
+    max_images: int | None = None
+    """Use at most this many images of each split, the first ones."""
+
+    RANGES = {"digits_rotation": "[0, 180]", "only_digits": "[0, 9]", "max_images": SIZE}
 
 
 def with_strokes(dataset: ArrayDataset, config: StrokeConfig, rotations: NDArray[np.floating]) -> ArrayDataset:
-    """Returns the images, rotated if the options say so, with the numbers that they ask for.
+    """Returns the images that the options want, rotated if they say so, with the numbers that they ask for.
 
     `rotations` (N,) in [-1, 1) are shares of the largest angle.
     """
-    images, numbers, fields, measures = dataset.images, {}, {}, {}
+    kept = kept_indices(dataset.labels, config)
+    images, labels, rotations = dataset.images[kept], dataset.labels[kept], rotations[kept]
+    numbers, fields, measures = {}, {}, {}
     if config.digits_rotation:
         numbers["rotation"] = config.digits_rotation * rotations
         fields["rotation"] = NumberField(-config.digits_rotation, config.digits_rotation, config.digits_rotation == 180)
@@ -38,7 +46,18 @@ def with_strokes(dataset: ArrayDataset, config: StrokeConfig, rotations: NDArray
         numbers["thickness"] = stroke_thickness(images)
         fields["thickness"] = NumberField(0, images.shape[1] / 2)
         measures["thickness"] = stroke_thickness
-    return dataclasses.replace(dataset, images=images, numbers=numbers, number_fields=fields, number_measures=measures)
+    own = {"numbers": numbers, "number_fields": fields, "number_measures": measures}
+    return dataclasses.replace(dataset, images=images, labels=labels, **own)
+
+
+def kept_indices(labels: NDArray[np.integer], config: StrokeConfig) -> NDArray[np.integer]:
+    """Returns the indices of the images of --only_digits, at most --max_images; ValueError if there are none."""
+    kept = np.isin(labels, config.only_digits) if config.only_digits else np.ones(len(labels), bool)
+    indices = np.flatnonzero(kept)[: config.max_images]
+    if not len(indices):
+        digits = " ".join(map(str, config.only_digits))
+        raise ValueError(f"got only_digits {digits}, of which there are no images: pass other --only_digits")
+    return indices
 
 
 def draw_rotations(count: int, split: int) -> NDArray[np.floating]:

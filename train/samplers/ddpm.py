@@ -125,6 +125,10 @@ class Config(ConditionsConfig):
     """attn_block_type transformer: type of self-attention."""
     feed_forward: str = "geglu"
     """attn_block_type transformer: gelu, geglu, or the dotted path of a module class that takes the width."""
+    qkv_bias: bool = True
+    """attn_block_type transformer: queries, keys and values have a bias."""
+    transformer_eps: float = 1e-5
+    """attn_block_type transformer: epsilon of the norm at its entry; Stable Diffusion: 1e-6."""
     region_attention: Literal["none", "v2", "v1", "no_partial", "segmentation"] = "none"
     """Attention of pixels to those of the same object, with its prompt, after each attention block of attn_factors (see
     docs/attention.md); it needs a condition such as objects."""

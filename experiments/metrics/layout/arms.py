@@ -22,7 +22,7 @@ from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.files import atomic_write
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.loop import fit
 from train.progress import Progress
 from train.registry import load_plugin
@@ -169,7 +169,7 @@ class Bench:
     sampling: SamplingConfig
     train_images: ImageSource
     held_out: TrainingImages  # validation scenes, whose layouts are asked for, in a fixed order
-    first_stage: FirstStage | None  # for runs on codes
+    first_stage: VQGANStage | None  # for runs on codes
     world: DistContext
     sampled_at_once: int
 

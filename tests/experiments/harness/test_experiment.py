@@ -35,7 +35,7 @@ from helpers.tiny_runs import ROOT, call
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.files import sha256
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.runs import run_lock
 from train.trained_sampler import TrainedSampler
 
@@ -65,7 +65,7 @@ def test_every_experiment_has_config_measure_and_report(name):
     assert [ast.unparse(arg) for arg in call.args[1:]] == ["Config", "measure", "report"] and module.Config.__doc__
     groups = {field.name: field.type for field in dataclasses.fields(module.Config)}
     first_stage = groups["model"] is FirstStageModelConfig
-    model = FirstStage if first_stage else TrainedSampler
+    model = VQGANStage if first_stage else TrainedSampler
     assert issubclass(groups["output"], FirstStageOutputConfig if first_stage else OutputConfig)
 
     annotations = [parameter.annotation for parameter in inspect.signature(module.measure).parameters.values()]

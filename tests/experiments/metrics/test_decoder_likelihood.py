@@ -29,7 +29,7 @@ from train.config import LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, build_dataset, images_in_order
 from train.data.transforms import to_float, to_uint8
 from train.distributed import DistContext
-from train.first_stage import load_first_stage
+from train.first_stage import load_vqgan_stage
 from vq.autoencoder import Decoder
 from vq.likelihood import INITIAL_LOG_VARIANCE, MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
@@ -44,7 +44,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def first(trained):
-    return load_first_stage(trained / "vqgan_digits", None, CPU, amp=False)
+    return load_vqgan_stage(trained / "vqgan_digits", None, CPU, amp=False)
 
 
 # the likelihood
@@ -205,7 +205,7 @@ def uninterrupted(first, tmp_path_factory):
 def test_training_changes_only_the_head_and_validates(first, uninterrupted, tmp_path):
     assert uninterrupted.step == 5 and not any(p.requires_grad or p.grad is not None for p in first.vqgan.parameters())
     assert not uninterrupted.head.training and not any(p.requires_grad for p in uninterrupted.head.parameters())
-    reloaded = load_first_stage(first.run, None, CPU, amp=False)
+    reloaded = load_vqgan_stage(first.run, None, CPU, amp=False)
     assert_equal_bits(reloaded.vqgan.state_dict(), first.vqgan.state_dict())
     assert [row["step"] for row in lines(uninterrupted.run) if "val/bits_per_dim" in row] == [2, 4, 5]
     assert {path.name for path in (uninterrupted.run / "images").iterdir()} == {"likelihood_00000005.png"}

@@ -27,7 +27,7 @@ from train.data.code_file import CodeFile
 from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import DatasetConfig, FloatImage, Ragged, UnreadableImage
 from train.distributed import DistContext
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from train.spaces import CodeSpace
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
@@ -180,7 +180,7 @@ def make_first_stage(folder, data=DATA):
     torch.manual_seed(0)
     vqgan = VQGAN(NETWORK, data.size, 1).eval()
     torch.nn.init.normal_(vqgan.quantizer.codebook.weight)
-    return FirstStage(folder, vqgan, data, DatasetConfig(), 0, device=WORLD.device, weights="abc", amp=False)
+    return VQGANStage(folder, vqgan, data, DatasetConfig(), 0, device=WORLD.device, weights="abc", amp=False)
 
 
 def code_source(folder, dataset, data=DATA, split="train"):

@@ -28,7 +28,7 @@ from train.data.loading import ImageSource, TrainingCodes
 from train.data.transforms import View, training_views
 from train.datasets import ArrayDataset, DatasetConfig
 from train.distributed import DistContext
-from train.first_stage import FirstStage
+from train.first_stage import VQGANStage
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 
@@ -235,7 +235,7 @@ def make_first_stage(folder, **changes):
     fields = {"weights": "abc", "amp": False} | changes
     vqgan = VQGAN(NETWORK, DATA.size, 1).eval()
     torch.nn.init.normal_(vqgan.quantizer.codebook.weight)
-    return FirstStage(folder, vqgan, DATA, DatasetConfig(), 0, device=CPU, **fields)
+    return VQGANStage(folder, vqgan, DATA, DatasetConfig(), 0, device=CPU, **fields)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from models.conditions.numbers import NumberField
-from train.datasets import digits, mnist
-from train.datasets._strokes import draw_rotations, rotate, stroke_thickness
+from train.datasets import ArrayDataset, digits, mnist
+from train.datasets._strokes import draw_rotations, rotate, stroke_thickness, with_strokes
 
 
 def bar(width, length=20, degrees=0.0, size=28, samples=16):
@@ -88,3 +88,27 @@ def test_mnist_has_them_too(tmp_path, tiny):
 def test_an_angle_above_180_degrees_is_refused():
     with pytest.raises(ValueError, match="got digits_rotation 200, wanted at most 180"):
         digits.Config(digits_rotation=200)
+
+
+def test_only_some_digits_and_images_are_used():
+    whole, nines = (digits.build(digits.Config(only_digits=only), "train") for only in ((), (9,)))
+    assert len(whole) == 1438 and {*nines.labels.tolist()} == {9} and nines.n_classes == 10
+    assert np.array_equal(nines.images, whole.images[whole.labels == 9])
+    few = digits.build(digits.Config(only_digits=(3, 9), max_images=5), "train")
+    assert np.array_equal(few.images, whole.images[np.isin(whole.labels, (3, 9))][:5])
+
+
+def test_each_digit_keeps_its_own_rotation():
+    whole, nines = (digits.build(digits.Config(only_digits=only, digits_rotation=40), "val") for only in ((), (9,)))
+    kept = whole.labels == 9
+    assert np.array_equal(nines.numbers["rotation"], whole.numbers["rotation"][kept])
+    assert np.array_equal(nines.images, whole.images[kept])
+
+
+def test_digits_without_images_are_refused(tmp_path):
+    labels = np.zeros(4, np.int64)
+    dataset = ArrayDataset(np.zeros((4, 8, 8), np.uint8), labels, 10)
+    with pytest.raises(ValueError, match="got only_digits 9, of which there are no images"):
+        with_strokes(dataset, digits.Config(only_digits=(9,)), np.zeros(4))
+    with pytest.raises(ValueError, match="got only_digits .10,., wanted at most 9"):
+        digits.Config(only_digits=(10,))

@@ -1,0 +1,135 @@
+"""Text encoders of Stable Diffusion: public outputs, and the names of the files of both versions."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.text_encoder import CLIP_L, OPENCLIP_H, TextEncoder, TextEncoderConfig
+from train.converters.sd.names import from_layout, to_layout
+from train.converters.sd.text import infer_text, split_text, text_weights
+
+FIXTURES = Path(os.environ.get("TEXT_FIXTURES", ""))
+HAS_FIXTURES = pytest.mark.skipif(
+    not (FIXTURES / "text/sd1/io.npz").is_file(),
+    reason="TEXT_FIXTURES names no folder with text/sd1/io.npz, outputs of public text encoders",
+)
+REAL = Path(__file__).parents[2] / "fixtures/sd"
+PREFIX = "cond_stage_model."
+FILES = {
+    "sd1 folder": "text/sd1/model.safetensors",
+    "sd2 folder": "text/sd2/model.safetensors",
+    "sd1 single": "sd1/ldm_text.safetensors",
+    "sd2 single": "sd2/ldm_text.safetensors",
+}
+TINY = {"heads": 4, "end_id": 383}  # which do not follow from the weights of the fixtures
+
+
+def read(name):
+    """Returns the tensors of a fixture, and the config of a folder."""
+    path = FIXTURES / FILES[name]
+    tensors = {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
+    config = path.parent / "config.json"
+    return tensors, json.loads(config.read_text()) if config.is_file() else None
+
+
+def load(name, **options):
+    """Returns the text encoder of a fixture, its table and its tensors."""
+    tensors, config = read(name)
+    text = split_text(tensors)
+    encoder = TextEncoder(TextEncoderConfig(**infer_text(text, config) | TINY | options)).eval()
+    table, shapes = text_weights(encoder), {key: value.shape for key, value in encoder.state_dict().items()}
+    encoder.load_state_dict(from_layout(table, text.weights, text.layout, shapes))
+    return encoder, table, text
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("name", FILES)
+@torch.no_grad()
+def test_tokens_are_those_of_the_public_encoders(name, record_property):
+    version, layout = name.split()
+    io = {key: torch.from_numpy(value) for key, value in np.load(FIXTURES / f"text/{version}/io.npz").items()}
+    ids = io["tiny_ids"].long()
+    features = load(name)[0](ids)
+    difference = (features.tokens - io["last_with_final_norm"]).abs().max().item()
+    record_property(f"{name} tokens", difference)
+    assert difference < 1e-5
+    if layout == "single" and version == "sd2":
+        last = load(name, clip_skip=1)[0](ids)
+        assert (last.tokens - io["openclip_last_with_ln_final"]).abs().max() < 1e-5
+        assert (last.pooled - io["openclip_pooled_projected"]).abs().max() < 1e-5
+    else:
+        assert (features.pooled - io["pooled"]).abs().max() < 1e-5
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_written_back_to_the_bit(name):
+    tensors, _ = read(name)
+    encoder, table, text = load(name)
+    back = to_layout(table, encoder.state_dict(), text.layout, torch.float16)
+    back = {text.prefix + key: value for key, value in back.items()} | text.rest
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], value) and back[key].dtype == value.dtype for key, value in tensors.items())
+
+
+@HAS_FIXTURES
+def test_names_without_prefix_are_read():
+    tensors, _ = read("sd1 folder")
+    bare = {key.removeprefix("text_model."): value for key, value in tensors.items()}
+    first, second = split_text(tensors), split_text(bare)
+    assert first.weights.keys() == second.weights.keys() and (first.prefix, second.prefix) == ("text_model.", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "expected"),
+    [
+        ("sd15", "single_file", CLIP_L),
+        ("sd15", "text_encoder", CLIP_L),
+        ("sd21", "single_file", OPENCLIP_H),
+        ("sd21", "text_encoder", None),
+    ],
+)
+def test_each_tensor_of_the_real_files_is_read_and_written(name, part, expected):
+    with gzip.open(REAL / f"{name}.json.gz") as file:
+        named = json.load(file)[part]
+    if part == "single_file":
+        named = {key.removeprefix(PREFIX): shape for key, shape in named.items() if key.startswith(PREFIX)}
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in named.items()}
+    text = split_text(tensors)
+    config = {"hidden_act": "gelu", "num_attention_heads": 16} if expected is None else None
+    settings = infer_text(text, config)
+    wanted = expected or TextEncoderConfig(width=1024, layers=23, heads=16)
+    assert TextEncoderConfig(**settings) == wanted
+    with torch.device("meta"):
+        encoder = TextEncoder(TextEncoderConfig(**settings))
+    table, shapes = text_weights(encoder), {key: value.shape for key, value in encoder.state_dict().items()}
+    converted = from_layout(table, text.weights, text.layout, shapes)
+    assert converted.keys() == shapes.keys()
+    back = to_layout(table, converted, text.layout)
+    back = {text.prefix + key: value for key, value in back.items()} | text.rest
+    assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act 'relu', wanted 'gelu'"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06, wanted 1e-05"),
+        ({"rope_theta": 1}, "unknown setting rope_theta"),
+    ],
+)
+def test_settings_that_are_not_built_are_refused(config, message):
+    text = split_text({"text_model.embeddings.token_embedding.weight": torch.ones(2, 64)})
+    with pytest.raises(ValueError, match=message):
+        infer_text(text, config)
+
+
+def test_files_of_no_text_encoder_are_refused():
+    with pytest.raises(ValueError, match="no embedding of tokens"):
+        split_text({"text_model.encoder.layers.0.layer_norm1.bias": torch.ones(2)})

@@ -1,0 +1,170 @@
+"""The UNet of Stable Diffusion: public outputs, both layouts, and the names of the real files."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.conditioning import Condition, ConditionEncoder, Tokens
+from models.unet import UNet, UNetConfig
+from train.converters.sd.names import from_layout, row_table, to_layout
+from train.converters.sd.unet import infer_unet, unet_weights
+
+FIXTURES = Path(os.environ.get("TEXT_FIXTURES", ""))
+HAS_FIXTURES = pytest.mark.skipif(
+    not (FIXTURES / "sd1/unet_io.npz").is_file(),
+    reason="TEXT_FIXTURES names no folder with sd1/unet_io.npz, outputs of a public UNet",
+)
+REAL = Path(__file__).parents[2] / "fixtures/sd"
+PREFIX = "model.diffusion_model."
+VERSIONS = ("sd1", "sd2")
+
+
+class TokenStub(ConditionEncoder):
+    """Stands for a text encoder of a width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.token_width = width
+
+    def forward(self, raw, x, drop=None):
+        return Tokens(raw)
+
+
+def build(settings, device="cpu"):
+    """Builds a UNet of settings that `infer_unet` returned."""
+    names = UNetConfig.__dataclass_fields__.keys() & settings.keys()
+    with torch.device(device):
+        config = UNetConfig(**{name: settings[name] for name in names})
+        return UNet(config, {"text": TokenStub(settings["text_width"])}).eval()
+
+
+def read(version, layout):
+    """Returns the tensors of a fixture, without prefix, in their own precision, and the config of the folder."""
+    folder = FIXTURES / version
+    config = json.loads((folder / "unet/config.json").read_text())
+    if layout == "folder":
+        return load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config
+    tensors = load_file(folder / "ldm_unet.safetensors")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
+
+
+def load(version, layout):
+    """Returns the UNet of a fixture, and its table."""
+    tensors, config = read(version, layout)
+    settings = infer_unet(tensors, layout, config if layout == "folder" else None)
+    if layout == "single":  # heads do not follow from weights
+        settings |= {"heads": 4} if version == "sd1" else {"head_width": 16}
+    network = build(settings)
+    table = unet_weights(network, settings["conv_projections"])
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    network.load_state_dict(from_layout(table, tensors, layout, shapes))
+    return network, table
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("layout", ["single", "folder"])
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_outputs_are_those_of_the_public_unet(version, layout, record_property):
+    network, _ = load(version, layout)
+    io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / version / "unet_io.npz").items()}
+    mask = io["token_mask"].bool()
+    for x, tokens, seen, expected in (
+        ("x_square", "tokens_77", None, "out_square_77"),
+        ("x_rect", "tokens_154", None, "out_rect_154"),
+        ("x_square", "tokens_77", mask, "out_square_77_masked"),
+    ):
+        condition = Condition({"text": Tokens(io[tokens], seen)})
+        got = network(io[x], io["t"], condition)
+        difference = (got - io[expected]).abs().max().item()
+        record_property(f"{version} {layout} {expected}", difference)
+        assert difference < 1e-5
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("layout", ["single", "folder"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_file_is_written_back_to_the_bit(version, layout):
+    tensors, _ = read(version, layout)
+    network, table = load(version, layout)
+    back = to_layout(table, network.state_dict(), layout, torch.float16)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("version", VERSIONS)
+def test_both_layouts_are_the_same_network(version):
+    single, folder = (load(version, layout)[0].state_dict() for layout in ("single", "folder"))
+    assert single.keys() == folder.keys() and all(torch.equal(single[name], folder[name]) for name in single)
+
+
+def real_shapes(name):
+    """Returns the names and shapes of a real checkpoint, by part."""
+    with gzip.open(REAL / f"{name}.json.gz") as file:
+        return json.load(file)
+
+
+def real_tensors(name, layout):
+    """Returns empty tensors of the shapes of a real UNet."""
+    parts = real_shapes(name)
+    if layout == "folder":
+        return {key: torch.empty(shape, device="meta") for key, shape in parts["unet"].items()}
+    own = {key: shape for key, shape in parts["single_file"].items() if key.startswith(PREFIX)}
+    return {key.removeprefix(PREFIX): torch.empty(shape, device="meta") for key, shape in own.items()}
+
+
+@pytest.mark.parametrize("layout", ["single", "folder"])
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_each_tensor_of_the_real_files_is_read_and_written(name, layout):
+    tensors = real_tensors(name, layout)
+    settings = infer_unet(tensors, layout)
+    assert settings["channel_mults"] == (1, 2, 4, 4) and settings["attn_factors"] == (1, 2, 4)
+    assert settings["heads" if name == "sd15" else "head_width"] == (8 if name == "sd15" else 64)
+    assert settings["conv_projections"] == (name == "sd15")
+    network = build(settings, "meta")
+    assert sum(p.numel() for p in network.parameters()) == (859_520_964 if name == "sd15" else 865_910_724)
+    table = unet_weights(network, settings["conv_projections"])
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    converted = from_layout(table, tensors, layout, shapes)
+    assert converted.keys() == shapes.keys() and len(row_table(table, layout)) == len(tensors)
+    back = to_layout(table, converted, layout)
+    assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in tensors.items()}
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named():
+    tensors = real_tensors("sd15", "folder")
+    settings = infer_unet(tensors, "folder")
+    network = build(settings, "meta")
+    table = unet_weights(network, True)
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    extra = tensors | {"class_embedding.weight": torch.empty(1, device="meta")}
+    with pytest.raises(ValueError, match=r"1 tensors differ.: class_embedding.weight is unexpected"):
+        from_layout(table, extra, "folder", shapes)
+    missing = {key: value for key, value in tensors.items() if key != "conv_in.bias"}
+    with pytest.raises(ValueError, match="conv_in.bias is missing"):
+        from_layout(table, missing, "folder", shapes)
+    other = tensors | {"conv_in.bias": torch.empty(7, device="meta")}
+    with pytest.raises(ValueError, match=r"conv_in.bias is \(7,\) for conv_in.bias \(320,\)"):
+        from_layout(table, other, "folder", shapes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("class_embed_type", "timestep", "class_embed_type 'timestep', wanted None"),
+        ("transformer_layers_per_block", [1, 2, 10], r"transformer_layers_per_block \[1, 2, 10\], wanted 1"),
+        ("new_setting", 1, "unknown setting new_setting"),
+        ("attention_head_dim", [5, 10, 20, 8], "heads for widths .* wanted heads of one width"),
+    ],
+)
+def test_settings_that_are_not_built_are_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        infer_unet(real_tensors("sd15", "folder"), "folder", {"attention_head_dim": 8, key: value})
