@@ -14,7 +14,7 @@ from train.cli.parse import Source, first_stage_data, run_script
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base
+from train.finetuning import find_base, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -97,6 +97,8 @@ def main(config: Config) -> None:
         hooks.append(("logging", 1, estimate))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **keywords)
+        if world.is_main and config.fine_tuning.save == "merged":
+            print(f"merged: {write_merged_run(run, state)}", flush=True)
         if world.is_main:
             name = config.sampler.sampler
             print_next(experiment_commands(run, name, data.dataset, logging.logs_root, training.ema))

@@ -13,23 +13,28 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from models.lora import LoRAOptions, adapt, adapters_of, merge, unmerge
 from train.checkpoint import (
     EMA_WEIGHTS,
     WEIGHTS,
+    CheckpointData,
     checkpoint_path,
+    gather_to_cpu,
     load_into_module,
     module_tensors,
     read_tensors,
     resolve_step,
     verify_checkpoint,
+    write_checkpoint,
 )
 from train.cli.files import run_folder
-from train.cli.parse import from_dict
+from train.cli.parse import flatten_group, from_dict
 from train.config import FineTuningConfig, TrainingConfig
 from train.files import sha256
+from train.loop import TrainState
 from train.optim import freeze_all_but
 from train.registry import import_callable
-from train.runs import read_run, resumed_run
+from train.runs import read_run, resumed_run, run_lock, write_config
 
 ADAPTER = "lora"  # the name of the adapters that learn
 
@@ -88,6 +93,8 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
     if config.changes_network and (training.load_partial or training.load_optim):
         other = "load_partial" if training.load_partial else "load_optim"
         raise ValueError(f"got --{other} with {flag}, which change a whole network: leave one of them out")
+    if config.save == "merged" and training.parallel == "fsdp":
+        raise ValueError("got --save merged with --parallel fsdp, which has no whole weights: pass --parallel ddp")
     if training.load_dir is None or training.load_partial or not (config.changes_network or training.train_only):
         return None
     source = run_folder(logs_root, training.load_dir)
@@ -151,13 +158,9 @@ def fine_tune(
 
 def add_adapters(network: nn.Module, config: FineTuningConfig) -> None:
     """Adds the adapters of --lora_rank to a network; they change nothing at first."""
-    options = import_callable("models.lora.LoRAOptions", "--lora_rank")(
-        rank=config.lora_rank,
-        alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        dropout=config.lora_dropout,
-        dora=config.dora,
-    )
-    import_callable("models.lora.adapt", "--lora_rank")(network, ADAPTER, options, config.lora_targets)
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    options = LoRAOptions(rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout, dora=config.dora)
+    adapt(network, ADAPTER, options, config.lora_targets)
 
 
 def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
@@ -178,3 +181,40 @@ class FineTunedRun:
     """The part of a config.yaml that says how a network was fine-tuned."""
 
     fine_tuning: FineTuningConfig
+
+
+def write_merged_run(run: Path, state: TrainState) -> Path:
+    """Writes weights and averages with the adapters merged into them as a run of its own; returns its folder.
+
+    It is a plain run, to sample from, convert or fine-tune (--load_dir), but without optimizer states, so that it
+    cannot be resumed. The networks are as before afterwards.
+    """
+    folder, content = run.with_name(f"{run.name}_merged"), read_run(run)
+    files = {WEIGHTS: merged_tensors(state.modules)}
+    if state.averages:
+        files[EMA_WEIGHTS] = merged_tensors({name: average.module for name, average in state.averages.items()})
+    given = content["fine_tuning"]
+    plain = FineTuningConfig(differential=given["differential"], differential_in=given["differential_in"], save="full")
+    content["fine_tuning"] = flatten_group(plain)
+    content["training"] |= {"load_dir": None, "load_step": None, "train_only": []}
+    content["origin"] = {key: value for key, value in content["origin"].items() if key not in ("base", "load_weights")}
+    rest = {"optimizers": {}, "extras": {}, "counters": {}, "step": state.step, "bad_steps": [], "best": {}}
+    with run_lock(folder):
+        write_config(folder, content)
+        write_checkpoint(folder, CheckpointData(state.step, files, rest))
+    return folder
+
+
+def merged_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Returns copies of the modules' state_dicts with merged adapters instead of adapters, keys prefixed by the module.
+
+    One module at a time: averages share their frozen weights with the network.
+    """
+    tensors = {}
+    for name, module in modules.items():
+        merge(module)
+        layers = tuple({f"{layer}.adapters." for layer, _, _ in adapters_of(module)})
+        own = {key: value for key, value in module.state_dict().items() if not key.startswith(layers)}
+        tensors |= {f"{name}.{key}": value for key, value in gather_to_cpu(own, keep=True).items()}
+        unmerge(module)
+    return tensors

@@ -1,9 +1,5 @@
 """What learns in a fine-tuned run, what its checkpoints hold, and where the rest comes from."""
 
-import sys
-import types
-from dataclasses import dataclass
-
 import pytest
 import torch
 import yaml
@@ -11,6 +7,7 @@ from torch import nn
 
 from helpers.run_asserts import saved_state, weights
 from helpers.tiny_runs import DDPM, call
+from models.lora import merge
 from train.checkpoint import checkpoint_path
 from train.distributed import DistContext
 from train.ema import EMA
@@ -21,47 +18,7 @@ from train.trained_sampler import load_trained_sampler
 
 RUN = f"{DDPM} --dataset digits --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
 PARTS = "up_blocks conv_out"
-LORA = "--lora_rank 2 --lora_targets mid"
-
-
-class Adapted(nn.Module):
-    """A linear layer with adapters, in place of those of models/lora.py."""
-
-    def __init__(self, layer, name, rank):
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.zeros_(up.weight)
-        self.adapters = nn.ModuleDict({name: nn.ModuleDict({"down": down, "up": up})})
-
-    def forward(self, x):
-        y = nn.functional.linear(x, self.weight, self.bias)
-        return y + sum(each["up"](each["down"](x)) for each in self.adapters.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRAOptions:
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    dora: bool = False
-
-
-def adapt(network, name, options, targets):
-    layers = [path for path, module in network.named_modules() if type(module) is nn.Linear]
-    for path in layers:
-        owner, _, leaf = path.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, Adapted(network.get_submodule(path), name, options.rank))
-    return layers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stub_lora():
-    module = types.ModuleType("models.lora")
-    module.LoRAOptions, module.adapt = LoRAOptions, adapt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "models.lora", module)
-        yield
+LORA = "--lora_rank 2 --lora_targets attention time"
 
 
 def train(logs, name, flags):
@@ -152,6 +109,19 @@ def test_full_checkpoints_need_no_base(logs, tmp_path):
     assert (tmp_path / "full" / "checkpoints" / "step_00000002").is_dir()
 
 
+def test_a_merged_run_is_a_plain_one_that_computes_the_same(logs, tmp_path):
+    call_in(logs, tmp_path, "lora", f"--train_steps 2 --load_dir {logs}/base {LORA} --lora_alpha 4 --save merged")
+    assert all(".adapters." in key for key in weights(tmp_path / "lora", 2))
+    for ema in (True, False):
+        adapted, merged = (opened(tmp_path, name, ema=ema).sampler.network for name in ("lora", "lora_merged"))
+        assert merged.state_dict().keys() == {key for key in adapted.state_dict() if ".adapters." not in key}
+        merge(adapted)
+        for key, value in merged.state_dict().items():
+            assert torch.allclose(value, adapted.state_dict()[key], atol=1e-6)
+        base = weights(logs / "base", 3, "ema.safetensors")
+        assert any(not torch.equal(value, base[f"network.{key}"]) for key, value in merged.state_dict().items())
+
+
 def test_another_or_no_base_is_refused(logs, tmp_path, capfd):
     call_in(logs, tmp_path, "base", "--train_steps 1")
     call_in(logs, tmp_path, "lora", f"--train_steps 1 --load_dir base {LORA}")
@@ -193,9 +163,8 @@ REFUSED = {
 def test_wrong_flags_are_refused(logs, flags, capfd):
     with pytest.raises(SystemExit) as stop:
         train(logs, "refused", f"--train_steps 1 {flags}")
-    assert (
-        stop.value.code == 2 and REFUSED[flags] in one_line(capfd.readouterr().err) and not (logs / "refused").exists()
-    )
+    assert stop.value.code == 2 and REFUSED[flags] in one_line(capfd.readouterr().err)
+    assert not (logs / "refused").exists()
 
 
 def test_averages_share_what_is_frozen():
