@@ -11,9 +11,10 @@ from experiments.metrics.training_distance import sample_distance
 from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, first_stage_data, run_script
-from train.config import SecondStageConfig
+from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
+from train.finetuning import find_base, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -37,7 +38,9 @@ class Config(SecondStageConfig):
         "python train_sampler.py --sampler {sampler} --dataset mnist",
         "python train_sampler.py --sampler {sampler} --dataset folder --data_dir ~/photos --img_size 64",
     )
-    NOT_EVERYDAY = ("sampling",)
+    NOT_EVERYDAY = ("fine_tuning", "sampling")
+
+    fine_tuning: FineTuningConfig
 
     @property
     def run(self) -> Path:
@@ -60,7 +63,9 @@ def main(config: Config) -> None:
         names = images["train"].class_names or recorded
         check_class_order(names, recorded, resumed_run(run, training.resume) or run)
         check_balance(training.balance_classes, images["train"].labels)
-        sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
+        base = find_base(run, training, config.fine_tuning, logging.logs_root)
+        network = config.sampler, training, space, len(frequencies), world, config.fine_tuning, base
+        sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
         model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names)
@@ -70,7 +75,7 @@ def main(config: Config) -> None:
         check_sampling(model, state, config.sampling, rows, images["val"])
         options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
-        provenance |= text_provenance(options)
+        provenance |= text_provenance(options) | ({"base": base.record(run, logging.logs_root)} if base else {})
         open_or_resume(run, config, state, world, provenance, images["train"])
         draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images
         sources = {
@@ -92,6 +97,8 @@ def main(config: Config) -> None:
         hooks.append(("logging", 1, estimate))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **keywords)
+        if world.is_main and config.fine_tuning.save == "merged":
+            print(f"merged: {write_merged_run(run, state)}", flush=True)
         if world.is_main:
             name = config.sampler.sampler
             print_next(experiment_commands(run, name, data.dataset, logging.logs_root, training.ema))

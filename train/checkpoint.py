@@ -86,6 +86,11 @@ def prefixed_state_dicts(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
+def without_left_out(tensors: dict[str, Tensor], left_out: Collection[str]) -> dict[str, Tensor]:
+    """Returns the tensors whose keys, after the profile of a post-hoc average ("0.05/"), are not left out."""
+    return {key: value for key, value in tensors.items() if key[key.find("/") + 1 :] not in left_out}
+
+
 def collect_checkpoint(state: TrainState, world: DistContext | None = None) -> CheckpointData | None:
     """Copies everything that training changes, in the main process; other processes send their shards and get None."""
     files = {WEIGHTS: prefixed_state_dicts(state.modules)}
@@ -105,6 +110,7 @@ def collect_checkpoint(state: TrainState, world: DistContext | None = None) -> C
         "unfinished": state.unfinished,
     }
     keep = world is None or world.is_main
+    files = {name: without_left_out(tensors, state.left_out) for name, tensors in files.items()}
     files, rest = gather_to_cpu(files, keep), gather_to_cpu(rest, keep)
     return CheckpointData(state.step, files, rest) if keep else None
 
@@ -182,9 +188,15 @@ def verify_checkpoint(path: Path) -> dict[str, dict]:
     return manifest
 
 
-def load_into_module(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
-    """Loads the tensors of module `name`, strictly; ValueError names the keys and shapes that differ."""
-    current = module.state_dict()
+def load_into_module(
+    module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path, left_out: Collection[str] = ()
+) -> None:
+    """Loads the tensors of module `name`, strictly; ValueError names the keys and shapes that differ.
+
+    The keys in `left_out` must not be in the file, and stay as they are (see `without_left_out`).
+    """
+    current = without_left_out(module.state_dict(prefix=f"{name}."), left_out)
+    current = {key.removeprefix(f"{name}."): value for key, value in current.items()}
     saved = module_tensors(name, tensors, current)
     differing = sorted(saved.keys() ^ current.keys())
     for key in sorted(saved.keys() & current.keys()):
@@ -194,7 +206,8 @@ def load_into_module(module: nn.Module, tensors: dict[str, Tensor], name: str, s
         raise ValueError(
             f"{source} does not fit this {name} ({len(differing)} keys differ): {'; '.join(differing[:5])}"
         )
-    module.load_state_dict({key: shard_like(value, current[key]) for key, value in saved.items()})
+    kept = module.state_dict() if left_out else {}
+    module.load_state_dict(kept | {key: shard_like(value, current[key]) for key, value in saved.items()})
 
 
 def module_tensors(name: str, tensors: dict[str, Tensor], current: Collection[str]) -> dict[str, Tensor]:
@@ -278,18 +291,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool) -> str:
-    """Loads modules from a checkpoint, EMA weights if `ema`; returns the SHA-256 of the weights' file."""
+def load_weights(
+    run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool, left_out: Collection[str] = ()
+) -> str:
+    """Loads modules from a checkpoint, EMA weights if `ema`, without the keys that it leaves out; returns the SHA-256
+    of the weights' file."""
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
-    return manifest[load_file_into(modules, path / (EMA_WEIGHTS if ema else WEIGHTS))]["sha256"]
+    return manifest[load_file_into(modules, path / (EMA_WEIGHTS if ema else WEIGHTS), left_out)]["sha256"]
 
 
-def load_file_into(modules: dict[str, nn.Module], file: Path) -> str:
+def load_file_into(modules: dict[str, nn.Module], file: Path, left_out: Collection[str] = ()) -> str:
     """Loads modules from a file of a verified checkpoint; returns the file name."""
     tensors = read_tensors(file)
     for name, module in modules.items():
-        load_into_module(module, tensors, name, file)
+        load_into_module(module, tensors, name, file, left_out)
     return file.name
 
 
@@ -300,10 +316,10 @@ def load_checkpoint(run: Path, step: int, state: TrainState, *, optimizers: bool
     """
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
-    load_file_into(state.modules, path / WEIGHTS)
+    load_file_into(state.modules, path / WEIGHTS, state.left_out)
     if state.averages:
         averaged = {name: average.module for name, average in state.averages.items()}
-        load_file_into(averaged, path / (EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS))
+        load_file_into(averaged, path / (EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS), state.left_out)
     if state.posthoc_averages:
         load_posthoc_averages(path, state)
     state.step = step
@@ -356,7 +372,7 @@ def load_posthoc_averages(path: Path, state: TrainState) -> None:
     tensors = read_tensors(file)
     for name, average in state.posthoc_averages.items():
         key = name if file.name == POSTHOC_WEIGHTS else name.partition("/")[2]
-        load_into_module(average.module, tensors, key, file)
+        load_into_module(average.module, tensors, key, file, state.left_out)
 
 
 def load_train_state(path: Path, state: TrainState) -> None:

@@ -359,6 +359,51 @@ class SamplerTrainingConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FineTuningConfig:
+    """Fine-tuning: what of the network of --load_dir learns beside --train_only, and what is saved."""
+
+    lora_rank: int = 0
+    """Rank of the LoRA adapters, which then learn instead of the network; 0: none."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by this, divided by their rank; by default it is the rank."""
+    lora_targets: tuple[str, ...] = ("attention",)
+    """Layers with an adapter: groups such as attention and feed_forward, or names of layers."""
+    lora_dropout: float = 0.0
+    """Dropout of the inputs of adapters."""
+    dora: bool = False
+    """DoRA: adapters also learn the norm of each row of a weight."""
+    differential: str = ""
+    """Replace softmax attention of the loaded network by this kind, such as diff_v2, with the same function at
+    first."""
+    differential_in: Literal["self", "cross", "both"] = "self"
+    """Attention that --differential replaces."""
+    lr_scale: tuple[str, ...] = ()
+    """Factors of the learning rate of parts of the network, named as in --train_only, as in lora=2 text=0.75: lora are
+    the adapters, text the encoder of that condition."""
+    save: Literal["learned", "full", "merged"] = "learned"
+    """With --load_dir, checkpoints hold what learns, and the frozen rest stays in that run; full: they hold all;
+    merged: also write <log_dir>_merged at the end, a run with the adapters merged into the weights."""
+
+    EVERYDAY = ()
+    RANGES = {"lora_rank": "[0, 65536]", "lora_alpha": POSITIVE, "lora_dropout": "[0, 1)"}
+
+    def __post_init__(self):
+        check_ranges(self)
+        if not self.lora_rank and (self.dora or self.lora_dropout or self.lora_alpha is not None):
+            given = "dora" if self.dora else "lora_dropout" if self.lora_dropout else "lora_alpha"
+            raise ValueError(f"got {given} without adapters: pass --lora_rank 4, or leave --{given} out")
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError("got no lora_targets, wanted layers for adapters: pass --lora_targets attention")
+        if self.save == "merged" and not self.lora_rank:
+            raise ValueError("got save merged without adapters: pass --lora_rank 4, or --save full")
+
+    @property
+    def changes_network(self) -> bool:
+        """Whether the network gets other layers after the base has been loaded."""
+        return bool(self.lora_rank or self.differential)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SecondStageConfig:
     """The full config of a sampler run."""
 

@@ -1,7 +1,7 @@
 """Exponential moving averages of a network's weights during training."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from operator import is_
 from typing import NamedTuple
 
@@ -36,11 +36,17 @@ class WeightAverage:
     Tensors of less than float32 precision are averaged in float32, since small updates would be rounded away. The copy
     stays on its own device even if the model moves. Sharded models (FSDP2) are averaged shard by shard: build the
     average before `fully_shard`, then shard `average.module` like the model.
+
+    With `share_frozen` the average has the frozen parameters of the model itself and covers only what learns; they take
+    no memory of their own unless they are sharded.
     """
 
-    def __init__(self, model: nn.Module):
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        for tensor in [*self.module.parameters(), *self.module.buffers()]:
+    def __init__(self, model: nn.Module, share_frozen: bool = False):
+        shared = {name: p for name, p in model.named_parameters() if share_frozen and not p.requires_grad}
+        self.shared = frozenset(shared)
+        self.module = copy.deepcopy(model, {id(p): p for p in shared.values()}).eval().requires_grad_(False)
+        learned = [p for name, p in self.module.named_parameters() if name not in shared]
+        for tensor in [*learned, *self.module.buffers()]:
             if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
                 tensor.data = tensor.data.float()
         for buffer in self.module.buffers():
@@ -105,7 +111,7 @@ class WeightAverage:
         )
 
     def _build_groups(self, model: nn.Module) -> None:
-        pairs = list(pair_tensors(self.module, model))
+        pairs = list(pair_tensors(self.module, model, self.shared))
         self._slots = [ours for _, ours, _ in pairs] + [theirs for _, _, theirs in pairs]
         self._tensors = [getattr(owner, name) for owner, name in self._slots]
         self._layouts = [(t.dtype, t.device) for t in self._tensors]
@@ -129,8 +135,8 @@ class EMA(WeightAverage):
     ExponentialMovingAverage).
     """
 
-    def __init__(self, model: nn.Module, beta: float):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, beta: float, share_frozen: bool = False):
+        super().__init__(model, share_frozen)
         self.beta = beta
 
     def decay(self, step: int) -> float:
@@ -140,8 +146,9 @@ class EMA(WeightAverage):
 Slot = tuple[nn.Module, str]  # a module and the name of one of its own tensors
 
 
-def pair_tensors(average: nn.Module, model: nn.Module) -> Iterator[tuple[bool, Slot, Slot]]:
-    """Pairs the parameters (True) and buffers (False) of two modules by name; shared tensors appear once.
+def pair_tensors(average: nn.Module, model: nn.Module, skip: Collection[str] = ()) -> Iterator[tuple[bool, Slot, Slot]]:
+    """Pairs the parameters (True) and buffers (False) of two modules by name, except parameters in `skip`; shared
+    tensors appear once.
 
     ValueError if their names, shapes or shardings differ.
     """
@@ -151,6 +158,8 @@ def pair_tensors(average: nn.Module, model: nn.Module) -> Iterator[tuple[bool, S
         if ours.keys() != theirs.keys():
             raise ValueError(f"EMA of another network: {sorted(ours.keys() ^ theirs.keys())} differ")
         for name, tensor in ours.items():
+            if is_parameter and name in skip:
+                continue
             if tensor.shape != theirs[name].shape:
                 shapes = f"{tuple(tensor.shape)} in the average, {tuple(theirs[name].shape)} in the model"
                 raise ValueError(f"EMA of another network: {name} is {shapes}")

@@ -102,8 +102,8 @@ class PendingStep:
 
 @dataclass
 class TrainState:
-    """Everything that training changes. A checkpoint holds all of it except `replicas`, which wrap the modules, and
-    `pending`, which is settled first."""
+    """Everything that training changes. A checkpoint holds all of it except `replicas`, which wrap the modules,
+    `pending`, which is settled first, and the weights in `left_out`, which are those of another run."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
@@ -116,6 +116,7 @@ class TrainState:
     best: dict[str, tuple[float, int]] = field(default_factory=dict)  # lowest value of each metric, and its step
     unfinished: list[str] = field(default_factory=list)  # hooks of this step that a signal kept from running
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
+    left_out: frozenset[str] = frozenset()  # of checkpoints: keys such as "network.conv_in.weight"
     pending: PendingStep | None = None  # the last step, until `settle` is called
 
     def settle(self) -> bool:

@@ -1,6 +1,6 @@
 """Optimizers, parameter freezing, gradient clipping and stepping, and the handling of non-finite steps."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,13 +69,13 @@ def is_selected(name: str, prefixes: Sequence[str]) -> bool:
     return not prefixes or any(matches(prefix.split(".")) for prefix in prefixes)
 
 
-def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
-    """Freezes all parameters whose dotted names do not start with one of the prefixes.
+def freeze_all_but(module: nn.Module, prefixes: Sequence[str], learned: Collection[str] = ()) -> None:
+    """Freezes all parameters whose dotted names neither are in `learned` nor start with one of the prefixes.
 
-    Without prefixes nothing changes. ValueError for a prefix that matches no parameter or buffer, and if no trainable
+    Without both nothing changes. ValueError for a prefix that matches no parameter or buffer, and if no trainable
     parameter is left.
     """
-    if not prefixes:
+    if not prefixes and not learned:
         return
     names = [name for name, _ in module.named_parameters()]
     names += [name for name, _ in module.named_buffers()]
@@ -87,10 +87,12 @@ def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
                 f"got --train_only {prefix}, which matches no parameter{did_you_mean(prefix, parts)}; its parts are: "
                 f"{top}"
             )
-    if not any(is_selected(name, prefixes) and p.requires_grad for name, p in module.named_parameters()):
+    selected = {name for name, _ in module.named_parameters() if name in learned}
+    selected |= {name for name, _ in module.named_parameters() if prefixes and is_selected(name, prefixes)}
+    if not any(name in selected and p.requires_grad for name, p in module.named_parameters()):
         raise ValueError(f"got --train_only {' '.join(prefixes)}, which leaves nothing to train: name more parts")
     for name, parameter in module.named_parameters():
-        if not is_selected(name, prefixes):  # never unfreezes what the module itself has frozen
+        if name not in selected:  # never unfreezes what the module itself has frozen
             parameter.requires_grad_(False)
 
 
@@ -199,8 +201,57 @@ def step_if_finite(optimizer: Optimizer, finite: Tensor, divisor: Tensor) -> Non
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate, times the factor of each group that has one (see `scale_learning_rates`)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def parse_scales(words: Sequence[str]) -> dict[str, float]:
+    """Returns the factors of --lr_scale by part; ValueError for other words than part=factor and for a part twice."""
+    scales: dict[str, float] = {}
+    for word in words:
+        part, _, factor = word.partition("=")
+        try:
+            value = float(factor)
+        except ValueError:
+            value = -1.0
+        if not part or part in scales or not 0 < value < float("inf"):
+            wanted = "wanted a part of the network and a factor above 0, each part once"
+            raise ValueError(f"got --lr_scale {word}, {wanted}: pass text=0.75")
+        scales[part] = value
+    return scales
+
+
+def is_part(name: str, part: str) -> bool:
+    """Returns whether a parameter belongs to a part of --lr_scale: "lora" are the adapters, the name of a condition is
+    its encoder, others are names as in --train_only."""
+    if part == "lora":
+        return ".adapters." in name
+    return is_selected(name, [part, f"encoders.{part}"])
+
+
+def scale_learning_rates(optimizer: Optimizer, module: nn.Module, scales: Mapping[str, float]) -> None:
+    """Splits a new optimizer's group of parameters by the factor of their part, `lr_scale`.
+
+    A parameter in several parts takes the factor of the last one that is given. ValueError for a part in which nothing
+    learns.
+    """
+    if not scales:
+        return
+    (group,) = optimizer.param_groups
+    learned = {id(p) for p in group["params"]}
+    factors = {}
+    for part, factor in scales.items():
+        own = [p for name, p in module.named_parameters() if is_part(name, part) and id(p) in learned]
+        if not own:
+            tops = dict.fromkeys(n.partition(".")[0] for n, p in module.named_parameters() if id(p) in learned)
+            raise ValueError(f"got --lr_scale {part}, in which nothing learns; what learns is in: {', '.join(tops)}")
+        factors |= {id(p): factor for p in own}
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        by_factor.setdefault(factors.get(id(p), 1.0), []).append(p)
+    groups = [{**group, "params": params, "lr_scale": factor} for factor, params in by_factor.items()]
+    optimizer.param_groups[:] = groups
 
 
 def divide_grads(parameters: list[nn.Parameter], divisor: Tensor) -> None:

@@ -54,8 +54,8 @@ class PosthocEMA(WeightAverage):
     profile over (n - 1, n]. At step 1 the average equals the weights.
     """
 
-    def __init__(self, model: nn.Module, std: float):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, std: float, share_frozen: bool = False):
+        super().__init__(model, share_frozen)
         self.std, self.gamma = std, gamma_from_std(std)
 
     def decay(self, step: int) -> float:

@@ -23,6 +23,7 @@ from train.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_partial_checkpoint,
+    load_train_state,
     resolve_step,
     saved_steps,
     verify_checkpoint,
@@ -246,12 +247,17 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def open_or_resume(
-    run: Path, config: RunConfig, state: TrainState, world: DistContext, provenance: dict[str, Any], images: Dataset
+    run: Path,
+    config: RunConfig,
+    state: TrainState,
+    world: DistContext,
+    provenance: dict[str, Any],
+    images: Dataset,
 ) -> None:
     """Opens the run folder and restores `state` from the checkpoint to resume, or else from --load_dir, if any.
 
     `images` is the training split. A folder without a checkpoint takes new settings. The folder is not written before
-    all is loaded.
+    all is loaded. If `provenance` names a `base`, its weights have been loaded already.
     """
     training = config.training
     point = find_resume_point(run, training.resume)
@@ -259,7 +265,8 @@ def open_or_resume(
     if resumes:
         provenance = provenance | initial_weights_provenance(run, training, config.logging.logs_root)
     elif training.load_dir is not None:
-        provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world)
+        loaded = "base" in provenance
+        provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world, loaded)
     provenance = provenance | branch_provenance(run, point, training.resume)
     world.barrier()  # all processes have read the folder before one writes to it
     if world.is_main:
@@ -291,9 +298,9 @@ def initial_weights_provenance(run: Path, training: TrainingConfig, logs_root: s
 
 
 def load_initial_weights(
-    training: TrainingConfig, logs_root: str, state: TrainState, world: DistContext
+    training: TrainingConfig, logs_root: str, state: TrainState, world: DistContext, loaded: bool = False
 ) -> dict[str, Any]:
-    """Loads the weights of --load_dir, to be trained from step 0.
+    """Loads the weights of --load_dir, to be trained from step 0; with `loaded` only the optimizers, if they are to be.
 
     Returns their provenance: the SHA-256 of the weights, and with --load_partial a report of each key.
     """
@@ -304,6 +311,10 @@ def load_initial_weights(
         provenance = {"load_weights": weights, "load_report": report._asdict()}
         if world.is_main:
             print(f"weights of {source}, step {step}: {format_report(report)}", flush=True)
+    elif loaded:
+        provenance = {"load_weights": verify_checkpoint(checkpoint_path(source, step))[WEIGHTS]["sha256"]}
+        if training.load_optim:
+            load_train_state(checkpoint_path(source, step), state)
     else:
         provenance = {"load_weights": load_checkpoint(source, step, state, optimizers=training.load_optim)}
     state.step, state.best, state.bad_steps, state.unfinished = 0, {}, [], []  # not those of the other run

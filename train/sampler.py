@@ -13,7 +13,7 @@ from diffusion.rng import to_device as copy_to_device
 from diffusion.types import OnStep
 from train.class_names import class_captions
 from train.condition_source import ConditionSource, Row
-from train.config import SamplerConfig, SamplingConfig, TrainingConfig
+from train.config import FineTuningConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import BatchSource, ImageSource, TrainingImages, merge_fields, to_device
 from train.data.streams import TrainingStreams
 from train.data.transforms import to_float
@@ -27,10 +27,11 @@ from train.execution import (
     uses_channels_last,
     weight_casts_shared,
 )
+from train.finetuning import Base, fine_tune
 from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
-from train.optim import clip_and_step
+from train.optim import clip_and_step, parse_scales, scale_learning_rates
 from train.progress import print_above
 from train.registry import load_plugin
 from train.samplers import Control, LearnedSampler, NotFiniteError
@@ -42,21 +43,39 @@ from train.trainer import build_train_state
 
 VALIDATION_IMAGES = 1024  # enough for two digits of the loss, and fast
 PREVIEW_IMAGES = 16
+DEFAULT_FINE_TUNING = FineTuningConfig()  # changes nothing
 NOISE_LEVELS = 5  # whose losses are logged separately
 
 
 def build_state(
-    config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: DistContext
+    config: SamplerConfig,
+    training: TrainingConfig,
+    space: Space,
+    n_classes: int,
+    world: DistContext,
+    fine_tuning: FineTuningConfig = DEFAULT_FINE_TUNING,
+    base: Base | None = None,
 ) -> tuple[LearnedSampler, TrainState]:
-    """Builds the sampler of a config for a space, and the training state of its network."""
+    """Builds the sampler of a config for a space, and the training state of its network, with the weights of `base` and
+    the layers of `fine_tuning`, if any."""
     torch.manual_seed(training.seed)
     module = load_plugin("train.samplers", config.sampler, "sampler")
     sampler = module.build(config, **space.model_args, n_classes=n_classes)
     load_text_encoder(sampler.network, options_of_conditions(config))
-    modules = {"network": sampler.network}
+    changed = fine_tune(sampler.network, fine_tuning, training.train_only, base)
     state = build_train_state(
-        modules, training, world, primary=["network"], counters=["loss_by_level"], extras=sampler.extras
+        {"network": sampler.network},
+        training,
+        world,
+        primary=["network"],
+        counters=["loss_by_level"],
+        extras=sampler.extras,
+        learned=changed.added if fine_tuning.lora_rank else (),
+        left_out=changed.left_out,
+        share_frozen=base is not None,
     )
+    scales = parse_scales(fine_tuning.lr_scale)
+    scale_learning_rates(state.optimizers["network"], state.modules["network"], scales)
     return sampler, state
 
 

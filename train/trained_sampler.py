@@ -35,6 +35,7 @@ from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.execution import autocast, frozen_weights_cast_once
+from train.finetuning import reopen_fine_tuned
 from train.first_stage import find_vqgan_run
 from train.loop import Batch
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
@@ -341,11 +342,12 @@ def load_sampler(
         raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
     module = load_plugin("train.samplers", config.sampler.sampler, "sampler")
     sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
+    left_out = reopen_fine_tuned(run, sampler.network)
     if ema_length is None:
         averaged = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
-        weights = load_weights(run, step, {"network": sampler.network}, ema=averaged)
+        weights = load_weights(run, step, {"network": sampler.network}, ema=averaged, left_out=left_out)
     else:
-        weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length)
+        weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, left_out)
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()
@@ -369,15 +371,19 @@ def resolve_snapshot_step(run: Path, step: int | None) -> int | None:
     return usable[-1] if step is None and usable else step
 
 
-def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, length: float) -> str:
-    """Fills a module with its average of a relative length; returns a SHA-256 that identifies these weights.
+def load_posthoc_ema(
+    run: Path, step: int | None, name: str, module: nn.Module, length: float, left_out: Collection[str] = ()
+) -> str:
+    """Fills a module with its average of a relative length, except the keys in `left_out`; returns a SHA-256 that
+    identifies these weights.
 
     It covers the length and the checksums of the snapshots used, not the result, whose last bits depend on the
     machine's linear algebra.
     """
     tensors = reconstruct_ema(run, step, name, length)
     refuse_nan(tensors, snapshot_path(run, step))
-    load_into_module(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
+    tensors = {f"{name}.{key}": value for key, value in tensors.items()}
+    load_into_module(module, tensors, name, snapshot_path(run, step), left_out)
     parts = []
     for each in [each for each in snapshot_steps(run) if each <= step]:
         with open_snapshot(run, each) as snapshot:

@@ -57,23 +57,30 @@ def build_train_state(
     primary: Sequence[str],
     counters: Sequence[str] = (),
     extras: dict[str, Stateful] | None = None,
+    learned: Collection[str] = (),
+    left_out: Collection[str] = (),
+    share_frozen: bool = False,
 ) -> TrainState:
     """Builds the training state of these modules, each with its own optimizer, identical in every process.
 
     The modules named in `primary` are the model proper, without helpers such as a discriminator. The options for
-    averaging, compilation, activation checkpointing and `train_only` apply to these alone.
+    averaging, compilation, activation checkpointing and `train_only` apply to these alone. Parameters named in
+    `learned` learn beside `train_only`. Checkpoints are without the weights in `left_out`. With `share_frozen` averages
+    cover only what learns.
     """
     split_batch(training.batch_size, training.accumulate, world)  # refused here, before the run folder is written
     for name in primary:
-        freeze_all_but(modules[name], training.train_only)
+        freeze_all_but(modules[name], training.train_only, learned)
     for module in modules.values():
         module.to(world.device)
         if uses_channels_last(training, world.device):
             convert_to_channels_last(module)
         world.broadcast_module(module)
-    averages = {name: EMA(modules[name], training.ema_beta) for name in primary if training.ema}
+    averages = {name: EMA(modules[name], training.ema_beta, share_frozen) for name in primary if training.ema}
     posthoc_averages = {
-        f"{std}/{name}": PosthocEMA(modules[name], std) for name in primary for std in training.ema_profiles
+        f"{std}/{name}": PosthocEMA(modules[name], std, share_frozen)
+        for name in primary
+        for std in training.ema_profiles
     }
     if training.activation_checkpointing:
         for name in primary:
@@ -99,7 +106,8 @@ def build_train_state(
     if training_dtype(training, world.device) == torch.float16:
         extras["loss_scale"] = LossScale()
     sums = {name: RunningSums(world) for name in ("metrics", *counters)}
-    return TrainState(modules, optimizers, averages, posthoc_averages, extras, sums, replicas=replicas)
+    averaged = averages, posthoc_averages
+    return TrainState(modules, optimizers, *averaged, extras, sums, replicas=replicas, left_out=frozenset(left_out))
 
 
 def make_hooks(paths: Sequence[str], state: TrainState) -> Hooks:
@@ -326,7 +334,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int, best_steps: Co
     """Deletes old checkpoints.
 
     Keeps the newest `keep_last` (0: all), multiples of `keep_every` (0: none), `best_steps`, and the steps that sampler
-    runs in the same folder were trained on.
+    runs in the same folder were trained on or fine-tuned from.
     """
     steps = saved_steps(run)
     protected = {*best_steps, *steps_used_by_other_runs(run)}
@@ -339,14 +347,17 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int, best_steps: Co
 
 
 def steps_used_by_other_runs(run: Path) -> set[int]:
-    """Returns the steps of this run that samplers in the same folder were trained on, according to their
-    config.yaml."""
+    """Returns the steps of this run that samplers in the same folder were trained on or fine-tuned from, according to
+    their config.yaml."""
     used = set()
     for path in run.parent.glob("*/config.yaml"):
         try:
             provenance = read_run_config(path).get("origin", {})
         except ValueError:
             continue  # not a run: it cannot be resumed
+        base = provenance.get("base", {})
+        if base and (path.parent.parent / base["path"]).resolve() == run.resolve():
+            used.add(base["step"])
         if provenance.get("ae_load_dir") == run.name:
             used.add(provenance.get("ae_load_step"))
     return used

@@ -1,0 +1,197 @@
+"""What learns in a fine-tuned run, what its checkpoints hold, and where the rest comes from."""
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from helpers.run_asserts import saved_state, weights
+from helpers.tiny_runs import DDPM, call
+from models.lora import merge
+from train.checkpoint import checkpoint_path
+from train.distributed import DistContext
+from train.ema import EMA
+from train.loop import TrainState
+from train.optim import clip_and_step, is_selected, make_optimizer, parse_scales, scale_learning_rates
+from train.posthoc_ema import open_snapshot
+from train.trained_sampler import load_trained_sampler
+
+RUN = f"{DDPM} --dataset digits --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
+PARTS = "up_blocks conv_out"
+LORA = "--lora_rank 2 --lora_targets attention time"
+
+
+def train(logs, name, flags):
+    call("train_sampler.py", f"--logs_root {logs} --log_dir {name} {RUN} --steps_per_checkpoint 1 {flags}")
+    return logs / name
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Logs with `base`, 3 steps; `part` trains a part of it further, `lora` adapters, each for 3 steps."""
+    logs = tmp_path_factory.mktemp("fine_tuning")
+    train(logs, "base", "--train_steps 3")
+    profiles = "--ema_profiles 0.1 --steps_per_ema_snapshot 1"
+    train(logs, "part", f"--train_steps 3 --load_dir base --train_only {PARTS} {profiles}")
+    train(logs, "lora", f"--train_steps 3 --load_dir base {LORA}")
+    return logs
+
+
+def opened(logs, name, **keywords):
+    keywords = {"ema": True, "amp": False, "logs_roots": (str(logs),)} | keywords
+    return load_trained_sampler(logs / name, keywords.pop("step", None), torch.device("cpu"), **keywords)
+
+
+def network_state(logs, name, **keywords):
+    return opened(logs, name, **keywords).sampler.network.state_dict()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_checkpoints_hold_what_learns(logs, file):
+    whole = weights(logs / "base", 3)
+    part = {key for key in whole if is_selected(key.removeprefix("network."), PARTS.split())}
+    assert weights(logs / "part", 3, file).keys() == part and 0 < len(part) < len(whole)
+    adapters = weights(logs / "lora", 3, file)
+    assert adapters and all(".adapters.lora." in key for key in adapters)
+
+
+def test_snapshots_hold_what_learns(logs):
+    with open_snapshot(logs / "part", 2) as snapshot:
+        assert {key.partition("/")[2] for key in snapshot.checks} == weights(logs / "part", 3).keys()
+
+
+def test_the_frozen_rest_is_that_of_the_base(logs):
+    base = weights(logs / "base", 3, "ema.safetensors")
+    for name in ("part", "lora"):
+        learned, loaded = weights(logs / name, 3, "ema.safetensors"), network_state(logs, name)
+        assert {f"network.{key}" for key in loaded} == base.keys() | learned.keys()
+        for key, value in loaded.items():
+            assert torch.equal(value, (base | learned)[f"network.{key}"]), key
+    loaded = network_state(logs, "part", ema_length=0.1)
+    frozen = {key for key in base if key not in weights(logs / "part", 3)}
+    assert all(torch.equal(loaded[key.removeprefix("network.")], base[key]) for key in frozen)
+
+
+def test_the_base_is_named_by_its_content(logs):
+    origin = yaml.safe_load((logs / "lora" / "config.yaml").read_text())["origin"]
+    assert origin["base"]["path"] == "base" and origin["base"]["step"] == 3
+    manifest = (checkpoint_path(logs / "base", 3) / "manifest.json").read_text()
+    assert origin["base"]["sha256"] in manifest and origin["load_weights"] in manifest
+
+
+SCALED = "--train_only conv_out conv_in --lr_scale conv_in=0.5"
+
+
+@pytest.mark.parametrize("flags", [LORA, f"--train_only {PARTS}", f"{LORA} --save full", SCALED])
+def test_a_resumed_run_is_an_uninterrupted_one(logs, tmp_path, flags):
+    names = ("stopped", "whole")
+    for name, steps in zip((*names, names[0]), (2, 4, 4), strict=True):
+        call_in(logs, tmp_path, name, f"--train_steps {steps} --lr_schedule constant --load_dir {logs}/base {flags}")
+    for file in ("model.safetensors", "ema.safetensors"):
+        one, other = (weights(tmp_path / name, 4, file) for name in names)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    moments = [saved_state(tmp_path / name, 4)["optimizers"]["network"]["state"] for name in names]
+    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[1])
+
+
+def call_in(logs, root, name, flags):
+    call("train_sampler.py", f"--logs_root {root} --log_dir {name} {RUN} --steps_per_checkpoint 1 {flags}")
+
+
+def test_full_checkpoints_need_no_base(logs, tmp_path):
+    call_in(logs, tmp_path, "base", "--train_steps 1")
+    call_in(logs, tmp_path, "full", f"--train_steps 1 --load_dir base {LORA} --save full")
+    whole = weights(tmp_path / "base", 1)
+    (tmp_path / "base").rename(tmp_path / "away")
+    assert whole.keys() < weights(tmp_path / "full", 1).keys()
+    opened(tmp_path, "full")
+    call_in(logs, tmp_path, "full", f"--train_steps 2 {LORA} --save full --load_dir base")
+    assert (tmp_path / "full" / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_a_merged_run_is_a_plain_one_that_computes_the_same(logs, tmp_path):
+    call_in(logs, tmp_path, "lora", f"--train_steps 2 --load_dir {logs}/base {LORA} --lora_alpha 4 --save merged")
+    assert all(".adapters." in key for key in weights(tmp_path / "lora", 2))
+    for ema in (True, False):
+        adapted, merged = (opened(tmp_path, name, ema=ema).sampler.network for name in ("lora", "lora_merged"))
+        assert merged.state_dict().keys() == {key for key in adapted.state_dict() if ".adapters." not in key}
+        merge(adapted)
+        for key, value in merged.state_dict().items():
+            assert torch.allclose(value, adapted.state_dict()[key], atol=1e-6)
+        base = weights(logs / "base", 3, "ema.safetensors")
+        assert any(not torch.equal(value, base[f"network.{key}"]) for key, value in merged.state_dict().items())
+
+
+def test_another_or_no_base_is_refused(logs, tmp_path, capfd):
+    call_in(logs, tmp_path, "base", "--train_steps 1")
+    call_in(logs, tmp_path, "lora", f"--train_steps 1 --load_dir base {LORA}")
+    file = checkpoint_path(tmp_path / "base", 1) / "ema.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"has SHA-256 .*, wanted .*put that file back"):
+        opened(tmp_path, "lora")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="holds the frozen weights"):
+        opened(tmp_path, "lora")
+
+
+def test_a_part_may_be_trained_after_a_part(logs, tmp_path):
+    call_in(logs, tmp_path, "next", f"--train_steps 1 --load_dir {logs}/part --train_only conv_in")
+    before, after = network_state(logs, "part"), network_state(tmp_path, "next")
+    assert weights(tmp_path / "next", 1).keys() == {"network.conv_in.weight", "network.conv_in.bias"}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"conv_in.weight", "conv_in.bias"}
+
+
+def one_line(text):
+    """An error as one line, without the frame around errors of the command line."""
+    return " ".join(text.replace("│", " ").split())
+
+
+REFUSED = {
+    f"--load_dir lora {LORA}": "is itself fine-tuned, with adapters: pass the run that --save merged writes",
+    LORA: "without trained weights: pass --load_dir RUN",
+    f"--load_dir base --load_partial {LORA}": "which change a whole network",
+    "--load_dir base --lora_alpha 2": "got lora_alpha without adapters",
+    "--load_dir base --save merged": "without adapters",
+    "--load_dir base --train_only conv_in --lr_scale conv_out=2": "in which nothing learns; what learns is in: conv_in",
+    "--lr_scale conv_out": "wanted a part of the network and a factor above 0",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_wrong_flags_are_refused(logs, flags, capfd):
+    with pytest.raises(SystemExit) as stop:
+        train(logs, "refused", f"--train_steps 1 {flags}")
+    assert stop.value.code == 2 and REFUSED[flags] in one_line(capfd.readouterr().err)
+    assert not (logs / "refused").exists()
+
+
+def test_averages_share_what_is_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[0].requires_grad_(False)
+    average, whole = EMA(model, 0.5, share_frozen=True), EMA(model, 0.5)
+    assert average.module[0].weight is model[0].weight and average.module[1].weight is not model[1].weight
+    assert whole.module[0].weight is not model[0].weight
+    before = model[1].weight.detach().clone()
+    with torch.no_grad():
+        model[1].weight += 1
+    average.update(model, 100)
+    torch.testing.assert_close(average.module[1].weight, before + 0.5)
+    learned = sum((p**2).sum() for p in [*model[1].parameters(), *model[2].parameters()])
+    torch.testing.assert_close(average.squared_norms(model)[1], learned.detach())
+
+
+def test_parts_learn_at_their_own_rate():
+    """A step of sgd is the rate times the gradient."""
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "encoders": nn.ModuleDict({"text": nn.Linear(1, 1)})})
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1, betas=(0.0, 0.0))
+    scale_learning_rates(optimizer, model, parse_scales(["text=0.75", "a.bias=3"]))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    state = TrainState({"m": model}, {"m": optimizer})
+    clip_and_step(state, ["m"], DistContext(torch.device("cpu")), lr=0.2, clip=0)
+    moved = {name: (before[name] - p).item() for name, p in model.named_parameters()}
+    wanted = {"a.weight": 0.2, "a.bias": 0.6, "encoders.text.weight": 0.15, "encoders.text.bias": 0.15}
+    assert moved == pytest.approx(wanted, abs=1e-6)
