@@ -36,7 +36,7 @@ WHOLE_STEPS: dict[str, Callable[[int, int, int], list[int]]] = {
 def whole_step_times(
     process: object, count: int, spacing: str, offset: int = 0, *, start: float = 1.0, last: float = 0.0
 ) -> list[float]:
-    """Returns decreasing times of `count` steps by a key of WHOLE_STEPS, then `last`: 0, or 1 / T for the state of step 0.
+    """Returns decreasing times of `count` steps by a key of WHOLE_STEPS, then `last`: 0, or 1 / T, the time of step 0.
 
     Times above `start` are left out. ValueError for a process without steps, for more steps than it has, and for an
     offset beyond its last step.

@@ -451,7 +451,7 @@ class GaussianSampler(LearnedSampler):
         return [*times, last]
 
     def last_time(self, options: Sampling) -> float:
-        """Returns the time that sampling ends at; ValueError for a process without the state that --last_state names."""
+        """Returns the time that sampling ends at; ValueError for a process without the --last_state."""
         if options.last_state == "clean":
             return 0.0
         if not isinstance(self.process, GaussianDiffusion):

@@ -1,8 +1,5 @@
 """Whole sampling runs of Stable Diffusion, recorded with public pipelines: latents after every step."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,10 +10,9 @@ from diffusion.gaussian_solvers import ddim, dpmpp_2m
 from diffusion.plms_solvers import plms
 from diffusion.rng import Streams
 from diffusion.whole_steps import whole_step_times
+from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, load_unet
 from models.conditioning import Condition, Tokens
-from test_sd_unet import HAS_FIXTURES, load
 
-FIXTURES = Path(os.environ.get("TEXT_FIXTURES", ""))
 FIRST = 1 / 1000  # the time of the state after the first step of noise
 
 
@@ -32,7 +28,7 @@ def process_of(version, zero_snr=False):
 
 def sample(version, io, solve, times, *, process=None, noise="noise", scale=7.5, rescale=0.0):
     """Returns the latents after every step, and the steps of the network calls."""
-    process, (network, _) = process or process_of(version), load(version, "folder")
+    process, (network, _) = process or process_of(version), load_unet(version, "folder")
     calls = []
 
     def denoise(x, t, condition):

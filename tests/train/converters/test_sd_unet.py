@@ -2,69 +2,19 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from models.conditioning import Condition, ConditionEncoder, Tokens
-from models.unet import UNet, UNetConfig
+from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, PREFIX, build_unet, load_unet, read_unet
+from models.conditioning import Condition, Tokens
 from train.converters.sd.names import from_layout, row_table, to_layout
 from train.converters.sd.unet import infer_unet, unet_weights
 
-FIXTURES = Path(os.environ.get("TEXT_FIXTURES", ""))
-HAS_FIXTURES = pytest.mark.skipif(
-    not (FIXTURES / "sd1/unet_io.npz").is_file(),
-    reason="TEXT_FIXTURES names no folder with sd1/unet_io.npz, outputs of a public UNet",
-)
 REAL = Path(__file__).parents[2] / "fixtures/sd"
-PREFIX = "model.diffusion_model."
 VERSIONS = ("sd1", "sd2")
-
-
-class TokenStub(ConditionEncoder):
-    """Stands for a text encoder of a width."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.token_width = width
-
-    def forward(self, raw, x, drop=None):
-        return Tokens(raw)
-
-
-def build(settings, device="cpu"):
-    """Builds a UNet of settings that `infer_unet` returned."""
-    names = UNetConfig.__dataclass_fields__.keys() & settings.keys()
-    with torch.device(device):
-        config = UNetConfig(**{name: settings[name] for name in names})
-        return UNet(config, {"text": TokenStub(settings["text_width"])}).eval()
-
-
-def read(version, layout):
-    """Returns the tensors of a fixture, without prefix, in their own precision, and the config of the folder."""
-    folder = FIXTURES / version
-    config = json.loads((folder / "unet/config.json").read_text())
-    if layout == "folder":
-        return load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config
-    tensors = load_file(folder / "ldm_unet.safetensors")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, config
-
-
-def load(version, layout):
-    """Returns the UNet of a fixture, and its table."""
-    tensors, config = read(version, layout)
-    settings = infer_unet(tensors, layout, config if layout == "folder" else None)
-    if layout == "single":  # heads do not follow from weights
-        settings |= {"heads": 4} if version == "sd1" else {"head_width": 16}
-    network = build(settings)
-    table = unet_weights(network, settings["conv_projections"])
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    network.load_state_dict(from_layout(table, tensors, layout, shapes))
-    return network, table
 
 
 @HAS_FIXTURES
@@ -72,7 +22,7 @@ def load(version, layout):
 @pytest.mark.parametrize("version", VERSIONS)
 @torch.no_grad()
 def test_outputs_are_those_of_the_public_unet(version, layout, record_property):
-    network, _ = load(version, layout)
+    network, _ = load_unet(version, layout)
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / version / "unet_io.npz").items()}
     mask = io["token_mask"].bool()
     for x, tokens, seen, expected in (
@@ -91,8 +41,8 @@ def test_outputs_are_those_of_the_public_unet(version, layout, record_property):
 @pytest.mark.parametrize("layout", ["single", "folder"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_file_is_written_back_to_the_bit(version, layout):
-    tensors, _ = read(version, layout)
-    network, table = load(version, layout)
+    tensors, _ = read_unet(version, layout)
+    network, table = load_unet(version, layout)
     back = to_layout(table, network.state_dict(), layout, torch.float16)
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -102,7 +52,7 @@ def test_a_file_is_written_back_to_the_bit(version, layout):
 @HAS_FIXTURES
 @pytest.mark.parametrize("version", VERSIONS)
 def test_both_layouts_are_the_same_network(version):
-    single, folder = (load(version, layout)[0].state_dict() for layout in ("single", "folder"))
+    single, folder = (load_unet(version, layout)[0].state_dict() for layout in ("single", "folder"))
     assert single.keys() == folder.keys() and all(torch.equal(single[name], folder[name]) for name in single)
 
 
@@ -129,7 +79,7 @@ def test_each_tensor_of_the_real_files_is_read_and_written(name, layout):
     assert settings["channel_mults"] == (1, 2, 4, 4) and settings["attn_factors"] == (1, 2, 4)
     assert settings["heads" if name == "sd15" else "head_width"] == (8 if name == "sd15" else 64)
     assert settings["conv_projections"] == (name == "sd15")
-    network = build(settings, "meta")
+    network = build_unet(settings, "meta")
     assert sum(p.numel() for p in network.parameters()) == (859_520_964 if name == "sd15" else 865_910_724)
     table = unet_weights(network, settings["conv_projections"])
     shapes = {key: value.shape for key, value in network.state_dict().items()}
@@ -142,7 +92,7 @@ def test_each_tensor_of_the_real_files_is_read_and_written(name, layout):
 def test_missing_unexpected_and_misshapen_tensors_are_named():
     tensors = real_tensors("sd15", "folder")
     settings = infer_unet(tensors, "folder")
-    network = build(settings, "meta")
+    network = build_unet(settings, "meta")
     table = unet_weights(network, True)
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     extra = tensors | {"class_embedding.weight": torch.empty(1, device="meta")}
