@@ -6,9 +6,9 @@ import torch
 
 from diffusion.denoisers import guided
 from diffusion.gaussian import GaussianDiffusion, scaled_linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import ddim, dpmpp_2m
-from diffusion.plms_solvers import plms
+from diffusion.gaussian_solvers import ddim, dpmpp_2m, step_times
 from diffusion.rng import Streams
+from diffusion.sd_solvers import euler, plms
 from diffusion.whole_steps import whole_step_times
 from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, load_unet
 from models.conditioning import Condition, Tokens
@@ -113,4 +113,18 @@ def test_trailing_steps_at_zero_terminal_snr(record_property):
         x = sample("sd2", io | {"x": x}, ddim, [t, max(t - 166 / 1000, FIRST)], **step)[0][-1]
     difference = relative_rms(x, io["ddim_zsnr_trailing_latents"][-1])
     record_property("sd2 ddim, trailing, zero terminal SNR", difference)
+    assert difference < 1e-5
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("version", ["sd1", "sd2"])
+def test_euler_is_that_of_the_public_pipeline(version, record_property):
+    """The public state is x / alpha; between steps sigma / alpha is interpolated there, alpha here."""
+    io, process = recorded(version), process_of(version)
+    times = step_times(process, 6, "linspace")
+    assert [t * 1000 - 1 for t in times[:-1]] == pytest.approx(io["euler_t"].tolist(), abs=1e-4)
+    noise = process.sigma(torch.tensor(1.0)).float() * io["noise"]  # the prior of the process
+    states, _ = sample(version, io | {"x": noise}, euler, times, noise="x")
+    difference = relative_rms(states[-1], io["euler_latents"][-1])
+    record_property(f"{version} euler", difference)
     assert difference < 1e-5

@@ -1,6 +1,6 @@
-"""PLMS, the pseudo linear multistep method (Liu et al. 2022), as Stable Diffusion 1 was released with.
+"""Solvers that Stable Diffusion is known with: PLMS, the pseudo linear multistep method (Liu et al. 2022), and Euler.
 
-The start, for which the paper takes Runge-Kutta steps, is one step of a Heun kind: one network call more than steps.
+The start of PLMS, for which the paper takes Runge-Kutta steps, is one of Heun's kind: one network call more than steps.
 """
 
 from itertools import pairwise
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.gaussian_solvers import ContinuousDenoiser, StepCoefficients, few_steps, step_coefficients
+from diffusion.gaussian_solvers import ContinuousDenoiser, StepCoefficients, ddim, few_steps, step_coefficients
 from diffusion.process import ContinuousProcess, expand
 from diffusion.rng import Streams
 from diffusion.solvers import Solver
@@ -44,7 +44,9 @@ def plms(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """PLMS: fourth order, one network call a step and one more in the first; for times that are evenly spaced.
+    """PLMS: eps extrapolated from the last four, one network call a step and one more in the first.
+
+    For times that are evenly spaced.
 
     ValueError at zero terminal SNR, where eps says nothing of x_0.
     """
@@ -63,4 +65,21 @@ def plms(
     return x
 
 
-SOLVERS = (Solver(plms, GaussianDiffusion, steps=few_steps),)
+@torch.no_grad()
+def euler(
+    denoise: ContinuousDenoiser,
+    process: ContinuousProcess,
+    x: Tensor,  # (B, C, H, W)
+    times: list[float],
+    *,
+    rng: Streams,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Euler's method for d(x / alpha) = eps d(sigma / alpha) (Karras et al. 2022, eq. 1), which is DDIM with eta 0.
+
+    Public code keeps x / alpha between the steps.
+    """
+    return ddim(denoise, process, x, times, rng=rng, on_step=on_step)
+
+
+SOLVERS = (Solver(plms, GaussianDiffusion, steps=few_steps), Solver(euler, GaussianDiffusion, steps=few_steps))
