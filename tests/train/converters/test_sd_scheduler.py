@@ -1,0 +1,70 @@
+"""Schedulers of diffusers as flags: each key obeyed, without effect, or refused."""
+
+import pytest
+
+from train.converters.sd.scheduler import process_settings, sampling_settings
+
+SD1 = {  # that of Stable Diffusion 1.5
+    **{"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085},
+    **{"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False},
+    **{"skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False},
+}
+SD2 = SD1 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+SD_PROCESS = {
+    **{"process": "gaussian", "total_steps": 1000, "schedule": "scaled_linear", "first_beta": 0.00085},
+    **{"last_beta": 0.012, "prediction": "eps", "zero_terminal_snr": False, "variance": "fixed_small"},
+}
+
+
+def test_the_schedulers_of_stable_diffusion():
+    assert process_settings(SD1) == SD_PROCESS and process_settings(SD2) == SD_PROCESS | {"prediction": "v"}
+    common = {"spacing": "whole_leading", "steps_offset": 1, "clip": False, "last_state": "first"}
+    assert sampling_settings(SD1) == {"solver": "plms"} | common
+    assert sampling_settings(SD2) == {"solver": "ddim"} | common
+
+
+def test_keys_that_are_left_out_have_the_defaults_of_the_library():
+    config = {"_class_name": "DDIMScheduler"}
+    wanted = {"schedule": "linear", "first_beta": 0.0001, "last_beta": 0.02}
+    assert process_settings(config) == SD_PROCESS | wanted
+    clipped = {"spacing": "whole_leading", "steps_offset": 0, "clip": True, "last_state": "clean"}
+    assert sampling_settings(config) == {"solver": "ddim"} | clipped
+    assert sampling_settings({"_class_name": "PNDMScheduler"})["last_state"] == "first"
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler"}, {"solver": "dpmpp_2m", "spacing": "whole_open"}),
+        ({"_class_name": "EulerDiscreteScheduler"}, {"solver": "euler", "spacing": "linspace"}),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {"spacing": "karras"}),
+        ({"timestep_spacing": "trailing"}, {"spacing": "whole_trailing", "steps_offset": 0}),
+    ],
+)
+def test_other_schedulers_and_spacings(changes, wanted):
+    settings = sampling_settings(SD1 | changes)
+    assert wanted.items() <= settings.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"_class_name": "EulerAncestralDiscreteScheduler"},
+            "got the scheduler EulerAncestralDiscreteScheduler, wanted",
+        ),
+        ({"thresholding": True}, "thresholding True, wanted False"),
+        ({"skip_prk_steps": False}, "skip_prk_steps False, wanted True"),
+        ({"trained_betas": [0.1]}, r"trained_betas \[0.1\], wanted None"),
+        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', wanted one of linear"),
+        ({"new_key": 1}, "unknown setting new_key"),
+        ({"timestep_spacing": "new"}, "timestep_spacing 'new'"),
+    ],
+)
+def test_what_is_not_built_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_settings(SD1 | changes)
+
+
+def test_zero_terminal_snr_is_obeyed():
+    assert process_settings(SD2 | {"rescale_betas_zero_snr": True})["zero_terminal_snr"]
