@@ -322,6 +322,14 @@ class DiffAttentionV2(DifferentialAttention):
         return lambda_ if self.gate is None else upcast(self.gate) * lambda_
 
 
+class DifferentialCrossAttentionV1(DiffAttentionV1, CrossAttention):
+    """Cross-attention whose maps are those of `DiffAttentionV1`; lambda is that of the layer."""
+
+
+class DifferentialCrossAttentionV2(DiffAttentionV2, CrossAttention):
+    """Cross-attention whose maps are those of `DiffAttentionV2`; lambda is that of the places that attend."""
+
+
 ATTENTION_TYPES = {"softmax": Attention, "diff_v1": DiffAttentionV1, "diff_v2": DiffAttentionV2}
 
 
@@ -336,7 +344,7 @@ def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAt
         raise ValueError(f"got {kind}, wanted diff_v2")
     if kind != "diff_v2":
         raise ValueError(f"got {kind}: only diff_v2 can start as the function of a softmax layer: choose diff_v2")
-    if type(layer) is not Attention:
+    if type(layer) not in (Attention, CrossAttention):
         raise ValueError(f"got a {type(layer).__name__}, wanted softmax Attention")
     core = copy.deepcopy(layer.core)
     for module in core.modules():
@@ -345,7 +353,9 @@ def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAt
     options = {name: getattr(layer, name) for name in ("rotary", "context_width", "dropout", "scale")}
     old = layer.qkv if layer.context_width is None else layer.q
     options |= {"qk_norm": layer.norm_q is not None, "qkv_bias": old.bias is not None}
-    differential = DiffAttentionV2(layer.width, layer.heads, gated=True, core=core, **options).to(layer.proj.weight)
+    options |= {"proj_bias": layer.proj.bias is not None, "gated": True, "core": core}
+    target = DifferentialCrossAttentionV2 if isinstance(layer, CrossAttention) else DiffAttentionV2
+    differential = target(layer.width, layer.heads, **options).to(layer.proj.weight)
     for name in ("proj", "norm_q", "norm_k") if options["qk_norm"] else ("proj",):
         getattr(differential, name).load_state_dict(getattr(layer, name).state_dict())
     new = differential.qkv if layer.context_width is None else differential.q

@@ -10,6 +10,7 @@ import torch
 
 from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, PREFIX, build_unet, load_unet, read_unet
 from models.conditioning import Condition, Tokens
+from models.differential import make_differential
 from train.converters.sd.names import from_layout, row_table, to_layout
 from train.converters.sd.unet import infer_unet, unet_weights
 
@@ -87,6 +88,54 @@ def test_each_tensor_of_the_real_files_is_read_and_written(name, layout):
     assert converted.keys() == shapes.keys() and len(row_table(table, layout)) == len(tensors)
     back = to_layout(table, converted, layout)
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in tensors.items()}
+
+
+SMALL = {
+    **{
+        "channels": 16,
+        "channel_mults": (1, 2),
+        "res_blocks": 1,
+        "attn_factors": (1,),
+        "heads": 2,
+        "scale_shift": False,
+    },
+    **{"scale_shift": False, "attn_block_type": "transformer", "qkv_bias": False, "transformer_eps": 1e-6},
+    "text_width": 12,
+}
+
+
+def small_differential(where, kind="diff_v1_split"):
+    """Builds a small UNet with differential attention; returns it and the names of the new layers."""
+    network = build_unet(SMALL)
+    return network, make_differential(network, kind, where)
+
+
+@pytest.mark.parametrize("layout", ["single", "folder"])
+@pytest.mark.parametrize("where", ["self", "cross", "both"])
+def test_lambda_vectors_are_written_read_and_recognised(where, layout):
+    network, names = small_differential(where)
+    table, state = unet_weights(network, True), network.state_dict()
+    tensors = to_layout(table, state, layout)
+    prefix = "input_blocks.1.1" if layout == "single" else "down_blocks.0.attentions.0"
+    for number, own in ((1, "attention"), (2, "cross")):
+        for vector in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            name = f"{prefix}.transformer_blocks.0.attn{number}.{vector}"
+            assert (name in tensors) == (where in ("both", {"attention": "self"}.get(own, own)))
+            assert name not in tensors or torch.equal(tensors[name], state[f"down_blocks.0.1.{own}.{vector}"])
+    assert sum(".lambda_" in name for name in tensors) == 4 * len(names)
+    settings = infer_unet(tensors, layout)
+    assert settings["differential"] == "diff_v1_split" and settings["differential_in"] == where
+    other, _ = small_differential(settings["differential_in"])
+    shapes = {name: value.shape for name, value in other.state_dict().items()}
+    other.load_state_dict(from_layout(unet_weights(other, True), tensors, layout, shapes))
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+def test_softmax_files_have_no_differential_settings_and_diff_v2_no_names():
+    tensors = to_layout(unet_weights(build_unet(SMALL), True), build_unet(SMALL).state_dict(), "folder")
+    assert not {"differential", "differential_in"} & infer_unet(tensors, "folder").keys()
+    with pytest.raises(ValueError, match="got a DifferentialCrossAttentionV2 at .*, which no layout has"):
+        unet_weights(small_differential("cross", "diff_v2")[0], True)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named():

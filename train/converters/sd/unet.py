@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.attention import DiffAttentionV1, DiffAttentionV2
 from models.blocks import Downsample, ResBlock, Upsample
 from models.unet import UNet
 from models.unet_attention import NoAttention, SpatialTransformer
@@ -31,6 +32,8 @@ ENDS = (
     ("conv_out", "out.2", "conv_out"),
 )
 BLOCK = "transformer_blocks.0"
+ATTENTION = {"attn1": "self", "attn2": "cross"}  # of a block, and what it attends to
+LAMBDA = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")  # of AdDiffusion's differential attention
 
 
 def unet_weights(unet: UNet, conv_projections: bool) -> list[Weight]:
@@ -97,6 +100,9 @@ def transformer_weights(
         own = getattr(block, attention)
         if own is None:
             continue
+        if isinstance(own, DiffAttentionV2) or isinstance(own, DiffAttentionV1) and own.norm is not None:
+            got = f"got a {type(own).__name__} at {ours}, which no layout has"
+            raise ValueError(f"{got}: only softmax attention and diff_v1_split have names there")
         inputs = [f"{BLOCK}.attn{number}.to_{each}" for each in "qkv"]
         yield from named(norm, f"{BLOCK}.norm{number}")
         if own.context_width is None:
@@ -105,6 +111,9 @@ def transformer_weights(
             yield from named(f"{attention}.q", inputs[0], bias=own.q.bias is not None)
             yield from named(f"{attention}.kv", *inputs[1:], bias=own.kv.bias is not None)
         yield from named(f"{attention}.proj", f"{BLOCK}.attn{number}.to_out.0")
+        for vector in LAMBDA if isinstance(own, DiffAttentionV1) else ():
+            outside = ((f"{prefix}.{BLOCK}.attn{number}.{vector}",) for prefix in (single, folder))
+            yield Weight(f"{ours}.{attention}.{vector}", *outside)
     yield from named("norm2", f"{BLOCK}.norm3")
     yield from named("feed_forward.expand", f"{BLOCK}.ff.net.0.proj")
     yield from named("feed_forward.contract", f"{BLOCK}.ff.net.2")
@@ -165,7 +174,8 @@ def infer_unet(
 
     Besides these, "in_channels" and "out_channels" of the file, "text_width" and "conv_projections" (see
     `unet_weights`). Without a config and with tokens of another width than those of SD 1 and 2, there are no "heads":
-    they do not follow from weights. ValueError for networks of other kinds.
+    they do not follow from weights. With AdDiffusion's attention there are "differential" and "differential_in": the
+    layers that `make_differential` replaces in the network built. ValueError for networks of other kinds.
     """
     check_config(config or {})
     single = layout == "single"
@@ -191,7 +201,17 @@ def infer_unet(
         "out_channels": size_of(tensors, f"{'out.2' if single else 'conv_out'}.weight", 0),
         "text_width": text_width,
         "conv_projections": tensors[tokens.replace(TOKENS, "proj_in.weight")].ndim == 4,
-    } | (head_settings(config, widths) if config else HEADS.get(text_width, {}))
+        **(head_settings(config, widths) if config else HEADS.get(text_width, {})),
+        **differential_settings(tensors),
+    }
+
+
+def differential_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns "differential" and "differential_in" of a UNet with lambda vectors; nothing for softmax attention."""
+    places = {place for name in tensors for place in ATTENTION if name.endswith(f"{BLOCK}.{place}.{LAMBDA[0]}")}
+    if not places:
+        return {}
+    return {"differential": "diff_v1_split", "differential_in": "both" if len(places) > 1 else ATTENTION[places.pop()]}
 
 
 def level_starts(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[list[tuple[str, str]], int]:
