@@ -1,11 +1,11 @@
-"""Convert weights of public reference code to a run. `python convert.py --from guided --weights unet.pt --help`"""
+"""Convert weights of other code to a run, or a run back. `python convert.py --from sd --weights PATH --help`"""
 
 import functools
 import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -16,20 +16,31 @@ from train.checkpoint import save_checkpoint, saved_steps
 from train.class_names import check_class_names
 from train.cli.files import run_folder
 from train.cli.parse import BaseSettings, first_stage_data, one_line_errors, run_script
-from train.cli.values import peek_flag
-from train.config import SecondStageConfig, VQGANRunConfig
+from train.cli.values import peek_flag, peek_flag_values
+from train.config import LoggingConfig, SecondStageConfig, VQGANRunConfig
+from train.continuous_stage import save_autoencoder
 from train.converters import FIRST_STAGE, ConvertedTensor
+from train.converters.sd.export import FOLDER, keep_source, write_back
+from train.converters.sd.files import Source, read_source
+from train.converters.sd.runs import load_autoencoder, load_text, load_unet, sampler_flags
+from train.converters.sd.tiny import is_tiny, load_tiny
+from train.converters.sd.unet import infer_unet
 from train.distributed import DistContext
 from train.files import parse_json, sha256
+from train.finetuning import read_base
 from train.first_stage import load_vqgan_stage
 from train.registry import load_plugin
 from train.runs import open_run, run_lock
 from train.sampler import build_state as build_sampler_state
-from train.spaces import CodeSpace, PixelSpace
+from train.samplers._conditions import options_of_conditions
+from train.spaces import CodeSpace, PixelSpace, open_space
+from train.text_encoder_file import save_text_encoder, text_provenance, with_options_of_file
+from train.trained_sampler import load_trained_sampler
 from train.vqgan import build_state as build_vqgan_state
 from vq.weights import read_tensors
 
 LAYOUTS = "train.converters"
+SD = "sd"  # the layout that makes several runs at once
 HEADS = "8"  # of the released samplers of codes; cannot be inferred from weights
 
 
@@ -39,10 +50,15 @@ class ConversionConfig:
 
     source: Annotated[str, tyro.conf.arg(name="from")] = "guided"
     """Layout of the weights, a file of train/converters. guided: the UNet of improved-diffusion and guided-diffusion;
-    unleashing: the VQGAN of unleashing-transformers, then its samplers (pass --bert_n_head if it is not 8)."""
+    unleashing: the VQGAN of unleashing-transformers, then its samplers (pass --bert_n_head if it is not 8); sd: Stable
+    Diffusion 1 and 2, their autoencoders, and TAESD's."""
     weights: str | None = None
-    """File of weights (.pt or .th), read without running code. Of NAME_<step>.th and NAME_ema_<step>.th in one folder,
-    either stands for both."""
+    """File of weights (.pt or .th; sd: .safetensors or .ckpt, or a folder of diffusers), read without running code. Of
+    NAME_<step>.th and NAME_ema_<step>.th in one folder, either stands for both."""
+    variant: str | None = None
+    """sd: variant of the files of a folder, such as fp16; default: those without one, or the only one."""
+    from_averages: bool = True
+    """sd: take the averaged weights of a single file that has them."""
     config_json: str | None = None
     """guided: JSON file of the training flags, or of the arguments of UNetModel."""
     new_attention_order: bool = False
@@ -61,6 +77,28 @@ class ConversionConfig:
         """`step`, else the step in the name of a .th file, else 0."""
         match = re.search(r"_(\d+)\.th$", self.weights)
         return self.step if self.step is not None else int(match[1]) if match else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Export."""
+
+    to: Literal["sd", "diffusers"] = "sd"
+    """sd: a single .safetensors file; diffusers: a folder. The run must come from the same layout."""
+    load_dir: str | None = None
+    """Run of convert.py, or one that was fine-tuned from it."""
+    load_step: int | None = None
+    """Step of the run; the newest by default."""
+    output: str | None = None
+    """File or folder to write."""
+    logs_root: str = LoggingConfig.logs_root
+    """Folder of all runs."""
+
+    EVERYDAY = ("to", "load_dir", "output")
+    RANGES = {"load_step": NOT_NEGATIVE}
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +125,37 @@ class FirstStageConfig(VQGANRunConfig):
     NOT_EVERYDAY = ("network", "loss", "reader", "training", "num_workers")
 
     conversion: ConversionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Convert a continuous autoencoder to a run that --ae_load_dir may name."""
+
+    EXAMPLES = ("python convert.py --from sd --weights taesd_encoder.pth --log_dir taesd",)
+
+    conversion: ConversionConfig
+    logging: LoggingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run that came from Stable Diffusion back, with the weights that it has now."""
+
+    EXAMPLES = ("python convert.py --to sd --load_dir sd15 --output sd15_tuned.safetensors",)
+
+    export: ExportOptions
+
+
+@functools.lru_cache(maxsize=1)
+def read_sd(path: str, averaged: bool, variant: str | None) -> Source:
+    """Reads a source of Stable Diffusion; cached."""
+    return read_source(Path(path), ema=averaged, variant=variant)
+
+
+def find_sd(argv: list[str], weights: str) -> Source | None:
+    """Returns the source that the command line names; None for a tiny autoencoder."""
+    averaged = peek_flag_values(argv, "no_from_averages") is None
+    return None if is_tiny(Path(weights)) else read_sd(weights, averaged, peek_flag(argv, "variant"))
 
 
 @functools.lru_cache(maxsize=2)
@@ -119,14 +188,28 @@ def find_layout(argv: list[str], weights: str) -> tuple[Any, str]:
 def config_class(argv: list[str]) -> type:
     """Returns the config class for the kind of model of the weights."""
     weights = peek_flag(argv, "weights")
+    if peek_flag(argv, "to") is not None:
+        return ExportConfig
+    if weights is not None and peek_flag(argv, "from") == SD:
+        source = find_sd(argv, weights)
+        return AutoencoderConfig if source is None or "unet" not in source.parts else Config
     return FirstStageConfig if weights is not None and find_layout(argv, weights)[1] == FIRST_STAGE else Config
 
 
 def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
     """Returns the flags that follow from the weights and their JSON; typed flags override them."""
     weights = peek_flag(argv, "weights")
+    if peek_flag(argv, "to") is not None:
+        return {}
     if weights is None:
         return {"sampler": "ddpm"}
+    if peek_flag(argv, "from") == SD:
+        source = find_sd(argv, weights)
+        if source is None or "unet" not in source.parts:
+            return {}
+        names = ("heads", "head_width", "prediction")
+        typed = {name: peek_flag(argv, name) for name in names if peek_flag(argv, name) is not None}
+        return {"sampler": "ddpm", "dataset": "folder"} | sampler_flags(source, typed)
     layout, kind = find_layout(argv, weights)
     tensors = read_weights(weights)
     if kind == FIRST_STAGE:
@@ -242,8 +325,74 @@ def make_pixel_sampler_run(config: Config) -> None:
     print(f"{path}\n{process}, variance {sampler.variance}, {n_classes or 'no'} classes", flush=True)
 
 
-def main(config: Config | FirstStageConfig) -> None:
+def make_autoencoder_run(config: AutoencoderConfig) -> None:
+    """Converts a continuous autoencoder to a run."""
+    conversion, logging, path = config.conversion, config.logging, Path(config.conversion.weights)
+    if is_tiny(path):
+        network = load_tiny(path)
+    else:
+        source = read_sd(str(path), conversion.from_averages, conversion.variant)
+        if "autoencoder" not in source.parts:
+            raise ValueError(f"{path} has {', '.join(source.parts)}, wanted a UNet or an autoencoder: pass another")
+        network = load_autoencoder(source).network
+    run = run_folder(logging.logs_root, logging.log_dir or f"autoencoder_{path.stem}")
+    print(save_autoencoder(run, network, {"source": path.name}), flush=True)
+
+
+def make_sd_runs(config: Config) -> None:
+    """Converts Stable Diffusion to the run of a sampler, that of its autoencoder, and the file of its text encoder."""
+    conversion, logging = config.conversion, config.logging
+    source = read_sd(conversion.weights, conversion.from_averages, conversion.variant)
+    run = run_folder(logging.logs_root, logging.log_dir or Path(conversion.weights).stem)
+    if config.first.ae_load_dir is None:
+        if "autoencoder" not in source.parts:
+            raise ValueError(f"{conversion.weights} has no autoencoder: convert one, and pass its run as --ae_load_dir")
+        ae_run = run.with_name(f"{run.name}_ae")
+        save_autoencoder(ae_run, load_autoencoder(source).network, {"source": Path(conversion.weights).name})
+        config = replace(config, first=replace(config.first, ae_load_dir=ae_run.name))
+    encoder, _, _ = load_text(source)
+    text_file = run / "text_encoder.safetensors"
+    save_text_encoder(encoder, text_file)
+    options = replace(options_of_conditions(config.sampler), text_encoder=str(text_file))
+    sampler = replace(config.sampler, condition_options=with_options_of_file(options))
+    config, world = replace(config, sampler=sampler), DistContext(torch.device("cpu"))
+    space = open_space(config, {}, None, world)
+    built, state = build_sampler_state(sampler, config.training, space, 0, world)
+    load_unet(source, built.network)
+    facts = infer_unet(source.parts["unet"], source.layout, source.configs.get("unet"))
+    keep_source(run, source, facts["conv_projections"])
+    origin = space.provenance | {"class_frequencies": [], "class_names": [], "source": Path(conversion.weights).name}
+    path = save_run(config, SecondStageConfig, state, run, origin | text_provenance(options_of_conditions(sampler)), 0)
+    for reason in dict.fromkeys(source.omitted.values()):
+        print(f"{sum(each == reason for each in source.omitted.values())} tensors left out: {reason}")
+    print(f"{path}\npredicts {sampler.prediction}, latents of {space.first_stage.run}", flush=True)
+
+
+def export_run(config: ExportConfig) -> None:
+    """Writes a run back in the layout it came from."""
+    options = config.export
+    if options.load_dir is None or options.output is None:
+        raise ValueError("got no run or no output: pass --load_dir RUN --output PATH")
+    run, device = run_folder(options.logs_root, options.load_dir), torch.device("cpu")
+    model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=(options.logs_root,))
+    source_run = run
+    while not (source_run / FOLDER).is_dir() and (base := read_base(source_run)) is not None:
+        source_run = base.run
+    network = model.sampler.network
+    text = network.encoders["text"].encoder if "text" in network.encoders else None
+    autoencoder = None if model.space.first_stage is None else model.space.first_stage.network
+    write_back(source_run, options.to, Path(options.output), network, autoencoder, text)
+    print(options.output, flush=True)
+
+
+def main(config: Config | FirstStageConfig | AutoencoderConfig | ExportConfig) -> None:
+    if isinstance(config, ExportConfig):
+        return export_run(config)
+    if isinstance(config, AutoencoderConfig):
+        return make_autoencoder_run(config)
     conversion = config.conversion
+    if conversion.source == SD and conversion.weights is not None:
+        return make_sd_runs(config)
     if conversion.weights is None:
         raise ValueError("got no weights: pass --weights PATH.pt, and their flags as --config_json PATH.json")
     layout = load_plugin(LAYOUTS, conversion.source, "layout")

@@ -267,7 +267,7 @@ class FirstStageConfig:
     """Run folder of the VQGAN or autoencoder. If omitted: vqgan_<dataset> for samplers of codes; other samplers work on
     pixels."""
     ae_load_step: int | None = None
-    """Step of the VQGAN; the newest by default."""
+    """Step of the VQGAN or autoencoder; the newest by default."""
     cache_latents: bool = False
     """Samplers of latents: encode all images once, in all training views, into a file in the autoencoder's folder."""
     latent_sampling: Literal["mode", "sample"] = "mode"

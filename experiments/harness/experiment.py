@@ -192,6 +192,8 @@ def run_defaults(argv: list[str], section: str) -> BaseSettings:
         sampler = named["sampler"] or model.sampler
         own = load_plugin("train.samplers", sampler, "sampler").Sampling.solver_setting_names()
         sampling = {key: value for key, value in sampling.items() if key not in own}
+    if content.get("training", {}).get("ema") is False:  # the run keeps no averages
+        named["ema"] = False
     return BaseSettings(sampling | {name: value for name, value in named.items() if value is not None}, path)
 
 

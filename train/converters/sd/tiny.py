@@ -70,3 +70,12 @@ def is_side(file: Path, side: str) -> bool:
     """Returns whether a file is named as one of an encoder, or of a decoder."""
     match = SIDE_FILE.fullmatch(file.name)
     return match is not None and match["side"] == side
+
+
+def is_tiny(path: Path) -> bool:
+    """Returns whether a path is that of a tiny autoencoder: a side, a folder with sides, or a file with both."""
+    if path.is_dir():
+        return any(is_side(file, "encoder") for file in path.iterdir())
+    if SIDE_FILE.fullmatch(path.name) is not None or not path.is_file():
+        return SIDE_FILE.fullmatch(path.name) is not None
+    return any(re.match(r"encoder\.(layers\.)?0\.", name) for name in read_file(path))

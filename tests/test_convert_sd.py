@@ -1,0 +1,84 @@
+"""Conversion of Stable Diffusion: runs sample and are written back to the bit."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from helpers.tiny_runs import call
+from helpers.tiny_sd import CONFIGS, write_pipeline, write_single_file
+from train.converters.sd.files import read_source
+
+
+def convert(weights, logs, flags=""):
+    call("convert.py", f"--from sd --weights {weights} --logs_root {logs} --log_dir sd --no_amp {flags}")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    write_single_file(folder / "tiny.safetensors")
+    convert(folder / "tiny.safetensors", folder / "logs", "--heads 4 --prediction eps --img_size 16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    write_pipeline(folder / "tiny")
+    convert(folder / "tiny", folder / "logs")
+    return folder
+
+
+def test_settings_of_a_folder_are_those_of_its_files(pipeline):
+    config = yaml.safe_load((pipeline / "logs/sd/config.yaml").read_text())
+    assert config["sampler"]["prediction"] == "v" and config["sampler"]["heads"] == 4
+    assert config["sampling"]["solver"] == "ddim" and config["sampling"]["last_state"] == "first"
+    assert config["data"]["img_size"] == 16 and config["origin"]["latent_scale"] == 0.2
+    assert config["first"]["ae_load_dir"] == "sd_ae"
+
+
+def test_a_converted_run_samples_from_prompts(single):
+    flags = f"--load_dir {single}/logs/sd --logs_root {single}/logs --n_samples 2 --sample_steps 2 --no_amp"
+    call("experiments/get_samples.py", f"{flags} --prompt dog --log_dir samples")
+    assert (single / "logs/samples/samples.png").is_file()
+
+
+def test_a_single_file_is_written_back_to_the_bit(single):
+    output = single / "back.safetensors"
+    call("convert.py", f"--to sd --load_dir sd --logs_root {single}/logs --output {output}")
+    tensors, back = load_file(single / "tiny.safetensors"), load_file(output)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in tensors.items())
+
+
+def test_a_folder_is_written_back_to_the_bit(pipeline):
+    output = pipeline / "back"
+    call("convert.py", f"--to diffusers --load_dir sd --logs_root {pipeline}/logs --output {output}")
+    first, back = read_source(pipeline / "tiny"), read_source(output)
+    assert back.configs == first.configs == CONFIGS
+    for part, tensors in first.parts.items():
+        assert back.parts[part].keys() == tensors.keys()
+        assert all(torch.equal(back.parts[part][name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--prediction eps", "attention heads do not follow from .*: pass --heads N"),
+        ("--heads 4", "predicts eps or v does not follow from .*: pass --prediction v"),
+    ],
+)
+def test_what_does_not_follow_from_a_single_file_is_asked_for(tmp_path, flags, message, capsys):
+    write_single_file(tmp_path / "tiny.safetensors")
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "tiny.safetensors", tmp_path, flags)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_other_layout_is_refused(single, capsys):
+    with pytest.raises(SystemExit):
+        call("convert.py", f"--to diffusers --load_dir sd --logs_root {single}/logs --output {single}/other")
+    assert "came from the layout sd: pass --to sd" in capsys.readouterr().err

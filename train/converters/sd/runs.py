@@ -1,0 +1,107 @@
+"""Runs from files of Stable Diffusion: the flags of a sampler, and the networks with their weights."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from models.text_encoder import TextEncoder, TextEncoderConfig
+from models.unet import UNet
+from train.converters.sd.autoencoder import autoencoder_weights, infer_autoencoder, with_new_names
+from train.converters.sd.files import Source
+from train.converters.sd.names import Weight, from_layout
+from train.converters.sd.scheduler import process_settings, sampling_settings
+from train.converters.sd.text import TextTensors, infer_text, split_text, text_weights
+from train.converters.sd.unet import infer_unet, unet_weights
+from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+
+SD_PROCESS = {
+    **{"process": "gaussian", "total_steps": 1000, "schedule": "scaled_linear", "first_beta": 0.00085},
+    **{"last_beta": 0.012, "variance": "fixed_small"},
+}
+SD_SAMPLING = {
+    **{"solver": "ddim", "spacing": "whole_leading", "steps_offset": 1, "last_state": "first", "clip": False},
+    **{"sample_steps": 50, "guidance": 7.5, "guidance_rescale_of": "output"},
+}
+SIZE = 512  # pixels, unless a folder says something else
+LATENT_CHANNELS = 4
+NOT_FLAGS = ("in_channels", "out_channels", "text_width", "conv_projections")  # of `infer_unet`
+
+
+class Loaded(NamedTuple):
+    """A network with the weights of a file, and its table."""
+
+    network: nn.Module
+    table: list[Weight]
+
+
+def sampler_flags(source: Source, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flags of the sampler of a source; those in `typed` were given by the user and need not follow.
+
+    ValueError for what does not follow from the files: heads, and whether the network predicts noise or velocity.
+    """
+    unet = infer_unet(source.parts["unet"], source.layout, source.configs.get("unet"))
+    if not {"heads", "head_width"} & {*unet, *typed}:
+        raise ValueError(f"attention heads do not follow from {source.path}: pass --heads N or --head_width N")
+    scheduler = source.configs.get("scheduler")
+    process = SD_PROCESS if scheduler is None else process_settings(scheduler)
+    if "prediction" not in process and "prediction" not in typed:
+        if unet["text_width"] != 768:  # version 1 predicts eps
+            raise ValueError(
+                f"whether the network predicts eps or v does not follow from {source.path}: pass --prediction v for "
+                "2.0 and 2.1 at 768 pixels, eps for their base models at 512"
+            )
+        process = process | {"prediction": "eps"}
+    size = (source.configs.get("unet") or {}).get("sample_size")
+    extra = unet["in_channels"] - LATENT_CHANNELS
+    if extra < 0 or unet["out_channels"] != LATENT_CHANNELS:
+        got = f"got a UNet from {unet['in_channels']} to {unet['out_channels']} channels"
+        raise ValueError(f"{got}, wanted {LATENT_CHANNELS} or more to {LATENT_CHANNELS}: it works on other latents")
+    sampling = {} if scheduler is None else sampling_settings(scheduler)
+    image = {"conditions": ("text", "image"), "condition_channels": extra} if extra else {"conditions": ("text",)}
+    own = {name: value for name, value in unet.items() if name not in NOT_FLAGS}
+    data = {"img_size": 8 * size if isinstance(size, int) else SIZE, "n_channels": 3}
+    flags = {"class_conditional": False, "condition_drop": 0.1, "ema": False, "loss_type": "simple"}
+    return flags | own | image | process | SD_SAMPLING | sampling | data | text_flags(source)
+
+
+def text_flags(source: Source) -> dict[str, Any]:
+    """Returns the flags of the text condition; ValueError without a text encoder."""
+    if "text" not in source.parts:
+        raise ValueError(f"{source.path} has no text encoder, whose tokens its UNet reads: pass the whole model")
+    return {"text_null": "empty"}
+
+
+def load_unet(source: Source, unet: UNet) -> list[Weight]:
+    """Fills a UNet, except for its encoders, with the weights of a source; returns its table."""
+    tensors = source.parts["unet"]
+    conv_projections = infer_unet(tensors, source.layout, source.configs.get("unet"))["conv_projections"]
+    table = unet_weights(unet, conv_projections)
+    state = unet.state_dict()
+    converted = from_layout(table, tensors, source.layout, {name: state[name].shape for name, *_ in table})
+    own = {name: value for name, value in state.items() if name.startswith("encoders.")}
+    unet.load_state_dict(converted | own)
+    return table
+
+
+def load_autoencoder(source: Source) -> Loaded:
+    """Returns the autoencoder of a source."""
+    tensors = source.parts["autoencoder"]
+    tensors = with_new_names(tensors) if source.layout == "folder" else tensors
+    settings = infer_autoencoder(tensors, source.layout, source.configs.get("autoencoder"))
+    network = AutoencoderKL(AutoencoderKLConfig(**settings))
+    return fill(network, autoencoder_weights(network), tensors, source.layout)
+
+
+def load_text(source: Source) -> tuple[TextEncoder, list[Weight], TextTensors]:
+    """Returns the text encoder of a source, its table, and its tensors."""
+    text = split_text(source.parts["text"])
+    encoder = TextEncoder(TextEncoderConfig(**infer_text(text, source.configs.get("text"))))
+    return *fill(encoder, text_weights(encoder), text.weights, text.layout), text
+
+
+def fill(network: nn.Module, table: list[Weight], tensors: Mapping[str, Tensor], layout: str) -> Loaded:
+    """Fills a network with the tensors of a file."""
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    network.load_state_dict(from_layout(table, tensors, layout, shapes))
+    return Loaded(network, table)
