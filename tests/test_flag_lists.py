@@ -101,7 +101,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             "s_tmax",
             "s_noise",
             "guidance_interval",
-            "guidance_rescale",
+            *("guidance_rescale", "guidance_rescale_of", "steps_offset", "last_state"),
             "clip",
         ),
         "dynamic_threshold",

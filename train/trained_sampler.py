@@ -310,7 +310,7 @@ def load_space(
     first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp, logs_root=logs_roots[-1])
     if origin["ae_weights"] != first_stage.weights:
         raise ValueError(
-            f"{run} was trained on other weights than those of {first_stage.run}: "
+            f"{run} was trained on other VQGAN weights than those of {first_stage.run}: "
             "pass the --ae_load_dir and --ae_load_step that it was trained with"
         )
     return reopen_space(content, first_stage)

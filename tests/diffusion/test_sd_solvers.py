@@ -7,9 +7,8 @@ import torch
 from diffusion.gaussian import GaussianDiffusion, scaled_linear, with_zero_terminal_snr
 from diffusion.gaussian_solvers import ddim
 from diffusion.rng import Streams
-from diffusion.sd_solvers import ADAMS_BASHFORTH, combine_eps, euler, plms
+from diffusion.sd_solvers import ADAMS_BASHFORTH, combine_eps, euler, plms, whole_step_times
 from diffusion.types import Prediction
-from diffusion.whole_steps import whole_step_times
 
 PROCESS = GaussianDiffusion(scaled_linear(1000), "eps", "fixed_small")
 

@@ -17,10 +17,10 @@ from diffusion.gaussian_solvers import ChurnOptions, from_strength, remaining_st
 from diffusion.likelihood import bits_per_dimension, flow_bound
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, to_device
+from diffusion.sd_solvers import WHOLE_STEPS, whole_step_times
 from diffusion.solvers import solver_options_for
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Loss, OnStep, Prediction
-from diffusion.whole_steps import WHOLE_STEPS, whole_step_times
 from models.ranges import COUNT_OR_ZERO, FINITE, POSITIVE
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
