@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from models.differential import make_differential
 from models.lora import LoRAOptions, adapt, adapters_of, merge, unmerge
 from train.checkpoint import (
     EMA_WEIGHTS,
@@ -33,7 +34,6 @@ from train.config import FineTuningConfig, TrainingConfig
 from train.files import sha256
 from train.loop import TrainState
 from train.optim import freeze_all_but
-from train.registry import import_callable
 from train.runs import read_run, resumed_run, run_lock, write_config
 
 ADAPTER = "lora"  # the name of the adapters that learn
@@ -145,14 +145,14 @@ def fine_tune(
         source = checkpoint_path(base.run, base.step) / base.file
         load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source)
     if config.differential:
-        change = import_callable("models.differential.make_differential", "--differential")
-        change(network, config.differential, config.differential_in)
+        make_differential(network, config.differential, config.differential_in)
     if config.lora_rank:
         add_adapters(network, config)
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
     freeze_all_but(network, train_only, added if config.lora_rank else ())
-    frozen = {key for key, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    left_out = frozen & tensors.keys() if config.save != "full" else set()
+    parameters = network.named_parameters(remove_duplicate=False)
+    frozen = {key: p.shape for key, p in parameters if not p.requires_grad and config.save != "full"}
+    left_out = {key for key, shape in frozen.items() if key in tensors and shape == tensors[key].shape}
     return FineTuned(added, frozenset(f"{name}.{key}" for key in left_out))
 
 

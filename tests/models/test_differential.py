@@ -108,7 +108,7 @@ def test_diff_v2_is_the_trained_function_at_first(name, where):
 
 @every_network
 @every_place
-def test_every_gate_has_a_gradient_and_a_step_changes_the_output(name, where):
+def test_every_gate_learns_and_changes_the_output(name, where):
     network = NETWORKS[name]()
     layers = [network.get_submodule(key) for key in make_differential(network, "diff_v2", where)]
     before = predict(network)
@@ -133,7 +133,7 @@ def test_gated_attention_stays_as_it_is():
     assert type(block.gated.cross) is CrossAttention
 
 
-def test_neighbourhoods_and_plain_blocks_of_a_unet_become_differential():
+def test_neighbourhoods_and_plain_blocks_become_differential():
     for options in ({}, {"attn_block_type": "neighborhood", "kernel_sizes": (3,)}):
         network = unet(**options)
         expected = predict(network)
@@ -142,7 +142,7 @@ def test_neighbourhoods_and_plain_blocks_of_a_unet_become_differential():
 
 
 @pytest.mark.parametrize("kind", ["diff_v2", "diff_v1_split"])
-def test_other_random_numbers_stay_the_same_and_layers_differ(kind):
+def test_other_random_numbers_stay_and_layers_differ(kind):
     network = transformer(Transformer)
     torch.manual_seed(3)
     names, after = make_differential(network, kind), torch.rand(())
@@ -227,7 +227,7 @@ def lambda_of(layer):
     return first - second + 0.8 - 0.6 * math.exp(-0.3 * 8)
 
 
-def test_split_cross_attention_is_its_formula_and_masks_before_the_softmax():
+def test_split_cross_attention_is_its_formula_with_masks():
     trained = randomize(CrossAttention(WIDTH, HEADS, context_width=D, qkv_bias=False)).double()
     layer = split_heads(trained)
     x, context = (torch.randn(B, n, width, dtype=torch.float64) for n, width in ((6, WIDTH), (4, D)))
@@ -243,7 +243,7 @@ def test_split_cross_attention_is_its_formula_and_masks_before_the_softmax():
     assert torch.equal(unseen, trained.proj.bias.expand_as(unseen))
 
 
-def test_split_attention_is_another_function_with_the_same_projections():
+def test_split_attention_keeps_the_projections():
     network = transformer(Transformer)
     weights, expected = dict(network.state_dict()), predict(network)
     names = make_differential(network, "diff_v1_split", "both")

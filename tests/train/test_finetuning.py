@@ -82,7 +82,9 @@ def test_the_base_is_named_by_its_content(logs):
 SCALED = "--train_only conv_out conv_in --lr_scale conv_in=0.5"
 
 
-@pytest.mark.parametrize("flags", [LORA, f"--train_only {PARTS}", f"{LORA} --save full", SCALED])
+@pytest.mark.parametrize(
+    "flags", [LORA, f"--train_only {PARTS}", f"{LORA} --save full", SCALED, f"--differential diff_v2 {LORA}"]
+)
 def test_a_resumed_run_is_an_uninterrupted_one(logs, tmp_path, flags):
     names = ("stopped", "whole")
     for name, steps in zip((*names, names[0]), (2, 4, 4), strict=True):
@@ -96,6 +98,17 @@ def test_a_resumed_run_is_an_uninterrupted_one(logs, tmp_path, flags):
 
 def call_in(logs, root, name, flags):
     call("train_sampler.py", f"--logs_root {root} --log_dir {name} {RUN} --steps_per_checkpoint 1 {flags}")
+
+
+@pytest.mark.parametrize("flags", ["", LORA, f"{LORA} --save full"])
+def test_differential_layers_come_back_whole(logs, tmp_path, flags):
+    call_in(logs, tmp_path, "own", f"--train_steps 2 --load_dir {logs}/base --differential diff_v2 {flags}")
+    base, learned = weights(logs / "base", 3, "ema.safetensors"), weights(tmp_path / "own", 2, "ema.safetensors")
+    gates = {key for key in learned if key.endswith(".attention.gate")}
+    assert gates and all(learned[key].any() for key in gates)
+    assert {f"{key[:-4]}qkv.weight" for key in gates} <= learned.keys()  # with second queries, which the base lacks
+    for key, value in network_state(tmp_path, "own").items():
+        assert torch.equal(value, (base | learned)[f"network.{key}"]), key
 
 
 def test_full_checkpoints_need_no_base(logs, tmp_path):

@@ -131,7 +131,7 @@ def test_lambda_vectors_are_written_read_and_recognised(where, layout):
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
 
-def test_softmax_files_have_no_differential_settings_and_diff_v2_no_names():
+def test_softmax_has_no_lambda_names_and_diff_v2_none_at_all():
     tensors = to_layout(unet_weights(build_unet(SMALL), True), build_unet(SMALL).state_dict(), "folder")
     assert not {"differential", "differential_in"} & infer_unet(tensors, "folder").keys()
     with pytest.raises(ValueError, match="got a DifferentialCrossAttentionV2 at .*, which no layout has"):
