@@ -82,7 +82,7 @@ class ComparisonConfig:
     seed: int = 0
     """Random seed."""
 
-    EVERYDAY = ("arms", "data_dir", "tuning_steps", "images")
+    EVERYDAY = ("arms", "data_dir", "base_steps", "tuning_steps", "images", "rank")
     RANGES = {
         **dict.fromkeys(("base_steps", "tuning_steps", "n_samples"), MILLION),
         **{"images": SIZE, "rank": SIZE, "full_lr": POSITIVE, "lora_lr": POSITIVE, "guidance": FINITE, "seed": SEED},
@@ -99,7 +99,10 @@ class Config:
     """Trains the base and each arm, and measures them; writes results.json and finetuning.png to
     <logs_root>/<log_dir>."""
 
-    EXAMPLES = ("python experiments/compare_finetuning.py --arms full lora dora",)
+    EXAMPLES = (
+        "python experiments/compare_finetuning.py",
+        "python experiments/compare_finetuning.py --arms full lora dora",
+    )
 
     comparison: ComparisonConfig
     output: FolderConfig
