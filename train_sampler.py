@@ -10,7 +10,7 @@ import torch
 from experiments.metrics.training_distance import sample_distance
 from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
-from train.cli.parse import Source, first_stage_data, run_script
+from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
@@ -18,7 +18,7 @@ from train.finetuning import find_base, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
-from train.resumed_settings import read_resumed_settings
+from train.resumed_settings import read_base_settings, read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
 from train.samplers._condition_sources import with_condition_fields
@@ -32,7 +32,8 @@ from train.trainer import make_hooks, train
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SecondStageConfig):
-    """Trains an image sampler. The run is saved in <logs_root>/<log_dir>, by default logs/<sampler>_<dataset>."""
+    """Trains an image sampler. The run is saved in <logs_root>/<log_dir>, by default logs/<sampler>_<dataset>, or
+    logs/<sampler>_<dataset>_tuned if that is the run of --load_dir."""
 
     EXAMPLES = (
         "python train_sampler.py --sampler {sampler} --dataset mnist",
@@ -44,7 +45,11 @@ class Config(SecondStageConfig):
 
     @property
     def run(self) -> Path:
-        return run_folder(self.logging.logs_root, self.logging.log_dir or f"{self.sampler.sampler}_{self.data.dataset}")
+        root, name = self.logging.logs_root, f"{self.sampler.sampler}_{self.data.dataset}"
+        if self.logging.log_dir is not None:
+            return run_folder(root, self.logging.log_dir)
+        source, folder = self.training.load_dir, run_folder(root, name)
+        return run_folder(root, f"{name}_tuned") if source and run_folder(root, source) == folder else folder
 
     def check(self, sources: Mapping[str, Source]) -> None:
         check_warmup(self.run, self.training, sources["warmup_iters"])
@@ -108,7 +113,7 @@ if __name__ == "__main__":
     run_script(
         main,
         Config,
-        base_values=first_stage_data,
+        base_values=partial(read_base_settings, Config),
         read_run_settings=read_resumed_settings,
         check=Config.check,
     )

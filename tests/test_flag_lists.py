@@ -6,7 +6,7 @@ from helpers.tiny_runs import ROOT
 from models.conditions import boxes, layout, numbers
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
-from train.config import DataConfig, LoggingConfig, TrainingConfig
+from train.config import DataConfig, FineTuningConfig, LoggingConfig, TrainingConfig
 from train.datasets import DatasetConfig
 from train.registry import plugin_names
 from train.samplers import absorbing, ddpm
@@ -104,7 +104,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             *("guidance_rescale", "guidance_rescale_of", "steps_offset", "last_state"),
             "clip",
         ),
-        "dynamic_threshold",
+        *("dynamic_threshold", "guidance_rescale_of", "last_state", "steps_offset"),
     }
     assert cli.flag_names(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
@@ -113,6 +113,10 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
         *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
         *("activation_checkpointing", "deterministic", "hooks", "resume", "change"),
+    }
+    assert cli.flag_names(FineTuningConfig) == {
+        *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora", "lr_scale", "save"),
+        *("differential", "differential_in"),
     }
 
 

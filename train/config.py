@@ -160,7 +160,8 @@ class TrainingConfig:
     change: tuple[Changeable, ...] = ()
     """Settings whose new values a resumed run takes, such as lr amp in --lr 1e-5 --no_amp --change lr amp."""
     load_dir: str | None = None
-    """Run whose weights to start from (fine-tuning)."""
+    """Run whose weights to start from (fine-tuning). A sampler also has its network, process and first stage, and
+    without --dataset its data; other settings, such as those of training, are typed."""
     load_step: int | None = None
     """Step of --load_dir; the newest by default."""
     load_optim: bool = False

@@ -1,4 +1,5 @@
-"""What a training takes over from the config.yaml of the run that it resumes: `train_sampler.py --log_dir RUN` alone.
+"""What a training takes over from the config.yaml of the run that it resumes: `train_sampler.py --log_dir RUN` alone;
+and from that of the run it begins with, `--load_dir RUN`, at the end of this page.
 
 Every setting is taken over, so that the preset, the sampler, the data and their reader are those of the run, except
 
@@ -11,6 +12,9 @@ Every setting is taken over, so that the preset, the sampler, the data and their
 given, if any, and no data set is. `logs_root` in a file is read from the section of the sampler that is given, or of
 the default one.
 
+`--load_dir RUN` without `--load_partial` takes over the settings of the sampler, its first stage and its data, but not
+those of training; with a data set that is given, of the data only the size, channels and range of the images.
+
 `data_dir`, `val_shards`, `condition_file`, `perceptual_weights`, `text_encoder` and `shard_cache` are taken over as
 they were typed: if the files have moved, the error names the flag.
 """
@@ -20,13 +24,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from train.cli.files import get_section, read_run_config, run_folder
+from train.cli.files import get_section, read_config, read_run_config, run_folder
 from train.cli.parse import (
     IDENTIFYING_FLAGS,
+    IMAGE_KEYS,
+    BaseSettings,
     RunSettings,
+    first_stage_data,
     flag_names,
     flatten_group,
     from_dict,
+    preset_path,
     read_config_flag,
     typed_flags,
 )
@@ -165,3 +173,54 @@ def find_code(groups: Iterable[object]) -> dict[str, Any]:
             if any(is_shell_command(word) or (dotted and "." in word) for word in words):
                 code[key] = value
     return code
+
+
+def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings:
+    """Returns the settings of the sampler, first stage and data of the run of --load_dir; without such a run, those of
+    the data of the first stage.
+
+    `cls` is the script's config, `section` its section of the config file, which may name the run. A preset's size,
+    channels and range of images win over those of the run.
+    """
+    explicit = read_config_flag(argv)
+    given = given_settings(argv, explicit, section)
+    logs_root = given["logs_root"] or LoggingConfig.logs_root
+    run = base_run(cls, argv, given, logs_root)
+    if run is None:
+        return first_stage_data(argv, section)
+    content, config = read_settings(cls, run)
+    groups = {name: getattr(config, name) for name in ("sampler", "first", "data", "reader")}
+    sampler = config.sampler.sampler
+    given = given_settings(argv, explicit, sampler)
+    first = flatten_group(config.first)
+    if given["ae_load_dir"] is None:
+        first |= find_first_stage(run, content, logs_root)
+    else:
+        first |= {"ae_load_dir": given["ae_load_dir"], "ae_load_step": None}
+    first = {key: value for key, value in first.items() if value is not None}
+    data = flatten_group(config.data) | flatten_group(config.reader)
+    if given["dataset"] is not None:
+        path = preset_path(cls, sampler, given["dataset"])
+        preset = read_config(path) if path.exists() else {}
+        own = preset.keys() | get_section(preset, sampler).keys()
+        own |= {"img_width"} if "img_size" in own else set()
+        data = {key: value for key, value in data.items() if key in IMAGE_KEYS - own}
+        stage = ["--ae_load_dir", first["ae_load_dir"]] if "ae_load_dir" in first else []
+        data |= first_stage_data(["--sampler", sampler, *stage, *argv], sampler).values
+    dropped = replaced_settings(groups, given)
+    values = {key: value for key, value in (flatten_group(config.sampler) | first | data).items() if key not in dropped}
+    code = {key: value for key, value in find_code([config.sampler, config.reader]).items() if key in values}
+    return BaseSettings({key: value for key, value in values.items() if key not in code}, run / "config.yaml", code)
+
+
+def base_run(cls: type, argv: list[str], given: dict[str, Any], logs_root: str) -> Path | None:
+    """Returns the run of --load_dir, if it is one of this script and of the sampler that is given, if any, and all of
+    its weights are to be loaded."""
+    partial = any(word.replace("-", "_") == "__load_partial" for word in argv)
+    if partial or given["load_dir"] is None:
+        return None
+    run = run_folder(logs_root, given["load_dir"])
+    content = read_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    sampler = content.get("sampler", {}).get("sampler")
+    is_like = sampler is not None and given["sampler"] in (None, sampler) and not missing_group(cls, content)
+    return run if is_like else None

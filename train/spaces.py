@@ -18,7 +18,7 @@ from train.data.code_file import CodeTable
 from train.data.collate import collate
 from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, merge_fields
 from train.data.transforms import from_unit_range, to_float, to_uint8
-from train.datasets import Dataset
+from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.first_stage import FirstStage, VQGANStage
 from train.loop import Batch
@@ -439,14 +439,16 @@ def require_codes(first_stage: FirstStage, sampler: str) -> VQGANStage:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDataConfig:
-    """The part of a run's config that describes its pixels."""
+    """The part of a run's config that describes its pixels; in old runs one group may hold both."""
 
     data: DataConfig
+    reader: DatasetConfig
 
 
 def reopen_space(content: dict[str, Any], first_stage: FirstStage | None) -> Space:
     """Returns the space of a trained run, from its config.yaml and its first stage (None for pixels)."""
-    data = from_dict(StoredDataConfig, {"data": content.get("data", {})}, "the run's config.yaml").data
+    groups = {name: content.get(name, {}) for name in StoredDataConfig.__dataclass_fields__}
+    data = from_dict(StoredDataConfig, groups, "the run's config.yaml").data
     if first_stage is None:
         return PixelSpace(data)
     origin = content.get("origin", {})

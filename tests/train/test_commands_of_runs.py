@@ -63,7 +63,7 @@ def test_a_second_stage_takes_nothing_but_data_from_the_first(trained, tmp_path,
     shutil.copytree(trained / "vqgan_digits", tmp_path / "vqgan_digits")
     foreign = {"adapt": "my.code", "hooks": ["my.hook"], "log_dir": "../elsewhere"}
     edit_data(tmp_path / "vqgan_digits", **foreign, data_dir="{p..p}ipe:touch b")
-    kept, source = first_stage_data(["--logs_root", str(tmp_path)], "absorbing")
+    kept, source, _ = first_stage_data(["--logs_root", str(tmp_path)], "absorbing")
     assert source == tmp_path / "vqgan_digits" / "config.yaml"
     assert kept["img_size"] == 16 and not {*foreign, "data_dir"} & {*kept}
     words = ["--logs_root", str(tmp_path)]

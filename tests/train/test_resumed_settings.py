@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from models.conditions import metadata, text
 from train.checkpoint import checkpoint_path, saved_steps
 from train.cli import parse as cli
 from train.config import TrainingConfig
-from train.resumed_settings import NOT_TAKEN_OVER, find_code, read_resumed_settings
+from train.resumed_settings import NOT_TAKEN_OVER, find_code, read_base_settings, read_resumed_settings
 from train.samplers import ddpm
 
 OLD = ROOT / "tests" / "fixtures" / "old_runs"
@@ -41,9 +42,8 @@ def edit(run: Path, **settings) -> Path:
 
 def parse(flags: str) -> cli.ParsedConfig:
     """The config of train_sampler.py."""
-    return cli.parse_with_sources(
-        train_sampler.Config, None, flags.split(), cli.first_stage_data, read_resumed_settings
-    )
+    base_values = partial(read_base_settings, train_sampler.Config)
+    return cli.parse_with_sources(train_sampler.Config, None, flags.split(), base_values, read_resumed_settings)
 
 
 def error_message(script: str, flags: str, capfd) -> str:
@@ -181,6 +181,61 @@ def test_weights_that_fit_are_trained_with_their_settings(logs, capfd):
         assert config.training.load_dir == str(run) and config.training.load_partial
     for other in ("--sampler absorbing", "--dataset mnist"):
         assert parse(f"--logs_root {logs} {flags} {other}").config.training.seed == 0
+
+
+def test_a_run_begins_with_the_network_and_data_of_another(logs):
+    base = edit(logs / "ddpm_digits", lr=0.5, seed=3, schedule="cosine", shift=1, solver="ddim", guidance=3.0)
+    parsed = parse(f"--logs_root {logs} --load_dir ddpm_digits --lora_rank 2")
+    config, source = parsed.config, parse(f"--log_dir {base}").config
+    assert (config.sampler, config.data, config.reader) == (source.sampler, source.data, source.reader)
+    assert config.sampler.schedule == "cosine" and config.data.shift == 1
+    assert (config.training.seed, config.sampling.guidance) == (0, 1.0) and config.training.lr != 0.5
+    assert config.run == logs / "ddpm_digits_tuned" and parsed.sources["channels"] == "earlier stage"
+    assert parse(f"--logs_root {logs} --load_dir ddpm_digits --log_dir mine").config.run == logs / "mine"
+
+
+def test_typed_settings_and_files_win_over_those_of_the_base(logs, tmp_path):
+    edit(logs / "ddpm_digits", schedule="cosine", dropout=0.5, shift=1)
+    file = tmp_path / "mine.yaml"
+    file.write_text("ddpm: {dropout: 0.25, load_dir: ddpm_digits}\n")
+    config = parse(f"--logs_root {logs} --sampler ddpm --config {file} --img_size 16").config
+    assert (config.sampler.schedule, config.sampler.dropout) == ("cosine", 0.25)
+    assert (config.data.img_size, config.data.shift, config.sampler.channels) == (16, 1, 4)
+
+
+def test_data_that_are_given_are_not_those_of_the_base(logs):
+    """But for their size, where no preset gives it: that of digits does."""
+    edit(logs / "ddpm_digits", schedule="cosine", shift=1, img_size=24, n_channels=4, data_dir="/old")
+    for dataset, size, channels in (("digits", 16, 1), ("folder", 24, 4)):
+        config = parse(f"--logs_root {logs} --load_dir ddpm_digits --dataset {dataset}").config
+        assert (config.data.img_size, config.data.n_channels) == (size, channels)
+        assert config.reader.data_dir is None and config.sampler.schedule == "cosine"
+        assert config.data.dataset == dataset and (dataset == "digits" or config.data.shift == 0)
+
+
+def test_the_first_stage_is_that_of_the_base(logs):
+    edit(logs / "vqgan_digits", img_size=24)
+    own = (str(logs / "vqgan_digits"), 4)
+    for flags, stage, size in (("", own, 16), ("--dataset folder", own, 24), ("--ae_load_dir x", ("x", None), 16)):
+        config = parse(f"--logs_root {logs} --load_dir latents_digits {flags}").config
+        assert (config.first.ae_load_dir, config.first.ae_load_step) == stage
+        assert config.data.img_size == size and config.sampler.sampler == "ddpm"
+
+
+def test_other_samplers_and_partial_loads_take_nothing_over(logs):
+    edit(logs / "ddpm_digits", schedule="cosine", img_size=8)
+    for flags in ("--sampler absorbing", "--load_partial --dataset folder"):
+        config = parse(f"--logs_root {logs} --load_dir ddpm_digits {flags}").config
+        assert config.data.img_size != 8 and getattr(config.sampler, "schedule", "") != "cosine"
+
+
+def test_code_of_the_base_must_be_given_again(logs, tmp_path, monkeypatch, capfd):
+    (tmp_path / "canary.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(logs / "ddpm_digits", adapt="canary.run")
+    message = error_message("train_sampler.py", f"--logs_root {logs} --load_dir ddpm_digits", capfd)
+    assert f"{logs / 'ddpm_digits'} was trained with --adapt canary.run, which is code: pass it again" in message
+    assert parse(f"--logs_root {logs} --load_dir ddpm_digits --adapt canary.run").config.sampler.adapt == "canary.run"
 
 
 def test_a_misspelled_run_is_not_begun(logs, tmp_path, capfd):

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import tyro
@@ -34,6 +35,7 @@ from train.registry import did_you_mean, load_plugin, plugin_names
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
 # Read before the other flags can be parsed.
 IDENTIFYING_FLAGS = {"sampler", "dataset", "reader", "quantizer", "logs_root", "load_dir", "ae_load_dir"}
+IMAGE_KEYS = {"img_size", "img_width", "n_channels", "data_range"}  # settings of the data that suit other data too
 OUT_OF_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|(calculat|multiplicat)ion over"
 )
@@ -64,6 +66,7 @@ class BaseSettings(NamedTuple):
 
     values: dict[str, Any]
     source: Path | str = ""
+    code: Mapping[str, Any] = MappingProxyType({})  # as in RunSettings
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
@@ -223,13 +226,13 @@ def parse_with_sources(
     Above the preset but below an explicit --config are the settings of the run that is resumed, which
     `read_run_settings(cls, argv, section)` returns, or else those of an earlier stage, `base_values(argv, section)`.
     """
-    run, of_sampler = None, section is None
-    if read_run_settings is not None:
-        run = read_run_settings(cls, argv, section or resolve_sampler(argv))
-    section = section or resolve_sampler(argv, run and run.values)
-    base, base_source = base_values(argv, section) if run is None and base_values is not None else BaseSettings({})
+    of_sampler, first = section is None, section or resolve_sampler(argv)
+    run = read_run_settings(cls, argv, first) if read_run_settings is not None else None
     if run is not None:
-        base, base_source = run.values, run.run / "config.yaml"
+        below = BaseSettings(run.values, run.run / "config.yaml", run.code)
+    else:
+        below = base_values(argv, first) if base_values is not None else BaseSettings({})
+    base, section = below.values, section or resolve_sampler(argv, below.values)
     explicit, (file, argv) = read_config_flag(argv), split_config_flag(argv)
     given = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
     sampler = first_given(peek_flag(argv, "sampler"), given.get("sampler"), base.get("sampler"), SamplerConfig.sampler)
@@ -250,10 +253,9 @@ def parse_with_sources(
     own = {key: value for key, value in base.items() if key in flag_names(config)}
     base_layer = "earlier stage" if run is None else "run"
     layers = {base_layer: own, "config": in_file} if file is not None else {"preset": in_file, base_layer: own}
-    source = " or ".join(str(each) for each, values in ((path, in_file), (base_source, own)) if values) or str(path)
+    source = " or ".join(str(each) for each, values in ((path, in_file), (below.source, own)) if values) or str(path)
     parsed = merge_layers(layers, config, sampler, argv, source)
-    if run is not None:
-        require_code_again(parsed, run)
+    require_code_again(parsed, below)
     return parsed
 
 
@@ -287,19 +289,20 @@ def check_data_set(dataset: str) -> None:
         )
 
 
-def require_code_again(parsed: ParsedConfig, run: RunSettings) -> None:
-    """Raises ValueError if the config lacks code that the run names and that was not given anew.
+def require_code_again(parsed: ParsedConfig, below: BaseSettings) -> None:
+    """Raises ValueError if the config lacks code that a run names and that was not given anew.
 
     Hooks are left out with a message: they are no part of what a run learns.
     """
     values = {key: value for group in to_dict(parsed.config).values() for key, value in group.items()}
-    for key, value in run.code.items():
+    run = Path(below.source).parent
+    for key, value in below.code.items():
         if values.get(key, value) == value or parsed.sources[key] in ("config", "flag"):
             continue
         words = shlex.join(value if isinstance(value, list) else [value])
         if key != "hooks":
-            raise ValueError(f"{run.run} was trained with --{key} {words}, which is code: pass it again to run it")
-        print(f"without --hooks {words} of {run.run}: they are code, pass them again to call them", flush=True)
+            raise ValueError(f"{run} was trained with --{key} {words}, which is code: pass it again to run it")
+        print(f"without --hooks {words} of {run}: they are code, pass them again to call them", flush=True)
 
 
 def first_stage_data(argv: list[str], section: str) -> BaseSettings:
@@ -321,8 +324,7 @@ def first_stage_data(argv: list[str], section: str) -> BaseSettings:
         return BaseSettings({})
     stored = read_run_config(path)
     values = stored.get("data", {}) | stored.get("reader", {})
-    image_keys = {"img_size", "img_width", "n_channels", "data_range"}
-    keys = data_flag_names() if values.get("dataset") == dataset else image_keys
+    keys = data_flag_names() if values.get("dataset") == dataset else IMAGE_KEYS
     kept = {key: value for key, value in values.items() if key in keys and not is_shell_command(value)}
     return BaseSettings(kept, path)
 
