@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.bert import MINILM_L6, Bert, BertConfig, bert_tensors
 from models.conditioning import ConditionConfig
 from models.conditions import text
-from models.conditions.text import ENCODER_FLAGS, MINILM, CaptionEncoder
+from models.conditions.text import ENCODER_FLAGS, MINILM, CaptionEncoder, pad_id_of
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.tokenizer import Tokenizer
 from models.wordpiece import packaged_model, read_packaged
@@ -134,4 +134,5 @@ def open_text_cache(options: ConditionConfig, logs_root: str) -> TextCache | Non
     if not isinstance(options, text.Config) or not options.text_encoder:
         return None
     encoder = read_text_encoder(options.text_encoder)
-    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text")
+    pad_id = pad_id_of(options.text_padding, encoder.tokenizer)
+    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text", pad_id)
