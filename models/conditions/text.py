@@ -17,7 +17,8 @@ from models.blocks import zero_module
 from models.conditioning import ConditionConfig, ConditionEncoder, Tokens, Vector, tokens_after_null
 from models.prompts import PromptTokenizer
 from models.ranges import SIZE
-from models.text_encoder import CHUNK, TextEncoder, TextEncoderConfig
+from models.text_encoder import CHUNK, VOCABULARY, TextEncoder, TextEncoderConfig
+from models.tokenizer import Tokenizer
 
 FIELDS = ("caption",)  # batch fields that the encoder reads
 MINILM = "minilm"  # in place of a file of a text encoder
@@ -28,6 +29,7 @@ Captions = Sequence[str] | Mapping[str, Any]
 ENCODER_FLAGS = {  # by option of the text encoder
     name: f"text_{name}" for name in ("width", "layers", "heads", "length", "activation", "clip_skip", "final_norm")
 }
+VOCABULARY_FLAGS = {name: f"text_{name}" for name in ("vocab_size", "end_id")}  # of a `TextEncoder` only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,16 @@ class Config(ConditionConfig):
     """Layer of the text encoder that tokens are from, from the last: 2 is the one before it."""
     text_final_norm: bool = True
     """Apply the last norm of the text encoder to the tokens."""
+    text_vocab_size: int = Tokenizer.vocab_size
+    """Ids of the text encoder; more than CLIP's 49408 are ids of words of its own."""
+    text_end_id: int = Tokenizer.end_id
+    """Id of the end of a chunk; the id before it is that of the start."""
     text_pooled: bool = False
     """Add the mean of a caption's tokens, through two layers, to the embedding of the time."""
 
     RANGES = {
         **dict.fromkeys(("text_width", "text_layers", "text_heads", "text_clip_skip"), SIZE),
+        **dict.fromkeys(("text_vocab_size", "text_end_id"), VOCABULARY),
         "text_length": "[3, 65536]",
     }
 
@@ -69,6 +76,11 @@ class Config(ConditionConfig):
         if self.text_width % self.text_heads:
             got = f"got text_width {self.text_width} and text_heads {self.text_heads}"
             raise ValueError(f"{got}, wanted heads that divide the width: pass --text_heads N")
+        if self.text_end_id >= self.text_vocab_size:
+            got = f"got text_end_id {self.text_end_id} and text_vocab_size {self.text_vocab_size}"
+            raise ValueError(
+                f"{got}, wanted an id of the encoder: pass --text_end_id {self.text_vocab_size - 1}, or so"
+            )
         check_padding(self.text_padding, self.text_null)
         if self.text_padding != "masked" and self.text_encoder == MINILM:
             got = f"got text_padding {self.text_padding} for {MINILM}, which reads no padding"
@@ -80,7 +92,12 @@ class Config(ConditionConfig):
         """The options of the text encoder."""
         kind = BertConfig if self.text_encoder == MINILM else TextEncoderConfig
         names = {field.name for field in fields(kind)}
-        return kind(**{name: getattr(self, flag) for name, flag in ENCODER_FLAGS.items() if name in names})
+        return kind(**{name: getattr(self, flag) for name, flag in self.encoder_flags.items() if name in names})
+
+    @property
+    def encoder_flags(self) -> dict[str, str]:
+        """The flags of the options of the text encoder, by option."""
+        return ENCODER_FLAGS if self.text_encoder == MINILM else ENCODER_FLAGS | VOCABULARY_FLAGS
 
 
 def check_padding(padding: str, null: str) -> None:
