@@ -14,6 +14,7 @@ from models.blocks import FeedForward, init_normal
 from models.ranges import COUNT_OR_ZERO, SIZE, SIZE_OR_ZERO, check_ranges
 from models.tokenizer import Tokenizer
 
+VOCABULARY = "[1, 1048576]"  # of the number of ids
 CHUNK = 77  # tokens that CLIP's encoders have learned positions for, start and end included
 
 
@@ -51,7 +52,8 @@ class TextEncoderConfig:
     projection: int = 0  # width of the pooled vector's projection; 0: none
 
     RANGES = {
-        **dict.fromkeys(("width", "layers", "heads", "vocab_size", "length", "clip_skip"), SIZE),
+        **dict.fromkeys(("width", "layers", "heads", "length", "clip_skip"), SIZE),
+        "vocab_size": VOCABULARY,
         "end_id": COUNT_OR_ZERO,
         "projection": SIZE_OR_ZERO,
     }
@@ -95,6 +97,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
+        self.tokenizer = Tokenizer(config.end_id)
         self.token = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.empty(config.length, config.width))
         feed_forward = ACTIVATIONS[config.activation]

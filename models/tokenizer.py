@@ -86,16 +86,26 @@ def clean_text(text: str) -> str:
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding with 49,408 ids. The vocabulary is read when it is first needed."""
+    """CLIP's byte-pair encoding with 49,408 ids. The vocabulary is read when it is first needed.
 
-    start_id: ClassVar[int] = 49_406
-    end_id: ClassVar[int] = 49_407
-    pad_id: ClassVar[int] = 49_407  # after the end
+    With another `end_id`, the vocabulary ends before its start, the id before the end.
+    """
+
+    start_id: int = 49_406
+    end_id: int = 49_407
+    pad_id: int = 49_407  # after the end
     vocab_size: ClassVar[int] = 49_408
 
+    def __init__(self, end_id: int = 49_407):
+        self.start_id, self.end_id, self.pad_id = end_id - 1, end_id, end_id
+
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text of any length, without start and end."""
-        return [each for word in WORD.findall(clean_text(text)) for each in word_ids(word)]
+        """Returns the ids of a text of any length, without start and end; ValueError for words without an id."""
+        ids = [each for word in WORD.findall(clean_text(text)) for each in word_ids(word)]
+        if (largest := max(ids, default=0)) >= self.start_id:
+            got = f"got id {largest} in {text!r}, but the vocabulary ends before the start, {self.start_id}"
+            raise ValueError(f"{got}: pass ids of the text encoder, or another --text_encoder")
+        return ids
 
     def words(self, text: str) -> list[tuple[str, slice]]:
         """Returns the words of a text, as they are read, and where the ids of each are in `encode(text)`."""

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from models.bert import MINILM_L6, Bert, BertConfig, bert_tensors
 from models.conditioning import ConditionConfig
 from models.conditions import text
-from models.conditions.text import ENCODER_FLAGS, MINILM, CaptionEncoder
+from models.conditions.text import MINILM, CaptionEncoder, pad_id_of
 from models.text_encoder import TextEncoder, TextEncoderConfig
-from models.tokenizer import Tokenizer
 from models.wordpiece import packaged_model, read_packaged
 from train.data.text_cache import TextCache
 from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
@@ -92,7 +91,7 @@ def with_options_of_file(options: ConditionConfig) -> ConditionConfig:
         return options
     encoder = read_options(options.text_encoder)
     defaults = {field.name: field.default for field in dataclasses.fields(text.Config)}
-    own = {flag: getattr(encoder, name, defaults[flag]) for name, flag in ENCODER_FLAGS.items()}
+    own = {flag: getattr(encoder, name, defaults[flag]) for name, flag in options.encoder_flags.items()}
     for flag, value in own.items():
         given = getattr(options, flag)
         if given not in (value, defaults[flag]):
@@ -101,14 +100,14 @@ def with_options_of_file(options: ConditionConfig) -> ConditionConfig:
 
 
 def read_options(path: str) -> TextEncoderConfig | BertConfig:
-    """Reads the options of an encoder; ValueError for one with the ids of another tokenizer."""
+    """Reads the options of an encoder; ValueError for one without an end."""
     if path == MINILM:
         packaged_model()  # ValueError if it is not installed
         return MINILM_L6
     encoder, _ = read_file(Path(path).expanduser())
-    if (encoder.vocab_size, encoder.end_id) != (Tokenizer.vocab_size, Tokenizer.end_id):
+    if encoder.end_id >= encoder.vocab_size:
         got = f"{path} has {encoder.vocab_size} ids and end {encoder.end_id}"
-        raise ValueError(f"{got}, wanted CLIP's {Tokenizer.vocab_size} and {Tokenizer.end_id}: pass another encoder")
+        raise ValueError(f"{got}, wanted one of its ids as the end: pass another encoder")
     return encoder
 
 
@@ -134,4 +133,5 @@ def open_text_cache(options: ConditionConfig, logs_root: str) -> TextCache | Non
     if not isinstance(options, text.Config) or not options.text_encoder:
         return None
     encoder = read_text_encoder(options.text_encoder)
-    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text")
+    pad_id = pad_id_of(options.text_padding, encoder.tokenizer)
+    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text", pad_id)

@@ -153,8 +153,8 @@ def embed_with(encoder: CaptionEncoder, device: torch.device) -> Embed:
 
 
 def rules_of(encoder: CaptionEncoder, syntax: str) -> PromptRules:
-    """Returns the rules for an encoder that was trained on captions whose padding is masked."""
-    return PromptRules(syntax=syntax, length=encoder.length, mask_padding=True)
+    """Returns the rules for an encoder: padding is read as in training, or masked."""
+    return PromptRules(syntax=syntax, length=encoder.length, pad_id=encoder.pad_id, mask_padding=encoder.pad_id is None)
 
 
 def open_prompts(

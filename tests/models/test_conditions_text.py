@@ -117,6 +117,82 @@ def test_equal_captions_share_a_row_and_different_ones_never():
     ]
 
 
+# Padding that is read
+
+
+def padded(captions, pad):
+    """Ids (B, C, 77) of captions of equal numbers of chunks, filled with an id."""
+    return torch.tensor(
+        [[chunk + [pad] * (77 - len(chunk)) for chunk in caption_chunks(each, 77)] for each in captions]
+    )
+
+
+@pytest.mark.parametrize(("padding", "pad"), [("end", END), ("zero", 0)])
+@torch.no_grad()
+def test_padding_is_read_as_the_text_encoder_makes_it(padding, pad):
+    encoder = build(text_null="empty", text_padding=padding)
+    captions = ["a red star", "", "a photo of a cat"]
+    ids, mask = tokenize(captions, 77, pad_id=pad)
+    assert torch.equal(ids, padded(captions, pad)) and mask.all()
+    tokens = encode(encoder, captions)
+    for row, wanted in enumerate(encoder.encoder(padded(captions, pad)[:, 0]).tokens):
+        assert torch.equal(tokens.values[row], wanted)
+    assert tokens.mask is None and tokens.values.shape == (3, 77, 16)
+    assert torch.equal(encoder({"caption": ids, "caption_mask": mask}, torch.zeros(3, 3, 4, 4)).values, tokens.values)
+    masked = encode(build(text_null="empty"), captions)
+    assert torch.allclose(present(masked, 0), tokens.values[0, :5], atol=1e-6)
+
+
+@torch.no_grad()
+def test_padding_is_read_in_every_chunk_of_a_long_caption():
+    encoder = build(text_null="empty", text_padding="end")
+    tokens = encode(encoder, [LONG, "a bus"])
+    assert tokens.values.shape == (2, 231, 16) and tokens.mask.sum(1).tolist() == [231, 77]
+    wanted = encoder.encoder.encode_chunks(padded([LONG], END))
+    assert torch.allclose(tokens.values[0], wanted[0], atol=1e-6) and not tokens.values[1, 77:].any()
+    assert torch.allclose(tokens.values[1, :77], encode(encoder, ["a bus"]).values[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_dropped_examples_read_the_empty_caption():
+    encoder, x = build(text_null="empty", text_padding="zero"), torch.zeros(2, 3, 4, 4)
+    null = encode(encoder, [""]).values[0]
+    assert torch.equal(encoder(None, x).values, null.expand(2, -1, -1)) and encoder(None, x).mask is None
+    short = encode(encoder, ["a bus", "a star"], torch.tensor([True, False]))
+    assert torch.equal(short.values[0], null) and short.mask is None
+    assert torch.allclose(short.values[1], encode(encoder, ["a star"]).values[0], atol=1e-6)
+    long = encode(encoder, [LONG, LONG], torch.tensor([True, False]))
+    assert torch.equal(long.values[0, :77], null) and not long.values[0, 77:].any()
+    assert long.mask.sum(1).tolist() == [77, 231]
+    both = Condition.cat([Condition({"text": tokens}) for tokens in (encoder(None, x), long)]).streams["text"]
+    assert both.values.shape == (4, 231, 16) and both.mask.sum(1).tolist() == [77, 77, 77, 231]
+
+
+@torch.no_grad()
+def test_networks_read_padding_and_no_further_chunks():
+    network, run = unet(build(32, text_null="empty", text_padding="end", text_pooled=True))
+    network.eval()
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
+    alone, both = run({"text": ["a red star"]}, 1), run({"text": ["a red star", LONG]}, 2)
+    assert torch.allclose(both[0], alone[0], atol=1e-5) and (both[1] - both[0]).abs().max() > 1e-3
+    condition = network.encoders({"text": ["a red star"]}, torch.zeros(1, 3, 4, 4)).streams
+    for place in (3, 76):  # a word, and the last of the padding
+        condition["text"].values[0, place] += 1
+        assert not torch.allclose(run(Condition(condition), 1), alone, atol=1e-4)
+        condition["text"].values[0, place] -= 1
+
+
+def test_padding_that_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match="got text_padding end and text_null learned, .*: pass --text_null empty"):
+        text.Config(text_padding="end")
+    with pytest.raises(ValueError, match="got text_padding zero for minilm, which reads no padding"):
+        text.Config(text_padding="zero", text_null="empty", text_encoder="minilm")
+    encoder, (ids, mask) = build(text_null="empty", text_padding="end"), tokenize(["a bus"], 77)
+    with pytest.raises(ValueError, match="got 8 tokens of captions whose padding is read, wanted chunks of 77"):
+        encoder({"caption": ids, "caption_mask": mask}, torch.zeros(1, 3, 4, 4))
+
+
 # Pooled
 
 

@@ -64,7 +64,7 @@ def test_a_run_takes_the_options_of_the_file(file):
     with pytest.raises(ValueError, match="got text_layers 3, .*encoder.safetensors has 2: leave --text_layers out"):
         with_options_of_file(config(file, text_layers=3))
     save_text_encoder(TextEncoder(TextEncoderConfig(**OPTIONS, vocab_size=9)), file)
-    with pytest.raises(ValueError, match="encoder.safetensors has 9 ids and end 49407, wanted CLIP's 49408"):
+    with pytest.raises(ValueError, match="encoder.safetensors has 9 ids and end 49407, wanted one of"):
         with_options_of_file(config(file))
     for others in (text.Config(text_width=16), ConditionConfig()):
         assert with_options_of_file(others) is others
@@ -125,9 +125,26 @@ def test_other_files_are_refused_with_the_reason(file, number):
 
 
 def test_the_options_of_files_and_flags_are_the_same():
-    """Each option of an encoder is a flag, but those that follow from the tokenizer, and the pooled vector's."""
+    """Each option of an encoder is a flag, but that of the pooled vector."""
     names = {field.name for field in dataclasses.fields(TextEncoderConfig)}
-    assert names - text.ENCODER_FLAGS.keys() == {"vocab_size", "end_id", "projection"}
+    assert names - text.Config().encoder_flags.keys() == {"projection"}
+
+
+@pytest.mark.parametrize("ids", [{"vocab_size": 114_944}, {"vocab_size": 384, "end_id": 383}])
+def test_a_run_keeps_the_vocabulary_of_the_file(file, ids):
+    save_text_encoder(TextEncoder(TextEncoderConfig(**OPTIONS, **ids)), file)
+    options = with_options_of_file(config(file, text_null="empty", text_padding="end"))
+    assert options.encoder == TextEncoderConfig(**OPTIONS, **ids)
+    captions = text.build(options, 0, 0)
+    network = Transformer(codes=5, grid=(2, 2), width=8, heads=2, layers=1, encoders={"text": captions})
+    load_text_encoder(network, options)
+    end = ids.get("end_id", 49407)
+    assert (captions.tokenizer.start_id, captions.tokenizer.end_id, captions.pad_id) == (end - 1, end, end)
+    null = captions.encoder(torch.tensor([[end - 1, *[end] * 19]])).tokens
+    assert torch.equal(captions(None, torch.zeros(1, 1, 2, 2)).values, null)
+    if end == 383:
+        with pytest.raises(ValueError, match="got id [0-9]+ in 'a bus', but the vocabulary ends before the start, 382"):
+            captions(["a bus"], torch.zeros(1, 1, 2, 2))
 
 
 # MiniLM

@@ -30,24 +30,28 @@ Chunks = list[list[int]]  # the ids of a caption
 class TextCache:
     """Embeddings of captions by a frozen encoder on the CPU, computed when they are first read.
 
-    A caption is encoded alone, so that its embedding does not depend on its batch.
+    A caption is encoded alone, so that its embedding does not depend on its batch. With a `pad_id` its chunks are
+    filled with it and encoded as a whole.
     """
 
-    def __init__(self, encoder: TextEncoder | Bert, folder: Path):
-        self.encoder, self.path = encoder, folder / f"{encoder_key(encoder)}.sqlite"
+    def __init__(self, encoder: TextEncoder | Bert, folder: Path, pad_id: int | None = None):
+        self.encoder, self.pad_id = encoder, pad_id
+        self.path = folder / f"{encoder_key(encoder)}.sqlite"
 
     def __getitem__(self, captions: Sequence[str]) -> Batch:
-        """Returns {"caption": (B, M, D) float32, padded with zeros, "caption_mask": (B, M)}; M is rounded up.
+        """Returns {"caption": (B, M, D) float32, padded with zeros, "caption_mask": (B, M)}; M is rounded up,
+        unless padding of chunks is read.
 
         ValueError for a file that cannot be read or written.
         """
         try:
             length, tokenizer = self.encoder.config.length, self.encoder.tokenizer
-            rows = self.read([caption_chunks(caption, length, tokenizer) for caption in captions])
+            rows = self.read([caption_chunks(caption, length, tokenizer, self.pad_id) for caption in captions])
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} cannot be used ({error}): free disk space, or delete the file") from error
         longest = max(map(len, rows))
-        values = torch.zeros(len(rows), longest + -longest % MULTIPLE, self.width)
+        rounded = longest if self.pad_id is not None else longest + -longest % MULTIPLE
+        values = torch.zeros(len(rows), rounded, self.width)
         for row, tokens in zip(values, rows, strict=True):
             row[: len(tokens)] = tokens
         mask = torch.arange(values.shape[1]) < torch.tensor([len(tokens) for tokens in rows])[:, None]

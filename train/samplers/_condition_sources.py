@@ -111,11 +111,12 @@ class CheckedNumbers(ConditionFields):
 
 @dataclass(frozen=True)
 class TokenizedCaptions(ConditionFields):
-    """Captions as ids and their mask, (B, C, L) each, in chunks of at most `length` tokens; with a cache of embeddings
-    as tokens (B, M, D) and their mask."""
+    """Captions as ids and their mask, (B, C, L) each, in chunks of at most `length` tokens, filled with `pad_id` if it
+    is given; with a cache of embeddings as tokens (B, M, D) and their mask."""
 
     length: int
     tokenizer: PromptTokenizer
+    pad_id: int | None = None
     cache: TextCache | None = None
 
     def read(self, batch: Batch, positions: list[int]) -> Batch:
@@ -123,7 +124,7 @@ class TokenizedCaptions(ConditionFields):
             return {}
         if self.cache is not None:
             return self.cache[batch["caption"]]
-        ids, mask = tokenize(batch["caption"], self.length, self.tokenizer)
+        ids, mask = tokenize(batch["caption"], self.length, self.tokenizer, self.pad_id)
         return {"caption": ids, "caption_mask": mask}
 
 
@@ -153,4 +154,6 @@ def with_condition_fields(
     if (numbers := find_numbers(network)) is not None:
         source = CheckedNumbers(source, RangeCheck(numbers.ranges), numbers.field_drop, seed)
     captions = next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
-    return source if captions is None else TokenizedCaptions(source, captions.length, captions.tokenizer, cache)
+    if captions is None:
+        return source
+    return TokenizedCaptions(source, captions.length, captions.tokenizer, captions.pad_id, cache)

@@ -192,6 +192,28 @@ def test_weights_of_words_change_images(name, syntax, same, weighted, tmp_path):
     assert close(unweighted, plain) and not close(changed, plain)
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("padding", ["end", "zero"])
+def test_weighted_prompts_have_the_padding_of_captions(name, padding, tmp_path):
+    """In both halves of guidance, and with more chunks in either of them."""
+    model = make_model(name, condition_options=text.Config(**TEXT, text_null="empty", text_padding=padding))
+    long = "a cat and a dog " * 20
+    for prompt, negative in (("a cat", "a dog"), (long, "a dog"), ("a cat", long), ("a cat", None)):
+        object = {"prompt": prompt, "negative": negative, "seed": 5, "guidance": 2}
+        objects = [{key: value for key, value in object.items() if value is not None}]
+        (weighted,) = images(open_file(tmp_path, objects, model, prompt_syntax="a1111"), 0)
+        assert close(weighted, draw(model, prompt, 5, 0, negative, guidance=2.0))
+    model = replace_padding(model)
+    assert not close(weighted, draw(model, "a cat", 5, 0, guidance=2.0))
+
+
+def replace_padding(model: TrainedSampler) -> TrainedSampler:
+    """The same model, with the other padding."""
+    encoder = model.sampler.network.encoders["text"]
+    encoder.pad_id = 0 if encoder.pad_id else encoder.tokenizer.end_id
+    return model
+
+
 @pytest.mark.parametrize("pooled", [False, True])
 def test_equal_prompts_with_weights_share_a_call(pooled, tmp_path):
     """And equal negative prompts; different ones never. In the first call all codes are masked."""

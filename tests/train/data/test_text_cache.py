@@ -57,6 +57,19 @@ def test_embeddings_of_bert_are_those_of_the_encoder(tmp_path, monkeypatch):
         assert torch.allclose(batch["caption"][row, :length], tokens.values[row][tokens.mask[row]], atol=1e-5)
 
 
+def test_chunks_are_encoded_with_the_padding_that_is_read(tmp_path, encoded):
+    encoder = build()
+    masked, batch = (TextCache(encoder, tmp_path, pad)[CAPTIONS] for pad in (None, 0))
+    assert len(encoded) == 6 and batch["caption"].shape == (4, 231, 8)
+    assert batch["caption_mask"].sum(1).tolist() == [77, 231, 77, 77]
+    captions = CaptionEncoder(encoder, "empty", pretrained=True, padding="zero").eval()
+    from_texts, from_cache = (captions(raw, torch.zeros(4, 3, 4, 4)) for raw in (CAPTIONS, batch))
+    assert torch.allclose(from_texts.values, from_cache.values, atol=1e-5)
+    assert torch.equal(from_texts.mask, from_cache.mask)
+    assert TextCache(encoder, tmp_path, 0)[["a bus"]]["caption"].shape == (1, 77, 8)
+    assert torch.allclose(masked["caption"][0, :5], batch["caption"][0, :5], atol=1e-6)
+
+
 def test_a_caption_is_encoded_once_whatever_its_batch(tmp_path, encoded):
     first = TextCache(build(), tmp_path)[CAPTIONS]
     assert len(encoded) == 3  # two are the same

@@ -21,7 +21,7 @@ LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
 def build(kind, pooled=False, **options):
     """A sampler with random weights."""
     torch.manual_seed(0)
-    options |= {"conditions": ("text",), "condition_options": replace(OPTIONS, text_pooled=pooled)}
+    options = {"condition_options": replace(OPTIONS, text_pooled=pooled)} | options | {"conditions": ("text",)}
     if kind == "ddpm":
         config = ddpm.Config(**UNET, attn_block_type="transformer", **options)
         sampler = ddpm.build(config, shape=(3, 4, 4), pixels=True, n_classes=0)
@@ -102,6 +102,24 @@ def test_guidance_moves_away_from_the_null(kind, pooled):
     assert torch.equal(*zero)
     plain, strong = (sample(sampler, kind, ["a red star"] * 4, guidance=scale) for scale in (1.0, 3.0))
     assert not torch.equal(plain, strong)
+
+
+@KINDS
+@POOLED
+def test_samplers_read_padding(kind, pooled):
+    """Training, with dropped captions, and guidance, whose halves have other numbers of chunks."""
+    padded = replace(OPTIONS, text_pooled=pooled, text_null="empty", text_padding="end")
+    sampler = build(kind, condition_options=padded, condition_drop=0.5)
+    ids, mask = text.tokenize(["a red star", LONG] * 4, 77, pad_id=49407)
+    batch = {**data(kind, 8), "caption": ids, "caption_mask": mask, "position": torch.arange(8)}
+    loss = sampler.loss(sampler.network.train(), batch, TrainingStreams(0, batch, 8, torch.device("cpu")))
+    loss.per_example.mean().backward()
+    encoder = sampler.network.encoders["text"].encoder
+    assert encoder.token.weight.grad[49407].any() and encoder.position.grad[76].any()
+    sampler.network.eval()
+    together = sample(sampler, kind, ["a red star", LONG, "a bus"], guidance=3.0)
+    alone = sample(sampler, kind, ["a red star"], guidance=3.0)
+    assert torch.allclose(together[0].double(), alone[0].double(), atol=1e-4)
 
 
 @POOLED
