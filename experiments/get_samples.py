@@ -14,6 +14,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import STRIP_IMAGES, SampleWriter, image_names, save_denoising_strips, save_grid
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.prompt_inputs import PromptInputs, PromptsConfig, open_prompts
+from experiments.harness.prompt_models import PromptsOfModels, open_prompts_of_models
 from experiments.harness.report import progress
 from experiments.metrics.layout.layout_pictures import PictureRows, save_picture
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
@@ -51,6 +52,8 @@ class SamplesConfig(PromptsConfig):
         check_ranges(self)
         if self.layouts is not None and self.has_prompts:
             raise ValueError("got --layouts and prompts: pass one of them")
+        if self.models is not None and self.label is not None:
+            raise ValueError(f"got models and label {self.label}, which is of one of them: leave one of them out")
         if self.n_seeds is not None and self.layouts is None and self.prompts is None:
             got = f"got n_seeds {self.n_seeds} without layouts"
             raise ValueError(f"{got}: pass --layouts FILE, --prompts FILE, or --n_samples N")
@@ -78,7 +81,11 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     settings, sampling, inputs = config.samples, config.sampling, None
     if settings.has_prompts:
         saved, seed = settings.n_samples if settings.save_individually else 0, config.output.seed
-        prompts = open_prompts(settings, model, sampling, seed, settings.n_seeds, settings.label, saved)
+        if settings.models is None:
+            prompts = open_prompts(settings, model, sampling, seed, settings.n_seeds, settings.label, saved)
+        else:
+            roots = config.output.logs_root, config.model.allow
+            prompts = open_prompts_of_models(settings, model, sampling, seed, settings.n_seeds, *roots)
         if settings.save_process:
             prompts.check_steps(range(min(len(prompts), STRIP_IMAGES)))
         return ExperimentSetup((settings, prompts.draw, prompts), prompts.provenance, source=prompts.source)
@@ -93,7 +100,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     settings: SamplesConfig,
     draw: Callable[..., Batch],
-    inputs: LayoutInputs | PromptInputs | None,
+    inputs: LayoutInputs | PromptInputs | PromptsOfModels | None,
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
@@ -105,7 +112,8 @@ def measure(
     if not is_main:
         list(samples)
         return None
-    names = inputs.names if isinstance(inputs, PromptInputs) else image_names(count * settings.save_individually)
+    named = isinstance(inputs, PromptInputs | PromptsOfModels)
+    names = inputs.names if named else image_names(count * settings.save_individually)
     with SampleWriter(folder, count, names) as writer:
         pictures = PictureRows(inputs) if isinstance(inputs, LayoutInputs) else None
         for batch in samples:
@@ -118,7 +126,7 @@ def measure(
     captions = model.captions(None if labels is None else torch.cat(labels)[: len(writer.first)])
     save_grid(folder / "samples.png", writer.first, captions=captions)
     results = {"n_samples": count, "seed": batches.seed, "label": settings.label}
-    if isinstance(inputs, PromptInputs):
+    if named:
         return results | inputs.provenance | {"images": inputs.records(count)}
     if inputs is None:
         return results

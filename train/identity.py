@@ -19,7 +19,7 @@ PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step", "base"}  # of 
 NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change",
 }  # fmt: skip
-NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts"}
+NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models"}
 OTHER = {  # what a difference of these means, whose values are hashes or long
     "data_fingerprint": "--data_dir: other images",
     "class_frequencies": "other class frequencies",
@@ -32,6 +32,7 @@ OTHER = {  # what a difference of these means, whose values are hashes or long
     "condition_sha256": "--condition_file: other content",
     "layouts_sha256": "--layouts: other content",
     "prompts_sha256": "--prompts: other content",
+    "models_sha256": "--models: other weights",
     "given_images": "--image: other images",
 }
 HASH_LENGTH = 64  # hexadecimal digits of a SHA-256

@@ -24,6 +24,7 @@ from train.trained_sampler import TrainedSampler
 
 RESERVED = ("samples.png", "process.png", "layouts.png")  # pictures of all images
 FIELD = "caption"  # of a batch, that prompts fill
+CheckedItem = tuple[SamplingConfig, Row, str | None]  # an item's sampling settings, conditions and negative prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,15 @@ class PromptsConfig:
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
     """plain: brackets are characters; a1111: weights as (word:1.4) and [word], and BREAK, as in the web UI; compel:
     weights as (word)1.4 and word++, ("a", "b").and() and .blend()."""
+    models: str | None = None
+    """YAML file of what draws the items of --prompts that name a model: its name: folder of a run, or diffusers:FOLDER;
+    --load_dir draws the others."""
 
     def __post_init__(self):
         if self.prompt is not None and self.prompts is not None:
             raise ValueError("got --prompt and --prompts: pass one of them")
+        if self.models is not None and self.prompts is None:
+            raise ValueError(f"got models {self.models} without items that name them: pass --prompts FILE")
         if not self.has_prompts and (self.negative is not None or self.prompt_syntax != "plain"):
             got = f"negative {self.negative!r}" if self.negative is not None else f"prompt_syntax {self.prompt_syntax}"
             raise ValueError(f"got {got} without a prompt: pass --prompt TEXT, or --prompts FILE")
@@ -58,7 +64,8 @@ class PromptInputs:
     """Prompts to draw images for, which get them in turn: image i has prompt i % P.
 
     With a seed of its own, the prompt's first image is image 0 of that seed, wherever the prompt stands in the file;
-    others are image i of the experiment's seed.
+    others are image i of the experiment's seed. Where other models draw some prompts of the file, i is the image's
+    number among all: see `places`.
     """
 
     trained: TrainedSampler
@@ -70,6 +77,8 @@ class PromptInputs:
     syntax: str
     names: tuple[str, ...]  # of the pictures of all images; () if none are saved
     provenance: dict[str, str]  # identifies the file
+    places: tuple[int, ...] = ()  # of the items in their file, where some of its items are missing here
+    file_length: int = 0  # number of items in that file
 
     def __len__(self) -> int:
         return len(self.items)
@@ -116,8 +125,10 @@ class PromptInputs:
 
     def key_of(self, index: int) -> tuple[int, int]:
         """Returns the seed of an image, and its number among the images of that seed."""
-        own = self.items[index % len(self)].seed
-        return (self.seed, index) if own is None else (own, index // len(self))
+        repetition, item = divmod(index, len(self))
+        number = repetition * self.file_length + self.places[item] if self.places else index
+        own = self.items[item].seed
+        return (self.seed, number) if own is None else (own, repetition)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Returns the fields of prompts: plain ones as texts, others as tokens with weights."""
@@ -138,6 +149,7 @@ class PromptInputs:
         options, (seed, number) = self.options[item], self.key_of(index)
         settings = {"solver": options.solver, "sample_steps": options.sample_steps, "guidance": options.guidance}
         record = {"file": self.names[index]} if self.names else {}
+        record |= {"model": self.trained.run.name}
         record |= {"prompt": self.items[item].prompt, "negative": self.negatives[item], "seed": seed, "number": number}
         metadata = self.items[item].metadata
         return record | settings | ({} if metadata is None else {"metadata": dict(metadata)})
@@ -173,28 +185,58 @@ def open_prompts(
     FileNotFoundError, ValueError: the model reads no captions, `options` name a --condition_file, or some items of the
     file cannot be drawn, which are all listed.
     """
-    if FIELD not in trained.sampler.conditions:
-        reads = ", ".join(trained.sampler.conditions) or "no conditions"
-        raise ValueError(f"got a prompt for {trained.run}, which reads {reads}: pass a run with --conditions text")
-    if options.condition_file is not None:
-        raise ValueError("got prompts and --condition_file: pass one of them")
+    check_reads_prompts(trained, options)
     if settings.prompts is None:
         items, names = [PromptItem(number=1, prompt=settings.prompt, output="")], image_names(save)
     else:
         items = read_prompts(settings.prompts)
         names = [repeated_name(item.output, k) for k in range(n_seeds or 1) for item in items]
+    if settings.prompts is None:
+        checked = [check_item(items[0], settings, trained, options, metadata_of_all(trained, options))]
+    else:
+        checked, errors = check_items(items, settings, trained, options)
+        report_errors(settings.prompts, errors + reserved_names(names), len(items))
+    inputs = assemble(items, checked, names, settings, trained, options, seed, label)
+    report_errors(settings.prompts, try_settings(inputs, options), len(items))
+    return inputs
+
+
+def check_reads_prompts(trained: TrainedSampler, options: SamplingConfig) -> None:
+    """Raises ValueError unless a model reads captions, and `options` name no --condition_file."""
+    if FIELD not in trained.sampler.conditions:
+        reads = ", ".join(trained.sampler.conditions) or "no conditions"
+        raise ValueError(f"got a prompt for {trained.run}, which reads {reads}: pass a run with --conditions text")
+    if options.condition_file is not None:
+        raise ValueError("got prompts and --condition_file: pass one of them")
+
+
+def check_items(
+    items: Sequence[PromptItem], settings: PromptsConfig, trained: TrainedSampler, options: SamplingConfig
+) -> tuple[list[CheckedItem], list[str]]:
+    """Returns what `check_item` returns of the items that can be drawn, and the errors of the others."""
     metadata, checked, errors = metadata_of_all(trained, options), [], []
     for item in items:
         try:
             checked.append(check_item(item, settings, trained, options, metadata))
         except ValueError as error:
-            errors.append(str(error) if settings.prompts is None else f"item {item.number}: {error}")
-    if settings.prompts is None and errors:
-        raise ValueError(errors[0])
-    report_errors(settings.prompts, errors + reserved_names(names), len(items))
+            errors.append(f"item {item.number}: {error}")
+    return checked, errors
+
+
+def assemble(
+    items: Sequence[PromptItem],
+    checked: Sequence[CheckedItem],
+    names: Sequence[str],
+    settings: PromptsConfig,
+    trained: TrainedSampler,
+    options: SamplingConfig,
+    seed: int,
+    label: int | None = None,
+) -> PromptInputs:
+    """Returns items that `check_items` found no error in, with the source of their conditions; all ranks call it."""
     rows = complete_rows([row for _, row, _ in checked], trained, options)
     source = trained.condition_source(dataclasses.replace(options, metadata=()), skip=rows[0]).with_rows(rows)
-    inputs = PromptInputs(
+    return PromptInputs(
         trained,
         tuple(items),
         tuple(own for own, _, _ in checked),
@@ -205,8 +247,6 @@ def open_prompts(
         tuple(names),
         prompts_provenance(settings.prompts),
     )
-    report_errors(settings.prompts, try_settings(inputs, options), len(items))
-    return inputs
 
 
 def try_settings(inputs: PromptInputs, options: SamplingConfig) -> list[str]:
@@ -243,7 +283,7 @@ def check_item(
     trained: TrainedSampler,
     options: SamplingConfig,
     metadata: Mapping[str, str],
-) -> tuple[SamplingConfig, Row, str | None]:
+) -> CheckedItem:
     """Returns the sampling settings, the row of conditions and the negative prompt of an item; ValueError if it cannot
     be drawn. `metadata` are those of all items."""
     own = {name: getattr(item, name) for name in ("sample_steps", "guidance") if getattr(item, name) is not None}
@@ -252,7 +292,8 @@ def check_item(
     if negative is not None and options.guidance == 1:
         raise ValueError(f"got negative {negative!r} with guidance 1, which ignores it: pass --guidance 3, or so")
     if item.model not in (None, trained.run.name):
-        raise ValueError(f"got model {item.model!r}, but {trained.run.name} is loaded: pass --load_dir {item.model}")
+        got = f"got model {item.model!r}, but {trained.run.name} is loaded"
+        raise ValueError(f"{got}: pass --load_dir {item.model}, or --models FILE")
     height, width = trained.data.size
     size = (item.height or height, item.width or width)
     if size != (height, width):

@@ -1,6 +1,7 @@
 """get_samples.py on tiny trained models: images of one class, and interrupted runs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -190,3 +191,13 @@ def test_prompts_of_a_file(tmp_path, draw_calls, capsys):
     assert [(each["prompt"], each["negative"], each["number"]) for each in images] == [
         ("disc", "ring", i) for i in range(3)
     ]
+    shutil.copytree(tmp_path / "text", tmp_path / "second")
+    (tmp_path / "models.yaml").write_text("other: second\n")
+    file.write_text('{"prompt": "a disc"}\n{"prompt": "a disc", "model_name": "other", "num_inference_steps": 2}')
+    samples(tmp_path, f"--load_dir text --prompts {file} --models {tmp_path / 'models.yaml'} --log_dir both")
+    images = json.loads((tmp_path / "both" / "results.json").read_text())["images"]
+    assert [(each["model"], each["file"]) for each in images] == [
+        ("text", "images/000000.png"),
+        ("other", "images/000001.png"),
+    ]
+    assert "models_sha256" in (tmp_path / "both" / "config.yaml").read_text()
