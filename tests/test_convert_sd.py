@@ -20,7 +20,7 @@ def convert(weights, logs, flags=""):
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     write_single_file(folder / "tiny.safetensors")
-    convert(folder / "tiny.safetensors", folder / "logs", "--heads 4 --prediction eps --img_size 16")
+    convert(folder / "tiny.safetensors", folder / "logs", "--heads 4 --prediction eps --img_size 32")
     return folder
 
 
@@ -36,7 +36,7 @@ def test_settings_of_a_folder_are_those_of_its_files(pipeline):
     config = yaml.safe_load((pipeline / "logs/sd/config.yaml").read_text())
     assert config["sampler"]["prediction"] == "v" and config["sampler"]["heads"] == 4
     assert config["sampling"]["solver"] == "ddim" and config["sampling"]["last_state"] == "first"
-    assert config["data"]["img_size"] == 16 and config["origin"]["latent_scale"] == 0.2
+    assert config["data"]["img_size"] == 32 and config["origin"]["latent_scale"] == 0.2
     assert config["first"]["ae_load_dir"] == "sd_ae"
 
 
@@ -62,6 +62,25 @@ def test_a_folder_is_written_back_to_the_bit(pipeline):
     for part, tensors in first.parts.items():
         assert back.parts[part].keys() == tensors.keys()
         assert all(torch.equal(back.parts[part][name], value) for name, value in tensors.items())
+
+
+def test_a_converted_run_is_fine_tuned_by_lora(single):
+    data = "--dataset shapes --shapes_count 20 --img_size 32 --captions templates"
+    flags = f"--load_dir sd --log_dir tuned --logs_root {single}/logs --lora_rank 2 --save merged {data}"
+    training = "--train_steps 2 --batch_size 2 --warmup_iters 0 --sample_steps 2 --no_amp"
+    call("train_sampler.py", f"--sampler ddpm {flags} {training}")
+    base, tuned = (load_file(path) for path in checkpoints(single / "logs", "sd", "tuned"))
+    assert tuned and all(".adapters." in name for name in tuned) and not tuned.keys() & base.keys()
+    output = single / "tuned.safetensors"
+    call("convert.py", f"--to sd --load_dir tuned --logs_root {single}/logs --output {output}")
+    tensors, back = load_file(single / "tiny.safetensors"), load_file(output)
+    changed = {name for name, value in tensors.items() if not torch.equal(back[name], value)}
+    assert back.keys() == tensors.keys() and changed and all(".attn" in name for name in changed)
+
+
+def checkpoints(logs, *names):
+    """Returns the files of the newest weights of runs."""
+    return [max((logs / name / "checkpoints").glob("step_*")) / "model.safetensors" for name in names]
 
 
 @pytest.mark.parametrize(

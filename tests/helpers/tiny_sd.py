@@ -29,7 +29,7 @@ UNET = {
     **{"in_channels": 4, "out_channels": 4},
 }
 CONFIGS = {
-    "unet": {"_class_name": "UNet2DConditionModel", "attention_head_dim": 4, "sample_size": 2},
+    "unet": {"_class_name": "UNet2DConditionModel", "attention_head_dim": 4, "sample_size": 4},
     "autoencoder": {"_class_name": "AutoencoderKL", "scaling_factor": 0.2},
     "text": {"architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "num_attention_heads": 2},
     "scheduler": {

@@ -25,6 +25,7 @@ SD_SAMPLING = {
 }
 SIZE = 512  # pixels, unless a folder says something else
 LATENT_CHANNELS = 4
+VERSION_2_WIDTH = 1024  # of text tokens, which version 2 pads with id 0
 NOT_FLAGS = ("in_channels", "out_channels", "text_width", "conv_projections")  # of `infer_unet`
 
 
@@ -69,7 +70,9 @@ def text_flags(source: Source) -> dict[str, Any]:
     """Returns the flags of the text condition; ValueError without a text encoder."""
     if "text" not in source.parts:
         raise ValueError(f"{source.path} has no text encoder, whose tokens its UNet reads: pass the whole model")
-    return {"text_null": "empty"}
+    text = split_text(source.parts["text"])
+    width = infer_text(text, source.configs.get("text"))["width"]
+    return {"text_null": "empty", "text_padding": "zero" if width == VERSION_2_WIDTH else "end"}
 
 
 def load_unet(source: Source, unet: UNet) -> list[Weight]:
