@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -20,14 +20,13 @@ from train.cli.values import peek_flag, peek_flag_values
 from train.config import LoggingConfig, SecondStageConfig, VQGANRunConfig
 from train.continuous_stage import save_autoencoder
 from train.converters import FIRST_STAGE, ConvertedTensor
-from train.converters.sd.export import FOLDER, keep_source, write_back
+from train.converters.sd.export import ExportConfig, export_run, keep_source
 from train.converters.sd.files import Source, read_source
-from train.converters.sd.runs import load_autoencoder, load_text, load_unet, sampler_flags
+from train.converters.sd.runs import load_autoencoder, load_text, load_unet, print_hint, sampler_flags
 from train.converters.sd.tiny import is_tiny, load_tiny
 from train.converters.sd.unet import infer_unet
 from train.distributed import DistContext
 from train.files import parse_json, sha256
-from train.finetuning import read_base
 from train.first_stage import load_vqgan_stage
 from train.registry import load_plugin
 from train.runs import open_run, run_lock
@@ -35,7 +34,6 @@ from train.sampler import build_state as build_sampler_state
 from train.samplers._conditions import options_of_conditions
 from train.spaces import CodeSpace, PixelSpace, open_space
 from train.text_encoder_file import save_text_encoder, text_provenance, with_options_of_file
-from train.trained_sampler import load_trained_sampler
 from train.vqgan import build_state as build_vqgan_state
 from vq.weights import read_tensors
 
@@ -80,28 +78,6 @@ class ConversionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """Export."""
-
-    to: Literal["sd", "diffusers"] = "sd"
-    """sd: a single .safetensors file; diffusers: a folder. The run must come from the same layout."""
-    load_dir: str | None = None
-    """Run of convert.py, or one that was fine-tuned from it."""
-    load_step: int | None = None
-    """Step of the run; the newest by default."""
-    output: str | None = None
-    """File or folder to write."""
-    logs_root: str = LoggingConfig.logs_root
-    """Folder of all runs."""
-
-    EVERYDAY = ("to", "load_dir", "output")
-    RANGES = {"load_step": NOT_NEGATIVE}
-
-    def __post_init__(self):
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config(SecondStageConfig):
     """Convert weights trained by other code to a run like those of train_sampler.py."""
 
@@ -135,15 +111,6 @@ class AutoencoderConfig:
 
     conversion: ConversionConfig
     logging: LoggingConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a run that came from Stable Diffusion back, with the weights that it has now."""
-
-    EXAMPLES = ("python convert.py --to sd --load_dir sd15 --output sd15_tuned.safetensors",)
-
-    export: ExportOptions
 
 
 @functools.lru_cache(maxsize=1)
@@ -366,23 +333,7 @@ def make_sd_runs(config: Config) -> None:
     for reason in dict.fromkeys(source.omitted.values()):
         print(f"{sum(each == reason for each in source.omitted.values())} tensors left out: {reason}")
     print(f"{path}\npredicts {sampler.prediction}, latents of {space.first_stage.run}", flush=True)
-
-
-def export_run(config: ExportConfig) -> None:
-    """Writes a run back in the layout it came from."""
-    options = config.export
-    if options.load_dir is None or options.output is None:
-        raise ValueError("got no run or no output: pass --load_dir RUN --output PATH")
-    run, device = run_folder(options.logs_root, options.load_dir), torch.device("cpu")
-    model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=(options.logs_root,))
-    source_run = run
-    while not (source_run / FOLDER).is_dir() and (base := read_base(source_run)) is not None:
-        source_run = base.run
-    network = model.sampler.network
-    text = network.encoders["text"].encoder if "text" in network.encoders else None
-    autoencoder = None if model.space.first_stage is None else model.space.first_stage.network
-    write_back(source_run, options.to, Path(options.output), network, autoencoder, text)
-    print(options.output, flush=True)
+    print_hint(built, space)
 
 
 def main(config: Config | FirstStageConfig | AutoencoderConfig | ExportConfig) -> None:

@@ -28,7 +28,6 @@ CONCEPTS = {
     "diffusion.flow": "a process",
     "diffusion.sd_solvers": "solvers, a plug-in",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
-    "train.converters.sd.export": "one part of a layout of 1,300 lines: networks back to files",
     "train.converters.sd.runs": "one part of a layout of 1,300 lines: flags and networks",
     "train.converters.sd.scheduler": "one part of a layout of 1,300 lines: scheduler_config.json",
     "train.converters.sd.tiny": "one part of a layout of 1,300 lines: TAESD's files",

@@ -1,8 +1,10 @@
 """Schedulers of diffusers as flags: each key obeyed, without effect, or refused."""
 
 import pytest
+import torch
 
-from train.converters.sd.scheduler import process_settings, sampling_settings
+from diffusion.gaussian import GaussianDiffusion, scaled_linear
+from train.converters.sd.scheduler import prediction_hint, process_settings, sampling_settings
 
 SD1 = {  # that of Stable Diffusion 1.5
     **{"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085},
@@ -68,3 +70,15 @@ def test_what_is_not_built_is_refused(changes, message):
 
 def test_zero_terminal_snr_is_obeyed():
     assert process_settings(SD2 | {"rescale_betas_zero_snr": True})["zero_terminal_snr"]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_hint_tells_perfect_networks_of_both_kinds_apart(prediction):
+    """The best predictions for data N(0, 1), at the last time."""
+    process, t = GaussianDiffusion(scaled_linear(1000), prediction, "fixed_small"), torch.ones(2)
+
+    def output_of(x):
+        alpha, sigma = process.scales_like(t, x)
+        return process.target(alpha * x, sigma * x, t)  # E[x0 | x], E[eps | x]
+
+    assert prediction_hint(output_of, (2, 4, 8, 8))[0] == prediction

@@ -2,26 +2,63 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.lora import AdaptedLayer, merge, remove_adapters
+from models.ranges import NOT_NEGATIVE, check_ranges
 from models.text_encoder import TextEncoder
 from models.unet import UNet
+from train.cli.files import run_folder
+from train.config import LoggingConfig
 from train.converters.sd.autoencoder import autoencoder_weights
 from train.converters.sd.files import Source, read_json, write_folder, write_single
 from train.converters.sd.names import to_layout
 from train.converters.sd.text import split_text, text_weights
 from train.converters.sd.unet import unet_weights
 from train.files import atomic_write, write_text
+from train.finetuning import read_base
+from train.trained_sampler import load_trained_sampler
 from vq.autoencoder_kl import AutoencoderKL
 
 FOLDER, REST, FACTS = "source", "rest.safetensors", "facts.json"
 NAMES = {"sd": "single", "diffusers": "folder"}  # layouts by --to
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Export."""
+
+    to: Literal["sd", "diffusers"] = "sd"
+    """sd: a single .safetensors file; diffusers: a folder. The run must come from the same layout."""
+    load_dir: str | None = None
+    """Run of convert.py, or one that was fine-tuned from it."""
+    load_step: int | None = None
+    """Step of the run; the newest by default."""
+    output: str | None = None
+    """File or folder to write."""
+    logs_root: str = LoggingConfig.logs_root
+    """Folder of all runs."""
+
+    EVERYDAY = ("to", "load_dir", "output")
+    RANGES = {"load_step": NOT_NEGATIVE}
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run that came from Stable Diffusion back, with the weights that it has now."""
+
+    EXAMPLES = ("python convert.py --to sd --load_dir sd15 --output sd15_tuned.safetensors",)
+
+    export: ExportOptions
 
 
 def file_dtype(tensors: Mapping[str, Tensor]) -> str:
@@ -100,3 +137,20 @@ def write_back(
 def dtype(facts: Mapping[str, Any], part: str) -> torch.dtype:
     """Returns the precision of a network in the source."""
     return getattr(torch, facts["dtypes"][part])
+
+
+def export_run(config: ExportConfig) -> None:
+    """Writes a run back in the layout it came from."""
+    options = config.export
+    if options.load_dir is None or options.output is None:
+        raise ValueError("got no run or no output: pass --load_dir RUN --output PATH")
+    run, device = run_folder(options.logs_root, options.load_dir), torch.device("cpu")
+    model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=(options.logs_root,))
+    source_run = run
+    while not (source_run / FOLDER).is_dir() and (base := read_base(source_run)) is not None:
+        source_run = base.run
+    network = model.sampler.network
+    text = network.encoders["text"].encoder if "text" in network.encoders else None
+    autoencoder = None if model.space.first_stage is None else model.space.first_stage.network
+    write_back(source_run, options.to, Path(options.output), network, autoencoder, text)
+    print(options.output, flush=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.text_encoder import TextEncoder, TextEncoderConfig
@@ -10,9 +11,11 @@ from models.unet import UNet
 from train.converters.sd.autoencoder import autoencoder_weights, infer_autoencoder, with_new_names
 from train.converters.sd.files import Source
 from train.converters.sd.names import Weight, from_layout
-from train.converters.sd.scheduler import process_settings, sampling_settings
+from train.converters.sd.scheduler import prediction_hint, process_settings, sampling_settings
 from train.converters.sd.text import TextTensors, infer_text, split_text, text_weights
 from train.converters.sd.unet import infer_unet, unet_weights
+from train.samplers import LearnedSampler
+from train.spaces import Space
 from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 SD_PROCESS = {
@@ -108,3 +111,15 @@ def fill(network: nn.Module, table: list[Weight], tensors: Mapping[str, Tensor],
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     network.load_state_dict(from_layout(table, tensors, layout, shapes))
     return Loaded(network, table)
+
+
+@torch.no_grad()
+def print_hint(built: LearnedSampler, space: Space) -> None:
+    """Prints what the network seems to predict, by one call on pure noise without a caption."""
+    network, shape = built.network.eval(), (1, *space.model_args["shape"])
+
+    def output_of(x: Tensor) -> Tensor:
+        return built.predict(network, x, torch.ones(1), network.encode({"text": [""]}, x))
+
+    seems, cosine = prediction_hint(output_of, shape)
+    print(f"on pure noise its output has cosine {cosine:.2f} with the noise, as of networks that predict {seems}")

@@ -3,8 +3,11 @@
 Keys that are left out have that library's defaults, which are not those of Stable Diffusion.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -110,3 +113,14 @@ def sampling_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         default = solver == "ddim"
         settings["last_state"] = "clean" if config.get("set_alpha_to_one", default) else "first"
     return settings
+
+
+def prediction_hint(output_of: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[str, float]:
+    """Returns what a network seems to predict, eps or v, and the cosine between its output and its input.
+
+    `output_of` maps pure noise x (B, C, H, W) to the network's output at the last time, where noise is all there is to
+    predict: the cosine is near 1 for eps, and near 0 for v. A hint, not a proof; a network must be trained for it.
+    """
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    cosine = torch.nn.functional.cosine_similarity(output_of(noise).flatten(), noise.flatten(), dim=0).item()
+    return ("eps" if cosine > 0.5 else "v"), cosine
