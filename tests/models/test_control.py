@@ -4,16 +4,26 @@ import pytest
 import torch
 from torch import nn
 
-from models.conditioning import Condition
+from models.conditioning import Condition, ConditionEncoder
 from models.conditions.image import ImageEncoder
 from models.conditions.label import LabelEncoder
 from models.control import ControlBranch, HintConfig, guess_strengths
+from models.streams import GatedTokens
 from models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
     in_channels=2, out_channels=2, channels=8, channel_mults=(1, 2), res_blocks=1, attn_factors=(2,), heads=1
 )
 HINT = HintConfig(hint_channels=3, hint_widths=(4, 6), hint_factor=2)
+
+
+class GatedStub(ConditionEncoder):
+    """Passes gated tokens on."""
+
+    gated_width = 6
+
+    def forward(self, raw, x, drop=None):
+        return GatedTokens(raw)
 
 
 def randomize(module):
@@ -26,7 +36,7 @@ def randomize(module):
 
 @pytest.fixture
 def unet():
-    encoders = {"label": LabelEncoder(3, CONFIG.emb_dim), "image": ImageEncoder(1)}
+    encoders = {"label": LabelEncoder(3, CONFIG.emb_dim), "image": ImageEncoder(1), "gated": GatedStub()}
     return randomize(UNet(CONFIG, encoders)).eval()
 
 
@@ -34,10 +44,10 @@ def unet():
 def inputs(unet):
     """x, t, the encoded condition and the hint."""
     generator = torch.Generator().manual_seed(2)
-    shapes = (2, 2, 8, 4), (2, 1, 8, 4), (2, 3, 16, 8)
-    x, image, hint = (torch.randn(shape, generator=generator) for shape in shapes)
+    shapes = (2, 2, 8, 4), (2, 1, 8, 4), (2, 5, 6), (2, 3, 16, 8)
+    x, image, gated, hint = (torch.randn(shape, generator=generator) for shape in shapes)
     with torch.no_grad():
-        condition = unet.encode({"label": torch.tensor([0, 2]), "image": image}, x)
+        condition = unet.encode({"label": torch.tensor([0, 2]), "image": image, "gated": gated}, x)
     return x, torch.tensor([3.0, 500.0]), condition, hint
 
 
@@ -114,9 +124,9 @@ def test_inputs_that_do_not_fit_are_refused(unet, inputs):
     branch = ControlBranch(unet, HINT)
     with pytest.raises(ValueError, match=r"got a hint \(2, 3, 8, 4\) .* wanted \(2, 3, 16, 8\)"):
         branch(x, t, condition, hint[:, :, ::2, ::2])
-    with pytest.raises(ValueError, match="a condition without label, image"):
+    with pytest.raises(ValueError, match="a condition without label, image, gated"):
         branch(x, t, None, hint)
-    with pytest.raises(ValueError, match="a condition without image"):
+    with pytest.raises(ValueError, match="a condition without image, gated"):
         branch(x, t, Condition({"label": condition.streams["label"]}), hint)
 
 
@@ -124,7 +134,7 @@ def test_inputs_that_do_not_fit_are_refused(unet, inputs):
     ("factor", "widths", "message"),
     [(3, (4, 6, 8), "a power of 2"), (4, (4, 6), "one more width than it halves"), (1, (), "no hint_widths")],
 )
-def test_architectures_of_hints_that_do_not_halve_to_x_are_refused(factor, widths, message):
+def test_hints_that_do_not_halve_to_x_are_refused(factor, widths, message):
     with pytest.raises(ValueError, match=message):
         HintConfig(hint_factor=factor, hint_widths=widths)
 
