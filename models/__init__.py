@@ -11,6 +11,7 @@ from models.attention import (
 )
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, ResBlock, Upsample, count_parameters
 from models.conditioning import Condition, ConditionEncoder, Conditioner, Regions
+from models.control import ControlBranch, HintConfig
 from models.neighborhood import HydraAttention, hydra_attention, neighborhood_attention_1d, neighborhood_attention_2d
 from models.streams import Context, DecoderMap, GatedTokens, Map, Tokens, Vector
 from models.transformer import CausalTransformer, Transformer
@@ -26,6 +27,7 @@ __all__ = [
     "ConditionEncoder",
     "Conditioner",
     "Context",
+    "ControlBranch",
     "CrossAttention",
     "DecoderMap",
     "DiffAttentionV1",
@@ -34,6 +36,7 @@ __all__ = [
     "EmbedBlock",
     "GatedCrossAttention",
     "GatedTokens",
+    "HintConfig",
     "HydraAttention",
     "Map",
     "Regions",

@@ -105,6 +105,13 @@ class UNetConfig:
         return [2**level for level in range(len(self.channel_mults))]
 
     @property
+    def skip_widths(self) -> list[int]:
+        """Channels of each skip: the first convolution's and those of each step going down."""
+        last = len(self.widths) - 1
+        steps = [[width] * (self.res_blocks + (level < last)) for level, width in enumerate(self.widths)]
+        return [self.widths[0], *(width for level in steps for width in level)]
+
+    @property
     def emb_dim(self) -> int:
         """E, the width of the embedding of time and condition."""
         return 4 * self.channels
@@ -210,7 +217,80 @@ class BlockFactory:
         return self.res(channels, channels, "up") if self.config.resblock_updown else Upsample(channels)
 
 
-class UNet(nn.Module):
+class UNetEncoder(nn.Module):
+    """The way down and the middle of a UNet, which a control branch has too; subclasses build the parts."""
+
+    config: UNetConfig
+    encoders: Conditioner
+    time: TimeEmbedding
+    conv_in: nn.Conv2d
+    down_blocks: nn.ModuleList
+    middle_blocks: nn.ModuleList
+    region_blocks: nn.ModuleDict  # by side ("down", "middle", "up") and step, as the next two
+    gated_blocks: nn.ModuleDict
+    spade_blocks: nn.ModuleDict
+
+    def embed(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | Mapping[str, Any] | None = None,
+        drop: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Condition]:
+        """Returns the embedding (B, E) and the condition for `down`, `middle` and `up`; arguments as in `forward`."""
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"got t {tuple(t.shape)} for {len(x)} images, wanted ({len(x)},): t.expand(len(x))")
+        condition = self.encoders.resolve(condition, x, drop)
+        emb, vector = self.time(t), condition.vector()
+        return emb if vector is None else emb + vector, condition
+
+    def down(
+        self, x: Tensor, emb: Tensor, condition: Condition, hint: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, H, W) -> h at the last level, and the skips: outputs of the first convolution and of each step.
+
+        `hint` (B, C', H, W) is added to the output of the first convolution.
+        """
+        height, width, factor = *x.shape[2:], self.config.factors[-1]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"got {height} x {width} pixels for {len(self.config.factors)} levels, wanted multiples of {factor}: "
+                f"resize or pad to {-height % factor + height} x {-width % factor + width}, or use fewer channel_mults"
+            )
+        maps = condition.map()
+        h = self.conv_in(x if maps is None else torch.cat([x, maps], 1))
+        skips = [h if hint is None else h + hint]
+        for index, blocks in enumerate(self.down_blocks):
+            skips.append(self.run_blocks(blocks, skips[-1], emb, condition, ("down", index)))
+        return skips[-1], skips
+
+    def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
+        """Applies the middle blocks: h (B, C, h, w) -> the same shape."""
+        return self.run_blocks(self.middle_blocks, h, emb, condition, ("middle", 0))
+
+    def run_blocks(
+        self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition, step: tuple[str, int]
+    ) -> Tensor:
+        """Applies the blocks of a step ("up", 3) to h (B, C, h, w), each with the arguments of its base classes.
+
+        Beside attention, the second block, is gated attention of the same input; after both is region attention.
+        """
+        side, index = step
+        region, gated = (find_block(each, side, str(index)) for each in (self.region_blocks, self.gated_blocks))
+        for i, block in enumerate(blocks):
+            inputs = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
+            spade = find_block(self.spade_blocks, side, f"{index}_{i}")
+            if spade is not None:
+                inputs.append(partial(spade, layout=condition.map(DecoderMap)))
+            branch = None if i != 1 or gated is None else gated(h, condition)
+            h = block(h, *inputs)
+            h = h if branch is None else h + branch
+            if i == 1 and region is not None:
+                h = region(h, condition)
+        return h
+
+
+class UNet(UNetEncoder):
     """Maps x_t, t and a condition to a prediction: (B, C, H, W), (B,) -> (B, C', H, W). Its output starts at zero.
 
     `encoders` encode raw fields, by name, as the streams of a `Condition` (see models/conditions); vectors have width
@@ -279,64 +359,11 @@ class UNet(nn.Module):
             h, skips = add_residuals(h, skips, skip_residuals)
         return self.up(h, skips, emb, condition)
 
-    def embed(
-        self,
-        x: Tensor,
-        t: Tensor,
-        condition: Condition | Mapping[str, Any] | None = None,
-        drop: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, Condition]:
-        """Returns the embedding (B, E) and the condition for `down`, `middle` and `up`; arguments as in `forward`."""
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"got t {tuple(t.shape)} for {len(x)} images, wanted ({len(x)},): t.expand(len(x))")
-        condition = self.encoders.resolve(condition, x, drop)
-        emb, vector = self.time(t), condition.vector()
-        return emb if vector is None else emb + vector, condition
-
-    def down(self, x: Tensor, emb: Tensor, condition: Condition) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C, H, W) -> h at the last level, and the skips: outputs of the first convolution and of each step."""
-        height, width, factor = *x.shape[2:], self.config.factors[-1]
-        if height % factor or width % factor:
-            raise ValueError(
-                f"got {height} x {width} pixels for {len(self.config.factors)} levels, wanted multiples of {factor}: "
-                f"resize or pad to {-height % factor + height} x {-width % factor + width}, or use fewer channel_mults"
-            )
-        maps = condition.map()
-        skips = [self.conv_in(x if maps is None else torch.cat([x, maps], 1))]
-        for index, blocks in enumerate(self.down_blocks):
-            skips.append(self.run_blocks(blocks, skips[-1], emb, condition, ("down", index)))
-        return skips[-1], skips
-
-    def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
-        """Applies the middle blocks: h (B, C, h, w) -> the same shape."""
-        return self.run_blocks(self.middle_blocks, h, emb, condition, ("middle", 0))
-
     def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:
         """h at the last level and the skips of `down` -> the prediction (B, C', H, W)."""
         for index, (blocks, skip) in enumerate(zip(self.up_blocks, reversed(skips), strict=True)):
             h = self.run_blocks(blocks, torch.cat([h, skip], 1), emb, condition, ("up", index))
         return self.conv_out(F.silu(self.norm(h)))
-
-    def run_blocks(
-        self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition, step: tuple[str, int]
-    ) -> Tensor:
-        """Applies the blocks of a step ("up", 3) to h (B, C, h, w), each with the arguments of its base classes.
-
-        Beside attention, the second block, is gated attention of the same input; after both is region attention.
-        """
-        side, index = step
-        region, gated = (find_block(each, side, str(index)) for each in (self.region_blocks, self.gated_blocks))
-        for i, block in enumerate(blocks):
-            inputs = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
-            spade = find_block(self.spade_blocks, side, f"{index}_{i}")
-            if spade is not None:
-                inputs.append(partial(spade, layout=condition.map(DecoderMap)))
-            branch = None if i != 1 or gated is None else gated(h, condition)
-            h = block(h, *inputs)
-            h = h if branch is None else h + branch
-            if i == 1 and region is not None:
-                h = region(h, condition)
-        return h
 
 
 def find_block(blocks: nn.ModuleDict, side: str, key: str) -> nn.Module | None:

@@ -27,6 +27,7 @@ SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a seco
 CONCEPTS = {
     "diffusion.flow": "a process",
     "diffusion.sd_solvers": "solvers, a plug-in",
+    "models.control": "a network",
     "models.differential": "differential attention on a loaded network",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
     "train.converters.sd.runs": "one part of a layout of 1,300 lines: flags and networks",

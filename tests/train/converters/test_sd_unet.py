@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, PREFIX, build_unet, load_unet, read_unet
 from models.conditioning import Condition, Tokens
+from models.conditions.image import ImageEncoder
 from models.differential import make_differential
+from models.unet import UNet, UNetConfig
 from train.converters.sd.names import from_layout, row_table, to_layout
 from train.converters.sd.unet import infer_unet, unet_weights
 
@@ -36,6 +39,59 @@ def test_outputs_are_those_of_the_public_unet(version, layout, record_property):
         difference = (got - io[expected]).abs().max().item()
         record_property(f"{version} {layout} {expected}", difference)
         assert difference < 1e-5
+
+
+def keep_output(outputs, name, _module, _inputs, output):
+    """Stores the output of a module: a forward hook, behind its first two arguments."""
+    outputs[name] = output
+
+
+ACTIVATIONS = {  # of the public UNet's modules, and ours
+    "time_embedding": "time",
+    "conv_in": "conv_in",
+    "down_blocks__0__resnets__0": "down_blocks.0.0",
+    "down_blocks__0__attentions__0": "down_blocks.0.1",
+    "down_blocks__0__downsamplers__0": "down_blocks.1.0",
+    "down_blocks__1__resnets__0": "down_blocks.2.0",
+    "mid_block": "middle_blocks.2",
+    "up_blocks__0__resnets__0": "up_blocks.0.0",
+    "up_blocks__0": "up_blocks.1.1",
+    "up_blocks__1__attentions__0": "up_blocks.2.1",
+    "conv_norm_out": "norm",
+}
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_features_are_those_of_the_public_unet(version):
+    network, _ = load_unet(version, "folder")
+    io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / version / "unet_io.npz").items()}
+    assert {name.removeprefix("act_") for name in io if name.startswith("act_")} == ACTIVATIONS.keys()
+    got = {}
+    for name, ours in ACTIVATIONS.items():
+        network.get_submodule(ours).register_forward_hook(partial(keep_output, got, name))
+    network(io["x_square"], io["t"], Condition({"text": Tokens(io["tokens_77"], None)}))
+    for name, features in got.items():
+        assert (features - io[f"act_{name}"]).abs().max() < 1e-5, name
+
+
+@torch.no_grad()
+def test_channels_beside_x_are_the_image_condition():
+    """The first convolution of a UNet for inpainting has columns of x, of the mask, and of the masked image."""
+    options = {"channels": 8, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (), "out_channels": 4}
+    options |= {"attn_block_type": "transformer"}
+    whole = UNet(UNetConfig(in_channels=9, heads=1, **options))
+    for parameter in whole.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    tensors = to_layout(unet_weights(whole, True), whole.state_dict(), "single")
+    parted = UNet(UNetConfig(in_channels=4, heads=1, **options), {"image": ImageEncoder(5)})
+    shapes = {name: value.shape for name, value in parted.state_dict().items()}
+    converted = from_layout(unet_weights(parted, True), tensors, "single", shapes)
+    assert parted.state_dict().keys() - converted.keys() == {"encoders.image.null"}
+    parted.load_state_dict(converted | {"encoders.image.null": torch.zeros(5, 1, 1)})
+    x, image, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([1.0, 900.0])
+    torch.testing.assert_close(parted(x, t, {"image": image}), whole(torch.cat([x, image], 1), t))
 
 
 @HAS_FIXTURES

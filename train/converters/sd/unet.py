@@ -5,14 +5,14 @@ The first convolution may have more channels than x (masks, latents of an image)
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.attention import DiffAttentionV1, DiffAttentionV2
 from models.blocks import Downsample, ResBlock, Upsample
-from models.unet import UNet
+from models.unet import UNet, UNetEncoder
 from models.unet_attention import NoAttention, SpatialTransformer
 from train.converters.sd.names import Layout, Weight, layer
 
@@ -24,10 +24,12 @@ RES = (  # ours, in a single file, in a folder
     ("conv2", "out_layers.3", "conv2"),
 )
 SKIP = ("skip", "skip_connection", "conv_shortcut")
-ENDS = (
+INPUT = (
     ("time.expand", "time_embed.0", "time_embedding.linear_1"),
     ("time.contract", "time_embed.2", "time_embedding.linear_2"),
     ("conv_in", "input_blocks.0.0", "conv_in"),
+)
+OUTPUT = (
     ("norm", "out.0", "conv_norm_out"),
     ("conv_out", "out.2", "conv_out"),
 )
@@ -41,19 +43,26 @@ def unet_weights(unet: UNet, conv_projections: bool) -> list[Weight]:
 
     `conv_projections`: in the file, the first and last layer of a transformer block are 1x1 convolutions (SD 1).
     """
-    weights = [weight for names in ENDS for weight in layer(*names)]
+    weights = encoder_weights(unet, conv_projections)
     steps = unet.config.res_blocks + 1  # of a level
-    for index, step in enumerate(unet.down_blocks):
-        level, place = divmod(index, steps)
-        folder = {"res": f"resnets.{place}", "attention": f"attentions.{place}", "resample": "downsamplers.0"}
-        folder = {kind: f"down_blocks.{level}.{name}" for kind, name in folder.items()}
-        weights += step_weights(step, f"down_blocks.{index}", f"input_blocks.{index + 1}", folder, conv_projections)
     for index, step in enumerate(unet.up_blocks):
         level, place = divmod(index, steps)
         folder = {"res": f"resnets.{place}", "attention": f"attentions.{place}", "resample": "upsamplers.0"}
         folder = {kind: f"up_blocks.{level}.{name}" for kind, name in folder.items()}
         weights += step_weights(step, f"up_blocks.{index}", f"output_blocks.{index}", folder, conv_projections)
-    for place, block in enumerate(unet.middle_blocks):
+    return weights + [weight for names in OUTPUT for weight in layer(*names)]
+
+
+def encoder_weights(encoder: UNetEncoder, conv_projections: bool) -> list[Weight]:
+    """Returns the part of the table that a UNet and a control branch have: time, the way down and the middle."""
+    weights = [weight for names in INPUT for weight in layer(*names)]
+    steps = encoder.config.res_blocks + 1  # of a level
+    for index, step in enumerate(encoder.down_blocks):
+        level, place = divmod(index, steps)
+        folder = {"res": f"resnets.{place}", "attention": f"attentions.{place}", "resample": "downsamplers.0"}
+        folder = {kind: f"down_blocks.{level}.{name}" for kind, name in folder.items()}
+        weights += step_weights(step, f"down_blocks.{index}", f"input_blocks.{index + 1}", folder, conv_projections)
+    for place, block in enumerate(encoder.middle_blocks):
         folder = f"mid_block.attentions.{place // 2}" if place == 1 else f"mid_block.resnets.{place // 2}"
         names = (f"middle_blocks.{place}", f"middle_block.{place}", folder)
         weights += block_weights(block, *names, conv_projections)
@@ -177,7 +186,15 @@ def infer_unet(
     they do not follow from weights. With AdDiffusion's attention there are "differential" and "differential_in": the
     layers that `make_differential` replaces in the network built. ValueError for networks of other kinds.
     """
-    check_config(config or {})
+    check_config(config or {}, "UNet")
+    name = "out.2" if layout == "single" else "conv_out"
+    return infer_encoder(tensors, layout, config) | {"out_channels": size_of(tensors, f"{name}.weight", 0)}
+
+
+def infer_encoder(
+    tensors: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the settings that follow from the way down, which a UNet and a control branch have; see `infer_unet`."""
     single = layout == "single"
     starts, per_level = level_starts(tensors, layout)
     first_conv, name = ("in_layers.2", "input_blocks.0.0") if single else ("conv1", "conv_in")
@@ -185,7 +202,7 @@ def infer_unet(
     attended = [f"{attention}.norm.weight" in tensors for _, attention in starts]
     tokens = next((each for each in tensors if each.endswith(TOKENS)), None)
     if tokens is None:
-        raise ValueError("the UNet has no cross-attention to text: wanted one of Stable Diffusion 1 or 2")
+        raise ValueError("the network has no cross-attention to text: wanted one of Stable Diffusion 1 or 2")
     channels, text_width = size_of(tensors, f"{name}.weight", 0), tensors[tokens].shape[1]
     mults = [width // channels if width % channels == 0 else width / channels for width in widths]
     return {
@@ -198,7 +215,6 @@ def infer_unet(
         "qkv_bias": False,
         "transformer_eps": 1e-6,
         "in_channels": size_of(tensors, f"{name}.weight", 1),
-        "out_channels": size_of(tensors, f"{'out.2' if single else 'conv_out'}.weight", 0),
         "text_width": text_width,
         "conv_projections": tensors[tokens.replace(TOKENS, "proj_in.weight")].ndim == 4,
         **(head_settings(config, widths) if config else HEADS.get(text_width, {})),
@@ -232,17 +248,23 @@ def level_starts(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[list[tu
 def size_of(tensors: Mapping[str, Tensor], name: str, axis: int) -> int:
     """Returns a size of a tensor; ValueError if there is none of this name."""
     if name not in tensors:
-        raise ValueError(f"the UNet has no {name}: wanted one of Stable Diffusion 1 or 2")
+        raise ValueError(f"the network has no {name}: wanted one of Stable Diffusion 1 or 2")
     return tensors[name].shape[axis]
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings of a folder's UNet that are not built here, or not known."""
+def check_config(
+    config: Mapping[str, Any],
+    network: str,
+    built: Mapping[str, tuple[Any, ...]] = BUILT,
+    from_shapes: Collection[str] = FROM_SHAPES,
+) -> None:
+    """Raises ValueError for settings in a folder's config.json that are not built here, or not known."""
     for key, value in config.items():
-        if key in BUILT and value not in BUILT[key]:
-            raise ValueError(f"got a UNet with {key} {value!r}, wanted {BUILT[key][0]!r}: there is no such part here")
-        if key not in BUILT and key not in FROM_SHAPES:
-            raise ValueError(f"got a UNet with an unknown setting {key} ({value!r}): take it out of its config.json")
+        if key in built and value not in built[key]:
+            got = f"got a {network} with {key} {value!r}"
+            raise ValueError(f"{got}, wanted {built[key][0]!r}: there is no such part here")
+        if key not in built and key not in from_shapes:
+            raise ValueError(f"got a {network} with an unknown setting {key} ({value!r}): take it out of config.json")
 
 
 def head_settings(config: Mapping[str, Any], widths: list[int]) -> dict[str, int]:
