@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,8 +120,96 @@ def test_a_file_of_models_holds_folders(tmp_path, text):
         prompt_models.read_models(str(tmp_path / "models.yaml"))
 
 
+def test_the_name_of_the_loaded_run_is_no_other_model(open_file):
+    with pytest.raises(ValueError, match="got tiny in .*models.yaml, which --load_dir loads: give it another name"):
+        open_file([{"prompt": "a"}], names=("tiny",))
+
+
 def test_models_need_prompts_and_a_file(tmp_path):
     with pytest.raises(ValueError, match="got models a.yaml without items that name them: pass --prompts FILE"):
         PromptsConfig(prompt="a", models="a.yaml")
     with pytest.raises(FileNotFoundError, match="a.yaml not found: pass a YAML file as --models"):
         prompt_models.read_models(str(tmp_path / "a.yaml"))
+
+
+class FakePipeline:
+    """A pipeline whose images are noise of the generator plus a brightness of its arguments."""
+
+    def __init__(self):
+        self.calls, self.scheduler = [], torch.Generator()
+
+    @classmethod
+    def from_pretrained(cls, folder, local_files_only):
+        assert local_files_only
+        return cls()
+
+    def set_progress_bar_config(self, disable):
+        assert disable
+
+    def to(self, device):
+        return self
+
+    def __call__(
+        self, prompt, height=4, width=4, num_inference_steps=9, guidance_scale=5.0, generator=None, output_type="pil"
+    ):
+        assert output_type == "np" and torch.is_grad_enabled() is False
+        self.calls.append((prompt, num_inference_steps, guidance_scale))
+        image = torch.rand(height, width, 3, generator=generator) / 2 + num_inference_steps / 100
+        return type("Output", (), {"images": image[None].numpy().astype(np.float32)})
+
+
+@pytest.fixture
+def pipeline_file(tmp_path, monkeypatch):
+    """Opens items beside the loaded run tiny, where turbo is a pipeline."""
+    fake, folder = ModuleType("diffusers"), tmp_path / "turbo"
+    fake.DiffusionPipeline = FakePipeline
+    monkeypatch.setitem(sys.modules, "diffusers", fake)
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+
+    def open_items(objects: list[dict], **settings):
+        prompts, models = tmp_path / "prompts.json", tmp_path / "models.yaml"
+        prompts.write_text(json.dumps(objects))
+        models.write_text(f"turbo: diffusers:{folder}\n")
+        config = PromptsConfig(prompts=str(prompts), models=str(models), **settings)
+        loaded = MODELS["ddpm"]
+        return open_prompts_of_models(config, loaded, options_of(loaded), 3, 2, str(tmp_path))
+
+    return open_items
+
+
+def test_a_pipeline_draws_items_of_its_name(pipeline_file):
+    size = {"height": 4, "width": 4}
+    objects = [{"prompt": "a cat"}, {"prompt": "a dog", "model": "turbo", "seed": 5, "guidance": 0, **size}]
+    objects += [{"prompt": "a hat", "model": "turbo", "sample_steps": 2, **size}]
+    inputs = pipeline_file(objects)
+    drawn = images(inputs, *range(6))
+    assert close(drawn[0], draw(MODELS["ddpm"], "a cat", 3, 0).expand(3, -1, -1))
+    assert inputs.parts["turbo"].pipeline.calls[:3] == [("a dog", 9, 0), ("a hat", 2, 5.0), ("a dog", 9, 0)]
+    assert torch.equal(images(inputs, 5, 1), drawn[[5, 1]])  # each image has noise of its own, in any batch
+    assert not torch.equal(drawn[1], drawn[4]) and not torch.equal(drawn[2], drawn[5])
+    again = pipeline_file(objects[1:])
+    assert torch.equal(images(again, 0, 2), drawn[[1, 4]])  # with a seed, the place in the file is nothing
+    assert inputs.records(6)[1] == {
+        "file": "images/000001.png", "model": "turbo", "prompt": "a dog", "negative": None, "seed": 5, "number": 0,
+        "solver": "Generator", "sample_steps": None, "guidance": 0,
+    }  # fmt: skip
+
+
+def test_what_a_pipeline_does_not_take_is_refused(pipeline_file):
+    objects = [{"prompt": "a", "model": "turbo", "negative": "b"}, {"prompt": "a", "model": "turbo", "metadata": "x=1"}]
+    with pytest.raises(ValueError, match="2 of 2 .*: item 1: got negative_prompt, which Fake.*; item 2: got met"):
+        pipeline_file(objects)
+    with pytest.raises(ValueError, match="got models of different sizes, tiny 4x4, turbo 8x4, wanted one: give items"):
+        pipeline_file([{"prompt": "a"}, {"prompt": "a", "model": "turbo", "height": 8, "width": 4}])
+    with pytest.raises(ValueError, match="got prompt_syntax a1111 for a pipeline, wanted plain"):
+        pipeline_file([{"prompt": "a", "model": "turbo"}], prompt_syntax="a1111")
+
+
+def test_a_pipeline_needs_diffusers_and_a_folder(pipeline_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # not installed
+    with pytest.raises(ValueError, match="turbo needs packages that are not installed .*: pip install diffusers"):
+        pipeline_file([{"prompt": "a", "model": "turbo"}])
+    (tmp_path / "turbo" / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="model_index.json not found: pass a folder that diffusers saved"):
+        pipeline_file([{"prompt": "a", "model": "turbo"}])
