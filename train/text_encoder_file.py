@@ -1,7 +1,7 @@
 """Text encoders as files: the tensors of a `TextEncoder` in safetensors, its options as JSON in the header.
 
 A run whose --text_encoder names one takes its options and weights; the encoder then stays as it is. The same holds for
-MiniLM, whose weights come from a package.
+files and folders of CLIP and OpenCLIP, and for MiniLM, whose weights come from a package.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
@@ -19,12 +20,17 @@ from models.conditions import text
 from models.conditions.text import MINILM, CaptionEncoder, pad_id_of
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.wordpiece import packaged_model, read_packaged
-from train.data.text_cache import TextCache
+from train.converters.sd.files import PARTS, read_source
+from train.converters.sd.names import from_layout
+from train.converters.sd.text import infer_text, split_text, text_weights
+from train.data.text_cache import TextCache, encoder_key
 from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
 from vq.weights import refuse_nan
 
 HEADER = "text_encoder"  # the key of the options
-REMEDY = "pass a file of `save_text_encoder` as --text_encoder"
+TORCH_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # of files that are no safetensors
+REMEDY = "pass a file of `save_text_encoder`, or of CLIP or OpenCLIP, as --text_encoder"
+IMAGES = ("visual.", "vision_model.", "visual_projection.")  # of the other half of CLIP, the encoder of images
 
 
 def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
@@ -55,9 +61,11 @@ def read_text_encoder(path: str | Path) -> TextEncoder | Bert:
 
 
 def read_file(path: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
-    """Reads the options and the tensors of a file."""
-    if not path.is_file():
+    """Reads the options and the tensors of a file, or of a folder of CLIP."""
+    if not path.exists():
         raise FileNotFoundError(f"{path} not found: {REMEDY}")
+    if path.is_dir() or path.suffix in TORCH_SUFFIXES:
+        return read_public(path)
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(HEADER)
@@ -65,9 +73,30 @@ def read_file(path: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): {REMEDY}") from error
     if header is None:
-        raise ValueError(f"{path} has no options of a text encoder in its header: {REMEDY}")
+        return read_public(path)
     refuse_nan(tensors, path, REMEDY)
     return TextEncoderConfig(**parse_options(path, header)), tensors
+
+
+def read_public(path: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
+    """Reads the options and the tensors of a text encoder of CLIP or OpenCLIP: a file of its own, with CLIP's encoder
+    of images or with all of Stable Diffusion, or a folder with a config.json, or that of a pipeline.
+
+    A file has no options; see `infer_text` for what is then assumed.
+    """
+    subfolder = path / PARTS["text"][1]
+    source = read_source(subfolder if subfolder.is_dir() else path)
+    if "text" not in source.parts:
+        raise ValueError(f"{path} has no text encoder, only {', '.join(source.parts)}: {REMEDY}")
+    text = split_text({name: each for name, each in source.parts["text"].items() if not name.startswith(IMAGES)})
+    options = TextEncoderConfig(**infer_text(text, source.configs.get("text")))
+    with torch.device("meta"):
+        encoder = TextEncoder(options)
+    shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    try:
+        return options, from_layout(text_weights(encoder), text.weights, text.layout, shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_options(path: Path, header: str) -> dict[str, Any]:
@@ -124,8 +153,8 @@ def text_provenance(options: ConditionConfig) -> dict[str, str]:
     """Returns what a run records of --text_encoder: the hash of its content, not its path; {} without one."""
     if not isinstance(options, text.Config) or not options.text_encoder:
         return {}
-    minilm = options.text_encoder == MINILM
-    return {"text_sha256": sha256(packaged_model() if minilm else Path(options.text_encoder).expanduser())}
+    path = packaged_model() if options.text_encoder == MINILM else Path(options.text_encoder).expanduser()
+    return {"text_sha256": encoder_key(read_text_encoder(options.text_encoder)) if path.is_dir() else sha256(path)}
 
 
 def open_text_cache(options: ConditionConfig, logs_root: str) -> TextCache | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers import tiny_minilm
+from helpers.text_weights import TEXTS, tiny_clip
 from models.conditioning import ConditionConfig
 from models.conditions import text
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.transformer import Transformer
+from train.converters.sd.names import to_layout
+from train.converters.sd.text import text_weights
 from train.files import sha256
 from train.text_encoder_file import (
     HEADER,
@@ -103,7 +107,7 @@ def broken_files(file):
     options = OPTIONS | {"projection": 4}
     return {
         "no safetensors file": lambda: file.write_bytes(b"zip" * 20),
-        "has no options of a text encoder in its header": lambda: save_file(tensors, file),
+        "encoder.safetensors is of no known network": lambda: save_file(tensors, file),
         "has other options than": lambda: save_file(tensors, file, header(options | {"depth": 3})),
         "has other options than width": lambda: save_file(tensors, file, header(options | {"width": "8"})),
         "has no JSON in its header": lambda: save_file(tensors, file, {HEADER: "{"}),
@@ -145,6 +149,80 @@ def test_a_run_keeps_the_vocabulary_of_the_file(file, ids):
     if end == 383:
         with pytest.raises(ValueError, match="got id [0-9]+ in 'a bus', but the vocabulary ends before the start, 382"):
             captions(["a bus"], torch.zeros(1, 1, 2, 2))
+
+
+# CLIP and OpenCLIP
+
+CLIP_CONFIG = {
+    **{"architectures": ["CLIPTextModel"], "vocab_size": 384, "eos_token_id": 383, "hidden_act": "quick_gelu"},
+    **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A folder of transformers, whose encoder is tiny."""
+    folder = tmp_path / "pipeline/text_encoder"
+    folder.mkdir(parents=True)
+    shutil.copyfile(TEXTS / "clip.safetensors", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CLIP_CONFIG))
+    return folder
+
+
+@torch.no_grad()
+def test_folders_of_clip_and_of_pipelines_are_read(clip):
+    encoder, wanted, ids = read_text_encoder(clip), tiny_clip(), torch.tensor([[382, 5, 7, 383, 383]])
+    assert encoder.config == wanted.config and not encoder.training
+    assert all(torch.equal(*pair) for pair in zip(encoder(ids), wanted(ids), strict=True))
+    options = with_options_of_file(config(clip, text_null="empty", text_padding="end"))
+    assert options.encoder == wanted.config
+    network = nn.ModuleList([text.build(options, 0, 0)])
+    load_text_encoder(network, options)
+    assert torch.equal(network[0].encoder(ids).tokens, wanted(ids).tokens)
+    known = text_provenance(options)
+    assert known == text_provenance(config(clip.parent)) != {}
+    tensors = load_file(clip / "model.safetensors")
+    save_file(tensors | {"text_model.final_layer_norm.bias": torch.ones(32)}, clip / "model.safetensors")
+    assert text_provenance(config(clip)) != known
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix"), [("folder", "text_model."), ("single", ""), ("single", "cond_stage_model.model.")]
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_files_without_options_are_those_of_clip_or_openclip(layout, prefix, suffix, tmp_path):
+    torch.manual_seed(0)
+    openclip = {"clip_skip": 2, "projection": 8} if layout == "single" else {"activation": "quick_gelu"}
+    encoder = TextEncoder(TextEncoderConfig(width=128, heads=2, layers=2, vocab_size=50, **openclip))
+    tensors = to_layout(text_weights(encoder), encoder.state_dict(), layout)
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    images = "visual.proj" if layout == "single" else "vision_model.post_layernorm.weight"
+    tensors |= {} if prefix.startswith("cond") else {images: torch.ones(3), "logit_scale": torch.tensor(1.0)}
+    path = tmp_path / f"clip.{suffix}"
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    read = read_text_encoder(path)
+    assert read.config == encoder.config
+    assert all(torch.equal(read.state_dict()[name], each) for name, each in encoder.state_dict().items())
+
+
+def test_files_of_other_networks_are_refused(clip):
+    with pytest.raises(ValueError, match="clip.* 384 ids and end 49407, wanted one of its ids as the end"):
+        with_options_of_file(config(TEXTS / "clip.safetensors"))
+    (clip / "config.json").write_text(json.dumps(CLIP_CONFIG | {"layer_norm_eps": 1e-6}))
+    with pytest.raises(ValueError, match="layer_norm_eps 1e-06, wanted 1e-05"):
+        read_text_encoder(clip)
+    (clip / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    with pytest.raises(ValueError, match="text_encoder has no text encoder, only autoencoder"):
+        read_text_encoder(clip)
+    (clip / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="text_encoder has no folder .* and no config.json"):
+        read_text_encoder(clip)
+    path = clip / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("text_model.final_layer_norm.bias")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="model.safetensors: .*final_layer_norm.bias is missing"):
+        read_text_encoder(path)
 
 
 # MiniLM

@@ -51,7 +51,7 @@ WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index(\.(?P<late>\w+))?\.json)?"
 )
-WANTED = "pass a .safetensors or .ckpt file, or a folder of diffusers, as --weights PATH"
+WANTED = "pass a .safetensors or .ckpt file, or a folder of diffusers"
 
 
 @dataclass(frozen=True)
