@@ -14,7 +14,7 @@ from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base, write_merged_run
+from train.finetuning import find_base, write_adapters, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -100,8 +100,13 @@ def main(config: Config) -> None:
         timer = Timer()
         estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
         hooks.append(("logging", 1, estimate))
+        if config.fine_tuning.lora_rank:
+            save = partial(write_adapters, run, config=config.fine_tuning, base=base, world=world)
+            hooks.append(("checkpoints", logging.steps_per_checkpoint, lambda state, _: save(state)))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **keywords)
+        if config.fine_tuning.lora_rank:
+            write_adapters(run, state, config.fine_tuning, base, world)
         if world.is_main and config.fine_tuning.save == "merged":
             print(f"merged: {write_merged_run(run, state)}", flush=True)
         if world.is_main:

@@ -115,7 +115,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("activation_checkpointing", "deterministic", "hooks", "resume", "change"),
     }
     assert cli.flag_names(FineTuningConfig) == {
-        *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora", "lr_scale", "save"),
+        *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora", "lora_trigger_words", "lr_scale", "save"),
         *("differential", "differential_in"),
     }
 

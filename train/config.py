@@ -373,6 +373,8 @@ class FineTuningConfig:
     """Dropout of the inputs of adapters."""
     dora: bool = False
     """DoRA: adapters also learn the norm of each row of a weight."""
+    lora_trigger_words: tuple[str, ...] = ()
+    """Words of prompts that the adapters were trained with; noted in <log_dir>/lora.safetensors."""
     differential: str = ""
     """Replace softmax attention of the loaded network by this kind, such as diff_v2, with the same function at
     first."""
@@ -390,8 +392,10 @@ class FineTuningConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        if not self.lora_rank and (self.dora or self.lora_dropout or self.lora_alpha is not None):
-            given = "dora" if self.dora else "lora_dropout" if self.lora_dropout else "lora_alpha"
+        own = ("dora", "lora_dropout", "lora_trigger_words")
+        given = next((name for name in own if getattr(self, name)), None)
+        given = given or ("lora_alpha" if self.lora_alpha is not None else None)
+        if not self.lora_rank and given is not None:
             raise ValueError(f"got {given} without adapters: pass --lora_rank 4, or leave --{given} out")
         if self.lora_rank and not self.lora_targets:
             raise ValueError("got no lora_targets, wanted layers for adapters: pass --lora_targets attention")

@@ -31,12 +31,15 @@ from train.checkpoint import (
 from train.cli.files import run_folder
 from train.cli.parse import flatten_group, from_dict
 from train.config import FineTuningConfig, TrainingConfig
+from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
+from train.lora_files import adapter_tensors, save_tensors
 from train.optim import freeze_all_but
 from train.runs import read_run, resumed_run, run_lock, write_config
 
 ADAPTER = "lora"  # the name of the adapters that learn
+ADAPTERS = "lora.safetensors"  # their file
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,17 @@ class FineTunedRun:
     """The part of a config.yaml that says how a network was fine-tuned."""
 
     fine_tuning: FineTuningConfig
+
+
+def write_adapters(run: Path, state: TrainState, config: FineTuningConfig, base: Base, world: DistContext) -> None:
+    """Writes the adapters of a run, averaged ones if there are averages, as <run>/lora.safetensors, which names the
+    weights of the base by their SHA-256. All ranks must call it."""
+    average = state.averages.get("network")
+    network = average.module if average is not None else state.modules["network"]
+    facts = {"base": base.sha256, "trigger_words": config.lora_trigger_words, "step": state.step}
+    tensors = adapter_tensors(network, ADAPTER)  # gathers sharded ones
+    if world.is_main:
+        save_tensors(network, ADAPTER, tensors, run / ADAPTERS, **facts)
 
 
 def write_merged_run(run: Path, state: TrainState) -> Path:

@@ -17,14 +17,14 @@ EXECUTION = {
 PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step", "base"}  # of weights, which are identified by content
 # A training run may resume with other values of these. The data of its training split are identified by content.
 NOT_IDENTITY = EXECUTION | PLACES | {
-    "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change",
+    "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change", "lora_trigger_words",
 }  # fmt: skip
-NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models"}
+NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models", "lora"}
 OTHER = {  # what a difference of these means, whose values are hashes or long
     "data_fingerprint": "--data_dir: other images",
     "class_frequencies": "other class frequencies",
     "ae_weights": "--ae_load_dir: other weights",
-    "sampler_weights": "--load_dir: other weights",
+    "sampler_weights": "--load_dir or --lora: other weights",
     "load_weights": "other weights to start from",
     "resumed_weights": "other weights to branch from",
     "perceptual_sha256": "--perceptual_weights: other content",

@@ -5,6 +5,7 @@ header. The names of other files are found in a table that is built from the net
 train/converters/sd/names.py); no name is taken apart, since underscores stand for dots and for themselves.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -18,10 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.lora import Adapter, adapters_of, add_adapter, layers_of, slices_of
+from models.lora import (
+    Adapter,
+    adapters_of,
+    add_adapter,
+    layers_of,
+    merge,
+    remove_adapters,
+    set_strengths,
+    slices_of,
+)
 from models.registry import did_you_mean
+from train.cli.values import parse_float
 from train.converters.sd.names import Weight
-from train.files import atomic_write, parse_json, write_errors_as_oserror
+from train.distributed import full_tensor
+from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
 
 FORMAT = "1"  # of our files
 REMEDY = "pass a safetensors file of adapters, or a folder of peft"
@@ -260,15 +272,38 @@ def save_lora(
 
     ValueError if there are none of this name, OSError if the file cannot be written.
     """
-    adapters = adapters_of(network, name)
-    if not adapters:
-        raise ValueError(f"the network has no adapters {name}, there is nothing to save")
+    tensors = adapter_tensors(network, name)
+    save_tensors(network, name, tensors, path, base=base, trigger_words=trigger_words, step=step)
+
+
+def adapter_tensors(network: nn.Module, name: str) -> dict[str, Tensor]:
+    """Returns the tensors of our file of the adapters of one name; ValueError without any.
+
+    Sharded ones are gathered: all ranks must call it.
+    """
     tensors = {}
-    for (layer, _, part), adapter in adapters.items():
+    for (layer, _, part), adapter in adapters_of(network, name).items():
         own = {"down": adapter.down, "up": adapter.up, "magnitude": adapter.magnitude}
-        own = {role: value.detach().cpu().contiguous() for role, value in own.items() if value is not None}
+        own = {role: full_tensor(value.detach()).cpu() for role, value in own.items() if value is not None}
         own["alpha"] = torch.tensor(adapter.alpha, dtype=torch.float64)
-        tensors |= {f"{layer}.{part}.{role}": value for role, value in own.items()}
+        tensors |= {f"{layer}.{part}.{role}": value.contiguous() for role, value in own.items()}
+    if not tensors:
+        raise ValueError(f"the network has no adapters {name}, there is nothing to save")
+    return tensors
+
+
+def save_tensors(
+    network: nn.Module,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    base: str,
+    trigger_words: Sequence[str],
+    step: int | None,
+) -> None:
+    """Saves the `adapter_tensors` of one name with the facts of the header; see `save_lora`."""
+    adapters = adapters_of(network, name)
     facts = {
         "format": FORMAT,
         "base": base,
@@ -281,4 +316,38 @@ def save_lora(
     }
     facts = {fact: value if isinstance(value, str) else json.dumps(value) for fact, value in facts.items()}
     with atomic_write(path) as temporary, write_errors_as_oserror(Path(path)):
-        save_file(tensors, temporary, facts)
+        save_file(dict(tensors), temporary, facts)
+
+
+def merge_files(network: nn.Module, words: Sequence[str], base: str) -> str:
+    """Merges the adapters of our files, given as FILE or FILE=STRENGTH, into the weights of a network with SHA-256
+    `base`; returns a SHA-256 that identifies these weights.
+
+    FileNotFoundError without a file; ValueError for adapters of other weights, and for what `read_lora` refuses.
+    """
+    identity, strengths = [base], {}
+    for i, word in enumerate(words):
+        path, strength = split_strength(word)
+        trained_on = read_facts(path).get("base", "")
+        if trained_on not in ("", base):
+            got = f"{path} was trained on weights with SHA-256 {trained_on[:12]}..., got {base[:12]}..."
+            raise ValueError(f"{got}: pass the run, --load_step and --ema or --no_ema that it was trained from")
+        name = f"file_{i}"
+        read_lora(path, network, name=name)
+        strengths[name] = strength
+        identity += [sha256(path), strength]
+    set_strengths(network, strengths)
+    merge(network)
+    remove_adapters(network)
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def split_strength(word: str) -> tuple[Path, float]:
+    """Returns the file and the strength of FILE=STRENGTH; 1 for FILE alone, whose name may have an = too."""
+    path, equals, end = word.rpartition("=")
+    if equals and not Path(word).expanduser().is_file():
+        try:
+            return Path(path).expanduser(), parse_float(end)
+        except ValueError as error:
+            raise ValueError(f"got --lora {word}, wanted FILE or FILE=STRENGTH, such as {path}=0.8") from error
+    return Path(word).expanduser(), 1.0

@@ -58,6 +58,8 @@ class ModelConfig:
     """Use the sampler's averaged (EMA) weights."""
     ema_length: float | None = None
     """Use an EMA of this relative length (such as 0.08) instead, reconstructed from a run with --ema_profiles."""
+    lora: tuple[str, ...] = ()
+    """Files of adapters, as in runs with --lora_rank, to merge into the weights: FILE or FILE=STRENGTH."""
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
@@ -220,6 +222,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         ema_length=model.ema_length,
         ae_load_dir=model.ae_load_dir,
         ae_load_step=model.ae_load_step,
+        lora=model.lora,
     )
     trained, space = dataclasses.replace(trained, world=world), trained.space
     if output.compile:
@@ -229,6 +232,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
     weights = "averaged (EMA) weights" if model.ema else "plain weights"
     if model.ema_length is not None:
         weights = f"EMA reconstructed at relative length {model.ema_length}"
+    weights += "".join(f", adapters of {word}" for word in model.lora)
     on = "pixels" if space.first_stage is None else f"VQGAN: {space.first_stage.run}"
     print(f"sampler: {run}, step {trained.step}, {weights}; {on}", flush=True)
     return trained

@@ -1,5 +1,6 @@
 """What learns in a fine-tuned run, what its checkpoints hold, and where the rest comes from."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from train.checkpoint import checkpoint_path
 from train.distributed import DistContext
 from train.ema import EMA
 from train.loop import TrainState
+from train.lora_files import read_facts
 from train.optim import clip_and_step, is_selected, make_optimizer, parse_scales, scale_learning_rates
 from train.posthoc_ema import open_snapshot
 from train.trained_sampler import load_trained_sampler
@@ -109,6 +111,50 @@ def test_differential_layers_come_back_whole(logs, tmp_path, flags):
     assert {f"{key[:-4]}qkv.weight" for key in gates} <= learned.keys()  # with second queries, which the base lacks
     for key, value in network_state(tmp_path, "own").items():
         assert torch.equal(value, (base | learned)[f"network.{key}"]), key
+
+
+def test_adapters_are_a_small_file_that_samples_as_the_run(logs, tmp_path):
+    call_in(logs, tmp_path, "tuned", f"--train_steps 2 --load_dir {logs}/base {LORA} --lora_trigger_words disc red")
+    file = tmp_path / "tuned" / "lora.safetensors"
+    facts = read_facts(file)
+    assert facts["step"] == "2" and facts["trigger_words"] == '["disc", "red"]'
+    wanted, plain = merged_state(tmp_path, "tuned"), network_state(logs, "base")
+    found = network_state(logs, "base", lora=(str(file),))
+    half = network_state(logs, "base", lora=(f"{file}=0.25", f"{file}=0.5"))
+    assert found.keys() == wanted.keys() == plain.keys()
+    assert any(not torch.equal(value, plain[key]) for key, value in found.items())
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(half[key] - plain[key], 0.75 * (value - plain[key]), rtol=0, atol=1e-6)
+    hashes = {opened(logs, "base", lora=lora).weights for lora in ((), (str(file),), (f"{file}=0.5",))}
+    assert len(hashes) == 3
+
+
+def merged_state(logs, name):
+    network = opened(logs, name).sampler.network
+    merge(network)
+    return {key: value for key, value in network.state_dict().items() if ".adapters." not in key}
+
+
+def test_adapters_of_other_weights_are_refused(logs):
+    file = logs / "lora" / "lora.safetensors"
+    bases = [opened(logs, "base", ema=ema).weights[:12] for ema in (True, False)]
+    with pytest.raises(ValueError, match=f"trained on weights with SHA-256 {bases[0]}.*got {bases[1]}"):
+        opened(logs, "base", ema=False, lora=(str(file),))
+    with pytest.raises(ValueError, match="wanted FILE or FILE=STRENGTH"):
+        opened(logs, "base", lora=(f"{file}=much",))
+    with pytest.raises(FileNotFoundError, match="gone.safetensors not found"):
+        opened(logs, "base", lora=("gone.safetensors",))
+
+
+def test_experiments_sample_with_files_of_adapters(logs, tmp_path):
+    images, file = [], logs / "lora" / "lora.safetensors"
+    for flags in ("", f"--lora {file}", f"--lora {file}=0"):
+        out = tmp_path / f"samples{len(images)}"
+        common = f"--logs_root {logs} --sampler ddpm --load_dir base --log_dir {out} --n_samples 2 --sample_steps 2"
+        call("experiments/get_samples.py", f"{common} --no_amp {flags}")
+        images.append(np.load(out / "samples.npz")["image"])
+    assert not np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
 
 
 def test_full_checkpoints_need_no_base(logs, tmp_path):
