@@ -48,21 +48,20 @@ def plms(
 ) -> Tensor:
     """PLMS: eps extrapolated from the last four, one network call a step and one more in the first.
 
-    For times that are evenly spaced.
-
-    ValueError at zero terminal SNR, where eps says nothing of x_0.
+    For times that are evenly spaced. At zero terminal SNR the first step is DDIM's.
     """
-    if process.alpha(torch.tensor(times[0])) == 0:
-        raise ValueError("got solver plms at zero terminal SNR, where it divides by zero: pass --solver ddim")
     history: list[Tensor] = []
     for i, (t, s) in enumerate(pairwise(times)):
         pred, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
         history = [*history[-3:], pred.eps]
         eps = combine_eps(history)
-        if i == 0 and s >= process.end:
+        if c.alpha_t == 0 or s == 0:  # there is no eps of x_0 yet, or x_0 is asked for
+            x = c.alpha_s * pred.x0 + c.sigma_s * pred.eps
+        elif i == 0:
             following = denoise(transfer(x, eps, c), expand(s, x)).eps
-            eps = (pred.eps + following) / 2
-        x = transfer(x, eps, c)
+            x = transfer(x, (pred.eps + following) / 2, c)
+        else:
+            x = transfer(x, eps, c)
         x = x if on_step is None else on_step(i, t, s, x, pred.x0)
     return x
 

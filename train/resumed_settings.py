@@ -207,7 +207,7 @@ def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings
         data = {key: value for key, value in data.items() if key in IMAGE_KEYS - own}
         stage = ["--ae_load_dir", first["ae_load_dir"]] if "ae_load_dir" in first else []
         data |= first_stage_data(["--sampler", sampler, *stage, *argv], sampler).values
-    dropped = replaced_settings(groups, given)
+    dropped = replaced_settings(groups, given) | {"adapt"}  # which changes items, not what the network is
     values = {key: value for key, value in (flatten_group(config.sampler) | first | data).items() if key not in dropped}
     code = {key: value for key, value in find_code([config.sampler, config.reader]).items() if key in values}
     return BaseSettings({key: value for key, value in values.items() if key not in code}, run / "config.yaml", code)

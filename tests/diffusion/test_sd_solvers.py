@@ -75,10 +75,15 @@ def test_errors_fall_faster_than_those_of_ddim():
     assert ratios == sorted(ratios, reverse=True) and ratios[-1] < 0.1
 
 
-def test_zero_terminal_snr_is_refused():
+def test_the_first_step_at_zero_terminal_snr_is_that_of_ddim():
     process = GaussianDiffusion(with_zero_terminal_snr(scaled_linear(1000)), "v", "fixed_small")
-    with pytest.raises(ValueError, match="plms at zero terminal SNR.*pass --solver ddim"):
-        plms(None, process, torch.ones(1, 1, 1, 1), [1.0, 0.0], rng=Streams([0]))
+    x, times = torch.randn(1, 1, 3, 3, dtype=torch.float64), [1.0, 0.5]
+
+    def denoise(x, t):
+        return process.to_prediction(0.3 * x, x, t)
+
+    results = [solve(denoise, process, x, times, rng=Streams([0])) for solve in (plms, ddim)]
+    assert results[0].isfinite().all() and torch.equal(*results)
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_weights_of_another_kind_of_run_are_refused(trained, trained_ddpm, tmp_p
     script = "train_sampler.py"
     assert_one_line(capsys, f"{flags} {DDPM} --load_dir absorbing_digits", *words, script=script)
     shutil.copytree(trained / "vqgan_digits", tmp_path / "vqgan_digits")
-    assert_one_line(capsys, f"{flags} {SAMPLER} --load_dir ddpm_digits", *words, script=script)
+    assert_one_line(capsys, f"{flags} --sampler absorbing {SAMPLER} --load_dir ddpm_digits", *words, script=script)
 
 
 @pytest.mark.parametrize("damage", ["poison", "cut", "foreign"])

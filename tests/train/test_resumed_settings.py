@@ -232,10 +232,12 @@ def test_other_samplers_and_partial_loads_take_nothing_over(logs):
 def test_code_of_the_base_must_be_given_again(logs, tmp_path, monkeypatch, capfd):
     (tmp_path / "canary.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    edit(logs / "ddpm_digits", adapt="canary.run")
+    edit(logs / "ddpm_digits", adapt="canary.adapt", res_block_type="canary.run")
     message = error_message("train_sampler.py", f"--logs_root {logs} --load_dir ddpm_digits", capfd)
-    assert f"{logs / 'ddpm_digits'} was trained with --adapt canary.run, which is code: pass it again" in message
-    assert parse(f"--logs_root {logs} --load_dir ddpm_digits --adapt canary.run").config.sampler.adapt == "canary.run"
+    assert (
+        f"{logs / 'ddpm_digits'} was trained with --res_block_type canary.run, which is code: pass it again" in message
+    )
+    assert parse(f"--logs_root {logs} --load_dir ddpm_digits --res_block_type canary.run").config.sampler.adapt == ""
 
 
 def test_a_misspelled_run_is_not_begun(logs, tmp_path, capfd):
