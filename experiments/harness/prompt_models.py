@@ -182,7 +182,7 @@ def open_prompts_of_models(
             folder = run_folder(logs_root, folders[name]) if name in folders else trained.run
             is_loaded = folder == trained.run
             model, own = (trained, options) if is_loaded else load_run(folder, trained, logs_root, allow)
-            inputs, wrong = open_run(part, settings, model, own, seed)
+            inputs, wrong = open_run_prompts(part, settings, model, own, seed)
             weights[name] = model.provenance
         if not wrong:
             parts[name] = dataclasses.replace(inputs, places=places, file_length=len(items))
@@ -222,7 +222,7 @@ def load_run(
     return dataclasses.replace(model, world=trained.world), options
 
 
-def open_run(
+def open_run_prompts(
     items: Sequence[PromptItem], settings: PromptsConfig, model: TrainedSampler, options: SamplingConfig, seed: int
 ) -> tuple[PromptInputs | None, list[str]]:
     """Returns the prompts that a run draws, None if some cannot be drawn, and the errors."""
