@@ -24,7 +24,6 @@ from train.converters.sd.export import ExportConfig, export_run, keep_source
 from train.converters.sd.files import Source, read_source
 from train.converters.sd.runs import load_autoencoder, load_text, load_unet, print_hint, sampler_flags
 from train.converters.sd.tiny import is_tiny, load_tiny
-from train.converters.sd.unet import infer_unet
 from train.distributed import DistContext
 from train.files import parse_json, sha256
 from train.first_stage import load_vqgan_stage
@@ -325,9 +324,7 @@ def make_sd_runs(config: Config) -> None:
     config, world = replace(config, sampler=sampler), DistContext(torch.device("cpu"))
     space = open_space(config, {}, None, world)
     built, state = build_sampler_state(sampler, config.training, space, 0, world)
-    load_unet(source, built.network)
-    facts = infer_unet(source.parts["unet"], source.layout, source.configs.get("unet"))
-    keep_source(run, source, facts["conv_projections"])
+    keep_source(run, source, conv_projections=load_unet(source, built.network))
     origin = space.provenance | {"class_frequencies": [], "class_names": [], "source": Path(conversion.weights).name}
     path = save_run(config, SecondStageConfig, state, run, origin | text_provenance(options_of_conditions(sampler)), 0)
     for reason in dict.fromkeys(source.omitted.values()):

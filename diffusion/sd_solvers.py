@@ -33,7 +33,7 @@ def transfer(x: Tensor, eps: Tensor, c: StepCoefficients) -> Tensor:
 def combine_eps(history: list[Tensor]) -> Tensor:
     """Combines the last eps (B, C, H, W), at most four, newest last, by the method of Adams and Bashforth."""
     coefficients = ADAMS_BASHFORTH[min(len(history), len(ADAMS_BASHFORTH)) - 1]
-    return sum(c * eps for c, eps in zip(coefficients, reversed(history), strict=False))
+    return sum(c * eps for c, eps in zip(coefficients, reversed(history), strict=True))
 
 
 @torch.no_grad()

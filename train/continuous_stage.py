@@ -16,16 +16,13 @@ from torch import Tensor
 
 from train.checkpoint import WEIGHTS, CheckpointData, load_weights, prefixed_state_dicts, resolve_step, write_checkpoint
 from train.config import DataConfig, LoggingConfig
-from train.data import image_cache
-from train.data.code_cache import code_cache_key, load_or_encode
-from train.data.code_file import CHUNK_SIZE, CodeFile, CodeTable
-from train.data.loading import ImageSource, sides_of
-from train.data.transforms import to_float, to_uint8, training_views
+from train.data.code_file import CodeTable
+from train.data.transforms import to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
 from train.execution import autocast, has_native_bf16
 from train.files import write_text
-from train.first_stage import FirstStage, load_vqgan_stage
+from train.first_stage import FirstStage, encode_split, load_vqgan_stage
 from train.runs import read_run
 from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vq.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
@@ -132,30 +129,21 @@ class ContinuousStage:
     ) -> CodeTable:
         if not (latents or moments):
             raise ValueError(f"the autoencoder in {self.run} has no codes: pass the run of a VQGAN as --ae_load_dir")
-        if split != "train":
-            data = data.without_augmentation
-        views, margin = training_views(data, sides_of(dataset)), data.crop_margin
-        larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
-        key = code_cache_key(
-            weights=self.weights,
-            network=asdict(self.network.config),
-            images=image_cache.image_cache_key(dataset, larger, data.data_range),
-            views=[view.to_list() for view in views],
-            amp=self.amp and has_native_bf16(self.device),
-            channels_last=False,
-            chunk=CHUNK_SIZE,
-            kind="moments" if moments else "latents",
-        )
         channels, *grid = self.latent_shape(data.size)
-        shape = (len(views), 2 * channels if moments else channels, *grid)
-        encode = self.encode_moments if moments else self.encode_latents
-        options = {"views": tuple(views), "fallback": self.latent_cache}
-        return load_or_encode(
-            CodeFile(self.run / "codes", f"{data.dataset}_{split}", key, len(dataset), shape, None, **options),
-            lambda: ImageSource(dataset, data, margin=margin),
-            lambda images: torch.stack([encode(view(images)) for view in views], 1),
+        return encode_split(
+            self.encode_moments if moments else self.encode_latents,
+            (dataset, split, data),
             batch_size,
             world,
+            shape=(2 * channels if moments else channels, *grid),
+            codebook_size=None,
+            folder=self.run / "codes",
+            fallback=self.latent_cache,
+            weights=self.weights,
+            network=asdict(self.network.config),
+            amp=self.amp and has_native_bf16(self.device),
+            channels_last=False,
+            kind="moments" if moments else "latents",
         )
 
 

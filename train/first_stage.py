@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -213,32 +213,60 @@ class VQGANStage:
         latents: bool = False,
         moments: bool = False,
     ) -> CodeTable:
-        if split != "train":
-            data = data.without_augmentation
-        views, margin = training_views(data, sides_of(dataset)), data.crop_margin
-        larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
-        key = code_cache_key(
-            weights=self.weights,
-            network=asdict(self.vqgan.config),
-            images=image_cache.image_cache_key(dataset, larger, data.data_range),
-            views=[view.to_list() for view in views],
-            amp=self.amp and has_native_bf16(self.device),
-            channels_last=self.channels_last,
-            chunk=CHUNK_SIZE,
-            **({"kind": "latents"} if latents else {}),
-        )
         quantizer, grid = self.vqgan.quantizer, self.vqgan.grid
-        codebook_size = None if latents else quantizer.codebook_size
-        shape = (len(views), *((quantizer.dim,) if latents else ()), *grid)
-        encode = self.encode_latents if latents else self.encode
-        folder, name, options = self.run / "codes", f"{data.dataset}_{split}", {"fallback": self.code_cache}
-        return load_or_encode(
-            CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(views), **options),
-            lambda: ImageSource(dataset, data, margin=margin),
-            lambda images: torch.stack([encode(view(images)) for view in views], 1),
+        return encode_split(
+            self.encode_latents if latents else self.encode,
+            (dataset, split, data),
             batch_size,
             world,
+            shape=(*((quantizer.dim,) if latents else ()), *grid),
+            codebook_size=None if latents else quantizer.codebook_size,
+            folder=self.run / "codes",
+            fallback=self.code_cache,
+            weights=self.weights,
+            network=asdict(self.vqgan.config),
+            amp=self.amp and has_native_bf16(self.device),
+            channels_last=self.channels_last,
+            **({"kind": "latents"} if latents else {}),
         )
+
+
+def encode_split(
+    encode: Callable[[Tensor], Tensor],
+    images: tuple[Dataset, str, DataConfig],
+    batch_size: int,
+    world: DistContext,
+    *,
+    shape: tuple[int, ...],
+    codebook_size: int | None,
+    folder: Path,
+    fallback: Path | None,
+    **key: Any,
+) -> CodeTable:
+    """Encodes a split of a data set, in all views of its config, or reads it from the cache in `folder`.
+
+    `encode` maps images (B, C, H, W) to codes, or to latents without a `codebook_size`, of `shape` each; `key` is what
+    they depend on besides the images.
+    """
+    dataset, split, data = images
+    if split != "train":
+        data = data.without_augmentation
+    views, margin = training_views(data, sides_of(dataset)), data.crop_margin
+    larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
+    key = code_cache_key(
+        images=image_cache.image_cache_key(dataset, larger, data.data_range),
+        views=[view.to_list() for view in views],
+        chunk=CHUNK_SIZE,
+        **key,
+    )
+    name, shape = f"{data.dataset}_{split}", (len(views), *shape)
+    return load_or_encode(
+        CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(views), fallback=fallback),
+        lambda: ImageSource(dataset, data, margin=margin),
+        lambda images: torch.stack([encode(view(images)) for view in views], 1),
+        batch_size,
+        world,
+    )
 
 
 def find_vqgan_run(

@@ -172,7 +172,7 @@ def place_table(network: nn.Module, parts: Sequence[Part]) -> dict[str, Place]:
             folder_names = [key.removesuffix(".weight") for key in weight.folder]
             for names in (folder_names, [key.removesuffix(".weight") for key in weight.single]):
                 if len(names) == len(slices):
-                    for outer, own, folder in zip(names, slices, folder_names, strict=False):
+                    for outer, own, folder in zip(names, slices, folder_names, strict=True):
                         for key in spellings(part, outer):
                             add(key, Place(layer_name, own, part.folder, folder))
     return places

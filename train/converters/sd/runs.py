@@ -78,8 +78,8 @@ def text_flags(source: Source) -> dict[str, Any]:
     return {"text_null": "empty", "text_padding": "zero" if width == VERSION_2_WIDTH else "end"}
 
 
-def load_unet(source: Source, unet: UNet) -> list[Weight]:
-    """Fills a UNet, except for its encoders, with the weights of a source; returns its table."""
+def load_unet(source: Source, unet: UNet) -> bool:
+    """Fills a UNet, except for its encoders, with the weights of a source; returns `conv_projections` of its table."""
     tensors = source.parts["unet"]
     conv_projections = infer_unet(tensors, source.layout, source.configs.get("unet"))["conv_projections"]
     table = unet_weights(unet, conv_projections)
@@ -87,7 +87,7 @@ def load_unet(source: Source, unet: UNet) -> list[Weight]:
     converted = from_layout(table, tensors, source.layout, {name: state[name].shape for name, *_ in table})
     own = {name: value for name, value in state.items() if name.startswith("encoders.")}
     unet.load_state_dict(converted | own)
-    return table
+    return conv_projections
 
 
 def load_autoencoder(source: Source) -> Loaded:
