@@ -1,4 +1,7 @@
-"""Fixtures shared by many tests, and the option --differences, which prints how far results are from recorded ones."""
+"""Fixtures shared by many tests, and an option.
+
+--differences prints how far the tensors that `agrees` compared are from those of public code.
+"""
 
 import os
 from collections.abc import Callable
@@ -31,31 +34,45 @@ def trained_ddpm(tmp_path_factory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--differences", action="store_true", help="print how far results are from recorded ones")
+    parser.addoption("--differences", action="store_true", help="print how far tensors are from those of public code")
 
 
 @pytest.fixture
-def is_recorded(record_property) -> Callable[[Tensor, Tensor, str, float], bool]:
-    """Says whether a tensor equals a recorded one to an absolute tolerance; `name` is its line under --differences."""
+def agrees(request: pytest.FixtureRequest) -> Callable[..., bool]:
+    """Says whether a tensor equals that of public code, recorded or computed; `name` is its line under --differences.
 
-    def compare(got: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-5) -> bool:
+    The tolerance is that of the largest difference or, with `relative`, of the root mean square of the differences over
+    that of `wanted`.
+    """
+
+    def compare(
+        got: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-5, *, relative: bool = False
+    ) -> bool:
         if got.shape != wanted.shape:
             return False
-        largest = (got - wanted).abs().max().item()
-        line = {"name": name, "numbers": got.numel(), "largest": largest, "tolerance": tolerance}
-        record_property("difference", line)
-        return largest <= tolerance
+        differences = got - wanted
+        measured = (differences.square().mean() / wanted.square().mean()).sqrt() if relative else differences.abs().max()
+        line = {"name": name, "numbers": got.numel(), "measured": measured.item(), "tolerance": tolerance}
+        if request.config.getoption("differences"):
+            request.node.user_properties.append(("difference", line | {"relative": relative}))
+        return line["measured"] <= tolerance
 
     return compare
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.getoption("differences"):
         return
     reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, [])]
-    differences = [value for report in reports for name, value in report.user_properties if name == "difference"]
-    largest = {each["name"]: each for each in sorted(differences, key=lambda each: each["largest"])}
-    terminalreporter.section("largest differences from recorded tensors")
-    for name, each in sorted(largest.items()):
-        line = f"{name:<47} {each['numbers']:>6,} numbers  {each['largest']:.1e}, at most {each['tolerance']:.0e}"
-        terminalreporter.write_line(line)
+    lines = [value for report in reports for name, value in report.user_properties if name == "difference"]
+    largest = {line["name"]: line for line in sorted(lines, key=lambda line: line["measured"])}
+    terminalreporter.section("differences from public code")
+    if not largest:
+        terminalreporter.write_line("nothing was compared: the reasons of skipped tests say what is missing")
+        return
+    width = max(len(name) for name in largest)
+    terminalreporter.write_line(f"{'':<{width}}    numbers  largest  at most")
+    for name, line in sorted(largest.items()):
+        kind = "  relative RMS" if line["relative"] else ""
+        numbers = f"{line['numbers']:>10,}  {line['measured']:>7.1e}  {line['tolerance']:>7.0e}"
+        terminalreporter.write_line(f"{name:<{width}} {numbers}{kind}")

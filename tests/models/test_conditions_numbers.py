@@ -225,36 +225,36 @@ def columns(values, drop=None):
     return dict(zip(PRESETS["diffusionsat"], values.unbind(1), strict=True))
 
 
-def test_the_preset_is_that_of_diffusionsat(diffusionsat, is_recorded):
+def test_the_preset_is_that_of_diffusionsat(diffusionsat, agrees):
     (encoder, arrays), waves = diffusionsat, []
     for i, (name, values) in enumerate(columns(arrays["values"]).items()):
         low, high, _ = PRESETS["diffusionsat"][name]
         scaled = 1000 * (values - low) / (high - low)
-        assert is_recorded(scaled, arrays["normalized"][:, i], f"numbers: {name}, of 1,000", 1e-4)
+        assert agrees(scaled, arrays["normalized"][:, i], f"numbers: {name}, of 1,000", 1e-4)
         hook = encoder.embeddings[i].expand.register_forward_hook(lambda module, args, out: waves.append(args[0]))
-        assert is_recorded(encoder.embeddings[i](values), arrays["each_embedding"][:, i], f"numbers: {name}, embedded")
+        assert agrees(encoder.embeddings[i](values), arrays["each_embedding"][:, i], f"numbers: {name}, embedded")
         hook.remove()
-        assert is_recorded(waves.pop(), arrays["sinusoid"][:, i], f"numbers: {name}, sinusoid", 1e-4)
+        assert agrees(waves.pop(), arrays["sinusoid"][:, i], f"numbers: {name}, sinusoid", 1e-4)
     vector = encoder(columns(arrays["values"]), torch.zeros(4, 1, 1, 1)).values
-    assert is_recorded(arrays["time_embedding"] + vector, arrays["total"], "numbers: total")
+    assert agrees(arrays["time_embedding"] + vector, arrays["total"], "numbers: total")
 
 
-def test_missing_numbers_are_left_out_of_the_sum_at_first(diffusionsat, is_recorded):
+def test_missing_numbers_are_left_out_of_the_sum_at_first(diffusionsat, agrees):
     encoder, arrays = diffusionsat
     vector = encoder(columns(arrays["values"], arrays["drop"]), torch.zeros(4, 1, 1, 1)).values
-    assert is_recorded(arrays["time_embedding"] + vector, arrays["null_vector_right"], "numbers: null_vector_right")
+    assert agrees(arrays["time_embedding"] + vector, arrays["null_vector_right"], "numbers: null_vector_right")
 
 
-def test_released_weights_behave_as_they_were_trained(diffusionsat, is_recorded):
+def test_released_weights_behave_as_they_were_trained(diffusionsat, agrees):
     """In their training, a missing number was 0 before the sinusoid."""
     encoder, arrays = diffusionsat
     encoder.set_null_to_zero_value()
     for i, (name, null) in enumerate(zip(PRESETS["diffusionsat"], encoder.nulls.detach(), strict=True)):
         dropped = arrays["dropped_as_zero_each"][arrays["drop"][:, i], i]
-        assert is_recorded(null.expand_as(dropped), dropped, f"numbers: {name}, dropped as zero")
+        assert agrees(null.expand_as(dropped), dropped, f"numbers: {name}, dropped as zero")
     vector = encoder(columns(arrays["values"], arrays["drop"]), torch.zeros(4, 1, 1, 1)).values
     encoder.nulls.data.zero_()
-    assert is_recorded(
+    assert agrees(
         arrays["time_embedding"] + vector, arrays["dropped_as_zero_total"], "numbers: dropped_as_zero_total"
     )
 

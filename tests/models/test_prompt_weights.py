@@ -43,8 +43,8 @@ def encode(*prompts: str, embed=CLIP, **rules: object) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def is_close(is_recorded):
-    return lambda got, name: is_recorded(got[..., ::4], torch.from_numpy(ORACLE[name]), f"prompts: {name}")
+def is_close(agrees):
+    return lambda got, name: agrees(got[..., ::4], torch.from_numpy(ORACLE[name]), f"prompts: {name}")
 
 
 @pytest.mark.parametrize("name", CASES["a1111"])

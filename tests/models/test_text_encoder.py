@@ -16,8 +16,8 @@ END = SIZES["end_id"]
 
 
 @pytest.fixture
-def is_close(is_recorded):
-    return lambda got, name: is_recorded(got, ORACLE[name], f"text encoders: {name}")
+def is_close(agrees):
+    return lambda got, name: agrees(got, ORACLE[name], f"text encoders: {name}")
 
 
 @torch.no_grad()

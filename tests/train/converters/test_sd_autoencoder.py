@@ -54,23 +54,22 @@ def load(layout):
 @HAS_FIXTURES
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_outputs_are_those_of_the_public_autoencoder(layout, record_property):
+def test_outputs_are_those_of_the_public_autoencoder(layout, agrees):
     network, _ = load(layout)
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / "vae/io.npz").items()}
     for image, ending in (("image", ""), ("image_rect", "_rect")):
         posterior = network.posterior(io[image])
-        for name, got in (("mean", posterior.mean), ("logvar", posterior.logvar)):
-            difference = (got - io[name + ending].clamp(-30, 20) if name == "logvar" else got - io[name + ending]).abs()
-            record_property(f"{layout} {name}{ending}", difference.max().item())
-            assert difference.max() < 1e-5
-    assert (network.decode(network.posterior(io["image_rect"]).mean) - io["decoded_rect_of_mean"]).abs().max() < 1e-5
+        assert agrees(posterior.mean, io[f"mean{ending}"], f"autoencoder: {layout}, mean{ending}")
+        clamped = io[f"logvar{ending}"].clamp(-30, 20)
+        assert agrees(posterior.logvar, clamped, f"autoencoder: {layout}, logvar{ending}")
+    decoded = network.decode(network.posterior(io["image_rect"]).mean)
+    assert agrees(decoded, io["decoded_rect_of_mean"], f"autoencoder: {layout}, decoded_rect")
     posterior = network.posterior(io["image"])
     assert torch.allclose(posterior.kl(), io["kl"], rtol=1e-5)
     scaled = sample_posterior(posterior, io["noise"]) * network.config.scaling_factor
-    assert (scaled - io["latent_scaled"]).abs().max() < 1e-5
-    difference = (network.decode(io["latent_scaled"] / network.config.scaling_factor) - io["decoded"]).abs().max()
-    record_property(f"{layout} decoded", difference.item())
-    assert difference < 1e-5
+    assert agrees(scaled, io["latent_scaled"], f"autoencoder: {layout}, latent_scaled")
+    decoded = network.decode(io["latent_scaled"] / network.config.scaling_factor)
+    assert agrees(decoded, io["decoded"], f"autoencoder: {layout}, decoded")
 
 
 @HAS_FIXTURES

@@ -11,6 +11,8 @@ from diffusion.rng import Streams
 from diffusion.sd_solvers import euler, plms, whole_step_times
 from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, load_unet
 from models.conditioning import Condition, Tokens
+from train.converters.sd.files import read_source
+from train.converters.sd.runs import load_autoencoder, load_text
 
 FIRST = 1 / 1000  # the time of the state after the first step of noise
 
@@ -48,8 +50,10 @@ def sample(version, io, solve, times, *, process=None, noise="noise", scale=7.5,
     return torch.stack(states), calls
 
 
-def relative_rms(got, wanted):
-    return ((got - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()).item()
+@pytest.fixture
+def is_close(agrees):
+    """Compares latents or images by their relative root mean square: errors of float32 add up over the steps."""
+    return lambda got, wanted, name: agrees(got, wanted, f"pipelines: {name}", relative=True)
 
 
 @HAS_FIXTURES
@@ -63,44 +67,37 @@ def relative_rms(got, wanted):
         ("ddim_rescale07", 6, {"rescale": 0.7}),
     ],
 )
-def test_ddim_is_that_of_the_public_pipeline(version, name, count, options, record_property):
+def test_ddim_is_that_of_the_public_pipeline(version, name, count, options, is_close):
     io = recorded(version)
     times = whole_step_times(process_of(version), count, "whole_leading", 1, last=FIRST)
     states, calls = sample(version, io, ddim, times, **options)
-    difference = relative_rms(states[-1], io[f"{name}_latents"][-1])
-    record_property(f"{version} {name}", difference)
-    assert difference < 1e-5
+    assert is_close(states[-1], io[f"{name}_latents"][-1], f"{version} {name}")
     if f"{name}_t" in io:
         assert calls == io[f"{name}_t"].tolist()
 
 
 @HAS_FIXTURES
-def test_plms_is_that_of_the_public_pipeline(record_property):
+def test_plms_is_that_of_the_public_pipeline(is_close):
     io = recorded("sd1")
     times = whole_step_times(process_of("sd1"), 6, "whole_leading", 1, last=FIRST)
     states, calls = sample("sd1", io, plms, times)
     assert calls == io["pndm_t"].tolist()  # one more than steps
-    difference = relative_rms(states[-1], io["pndm_latents"][-1])
-    record_property("sd1 plms", difference)
-    assert difference < 1e-5
-    for own, public in zip(states, io["pndm_latents"][1:], strict=True):  # theirs has the first step twice
-        assert relative_rms(own, public) < 1e-5
+    for i, (own, public) in enumerate(zip(states, io["pndm_latents"][1:], strict=True)):  # theirs has step 0 twice
+        assert is_close(own, public, f"sd1 plms, step {i}")
 
 
 @HAS_FIXTURES
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_dpmpp_2m_is_that_of_the_public_pipeline(version, record_property):
+def test_dpmpp_2m_is_that_of_the_public_pipeline(version, is_close):
     io = recorded(version)
     times = whole_step_times(process_of(version), 6, "whole_open")
     states, calls = sample(version, io, dpmpp_2m, times)
     assert calls == io["dpmpp2m_t"].tolist()
-    difference = relative_rms(states[-1], io["dpmpp2m_latents"][-1])
-    record_property(f"{version} dpmpp_2m", difference)
-    assert difference < 1e-5
+    assert is_close(states[-1], io["dpmpp2m_latents"][-1], f"{version} dpmpp_2m")
 
 
 @HAS_FIXTURES
-def test_trailing_steps_at_zero_terminal_snr(record_property):
+def test_trailing_steps_at_zero_terminal_snr(is_close):
     """The public scheduler steps to T // N below a step, while its next one is rounded: its states are off by one
     step, which is repeated here to compare with."""
     io, process = recorded("sd2"), process_of("sd2", zero_snr=True)
@@ -110,20 +107,32 @@ def test_trailing_steps_at_zero_terminal_snr(record_property):
     for t in times[:-1]:
         step = {"process": process, "noise": "x", "rescale": 0.7}
         x = sample("sd2", io | {"x": x}, ddim, [t, max(t - 166 / 1000, FIRST)], **step)[0][-1]
-    difference = relative_rms(x, io["ddim_zsnr_trailing_latents"][-1])
-    record_property("sd2 ddim, trailing, zero terminal SNR", difference)
-    assert difference < 1e-5
+    assert is_close(x, io["ddim_zsnr_trailing_latents"][-1], "sd2 ddim, trailing, zero terminal SNR")
 
 
 @HAS_FIXTURES
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_euler_is_that_of_the_public_pipeline(version, record_property):
+def test_euler_is_that_of_the_public_pipeline(version, is_close):
     """The public state is x / alpha; between steps sigma / alpha is interpolated there, alpha here."""
     io, process = recorded(version), process_of(version)
     times = step_times(process, 6, "linspace")
     assert [t * 1000 - 1 for t in times[:-1]] == pytest.approx(io["euler_t"].tolist(), abs=1e-4)
     noise = process.sigma(torch.tensor(1.0)).float() * io["noise"]  # the prior of the process
     states, _ = sample(version, io | {"x": noise}, euler, times, noise="x")
-    difference = relative_rms(states[-1], io["euler_latents"][-1])
-    record_property(f"{version} euler", difference)
-    assert difference < 1e-5
+    assert is_close(states[-1], io["euler_latents"][-1], f"{version} euler")
+
+
+@HAS_FIXTURES
+@pytest.mark.parametrize("version", ["sd1", "sd2"])
+@pytest.mark.parametrize(("name", "count", "noise"), [("ddim", 6, "noise"), ("ddim_rect", 3, "noise_rect")])
+@torch.no_grad()
+def test_a_prompt_becomes_the_image_of_the_public_pipeline(version, name, count, noise, is_close):
+    """From the ids of a prompt and of the empty one to pixels: only ids and noise are recorded."""
+    io, folder = recorded(version), FIXTURES / f"text/{version}"
+    encoder, autoencoder = load_text(read_source(folder))[0].eval(), load_autoencoder(read_source(FIXTURES / "vae"))
+    prompt, empty = encoder(torch.from_numpy(np.load(folder / "io.npz")["tiny_ids"][:2])).tokens.split(1)
+    times = whole_step_times(process_of(version), count, "whole_leading", 1, last=FIRST)
+    states, _ = sample(version, io | {"cond": prompt, "negative": empty}, ddim, times, noise=noise)
+    network = autoencoder.network.eval()
+    image = (network.decode(states[-1] / network.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
+    assert is_close(image, io[f"{name}_image"], f"{version} {name}, image of the prompt")

@@ -51,20 +51,18 @@ def load(name, **options):
 @HAS_FIXTURES
 @pytest.mark.parametrize("name", FILES)
 @torch.no_grad()
-def test_tokens_are_those_of_the_public_encoders(name, record_property):
+def test_tokens_are_those_of_the_public_encoders(name, agrees):
     version, layout = name.split()
     io = {key: torch.from_numpy(value) for key, value in np.load(FIXTURES / f"text/{version}/io.npz").items()}
     ids = io["tiny_ids"].long()
     features = load(name)[0](ids)
-    difference = (features.tokens - io["last_with_final_norm"]).abs().max().item()
-    record_property(f"{name} tokens", difference)
-    assert difference < 1e-5
+    assert agrees(features.tokens, io["last_with_final_norm"], f"text: {name}, tokens")
     if layout == "single" and version == "sd2":
         last = load(name, clip_skip=1)[0](ids)
-        assert (last.tokens - io["openclip_last_with_ln_final"]).abs().max() < 1e-5
-        assert (last.pooled - io["openclip_pooled_projected"]).abs().max() < 1e-5
+        assert agrees(last.tokens, io["openclip_last_with_ln_final"], f"text: {name}, tokens of the last layer")
+        assert agrees(last.pooled, io["openclip_pooled_projected"], f"text: {name}, pooled")
     else:
-        assert (features.pooled - io["pooled"]).abs().max() < 1e-5
+        assert agrees(features.pooled, io["pooled"], f"text: {name}, pooled")
 
 
 @HAS_FIXTURES

@@ -103,11 +103,10 @@ def psnr(x, y):
 @with_photographs
 @pytest.mark.slow
 @torch.no_grad()
-def test_photographs_are_reconstructed_by_taef2(record_property):
+def test_photographs_are_reconstructed_by_taef2():
     network, images = load_tiny(Path(TAEF2)).eval(), photographs(8, 128)
     assert network.config == TinyAutoencoderConfig(latent_channels=32, middle_norm=True)
     right = psnr(images, network(images)).mean().item()
-    record_property("psnr", right)
     assert right > 28
     for norm in [module for module in network.modules() if isinstance(module, nn.GroupNorm)]:
         norm.num_groups = 32
@@ -118,12 +117,11 @@ def test_photographs_are_reconstructed_by_taef2(record_property):
 @with_photographs
 @pytest.mark.slow
 @torch.no_grad()
-def test_tiles_of_a_large_photograph_differ_no_more_at_seams(record_property):
+def test_tiles_of_a_large_photograph_differ_no_more_at_seams():
     network, image = load_tiny(Path(TAEF2)).eval(), photographs(1, 512)
     latents, factor = network.encode(image), network.config.factor
     tiled_latents = encode_latents_tiled(network.encode, image, factor, 32, 8)
     whole, tiled = network.decode(latents), decode_latents_tiled(network.decode, latents, factor, 32, 8)
-    for name, got, wanted, scale in (("latents", tiled_latents, latents, 1), ("image", tiled, whole, factor)):
+    for got, wanted, scale in ((tiled_latents, latents, 1), (tiled, whole, factor)):
         difference = tile_difference(got, wanted, 32, 8, scale)
-        record_property(name, difference)
         assert difference.at_seams < 2 * difference.inside

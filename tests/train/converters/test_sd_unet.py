@@ -25,7 +25,7 @@ VERSIONS = ("sd1", "sd2")
 @pytest.mark.parametrize("layout", ["single", "folder"])
 @pytest.mark.parametrize("version", VERSIONS)
 @torch.no_grad()
-def test_outputs_are_those_of_the_public_unet(version, layout, record_property):
+def test_outputs_are_those_of_the_public_unet(version, layout, agrees):
     network, _ = load_unet(version, layout)
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / version / "unet_io.npz").items()}
     mask = io["token_mask"].bool()
@@ -36,9 +36,7 @@ def test_outputs_are_those_of_the_public_unet(version, layout, record_property):
     ):
         condition = Condition({"text": Tokens(io[tokens], seen)})
         got = network(io[x], io["t"], condition)
-        difference = (got - io[expected]).abs().max().item()
-        record_property(f"{version} {layout} {expected}", difference)
-        assert difference < 1e-5
+        assert agrees(got, io[expected], f"UNet: {version} {layout}, {expected}")
 
 
 def keep_output(outputs, name, _module, _inputs, output):
@@ -64,7 +62,7 @@ ACTIVATIONS = {  # of the public UNet's modules, and ours
 @HAS_FIXTURES
 @pytest.mark.parametrize("version", VERSIONS)
 @torch.no_grad()
-def test_features_are_those_of_the_public_unet(version):
+def test_features_are_those_of_the_public_unet(version, agrees):
     network, _ = load_unet(version, "folder")
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / version / "unet_io.npz").items()}
     assert {name.removeprefix("act_") for name in io if name.startswith("act_")} == ACTIVATIONS.keys()
@@ -73,7 +71,7 @@ def test_features_are_those_of_the_public_unet(version):
         network.get_submodule(ours).register_forward_hook(partial(keep_output, got, name))
     network(io["x_square"], io["t"], Condition({"text": Tokens(io["tokens_77"], None)}))
     for name, features in got.items():
-        assert (features - io[f"act_{name}"]).abs().max() < 1e-5, name
+        assert agrees(features, io[f"act_{name}"], f"UNet: {version}, {name.replace('__', '.')}"), name
 
 
 @torch.no_grad()
