@@ -45,13 +45,13 @@ def agrees(request: pytest.FixtureRequest) -> Callable[..., bool]:
     that of `wanted`.
     """
 
-    def compare(
-        got: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-5, *, relative: bool = False
-    ) -> bool:
+    def compare(got: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-5, *, relative: bool = False) -> bool:
         if got.shape != wanted.shape:
             return False
         differences = got - wanted
-        measured = (differences.square().mean() / wanted.square().mean()).sqrt() if relative else differences.abs().max()
+        measured = (
+            (differences.square().mean() / wanted.square().mean()).sqrt() if relative else differences.abs().max()
+        )
         line = {"name": name, "numbers": got.numel(), "measured": measured.item(), "tolerance": tolerance}
         if request.config.getoption("differences"):
             request.node.user_properties.append(("difference", line | {"relative": relative}))

@@ -30,12 +30,17 @@ TEXT = {  # of transformers
 }
 
 
+def autoencoder_blocks(levels: int) -> dict[str, tuple[str, ...]]:
+    """Returns the blocks of an AutoencoderKL."""
+    return {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+
+
 @torch.no_grad()
 def randomize(network: nn.Module) -> nn.Module:
     """Changes all parameters, so that none is 0 or 1 as at the start; returns the network in eval mode."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
-        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return network.eval()
 
 

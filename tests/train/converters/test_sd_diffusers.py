@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from helpers.public_sd import SD1, SD2, TEXT, TEXT_WIDTH, UNET, convert_unet, normal, randomize, token_ids
+from helpers.public_sd import (
+    SD1,
+    SD2,
+    TEXT,
+    TEXT_WIDTH,
+    UNET,
+    autoencoder_blocks,
+    convert_unet,
+    normal,
+    randomize,
+    token_ids,
+)
 from models.control import ControlBranch, HintConfig
 from train.converters.sd.control import control_weights, infer_control
 from train.converters.sd.files import read_source
@@ -44,9 +55,8 @@ def test_unet(name, options, agrees, tmp_path):
 )
 @torch.no_grad()
 def test_autoencoder(name, options, agrees, tmp_path):
-    blocks = {f"{way}_block_types": (f"{kind}Block2D",) * 3 for way, kind in WAYS.items()}
     sizes = {"block_out_channels": (32, 32, 64), "layers_per_block": 2, "scaling_factor": 0.3}
-    theirs = randomize(diffusers.AutoencoderKL(**blocks, **sizes, **options))
+    theirs = randomize(diffusers.AutoencoderKL(**autoencoder_blocks(3), **sizes, **options))
     theirs.save_pretrained(tmp_path)
     network = load_autoencoder(read_source(tmp_path)).network.eval()
     assert (network.config.scaling_factor, network.config.shift_factor) == (0.3, options.get("shift_factor", 0.0))
@@ -57,9 +67,6 @@ def test_autoencoder(name, options, agrees, tmp_path):
     latents = normal(*wanted.mean.shape)
     decoded = theirs.decode(latents).sample
     assert agrees(network.decode(latents), decoded, f"diffusers: autoencoder of {name}, decoded")
-
-
-WAYS = {"down": "DownEncoder", "up": "UpDecoder"}
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from diffusion.rng import Streams, seed_of
-from helpers.public_sd import SD1, SD2, TEXT, UNET, randomize
+from helpers.public_sd import SD1, SD2, TEXT, UNET, autoencoder_blocks, randomize
 from helpers.tiny_runs import call
 from models.conditions.text import tokenize
+from models.text_encoder import CHUNK
 from models.tokenizer import Tokenizer
 from train.converters.sd.scheduler import sampling_settings
 from train.inference import load
@@ -41,8 +42,7 @@ def converted(request, tmp_path_factory):
     own_ids = {"vocab_size": Tokenizer.vocab_size, "bos_token_id": Tokenizer.start_id, "eos_token_id": Tokenizer.end_id}
     activation = "quick_gelu" if version == "SD 1" else "gelu"
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT | own_ids, hidden_act=activation))
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    autoencoder = diffusers.AutoencoderKL(**blocks, block_out_channels=(32,) * 4, scaling_factor=0.3)
+    autoencoder = diffusers.AutoencoderKL(**autoencoder_blocks(4), block_out_channels=(32,) * 4, scaling_factor=0.3)
     pipeline = diffusers.StableDiffusionPipeline(
         vae=randomize(autoencoder),
         text_encoder=randomize(text),
@@ -62,14 +62,11 @@ def converted(request, tmp_path_factory):
 @torch.no_grad()
 def draw_theirs(pipeline, prompts, noise, output):
     """Returns what a pipeline draws from prompts, with ids of our tokenizer, which has tests of its own."""
-    ids, _ = tokenize([*prompts, ""], TEXT_LENGTH, Tokenizer(), Tokenizer.end_id)
+    ids, _ = tokenize([*prompts, ""], CHUNK, Tokenizer(), Tokenizer.end_id)
     tokens = pipeline.text_encoder(ids.squeeze(1))[0]
     embeddings = {"prompt_embeds": tokens[:-1], "negative_prompt_embeds": tokens[-1:].expand(len(prompts), -1, -1)}
     calls = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "latents": noise, "output_type": output}
     return pipeline(**embeddings, **calls).images
-
-
-TEXT_LENGTH = 77
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

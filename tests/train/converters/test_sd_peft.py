@@ -62,10 +62,9 @@ def test_a_file_of_diffusers_for_unet_and_text_encoder(agrees, tmp_path):
     encoder = randomize(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)))
     encoder.save_pretrained(tmp_path / "text_encoder")
     own_encoder, table, _ = load_text(read_source(tmp_path / "text_encoder"))
-    targets = {theirs: ATTENTION, encoder: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]}
-    for network, rank in ((theirs, 4), (encoder, 2)):
-        config = peft.LoraConfig(r=rank, lora_alpha=6, target_modules=targets[network], init_lora_weights=False)
-        network.add_adapter(config)
+    options = {"lora_alpha": 6, "init_lora_weights": False}
+    theirs.add_adapter(peft.LoraConfig(r=4, target_modules=ATTENTION, **options))
+    encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **options))
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path,
         unet_lora_layers=peft.get_peft_model_state_dict(theirs),

@@ -12,6 +12,7 @@ SD1 = {  # that of Stable Diffusion 1.5
     **{"skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False},
 }
 SD2 = SD1 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+CLEAN = {"last_state": "clean"}  # whatever set_alpha_to_one says: only DDIM and PNDM have it
 SD_PROCESS = {
     **{"process": "gaussian", "total_steps": 1000, "schedule": "scaled_linear", "first_beta": 0.00085},
     **{"last_beta": 0.012, "prediction": "eps", "zero_terminal_snr": False, "variance": "fixed_small"},
@@ -37,8 +38,8 @@ def test_keys_that_are_left_out_have_the_defaults_of_the_library():
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"_class_name": "DPMSolverMultistepScheduler"}, {"solver": "dpmpp_2m", "spacing": "whole_open"}),
-        ({"_class_name": "EulerDiscreteScheduler"}, {"solver": "euler", "spacing": "linspace"}),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, {"solver": "dpmpp_2m", "spacing": "whole_open"} | CLEAN),
+        ({"_class_name": "EulerDiscreteScheduler"}, {"solver": "euler", "spacing": "linspace"} | CLEAN),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, {"spacing": "karras"}),
         ({"timestep_spacing": "trailing"}, {"spacing": "whole_trailing", "steps_offset": 0}),
     ],

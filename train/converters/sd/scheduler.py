@@ -108,10 +108,10 @@ def sampling_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "spacing": spacing,
         "steps_offset": offset if spacing == "whole_leading" else 0,
         "clip": solver in ("ddim", "ddpm") and bool(config.get("clip_sample", True)),
+        "last_state": "clean",
     }
-    if solver in ("ddim", "plms"):  # the others end without noise
-        default = solver == "ddim"
-        settings["last_state"] = "clean" if config.get("set_alpha_to_one", default) else "first"
+    if solver in ("ddim", "plms") and not config.get("set_alpha_to_one", solver == "ddim"):
+        settings["last_state"] = "first"
     return settings
 
 
