@@ -48,14 +48,16 @@ def agrees(request: pytest.FixtureRequest) -> Callable[..., bool]:
     def compare(got: Tensor, wanted: Tensor, name: str, tolerance: float = 1e-5, *, relative: bool = False) -> bool:
         if got.shape != wanted.shape:
             return False
-        differences = got - wanted
-        measured = (
-            (differences.square().mean() / wanted.square().mean()).sqrt() if relative else differences.abs().max()
-        )
-        line = {"name": name, "numbers": got.numel(), "measured": measured.item(), "tolerance": tolerance}
+        errors = got - wanted
+        if relative:
+            measured = (errors.square().mean() / wanted.square().mean()).sqrt().item()
+        else:
+            measured = errors.abs().max().item()
         if request.config.getoption("differences"):
-            request.node.user_properties.append(("difference", line | {"relative": relative}))
-        return line["measured"] <= tolerance
+            line = {"name": name, "numbers": got.numel(), "measured": measured}
+            line |= {"tolerance": tolerance, "relative": relative}
+            request.node.user_properties.append(("difference", line))
+        return measured <= tolerance
 
     return compare
 

@@ -58,9 +58,8 @@ def output(network):
 @pytest.fixture
 def matches(agrees):
     """Says whether the output of a network is the recorded one of a name."""
-    return lambda network, name: agrees(
-        output(network), torch.from_numpy(np.load(LORA / "io.npz")[name]), f"LoRA: {name}"
-    )
+    recorded = {name: torch.from_numpy(value) for name, value in np.load(LORA / "io.npz").items()}
+    return lambda network, name: agrees(output(network), recorded[name], f"LoRA: {name}")
 
 
 @HAS_FIXTURES
@@ -115,10 +114,8 @@ def merged_weights(network, parts, prefix):
     assert len(keys) == 2
     places = [rows[key.removeprefix(prefix)] for key in keys]
     ours = [state[place.ours].chunk(place.parts)[place.part] for place in places]
-    return [
-        torch.cat([each.flatten() for each in weights])
-        for weights in (ours, [torch.from_numpy(io[key]) for key in keys])
-    ]
+    wanted = [torch.from_numpy(io[key]) for key in keys]
+    return torch.cat([each.flatten() for each in ours]), torch.cat([each.flatten() for each in wanted])
 
 
 @HAS_FIXTURES
