@@ -6,9 +6,10 @@ python experiments/benchmark.py --dataset ffhq --stage vqgan
 python experiments/benchmark.py --dataset ffhq --batch_size 4 --measure sampling --solver halton --sample_steps 12
 python experiments/benchmark.py --measure attention --sizes 16 32
 python experiments/benchmark.py --measure region_attention
+python experiments/benchmark.py --measure pretrained --precision mixed
 
 Weights and batches are random, with the preset's shapes: of the data set only the images whose loading is measured are
-read. Attention and UNet, if nothing else is measured, have flags of their own, and no preset.
+read. Attention, UNet and pretrained, if nothing else is measured, have flags of their own, and no preset.
 """
 
 import sys
@@ -22,6 +23,7 @@ from experiments.harness.batches import single_process_world
 from experiments.metrics import workloads
 from experiments.metrics.attention_speed import AttentionConfig, ResultsConfig, save_attention
 from experiments.metrics.fixed_workloads import measure_without_preset
+from experiments.metrics.pretrained_speed import PretrainedBenchmarkConfig, measure_pretrained
 from experiments.metrics.speed_report import (
     last_uncompiled,
     print_batch,
@@ -136,7 +138,25 @@ class UNetBenchmark:
     figures: FiguresConfig
 
 
-def main(config: SamplerBenchmark | VQGANBenchmark | AttentionBenchmark | UNetBenchmark) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PretrainedBenchmark:
+    """Times a denoising step and a training step with LoRA of Stable Diffusion's UNet, and their memory, beside
+    diffusers' with the same weights."""
+
+    EXAMPLES = (
+        "python experiments/benchmark.py --measure pretrained",
+        "python experiments/benchmark.py --measure pretrained --weights stable-diffusion-v1-5 --precision mixed",
+    )
+    NOT_EVERYDAY = ("measure",)
+
+    benchmark: PretrainedBenchmarkConfig
+    figures: FiguresConfig
+
+
+Benchmark = SamplerBenchmark | VQGANBenchmark | AttentionBenchmark | UNetBenchmark | PretrainedBenchmark
+
+
+def main(config: Benchmark) -> None:
     own, figures = config.benchmark, config.figures
     before = read_earlier(figures)
     world = single_process_world((config.training if isinstance(own, BenchmarkConfig) else own).device)
@@ -145,6 +165,8 @@ def main(config: SamplerBenchmark | VQGANBenchmark | AttentionBenchmark | UNetBe
         rows = save_attention(own, config.results)
     elif isinstance(config, UNetBenchmark):
         rows = measure_unet(own, world)
+    elif isinstance(config, PretrainedBenchmark):
+        rows = measure_pretrained(own, world)
     else:
         if (own.stage == "vqgan") != isinstance(config, VQGANBenchmark):
             raise ValueError("--stage cannot be set in a file: pass --stage on the command line")
@@ -249,7 +271,11 @@ def vqgan_config_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
 
 def config_class(argv: list[str]) -> tuple[type, str | None]:
     """Returns the class of the config for --measure and --stage, and its section in config files."""
-    alone = {"attention": (AttentionBenchmark, "benchmark_attention"), "unet": (UNetBenchmark, "benchmark_unet")}
+    alone = {
+        "attention": (AttentionBenchmark, "benchmark_attention"),
+        "unet": (UNetBenchmark, "benchmark_unet"),
+        "pretrained": (PretrainedBenchmark, "benchmark_pretrained"),
+    }
     names = peek_flag_values(argv, "measure") or []
     if len(names) == 1 and names[0] in alone:
         return alone[names[0]]

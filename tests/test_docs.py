@@ -75,6 +75,7 @@ READERS_FILES = {
 WITHOUT_LOGS = (
     "benchmark_unet.py",
     "--measure unet",
+    "--measure pretrained",
     "make_panoptic.py",
     "export_shapes.py",
 )  # commands that write no files

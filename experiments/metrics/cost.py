@@ -67,26 +67,34 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
 
     CUDA: memory of tensors. CPU on Linux: resident memory of the process.
     """
-    gc.collect()
+    before = bytes_in_use(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not (PROCESS / "clear_refs").exists() or resident_bytes("VmHWM") is None:
+    if before is None or resident_bytes("VmHWM") is None:
         return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)  # return freed memory to the system: its reuse would go unnoticed
     try:
         (PROCESS / "clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     except PermissionError:
         return None
-    before = resident_bytes("VmRSS")
     run()
     return resident_bytes("VmHWM") - before
+
+
+def bytes_in_use(device: torch.device) -> int | None:
+    """Returns the memory in use, in bytes, as `peak_extra_bytes` counts it; None if it cannot be measured."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not (PROCESS / "clear_refs").exists():
+        return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)  # return freed memory to the system: its reuse would go unnoticed
+    return resident_bytes("VmRSS")
 
 
 def resident_bytes(field: str) -> int | None:
