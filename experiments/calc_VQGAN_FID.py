@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.harness.batches import ResumableBatches, gather_in_order, rank_indices
-from experiments.harness.experiment import (
-    ExperimentSetup,
-    FirstStageModelConfig,
-    FirstStageOutputConfig,
-    run_experiment,
-)
+from experiments.harness.experiment import ExperimentSetup, FirstStageOutputConfig, run_experiment
+from experiments.harness.first_stage import FirstStageModelConfig
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import real_statistics, save_reconstructions, statistics_cache
@@ -82,7 +78,10 @@ class Config:
 
 
 def prepare(config: Config, model: VQGANStage, world: DistContext) -> ExperimentSetup:
-    """Opens the images and the LPIPS network; results with another network are outdated."""
+    """Opens the images and the LPIPS network; results with another network are outdated. ValueError for an autoencoder
+    without codes."""
+    if not isinstance(model, VQGANStage):
+        raise ValueError(f"the autoencoder in {model.run} has no codes to measure: pass it to reconstruct.py")
     settings = config.reconstruction
     dataset = build_dataset(model.data, model.reader, settings.split)
     origin = {"data_fingerprint": content_fingerprint(dataset)} | perceptual_provenance(settings.perceptual_weights)

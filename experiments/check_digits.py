@@ -155,11 +155,11 @@ def conditional_accuracy(logits: Tensor, labels: Tensor | None) -> float | None:
 def reconstruction_agreement(
     trained: TrainedSampler, classifier: DigitsClassifier, held_out: Tensor, real_logits: Tensor
 ) -> float | None:
-    """Returns the fraction of held-out digits whose reconstruction keeps the predicted class; None without a VQGAN."""
+    """Returns the fraction of held-out digits whose reconstruction keeps the predicted class; None for pixels."""
     first_stage = trained.space.first_stage
     if first_stage is None:
         return None
-    return same_class_fraction(real_logits, classifier(first_stage.decode(first_stage.encode(held_out)).cpu()))
+    return same_class_fraction(real_logits, classifier(first_stage.reconstruct(held_out).cpu()))
 
 
 def training_copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSampler) -> float:

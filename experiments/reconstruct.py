@@ -1,9 +1,9 @@
-"""Reconstructs images of any size with a trained VQGAN: originals, reconstructions and error maps."""
+"""Reconstructs images of any size with a VQGAN or another autoencoder: originals, reconstructions, error maps."""
 
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import (
-    ExperimentSetup,
-    FirstStageModelConfig,
-    FirstStageOutputConfig,
-    run_experiment,
-)
+from experiments.harness.experiment import ExperimentSetup, FirstStageOutputConfig, run_experiment
+from experiments.harness.first_stage import FirstStageModelConfig
 from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
@@ -33,18 +29,16 @@ from train.data.transforms import (
     to_item,
     to_picture,
     to_pixels,
-    to_uint8,
 )
 from train.datasets import UnreadableImage, content_fingerprint, files_fingerprint
 from train.datasets._channels import decode_channels
 from train.datasets.folder import SUFFIXES, list_images
 from train.distributed import DistContext
-from train.execution import autocast
 from train.files import atomic_write
-from train.first_stage import VQGANStage
+from train.first_stage import FirstStage, VQGANStage
 from train.logging import grid_image
 from train.progress import Progress
-from vq.tiles import decode_tiled, encode_tiled, seam_ratio, seams, tile_starts
+from vq.tiles import Tiles, make_tiles, seam_ratio, seams, tile_difference
 
 SHOWN = 16  # images in the overview; also the default number of validation images
 LISTED = 40  # rows of the printed table
@@ -52,6 +46,12 @@ ERROR_MAX = 0.25  # largest error of the colour map, as a fraction of the range 
 COLOURS = "inferno"
 THUMBNAIL = 192  # side, pixels
 LEGEND = 30  # height, pixels
+TILE = 64  # latents: the default for autoencoders that name no size of their training images
+COLUMNS = {  # what is measured of each image, and its heading
+    **{"bits_per_pixel": "bits/pixel", "psnr": "PSNR dB", "l1": "L1", "seams": "seam ratio"},
+    **{"seams_of_original": "of original", "l1_to_whole": "L1 to untiled", "l1_at_seams": "at seams"},
+    **{"l1_inside": "elsewhere", "codes_as_whole": "equal codes", "latents_to_whole": "L1 of latents"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,18 @@ class ReconstructionConfig:
     """Reconstruction."""
 
     images: str | None = None
-    """An image, or a folder of images (recursive); if omitted, validation images, preprocessed as in training."""
+    """An image, or a folder of images (recursive); if omitted, validation images of a VQGAN, preprocessed as in
+    training."""
     n_images: int | None = None
     """Number of images: the first of --images by path (default: all), or a fixed random subset of the validation split
     (default: 16)."""
     size: int | None = None
     """Resize the short side to this many pixels; if omitted, images of --images keep their own size."""
     tile: int | None = None
-    """Side of the tiles for larger images, in codes; if omitted, the grid of the training images."""
+    """Side of the tiles for larger images, in codes or latents; if omitted, the grid of a VQGAN's training images, 64
+    latents for other autoencoders."""
     overlap: int | None = None
-    """Overlap of neighbouring tiles, in codes; if omitted, a quarter of a tile."""
+    """Overlap of neighbouring tiles, in codes or latents; if omitted, a quarter of a tile."""
     batch_size: int = 1
     """Tiles processed at once; memory grows with it."""
     compare_whole: bool = False
@@ -101,10 +103,12 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: VQGANStage, world: DistContext) -> ExperimentSetup:
+def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
     """Finds the images and the tiling. ValueError, FileNotFoundError: no images, or invalid tiles."""
     settings = config.reconstruction
-    tiles, originals = make_tiles(settings, model), find_originals(settings, model)
+    default = max(model.vqgan.grid) if isinstance(model, VQGANStage) else TILE
+    tile = default if settings.tile is None else settings.tile
+    tiles, originals = make_tiles(tile, settings.overlap, settings.batch_size), find_originals(settings, model)
     suffix = "" if settings.images is None else f"_{Path(settings.images).resolve().stem}"
     return ExperimentSetup(
         (settings, tiles, originals), {"data_fingerprint": originals.fingerprint}, f"reconstructions{suffix}"
@@ -115,22 +119,6 @@ class TooSmall(ValueError):
     """Raised for an image smaller than one code."""
 
 
-class Tiles(NamedTuple):
-    """How images are tiled: lengths in codes, and the number of tiles processed at once."""
-
-    tile: int
-    overlap: int
-    at_once: int = 1
-
-
-def make_tiles(config: ReconstructionConfig, first_stage: VQGANStage) -> Tiles:
-    """Returns the tiling of the flags, with defaults from the training grid; ValueError if it is invalid."""
-    tile = max(first_stage.vqgan.grid) if config.tile is None else config.tile
-    overlap = tile // 4 if config.overlap is None else config.overlap
-    tile_starts(tile, tile, overlap)  # raises ValueError for invalid tiles
-    return Tiles(tile, overlap, config.batch_size)
-
-
 class Originals(NamedTuple):
     """The original images, by index."""
 
@@ -139,22 +127,18 @@ class Originals(NamedTuple):
     fingerprint: str
 
 
-def find_originals(config: ReconstructionConfig, first_stage: VQGANStage) -> Originals:
-    """Returns the images of --images, or validation images."""
+def find_originals(config: ReconstructionConfig, first_stage: FirstStage) -> Originals:
+    """Returns the images of --images, or validation images; ValueError for an autoencoder that has none of these."""
+    is_vqgan = isinstance(first_stage, VQGANStage)
+    n_channels, data_range = first_stage.n_channels, first_stage.data.data_range if is_vqgan else None
 
     def fit(image: Any) -> Tensor:
-        return preprocess(
-            image,
-            config.size,
-            first_stage.data.n_channels,
-            first_stage.vqgan.config.factor,
-            first_stage.data.data_range,
-        )
+        return preprocess(image, config.size, n_channels, first_stage.factor, data_range)
 
     if config.images is not None:
-        return images_of_path(
-            Path(os.path.expanduser(config.images)), config.n_images, fit, first_stage.data.n_channels
-        )
+        return images_of_path(Path(os.path.expanduser(config.images)), config.n_images, fit, n_channels)
+    if not is_vqgan:
+        raise ValueError(f"the autoencoder in {first_stage.run} names no data: pass an image or a folder as --images")
     return validation_images(first_stage, config.n_images or SHOWN, None if config.size is None else fit)
 
 
@@ -221,54 +205,70 @@ def preprocess(
 
 
 @torch.inference_mode()
-def reconstruct(first_stage: VQGANStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
-    """Encodes and decodes an image, uint8 (C, H, W), by tiles or at once: returns ids (h, w) and the reconstruction."""
-    x, vqgan = to_float(image)[None], first_stage.vqgan
-    with autocast(first_stage.device, first_stage.amp):
-        if tiles is None:
-            ids = vqgan.encode(x.to(first_stage.device))
-            fake = vqgan.decode(ids)
-        else:
-            ids = encode_tiled(vqgan, x, tiles.tile, tiles.overlap, tiles_per_batch=tiles.at_once)
-            fake = decode_tiled(vqgan, ids, tiles.tile, tiles.overlap, tiles_per_batch=tiles.at_once)
-    return ids[0].cpu(), to_uint8(fake[0]).cpu()
+def reconstruct(first_stage: FirstStage, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Encodes and decodes an image, uint8 (C, H, W): returns codes (h, w) or latents (D, h, w), and the reconstruction,
+    uint8 (C, H, W)."""
+    x = to_float(image)[None]
+    if isinstance(first_stage, VQGANStage):
+        codes = first_stage.encode(x)
+        fake = first_stage.decode(codes)
+    else:
+        codes = first_stage.encode_latents(x)
+        fake = first_stage.decode_latents(codes)
+    return codes[0].cpu(), fake[0].cpu()
 
 
-def measure_image(first_stage: VQGANStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
-    """Measures one reconstruction; infinite or undefined values become None."""
-    factor, (height, width) = first_stage.vqgan.config.factor, image.shape[1:]
-    rows, columns = (seams(side, tiles.tile, tiles.overlap, factor) for side in ids.shape)
+def measure_image(first_stage: FirstStage, image: Tensor, codes: Tensor, fake: Tensor) -> dict[str, Any]:
+    """Measures one reconstruction in tiles; infinite or undefined values become None."""
+    (height, width), grid, tiles = image.shape[1:], codes.shape[-2:], first_stage.tiles
+    rows, columns = (seams(side, tiles.tile, tiles.overlap, first_stage.factor) for side in grid)
+    bits = math.nan  # of latents, which are real numbers
+    if isinstance(first_stage, VQGANStage):
+        bits = math.log2(first_stage.vqgan.config.codebook_size) * codes.numel() / (height * width)
     metrics = {
         "psnr": psnr(image[None], fake[None]).item(),
         "l1": l1(image[None], fake[None]).item(),
-        "bits_per_pixel": math.log2(first_stage.vqgan.config.codebook_size) * ids.numel() / (height * width),
-        "seams": seam_ratio(fake[None], rows, columns, factor),
-        "seams_of_original": seam_ratio(image[None], rows, columns, factor),
+        "bits_per_pixel": bits,
+        "seams": seam_ratio(fake[None], rows, columns, first_stage.factor),
+        "seams_of_original": seam_ratio(image[None], rows, columns, first_stage.factor),
     }
-    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    return {"width": width, "height": height, "codes": list(ids.shape), **metrics}
+    return {"width": width, "height": height, "codes": list(grid), **finite_or_none(metrics)}
 
 
-def compare_to_whole(first_stage: VQGANStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
-    """Compares the tiled reconstruction with that of the whole image at once."""
-    whole_ids, whole = reconstruct(first_stage, image, None)
-    same = (whole_ids == ids).float().mean().item()
-    return {"l1_to_whole": l1(whole[None], fake[None]).item(), "codes_as_whole": same}
+def compare_to_whole(first_stage: FirstStage, image: Tensor, codes: Tensor, fake: Tensor) -> dict[str, float | None]:
+    """Compares a reconstruction in tiles with that of the whole image at once."""
+    whole_codes, whole = reconstruct(replace(first_stage, tiles=None), image)
+    tile, overlap, _ = first_stage.tiles
+    pixels = to_float(fake)[None], to_float(whole)[None]
+    difference = tile_difference(*pixels, tile, overlap, first_stage.factor)
+    metrics = {"l1_to_whole": l1(whole[None], fake[None]).item()}
+    metrics |= {"l1_at_seams": difference.at_seams, "l1_inside": difference.inside}
+    if first_stage.has_codes:
+        metrics["codes_as_whole"] = (whole_codes == codes).float().mean().item()
+    else:
+        metrics["latents_to_whole"] = (whole_codes - codes).abs().mean().item()
+    return finite_or_none(metrics)
+
+
+def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Returns the numbers with None for those that are infinite or undefined."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def measure(
-    settings: ReconstructionConfig, tiles: Tiles, originals: Originals, model: VQGANStage, batches: ResumableBatches
+    settings: ReconstructionConfig, tiles: Tiles, originals: Originals, model: FirstStage, batches: ResumableBatches
 ) -> dict[str, Any]:
     """Reconstructs, measures and saves all images.
 
     Unreadable and too small images are listed and skipped; ValueError if none is left.
     """
     records, skipped, thumbnails = [], [], []
+    model = replace(model, tiles=tiles)
     for name, picture, image in readable_images(originals, skipped):
-        ids, fake = reconstruct(model, image, tiles)
-        record = {"image": name, "picture": f"images/{picture}", **measure_image(model, image, ids, fake, tiles)}
+        codes, fake = reconstruct(model, image)
+        record = {"image": name, "picture": f"images/{picture}", **measure_image(model, image, codes, fake)}
         if settings.compare_whole:
-            record |= compare_to_whole(model, image, ids, fake)
+            record |= compare_to_whole(model, image, codes, fake)
         panel = panels(image, fake)
         save_panels(batches.folder / "images" / picture, panel)
         if len(records) < SHOWN:
@@ -279,7 +279,7 @@ def measure(
         raise ValueError(f"none of {len(skipped)} images can be used; the first, {image}: {reason}")
     save_overview(batches.folder / "overview.png", torch.stack(thumbnails))
     return {
-        "vqgan": model.provenance,
+        "vqgan" if model.has_codes else "autoencoder": model.provenance,
         "tile": tiles.tile,
         "overlap": tiles.overlap,
         "error_map": f"mean absolute error over the channels of a panel, 0 to {ERROR_MAX} of the range",
@@ -312,11 +312,8 @@ def mean_of_records(records: list[dict[str, Any]]) -> dict[str, float | None]:
 
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats the table of all images."""
-    whole = "l1_to_whole" in results["mean"]
-    rows = [("image", "pixels", "codes", "bits/pixel", "PSNR dB", "L1", "seam ratio", "of original")]
-    rows[0] += ("L1 to untiled", "equal codes") * whole
-    names = "bits_per_pixel", "psnr", "l1", "seams", "seams_of_original"
-    names += ("l1_to_whole", "codes_as_whole") * whole
+    names = [name for name in COLUMNS if name in results["mean"]]
+    rows = [("image", "pixels", "codes" if "vqgan" in results else "latents", *(COLUMNS[name] for name in names))]
     listed = results["images"][:LISTED]
     for record in [*listed, {"image": f"mean of {len(results['images'])}", **results["mean"]}]:
         size = f"{record['width']}x{record['height']}" if "width" in record else ""
@@ -330,6 +327,10 @@ def report(results: dict[str, Any], folder: Path) -> str:
         "PSNR: higher is better. L1: of values in [-1, 1], lower is better. seam ratio: mean difference of pixels\n"
         "across tile borders over that of other neighbours; visible seams raise it above the original's."
     )
+    if "l1_to_whole" in names:
+        lines.append(
+            "L1 to untiled: of tiles and the image in one piece, in all, where tiles are blended, and elsewhere."
+        )
     lines += [f"skipped: {skipped['image']}: {skipped['reason']}" for skipped in results["skipped"]]
     if results["skipped"]:
         lines.append(f"{len(results['skipped'])} images skipped")

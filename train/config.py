@@ -111,7 +111,7 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Maximum gradient norm; 0 turns clipping off."""
     optimizer: str = "adamw"
-    """adamw, adam, radam, nadam, adafactor, sgd, or a dotted path to your own class."""
+    """adamw, adam, radam, nadam, adafactor, sgd, adamw8bit (needs bitsandbytes), or a dotted path to your own class."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the optimizer's averages of the gradient and of its square (sgd: momentum, unused)."""
     lr_schedule: Literal["constant", "cosine", "decay_tail"] = "constant"

@@ -5,7 +5,7 @@ The config.yaml of such a run has a group `autoencoder`: its kind, one of KINDS,
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from train.files import write_text
 from train.first_stage import FirstStage, encode_split, load_vqgan_stage
 from train.runs import read_run
 from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from vq.tiles import Tiles, decode_latents_tiled, encode_latents_tiled
 from vq.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 
 KINDS = {"kl": (AutoencoderKLConfig, AutoencoderKL), "tiny": (TinyAutoencoderConfig, TinyAutoencoder)}
@@ -42,12 +43,17 @@ class ContinuousStage:
     device: torch.device
     amp: bool  # in half precision; but not in float16, in which some autoencoders overflow
     latent_cache: Path | None = None  # where latents are kept if the run is read-only
+    tiles: Tiles | None = None
 
     has_codes = False
 
     @property
     def factor(self) -> int:
         return self.network.config.factor
+
+    @property
+    def n_channels(self) -> int:
+        return self.network.config.in_channels
 
     @property
     def is_stochastic(self) -> bool:
@@ -78,40 +84,56 @@ class ContinuousStage:
     def encode_latents(self, images: Tensor) -> Tensor:
         if self.is_stochastic:
             return self.encode_moments(images).chunk(2, dim=1)[0].contiguous()
-        with self.autocast():
-            return self.network.encode(self.to_input(images)).float().contiguous()
+        return self.apply_encoder(self.network.encode, images)
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> Tensor:
         if not self.is_stochastic:
             raise ValueError(f"latents of the autoencoder in {self.run} are not random: pass --latent_sampling mode")
-        with self.autocast():
-            posterior = self.network.posterior(self.to_input(images))
+
+        def moments(x: Tensor) -> Tensor:
+            posterior = self.network.posterior(x)
             return torch.cat([posterior.mean.float(), posterior.std.float()], 1)
+
+        return self.apply_encoder(moments, images)
+
+    def apply_encoder(self, encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Applies `encode` to images (B, C, H, W) on the device, whole or in tiles: (B, n, h, w) float32."""
+        x = images if images.is_floating_point() else to_float(images)
+        with self.autocast():
+            if self.tiles is None:
+                return encode(x.to(self.device)).float().contiguous()
+            tiled = encode_latents_tiled(
+                lambda part: encode(part.to(self.device)), x, self.factor, **self.tiles._asdict()
+            )
+            return tiled.to(self.device)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         with self.autocast():
-            return to_uint8(self.network.decode(latents.to(self.device)).float().contiguous())
+            if self.tiles is None:
+                return to_uint8(self.network.decode(latents.to(self.device)).float().contiguous())
+            tiled = decode_latents_tiled(
+                lambda part: self.network.decode(part.to(self.device)), latents, self.factor, **self.tiles._asdict()
+            )
+            return to_uint8(tiled)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.decode_latents(self.encode_latents(images))
 
     def latent_values(self, latents: Tensor) -> dict[str, Tensor]:
         """Returns {}: `check_fits` refuses data with a --data_range."""
         return {}
-
-    def to_input(self, images: Tensor) -> Tensor:
-        """Returns images as floats on the device."""
-        return (images if images.is_floating_point() else to_float(images)).to(self.device)
 
     def autocast(self) -> torch.autocast:
         """Returns a context of bfloat16 if --amp and the device has it."""
         return autocast(self.device, self.amp and has_native_bf16(self.device), torch.bfloat16)
 
     def check_fits(self, data: DataConfig) -> None:
-        channels = self.network.config.in_channels
-        if data.n_channels != channels:
+        if data.n_channels != self.n_channels:
             raise ValueError(
-                f"got n_channels {data.n_channels}, but the autoencoder in {self.run} has {channels}: pass "
-                f"--n_channels {channels}"
+                f"got n_channels {data.n_channels}, but the autoencoder in {self.run} has {self.n_channels}: pass "
+                f"--n_channels {self.n_channels}"
             )
         if data.data_range is not None:
             raise ValueError(f"got data_range {data.data_range}, wanted images of 8 bits for {self.run}: leave it out")
@@ -144,6 +166,7 @@ class ContinuousStage:
             amp=self.amp and has_native_bf16(self.device),
             channels_last=False,
             kind="moments" if moments else "latents",
+            **({"tiles": self.tiles[:2]} if self.tiles else {}),
         )
 
 
@@ -185,8 +208,10 @@ def read_autoencoder(content: Mapping[str, Any], source: Path) -> AutoencoderKL 
 def load_first_stage(
     run: Path, step: int | None, device: torch.device, amp: bool, *, logs_root: str = LoggingConfig.logs_root
 ) -> FirstStage:
-    """Loads the first stage of a run: a VQGAN, or a continuous autoencoder."""
+    """Loads the first stage of a run: a VQGAN, or a continuous autoencoder. ValueError for other runs."""
     content = read_run(run)
+    if GROUP not in content and "network" not in content:
+        raise ValueError(f"{run} is not a VQGAN run, nor that of another autoencoder: pass --ae_load_dir")
     if GROUP not in content:
         return load_vqgan_stage(run, step, device, amp, logs_root=logs_root)
     network, step = read_autoencoder(content, run / "config.yaml"), resolve_step(run, step, "--ae_load_step")

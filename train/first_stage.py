@@ -27,6 +27,7 @@ from train.execution import autocast, convert_to_channels_last, has_amx, has_nat
 from train.runs import read_run
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
+from vq.tiles import Tiles, decode_tiled, encode_latents_tiled, encode_tiled
 
 NARROWEST = 32  # channels at full resolution, from which channels-last format encodes faster on CPUs with AMX
 
@@ -47,10 +48,16 @@ class FirstStage(Protocol):
     step: int
     weights: str  # SHA-256 of the weights file
     device: torch.device
+    tiles: Tiles | None  # in which it encodes and decodes larger images; None: in one piece
 
     @property
     def factor(self) -> int:
         """Pixels per side of one latent position, or of one code."""
+        ...
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of its images."""
         ...
 
     @property
@@ -94,6 +101,10 @@ class FirstStage(Protocol):
         """Decodes latents, neither shifted nor scaled, to uint8 images (B, C, H, W)."""
         ...
 
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encodes and decodes images (B, C, H, W), uint8 or float in [-1, 1]; returns uint8 images."""
+        ...
+
     def latent_values(self, latents: Tensor) -> dict[str, Tensor]:
         """Returns {"values": (B, C, H, W)} in the data's units if they have a --data_range, else {}."""
         ...
@@ -131,6 +142,7 @@ class VQGANStage:
     amp: bool
     code_cache: Path | None = None  # where codes are kept if the run is read-only
     channels_last: bool = False  # the memory format of the weights, which the layers take over
+    tiles: Tiles | None = None
 
     latent_scale = None
     latent_shift = 0.0
@@ -140,6 +152,10 @@ class VQGANStage:
     @property
     def factor(self) -> int:
         return self.vqgan.config.factor
+
+    @property
+    def n_channels(self) -> int:
+        return self.data.n_channels
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         return self.vqgan.quantizer.dim, *self.vqgan.config.grid(*size)
@@ -154,7 +170,9 @@ class VQGANStage:
         """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to ids (B, h, w) int64."""
         floats = images if images.is_floating_point() else to_float(images)
         with autocast(self.device, self.amp):
-            return self.vqgan.encode(floats.to(self.device))
+            if self.tiles is None:
+                return self.vqgan.encode(floats.to(self.device))
+            return encode_tiled(self.vqgan, floats, **self.tiles._asdict()).to(self.device)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -165,7 +183,13 @@ class VQGANStage:
     def decode_floats(self, ids: Tensor) -> Tensor:
         """Decodes ids (B, h, w) to float images (B, C, H, W) in about [-1, 1], not clipped."""
         with autocast(self.device, self.amp):
-            return self.vqgan.decode(ids.to(self.device)).contiguous()
+            if self.tiles is None:
+                return self.vqgan.decode(ids.to(self.device)).contiguous()
+            return decode_tiled(self.vqgan, ids, **self.tiles._asdict())
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """As in `FirstStage`, by way of the codes."""
+        return self.decode(self.encode(images))
 
     def decode_values(self, ids: Tensor) -> dict[str, Tensor]:
         """Returns {"values": (B, C, H, W)} in the data's units if they have a --data_range, else {}."""
@@ -179,7 +203,12 @@ class VQGANStage:
         float32."""
         floats = images if images.is_floating_point() else to_float(images)
         with autocast(self.device, self.amp):
-            return self.vqgan.latents(floats.to(self.device)).float().contiguous()
+            if self.tiles is None:
+                return self.vqgan.latents(floats.to(self.device)).float().contiguous()
+            latents = encode_latents_tiled(
+                lambda part: self.vqgan.latents(part.to(self.device)), floats, self.factor, **self.tiles._asdict()
+            )
+            return latents.to(self.device)
 
     def encode_moments(self, images: Tensor) -> Tensor:
         raise ValueError(f"latents of the VQGAN in {self.run} are not random: pass --latent_sampling mode")
@@ -228,6 +257,7 @@ class VQGANStage:
             amp=self.amp and has_native_bf16(self.device),
             channels_last=self.channels_last,
             **({"kind": "latents"} if latents else {}),
+            **({"tiles": self.tiles[:2]} if self.tiles else {}),
         )
 
 
@@ -272,7 +302,7 @@ def encode_split(
 def find_vqgan_run(
     run: Path, content: dict[str, Any], logs_roots: Sequence[str], ae_load_dir: str | None = None
 ) -> Path:
-    """Returns the folder of the VQGAN that the sampler in `run`, with this config.yaml, was trained on.
+    """Returns the folder of the first stage that the sampler in `run`, with this config.yaml, was trained on.
 
     It is the first that exists of the names recorded, or of `ae_load_dir`, in each of `logs_roots`.
     """
@@ -280,7 +310,7 @@ def find_vqgan_run(
     names = [ae_load_dir] if ae_load_dir else [origin.get("ae_load_dir"), first.get("ae_load_dir")]
     places = [(root, name) for name in names if name and isinstance(name, str) for root in logs_roots]
     if not places:
-        raise ValueError(f"{run / 'config.yaml'} does not name the VQGAN: pass --ae_load_dir RUN")
+        raise ValueError(f"{run / 'config.yaml'} does not name its first stage: pass --ae_load_dir RUN")
     candidates = (run_folder(*place) for place in places)  # lazily: a later one may be ambiguous
     return next((path for path in candidates if (path / "config.yaml").is_file()), None) or run_folder(*places[0])
 

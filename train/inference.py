@@ -53,8 +53,10 @@ class SamplerRun:
         self.model, self.settings = model, settings
 
     def __repr__(self) -> str:
-        vqgan = "" if self.vqgan is None else f", vqgan={self.vqgan.first_stage.run.name!r}"
-        return f"{type(self).__name__}({self.model.run.name!r}, step={self.step}, conditions={self.conditions}{vqgan})"
+        first_stage = self.model.space.first_stage
+        kind = "" if first_stage is None else "vqgan" if first_stage.has_codes else "autoencoder"
+        stage = f", {kind}={first_stage.run.name!r}" if kind else ""
+        return f"{type(self).__name__}({self.model.run.name!r}, step={self.step}, conditions={self.conditions}{stage})"
 
     @property
     def step(self) -> int:
@@ -83,8 +85,9 @@ class SamplerRun:
 
     @cached_property
     def vqgan(self) -> "TrainedVQGAN | None":
-        """The VQGAN whose codes or latents it models; None for a model of pixels."""
-        return None if self.model.space.first_stage is None else TrainedVQGAN(self.model.space.first_stage)
+        """The VQGAN whose codes or latents it models; None for pixels, and for latents of other autoencoders."""
+        first_stage = self.model.space.first_stage
+        return TrainedVQGAN(first_stage) if isinstance(first_stage, VQGANStage) else None
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -298,7 +301,7 @@ def load(
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
 ) -> SamplerRun:
-    """Loads the sampler of a run of train_sampler.py, with the VQGAN it was trained on, if it has one.
+    """Loads the sampler of a run of train_sampler.py, with the first stage it was trained on, if it has one.
 
     Args:
         run: a path, or the name of a folder below `logs_root`.
@@ -309,7 +312,7 @@ def load(
         amp: bfloat16 autocast where the device computes it natively, as in the experiments.
         allow: dotted paths of your own code, and shell commands that fetch data, that the run may use; no others run.
         logs_root: the folder of all runs; logs/ of this repository if left out.
-        ae_load_dir: the run of the VQGAN, if it is no longer where it was in training.
+        ae_load_dir: the run of the first stage, if it is no longer where it was in training.
         ae_load_step: its step.
     """
     folder = find_run(run, logs_root)

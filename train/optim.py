@@ -33,8 +33,8 @@ def make_optimizer(
 
     Weight decay is decoupled, w -= lr weight_decay w (Loshchilov & Hutter 2019), except in adam and sgd, which add
     weight_decay w to the gradient. `betas` are the decay rates of the averages of the gradient and of its square; sgd
-    uses the first as its momentum, adafactor and user classes use neither. ValueError for an unknown name, and for
-    adafactor with sharded parameters, which torch does not support.
+    uses the first as its momentum, adafactor and user classes use neither. ValueError for an unknown name, for
+    adafactor and adamw8bit with sharded parameters, which they do not support, and for adamw8bit without bitsandbytes.
 
     Muon is not included: it applies to the matrices of hidden layers only, so a network would need two optimizers.
     """
@@ -120,6 +120,20 @@ def adafactor(parameters: list[nn.Parameter], lr: float, decay: float, betas: tu
     return torch.optim.Adafactor(parameters, lr, weight_decay=decay)
 
 
+def adamw8bit(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
+    """Builds AdamW whose moments of tensors of 4,096 elements or more have 8 bits (Dettmers et al. 2022)."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        needs = "got optimizer adamw8bit, which needs the package bitsandbytes"
+        raise ValueError(f"{needs}: pip install bitsandbytes, or pass --optimizer adamw") from error
+    if any_sharded(parameters):
+        raise ValueError("adamw8bit needs unsharded parameters: pass --optimizer adamw or --parallel ddp")
+    for p in parameters:  # its kernels take them as flat memory, in the order of their elements
+        p.data = p.data.contiguous()
+    return AdamW8bit(parameters, lr, betas, weight_decay=decay)
+
+
 OptimizerFactory = Callable[[list[nn.Parameter], float, float, tuple[float, float]], Optimizer]
 OPTIMIZERS: dict[str, OptimizerFactory] = {
     "adamw": lambda p, lr, decay, betas: AdamW(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
@@ -128,6 +142,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "nadam": lambda p, lr, decay, betas: NAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
     "sgd": sgd,
     "adafactor": adafactor,
+    "adamw8bit": adamw8bit,
 }
 
 

@@ -4,10 +4,10 @@ import json
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from train.runs import read_run
 from train.samplers import Control, LearnedSampler
 from train.samplers._metadata import MetadataFields
 from train.spaces import EditInput, PixelSpace, Space, reopen_space
+from vq.tiles import make_tiles
 from vq.weights import refuse_nan
 
 
@@ -78,6 +79,16 @@ class TrainedSampler:
     @property
     def device(self) -> torch.device:
         return self.world.device
+
+    def in_tiles(self, tile: int, overlap: int | None = None) -> Self:
+        """Returns the same model, whose first stage encodes and decodes larger images in tiles; see `make_tiles`.
+
+        ValueError for invalid tiles, and for a sampler of pixels.
+        """
+        if self.space.first_stage is None:
+            raise ValueError(f"got --tile {tile}, but {self.run} was trained on pixels: leave it out")
+        first_stage = replace(self.space.first_stage, tiles=make_tiles(tile, overlap))
+        return replace(self, space=replace(self.space, first_stage=first_stage))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -281,7 +292,7 @@ def load_trained_sampler(
     ae_load_step: int | None = None,
     lora: Sequence[str] = (),
 ) -> TrainedSampler:
-    """Returns the sampler of a run with its VQGAN, if it has one: `load_space`, then `load_sampler`."""
+    """Returns the sampler of a run with its first stage, if it has one: `load_space`, then `load_sampler`."""
     space = load_space(run, logs_roots, device, amp, ae_load_dir=ae_load_dir, ae_load_step=ae_load_step)
     return load_sampler(run, step, space, device, ema=ema, amp=amp, allow=allow, ema_length=ema_length, lora=lora)
 
@@ -295,9 +306,9 @@ def load_space(
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
 ) -> Space:
-    """Returns the space that the sampler of a run works in: pixels, or codes or latents of a VQGAN.
+    """Returns the space that the sampler of a run works in: pixels, or codes or latents of its first stage.
 
-    The VQGAN is the one that the sampler was trained on, in the first of `logs_roots` that has it or else at the path
+    That is the one that the sampler was trained on, in the first of `logs_roots` that has it or else at the path
     that --ae_load_dir had in training, unless it is named. ValueError if its weights differ from those in training.
     """
     content = read_run(run)
@@ -311,8 +322,9 @@ def load_space(
         ae_load_step = origin.get("ae_load_step")
     first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp, logs_root=logs_roots[-1])
     if origin["ae_weights"] != first_stage.weights:
+        kind = "VQGAN" if first_stage.has_codes else "autoencoder"
         raise ValueError(
-            f"{run} was trained on other VQGAN weights than those of {first_stage.run}: "
+            f"{run} was trained on other {kind} weights than those of {first_stage.run}: "
             "pass the --ae_load_dir and --ae_load_step that it was trained with"
         )
     return reopen_space(content, first_stage)

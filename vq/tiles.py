@@ -16,6 +16,22 @@ from torch import Tensor
 from vq.autoencoder import VQGAN
 
 
+class Tiles(NamedTuple):
+    """How large images are tiled: lengths in codes or positions of latents, and the number of tiles computed at
+    once."""
+
+    tile: int
+    overlap: int
+    tiles_per_batch: int = 1
+
+
+def make_tiles(tile: int, overlap: int | None = None, tiles_per_batch: int = 1) -> Tiles:
+    """Returns a tiling, by default with an overlap of a quarter of a tile; ValueError unless 0 <= overlap < tile."""
+    overlap = tile // 4 if overlap is None else overlap
+    tile_starts(tile, tile, overlap)  # raises ValueError
+    return Tiles(tile, overlap, tiles_per_batch)
+
+
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     """Returns the starts of the tiles along an axis: the last tile ends at the end, neighbours overlap by >= `overlap`.
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
+from experiments.harness.first_stage import FirstStageModelConfig, first_stage_run, load_chosen_stage
 from experiments.harness.folders import choose_results_folder, deleted_if_refused
 from experiments.harness.results import load_results, write_results
-from models.ranges import MILLION, NOT_NEGATIVE, SEED, check_ranges
-from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
+from models.ranges import MILLION, NOT_NEGATIVE, SEED, SIZE, check_ranges
 from train.class_names import with_class_numbers
 from train.cli.files import get_section, read_run_config, run_folder
 from train.cli.parse import BaseSettings, flatten_group, read_config_flag, run_script, to_dict
@@ -26,13 +24,13 @@ from train.datasets import content_fingerprint
 from train.distributed import DistContext
 from train.execution import compile_for_sampling
 from train.files import sha256
-from train.first_stage import StoredVQGANConfig, VQGANStage, load_vqgan_stage
+from train.first_stage import FirstStage
 from train.identity import results_identity
 from train.registry import load_plugin
 from train.runs import is_new, open_run, read_provenance, read_run, run_lock
-from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
+from train.trained_sampler import TrainedSampler, load_trained_sampler
 
-TrainedModel = TrainedSampler | VQGANStage
+TrainedModel = TrainedSampler | FirstStage
 EARLIER_FINGERPRINTS = ("images", "image_files")  # of the data, in folders of earlier versions
 
 
@@ -51,9 +49,13 @@ class ModelConfig:
     load_step: int | None = None
     """Step of its checkpoint; if omitted, the newest."""
     ae_load_dir: str | None = None
-    """Folder of the VQGAN's run; if omitted, the one the sampler was trained on."""
+    """Folder of the run of its VQGAN or autoencoder; if omitted, the one the sampler was trained on."""
     ae_load_step: int | None = None
-    """Step of the VQGAN's checkpoint; if omitted, the one the sampler was trained on."""
+    """Step of that run's checkpoint; if omitted, the one the sampler was trained on."""
+    tile: int | None = None
+    """Encode and decode larger images in tiles of this side, in codes or latents, to save memory; if omitted, whole."""
+    overlap: int | None = None
+    """Overlap of neighbouring tiles, in codes or latents; if omitted, a quarter of a tile."""
     ema: bool = True
     """Use the sampler's averaged (EMA) weights."""
     ema_length: float | None = None
@@ -64,12 +66,17 @@ class ModelConfig:
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
     EVERYDAY = ("sampler", "dataset", "load_dir")
-    RANGES = {"load_step": NOT_NEGATIVE, "ae_load_step": NOT_NEGATIVE, "ema_length": "(0, 0.3003]"}
+    RANGES = {
+        **{"load_step": NOT_NEGATIVE, "ae_load_step": NOT_NEGATIVE, "ema_length": "(0, 0.3003]"},
+        **{"tile": SIZE, "overlap": "[0, 65536]"},
+    }
 
     def __post_init__(self):
         check_ranges(self)
         if self.ema_length is not None and not self.ema:
             raise ValueError(f"got --no_ema and --ema_length {self.ema_length}, which is an average: pass one of them")
+        if self.overlap is not None and self.tile is None:
+            raise ValueError(f"got overlap {self.overlap} without tiles: pass --tile 64, or leave --overlap out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,28 +101,6 @@ class OutputConfig:
 
     EVERYDAY = ("log_dir", "batch_size", "seed")
     RANGES = {"batch_size": MILLION, "seed": SEED}
-
-    def __post_init__(self):
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstStageModelConfig:
-    """Trained VQGAN."""
-
-    dataset: str = "digits"
-    """Data set it was trained on; with --load_dir, read from the run."""
-    data_dir: str | None = None
-    """Folder of the data, if it has moved since training."""
-    load_dir: str | None = None
-    """Folder of the VQGAN's run; if omitted, vqgan_<dataset>."""
-    load_step: int | None = None
-    """Step of its checkpoint; if omitted, the newest."""
-    allow: tuple[str, ...] = ()
-    """Shell commands of the run that may be executed to fetch its data; without it, none is."""
-
-    EVERYDAY = ("dataset", "load_dir", "load_step")
-    RANGES = {"load_step": NOT_NEGATIVE}
 
     def __post_init__(self):
         check_ranges(self)
@@ -227,56 +212,31 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
     trained, space = dataclasses.replace(trained, world=world), trained.space
     if output.compile:
         compile_for_sampling(trained.sampler.network)
+    if model.tile is not None:
+        trained = trained.in_tiles(model.tile, model.overlap)
     if model.data_dir is not None:
         trained = dataclasses.replace(trained, reader=dataclasses.replace(trained.reader, data_dir=model.data_dir))
     weights = "averaged (EMA) weights" if model.ema else "plain weights"
     if model.ema_length is not None:
         weights = f"EMA reconstructed at relative length {model.ema_length}"
     weights += "".join(f", adapters of {word}" for word in model.lora)
-    on = "pixels" if space.first_stage is None else f"VQGAN: {space.first_stage.run}"
+    first_stage = space.first_stage
+    kind = "VQGAN" if first_stage is not None and first_stage.has_codes else "autoencoder"
+    on = "pixels" if first_stage is None else f"{kind}: {first_stage.run}"
     print(f"sampler: {run}, step {trained.step}, {weights}; {on}", flush=True)
     return trained
 
 
-def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
-    """Returns the folder of the VQGAN's run."""
-    return run_folder(logs_root, model.load_dir or f"vqgan_{model.dataset}")
-
-
 def vqgan_run_defaults(argv: list[str], section: str) -> BaseSettings:
-    """Returns the data set of the VQGAN run named on the command line, as a flag default."""
+    """Returns the data set of the VQGAN run named on the command line, as a flag default; other autoencoders have
+    none."""
     chosen = peek_settings(argv, section, "dataset", "load_dir", "logs_root")
     root = chosen.pop("logs_root", FirstStageOutputConfig.logs_root)
-    path = vqgan_run(root, FirstStageModelConfig(**chosen)) / "config.yaml"
+    path = first_stage_run(root, FirstStageModelConfig(**chosen)) / "config.yaml"
     if not path.is_file():
         return BaseSettings({})
     trained_on = read_run_config(path).get("data", {}).get("dataset")
     return BaseSettings({} if trained_on is None else {"dataset": trained_on}, path)
-
-
-def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> VQGANStage:
-    """Loads the VQGAN of a run, with its averaged weights if it has them.
-
-    FileNotFoundError: no such run or step. ValueError: not a VQGAN run, or trained on another data set than the
-    configured one.
-    """
-    run = vqgan_run(output_root, model)
-    content = read_run(run)
-    if any(name not in content for name in StoredVQGANConfig.__dataclass_fields__):
-        raise ValueError(f"{run} is not a VQGAN run: pass the --load_dir of a run of train_vqgan.py")
-    trained_on = content["data"].get("dataset")
-    if trained_on != model.dataset:
-        raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
-    step = resolve_step(run, model.load_step, "--load_step")
-    first_stage = load_vqgan_stage(run, step, device, amp, logs_root=output_root)
-    check_allowed(run, first_stage.reader, model.allow)
-    if model.data_dir is not None:
-        first_stage = dataclasses.replace(
-            first_stage, reader=dataclasses.replace(first_stage.reader, data_dir=model.data_dir)
-        )
-    weights = "averaged (EMA) weights" if EMA_WEIGHTS in read_manifest(checkpoint_path(run, step)) else "plain weights"
-    print(f"VQGAN: {run}, step {step}, {weights}", flush=True)
-    return first_stage
 
 
 class ExperimentConfig(Protocol):
@@ -436,9 +396,9 @@ def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: d
 def load_trained_model(
     model: ModelConfig | FirstStageModelConfig, output: OutputConfig | FirstStageOutputConfig, world: DistContext
 ) -> TrainedModel:
-    """Loads the sampler or the VQGAN that the flags select."""
+    """Loads the sampler or the first stage that the flags select."""
     if isinstance(model, FirstStageModelConfig):
-        return load_chosen_vqgan(model, output.logs_root, world.device, output.amp)
+        return load_chosen_stage(model, output.logs_root, world.device, output.amp)
     return load_model(model, output, world)
 
 

@@ -21,7 +21,7 @@ from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
 from train.distributed import DistContext
 from train.files import sha256
-from train.first_stage import VQGANStage
+from train.first_stage import FirstStage
 from train.trained_sampler import TrainedSampler
 
 Batches = Iterable[dict[str, Tensor]]
@@ -235,10 +235,10 @@ def set_features(images: AnySet, count: int, features: Features, batches: Resuma
     return concatenate(found, count).get("features", torch.zeros(0, 0))
 
 
-def reconstruct_batches(first_stage: VQGANStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
+def reconstruct_batches(first_stage: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
     """Yields the first stage's reconstructions of batches of images."""
     for batch in batches:
-        yield {"image": first_stage.decode(first_stage.encode(batch["image"])).cpu()}
+        yield {"image": first_stage.reconstruct(batch["image"]).cpu()}
 
 
 def generated_statistics(batches: Batches, subset: Sequence[int]) -> tuple[Statistics, Statistics]:
@@ -264,10 +264,8 @@ def with_grid(batches: Batches, path: Path, model: TrainedSampler | None = None)
         save_grid(path, torch.cat(grid_images)[:GRID_IMAGES], captions=captions)
 
 
-def save_reconstructions(path: Path, first_stage: VQGANStage, held_out: ImageSource, count: int) -> None:
+def save_reconstructions(path: Path, first_stage: FirstStage, held_out: ImageSource, count: int) -> None:
     """Saves a grid of held-out images above their reconstructions."""
     batches = images_in_order(held_out, count, fixed_subset(len(held_out), count))
     originals = torch.cat([batch["image"] for batch in batches])
-    save_grid(
-        path, torch.cat([originals, first_stage.decode(first_stage.encode(originals)).cpu()]), columns=len(originals)
-    )
+    save_grid(path, torch.cat([originals, first_stage.reconstruct(originals).cpu()]), columns=len(originals))

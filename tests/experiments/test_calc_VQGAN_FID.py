@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.experiment import FirstStageModelConfig, load_chosen_vqgan
+from experiments.harness.first_stage import FirstStageModelConfig, load_chosen_vqgan
 from experiments.metrics.image_pairs import l1, psnr, ssim
 from helpers.process_pool import ProcessPool
 from helpers.tiny_runs import call, keep_few_images

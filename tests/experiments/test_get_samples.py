@@ -1,6 +1,7 @@
 """get_samples.py on tiny trained models: images of one class, and interrupted runs."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 import torch
 
 from experiments.check_digits import GOALS, conditional_accuracy
+from experiments.harness.first_stage import FirstStageModelConfig, load_chosen_vqgan
 from experiments.harness.images import read_samples
 from helpers.tiny_runs import DDPM, SAMPLER, call
+from train.data.transforms import to_uint8
 from train.trained_sampler import TrainedSampler
+from vq.tiles import decode_tiled
 
 
 def samples(logs, flags):
@@ -201,3 +205,22 @@ def test_prompts_of_a_file(tmp_path, draw_calls, capsys):
         ("other", "images/000001.png"),
     ]
     assert "models_sha256" in (tmp_path / "both" / "config.yaml").read_text()
+
+
+def test_codes_are_decoded_in_tiles(trained):
+    flags = "--n_samples 3 --sample_steps 2"
+    samples(trained, f"{flags} --log_dir in_tiles --tile 2 --overlap 1")
+    found = np.load(trained / "in_tiles" / "samples.npz")
+    vqgan = load_chosen_vqgan(FirstStageModelConfig(), str(trained), torch.device("cpu"), amp=False).vqgan
+    codes = torch.from_numpy(found["codes"]).long()
+    wanted = to_uint8(decode_tiled(vqgan, codes, 2, 1)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found["image"][..., :1], wanted)
+    with torch.no_grad():
+        assert not np.array_equal(to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy(), wanted)
+
+
+def test_tiles_are_refused_for_pixels(trained_ddpm, capsys):
+    with pytest.raises(SystemExit) as stop:
+        samples(trained_ddpm, "--sampler ddpm --n_samples 2 --tile 4")
+    assert stop.value.code == 2
+    assert re.search("got --tile 4, but .*ddpm_digits was trained on pixels: leave it out", capsys.readouterr().err)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.experiment import FirstStageModelConfig, load_chosen_vqgan, vqgan_run_defaults
+from experiments.harness.experiment import vqgan_run_defaults
+from experiments.harness.first_stage import FirstStageModelConfig, load_chosen_stage, load_chosen_vqgan
 from experiments.reconstruct import (
     THUMBNAIL,
     colour_table,
@@ -23,8 +24,10 @@ from experiments.reconstruct import (
     thumbnail,
 )
 from helpers.tiny_runs import call
+from train.continuous_stage import save_autoencoder
 from train.data.loading import fixed_subset
 from train.datasets import FloatImage
+from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vq.tiles import seam_ratio, seams
 
 CPU = torch.device("cpu")
@@ -265,3 +268,53 @@ def test_a_thumbnail_shows_the_whole_image():
     assert (small == 0).any(2)[0].sum() == THUMBNAIL // 4 and small[:, 0].eq(255).all() and small[:, 96].eq(0).all()
     tiny = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
     assert torch.equal(thumbnail(tiny)[:, ::24, ::24], tiny)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """Logs with `kl`, a random autoencoder of grey images with latents of 2 x 2 pixels."""
+    logs = tmp_path_factory.mktemp("autoencoders")
+    torch.manual_seed(0)
+    options = {"in_channels": 1, "channels": 32, "channel_mults": (1, 1), "res_blocks": 1}
+    save_autoencoder(logs / "kl", AutoencoderKL(AutoencoderKLConfig(**options)), {})
+    return logs
+
+
+def test_an_autoencoder_of_latents_reconstructs_in_tiles(autoencoder, folder, capfd):
+    flags = "--load_dir kl --tile 8 --overlap 4 --compare_whole"
+    reconstruct(autoencoder, f"{flags} --images {folder} --log_dir tiled")
+    results = read_results(autoencoder, "tiled")
+    assert results["autoencoder"]["ae_load_dir"] == "kl" and (results["tile"], results["overlap"]) == (8, 4)
+    large, single = (record for record in results["images"] if record["image"] in ("colour.png", "grey.png"))
+    assert (large["codes"], single["codes"], large["bits_per_pixel"]) == ([17, 25], [8, 8], None)
+    assert single["l1_to_whole"] == single["latents_to_whole"] == 0 and single["l1_at_seams"] is None
+    assert 0 < large["l1_at_seams"] < 2 * large["l1_inside"] and large["latents_to_whole"] > 0
+    low, high = sorted((large["l1_at_seams"], large["l1_inside"]))
+    assert low <= large["l1_to_whole"] <= high
+    out = capfd.readouterr().out
+    assert f"autoencoder: {autoencoder / 'kl'}, step 0" in out and "L1 to untiled" in out and "equal codes" not in out
+    stage = load_chosen_stage(FirstStageModelConfig(load_dir="kl"), str(autoencoder), CPU, False)
+    original = torch.from_numpy(np.array(Image.open(folder / "grey.png")))
+    picture = pixels(autoencoder / "tiled" / "images" / "grey.png")[:, 2:66:4, 68:132:4]
+    assert torch.equal(picture, stage.reconstruct(original[None, None])[0].expand(3, -1, -1))
+
+
+def test_tiles_of_an_autoencoder_are_64_latents_by_default(autoencoder, folder):
+    reconstruct(autoencoder, f"--load_dir kl --images {folder / 'grey.png'} --log_dir default")
+    results = read_results(autoencoder, "default")
+    assert (results["tile"], results["overlap"]) == (64, 16) and "l1_to_whole" not in results["mean"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        ("reconstruct", "", "kl names no data: pass an image or a folder as --images"),
+        ("reconstruct", "--dataset mnist", "got --dataset, but the autoencoder in .*kl names no data: leave it out"),
+        ("reconstruct", "--load_step 3", "no checkpoint of step 3.*--load_step"),
+        ("calc_VQGAN_FID", "", "the autoencoder in .*kl has no codes to measure: pass it to reconstruct.py"),
+    ],
+)
+def test_what_an_autoencoder_lacks_is_named(autoencoder, script, flags, expected, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(f"experiments/{script}.py", f"--logs_root {autoencoder} --load_dir kl --no_amp {flags}")
+    assert stop.value.code == 2 and re.search(expected, capfd.readouterr().err)

@@ -1,18 +1,32 @@
 """Continuous autoencoders as first stages: runs, latents, what they refuse, and training on them."""
 
 import dataclasses
+import os
 import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from diffusion.rng import Streams, seed_of
 from helpers.tiny_runs import call
 from train.checkpoint import read_tensors
 from train.config import DataConfig
 from train.continuous_stage import load_first_stage, save_autoencoder
+from train.converters.sd.tiny import load_tiny
+from train.data.loading import build_dataset
+from train.data.transforms import to_float
+from train.datasets import digits
+from train.distributed import DistContext
+from train.inference import load
+from train.runs import read_run
 from train.spaces import LatentSpace
 from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from vq.tiles import make_tiles, tile_difference
 from vq.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 
 CPU = torch.device("cpu")
@@ -115,6 +129,74 @@ def test_damaged_settings_are_refused(logs, tmp_path, old, new, message):
         load_first_stage(tmp_path, None, CPU, amp=False)
 
 
+def in_tiles(stage, *lengths):
+    return dataclasses.replace(stage, tiles=make_tiles(*lengths))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_network_sees_no_more_than_the_tiles(logs, kind):
+    stage = in_tiles(open_stage(logs, kind), 6, 2, 2)
+    inputs, factor = {"encoder": set(), "decoder": set()}, stage.factor
+    for name, seen in inputs.items():
+        hook = lambda _, args, seen=seen: seen.add(tuple(args[0].shape))  # noqa: E731
+        getattr(stage.network, name).register_forward_pre_hook(hook)
+    x = images((10 * factor, 14 * factor))
+    latents = stage.encode_latents(x)
+    assert latents.shape[2:] == (10, 14) and stage.decode_latents(latents).shape == x.shape
+    channels = stage.network.config.latent_channels
+    assert inputs["encoder"] == {(6, 1, 6 * factor, 6 * factor)}  # two tiles of three images
+    assert inputs["decoder"] == {(6, channels, 6, 6)}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_single_tile_is_the_whole_to_the_bit(logs, kind):
+    stage = open_stage(logs, kind)
+    latents = stage.encode_latents(images((64, 48)))
+    tiled = in_tiles(stage, 64)
+    assert tiled.tiles == (64, 16, 1) and torch.equal(tiled.encode_latents(images((64, 48))), latents)
+    assert torch.equal(tiled.decode_latents(latents), stage.decode_latents(latents))
+    assert torch.equal(tiled.reconstruct(images((64, 48))), stage.decode_latents(latents))
+
+
+def differences(stage, x, tile, overlap):
+    """The differences of tiles to the whole in latents and in decoded images, each with the whole."""
+    tiled, latents = in_tiles(stage, tile, overlap), stage.encode_latents(x)
+    yield tile_difference(tiled.encode_latents(x), latents, tile, overlap, 1), latents
+    whole, blended = (to_float(each.decode_latents(latents)) for each in (stage, tiled))
+    yield tile_difference(blended, whole, tile, overlap, stage.factor), whole
+
+
+def test_tiles_differ_no_more_at_seams_than_twice_inside(logs, record_property):
+    """Group norm and attention see one tile at a time, so tiles differ from the whole inside, too."""
+    for got, whole in differences(open_stage(logs, "kl"), images((96, 128)), 16, 8):
+        record_property("difference", got)
+        assert 0 < got.at_seams < 2 * got.inside and got.mean < 0.2 * whole.std()
+
+
+TAEF2 = os.environ.get("TAEF2", "")
+
+
+@pytest.mark.skipif(not TAEF2, reason="TAEF2 names no folder with taef2_encoder.pth and taef2_decoder.pth")
+@pytest.mark.slow
+def test_tiles_of_taef2_are_close_to_the_whole(tmp_path, record_property):
+    save_autoencoder(tmp_path / "taef2", load_tiny(Path(TAEF2)), {})
+    coarse = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = F.interpolate(coarse, scale_factor=32, mode="bicubic").clamp(-1, 1)
+    for got, whole in differences(open_stage(tmp_path, "taef2"), x, 32, 8):
+        record_property("difference", got)
+        assert 0 < got.at_seams < 2 * got.inside and got.mean < 0.1 * whole.std()
+
+
+def test_latents_of_tiles_have_a_cache_of_their_own(logs):
+    stage, data = open_stage(logs, "kl"), DataConfig(dataset="digits", img_size=16, n_channels=1)
+    dataset = build_dataset(data, digits.Config(), "val")
+    tables = [
+        each.encode_dataset(dataset, "val", data, 50, DistContext(CPU), latents=True).ids[:]
+        for each in (stage, in_tiles(stage, 4, 2), stage)
+    ]
+    assert torch.equal(tables[0], tables[2]) and not torch.equal(tables[0], tables[1])
+
+
 TINY = "--sampler ddpm --dataset digits --img_size 32 --n_channels 1 --channels 8 --channel_mults 1 1 --res_blocks 1"
 TINY += " --attn_factors 2 --heads 1 --train_steps 2 --batch_size 4 --warmup_iters 0 --no_amp --sample_steps 2"
 
@@ -148,3 +230,62 @@ def test_what_has_no_meaning_is_refused(logs, flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("train_sampler.py", f"{flags} {words} --ae_load_dir {logs / 'tiny'}")
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def sampler(logs, tmp_path_factory):
+    """Logs with `plain`, a sampler of the latents of `kl`."""
+    folder = tmp_path_factory.mktemp("samplers")
+    call("train_sampler.py", f"{TINY} --ae_load_dir {logs / 'kl'} --logs_root {folder} --log_dir plain")
+    return folder
+
+
+def sampled(folder, name, flags):
+    common = f"--load_dir plain --logs_root {folder} --log_dir {name} --no_amp --device cpu"
+    call("experiments/get_samples.py", f"{common} --n_samples 2 {flags}")
+    return np.load(folder / name / "samples.npz")["image"]
+
+
+def test_samples_are_decoded_in_tiles(sampler, logs, capsys):
+    whole = sampled(sampler, "whole", "")
+    assert f"autoencoder: {logs / 'kl'}" in capsys.readouterr().out
+    assert np.array_equal(whole, sampled(sampler, "single", "--tile 16"))
+    tiled = sampled(sampler, "tiled", "--tile 8 --overlap 4")
+    difference = np.abs(tiled.astype(int) - whole.astype(int)).mean()
+    assert 0 < difference < 0.5 * whole.std()
+
+
+def test_a_canvas_of_latents_is_decoded_in_tiles(sampler):
+    pictures = []
+    for name, flags in (("big", ""), ("big_tiled", "--tile 8")):
+        common = f"--load_dir plain --logs_root {sampler} --log_dir {name} --no_amp --n_samples 1 --shape 24 32"
+        call("experiments/generate_big_samples.py", f"{common} {flags}")
+        pictures.append(np.array(Image.open(sampler / name / "big_000.png")).astype(int))
+    assert pictures[0].shape[:2] == (48, 64)
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 0.5 * pictures[0].std()
+
+
+def test_a_distance_is_reported_beside_that_of_reconstructions(sampler):
+    common = f"--load_dir plain --logs_root {sampler} --log_dir distance --no_amp --n_samples 8 --features pixels"
+    call("experiments/calc_FID.py", common)
+    assert (sampler / "distance" / "reconstructions.png").is_file()
+
+
+def test_messages_name_the_autoencoder(sampler, logs, tmp_path, capsys):
+    run = load(sampler / "plain", device="cpu")
+    assert run.vqgan is None and "autoencoder='kl'" in repr(run)
+    shutil.copytree(sampler / "plain", tmp_path / "plain")
+    config = tmp_path / "plain" / "config.yaml"
+    weights = read_run(tmp_path / "plain")["origin"]["ae_weights"]
+    config.write_text(config.read_text().replace(weights, "0" * 64))
+    with pytest.raises(ValueError, match="was trained on other autoencoder weights than those of .*kl"):
+        load(tmp_path / "plain", device="cpu")
+    for script, flags, message in (
+        ("get_samples.py", "--overlap 2", "got overlap 2 without tiles: pass --tile 64"),
+        ("get_samples.py", "--tile 4 --overlap 4", "got tiles of 4 codes with an overlap of 4"),
+    ):
+        with pytest.raises(SystemExit):
+            call(f"experiments/{script}", f"--load_dir plain --logs_root {sampler} --n_samples 2 {flags}")
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="plain is not a VQGAN run, nor that of another autoencoder"):
+        load_first_stage(sampler / "plain", None, CPU, amp=False)

@@ -1,6 +1,8 @@
 """Optimizers against their formulas, and their states in other memory formats and shards."""
 
 import copy
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from train.checkpoint import load_optimizer
 from train.distributed import DistContext
 from train.loop import TrainState
 from train.optim import OPTIMIZERS, clip_and_step, make_optimizer
@@ -16,6 +19,8 @@ from train.optim import OPTIMIZERS, clip_and_step, make_optimizer
 WORLD = DistContext(torch.device("cpu"))
 LR, DECAY, BETAS = 0.01, 0.1, (0.8, 0.95)
 START, GRADIENT = 2.0, 0.5
+WITH_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+EVERY = [pytest.param(name, marks=WITH_BITSANDBYTES if name == "adamw8bit" else ()) for name in OPTIMIZERS]
 
 
 def after_one_step(name):
@@ -40,7 +45,7 @@ def test_the_first_step_follows_the_formula(name, expected):
     assert after_one_step(name) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_minimizes(name):
     torch.manual_seed(0)
     target, p = torch.randn(4, 3), nn.Parameter(torch.zeros(4, 3))
@@ -59,6 +64,47 @@ def test_betas_reach_the_optimizer():
     for name in ("adamw", "adam", "radam", "nadam"):
         assert options(name)["betas"] == BETAS
     assert options("sgd")["momentum"] == BETAS[0]
+
+
+@WITH_BITSANDBYTES
+def test_large_moments_have_8_bits():
+    large, small = (nn.Parameter(torch.full((64, width), START)) for width in (64, 63))
+    optimizer = make_optimizer("adamw8bit", [large, small], lr=LR, weight_decay=DECAY, betas=BETAS)
+    for p in (large, small):
+        p.grad = torch.full_like(p, GRADIENT)
+    optimizer.step()
+    expected = START * (1 - LR * DECAY) - LR
+    for p, dtype in ((large, torch.uint8), (small, torch.float32)):
+        assert optimizer.state[p]["state1"].dtype == optimizer.state[p]["state2"].dtype == dtype
+        torch.testing.assert_close(p.detach(), torch.full_like(p, expected), rtol=1e-5, atol=0)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="adamw8bit, which needs the package bitsandbytes: pip install bitsandbytes"):
+        make_optimizer("adamw8bit", [nn.Parameter(torch.zeros(1))], lr=LR)
+
+
+@WITH_BITSANDBYTES
+@pytest.mark.parametrize("saved_as", [torch.contiguous_format, torch.channels_last])
+def test_8_bit_moments_resume_to_the_bit_in_any_format(saved_as, tmp_path):
+    """Moments in the order of their elements: a file of one memory format continues in another."""
+    torch.manual_seed(0)
+    network, x = nn.Conv2d(32, 32, 3).to(memory_format=saved_as), torch.randn(2, 32, 6, 6)
+    optimizer = make_optimizer("adamw8bit", network.parameters(), lr=LR)
+    train(network, x, optimizer, 3)
+    assert optimizer.state[network.weight]["state1"].dtype == torch.uint8
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    resumed = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    other = make_optimizer("adamw8bit", resumed.parameters(), lr=LR)
+    load_optimizer(other, torch.load(tmp_path / "state.pt", weights_only=True), tmp_path / "state.pt")
+    for i in range(3):
+        gradient = network.weight.detach() * (i - 1)
+        for each, own in ((network, optimizer), (resumed, other)):
+            each.weight.grad, each.bias.grad = gradient.clone(), None
+            own.step()
+        assert torch.equal(network.weight, resumed.weight), i
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
@@ -92,7 +138,7 @@ def train(network, x, optimizer, steps):
     return network.weight.detach().clone()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_state_resumes_in_another_memory_format(name):
     """Fused kernels pair elements by memory position, so a loaded state must have the strides of its parameter."""
     torch.manual_seed(0)

@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 
-from helpers.run_asserts import assert_close, assert_equal_bits, assert_same_ddpm, extras, lines, manifest_of, weights
+from helpers.run_asserts import (
+    assert_close,
+    assert_equal_bits,
+    assert_same_ddpm,
+    extras,
+    lines,
+    manifest_of,
+    saved_state,
+    weights,
+)
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 
 EMA_QUANTIZER = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
@@ -34,6 +43,27 @@ def test_a_resumed_sampler_with_dropout_is_bitwise_equal(trained):
     call("train_sampler.py", f"--log_dir parts --train_steps 2 {flags}")
     call("train_sampler.py", f"--log_dir parts --train_steps 5 {flags}")
     assert_equal_bits(weights(trained / "whole", 5), weights(trained / "parts", 5))
+
+
+def test_a_resumed_run_with_8_bit_moments_is_bitwise_equal(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    flags = f"--logs_root {tmp_path} {DDPM} --channels 32 --optimizer adamw8bit --warmup_iters 5 --steps_per_eval 0"
+    call("train_sampler.py", f"{flags} --log_dir whole --train_steps 5")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 2")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 5")
+    assert_equal_bits(weights(tmp_path / "whole", 5), weights(tmp_path / "parts", 5))
+    states = saved_state(tmp_path / "whole", 5)["optimizers"]["network"]["state"].values()
+    moments = [tensor for state in states for tensor in flatten(state) if tensor.dtype == torch.uint8]
+    assert len(moments) > 4 and all(tensor.any() for tensor in moments)
+
+
+def flatten(state):
+    """The tensors in nested dicts."""
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from flatten(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
 
 
 LOW_DISCREPANCY = "--time_sampler low_discrepancy"  # over the global batch

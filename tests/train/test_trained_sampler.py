@@ -33,7 +33,7 @@ def test_a_vqgan_that_is_found_needs_no_other_places(tmp_path, monkeypatch):
     assert find("vqgan", "moved/vqgan") == find(3, "vqgan") == tmp_path / "logs" / "vqgan"
     with pytest.raises(ValueError, match="which may be"):
         find("gone", "moved/vqgan")
-    with pytest.raises(ValueError, match="does not name the VQGAN: pass --ae_load_dir RUN"):
+    with pytest.raises(ValueError, match="does not name its first stage: pass --ae_load_dir RUN"):
         find(["vqgan"], None)
 
 
