@@ -25,7 +25,7 @@ class AdapterFile:
     path: Path
     strength: float = 1.0
 
-    def sha256(self) -> str:
+    def content_hash(self) -> str:
         """Returns the SHA-256 of the content; of a folder, of that of its files."""
         if not self.path.is_dir():
             return sha256(self.path)
@@ -77,7 +77,7 @@ def merge_adapter_files(network: nn.Module, files: Sequence[AdapterFile], base: 
         parts = [] if is_own(facts) else other_names(network, file.path)
         read_lora(file.path, network, parts, name=name)
         strengths[name] = file.strength
-        identity += [file.sha256(), file.strength]
+        identity += [file.content_hash(), file.strength]
     set_strengths(network, strengths)
     merge(network)
     remove_adapters(network)
