@@ -375,9 +375,9 @@ class FineTuningConfig:
     """DoRA: adapters also learn the norm of each row of a weight."""
     lora_trigger_words: tuple[str, ...] = ()
     """Words of prompts that the adapters were trained with; noted in <log_dir>/lora.safetensors."""
-    differential: str = ""
-    """Replace softmax attention of the loaded network by this kind, such as diff_v2, with the same function at
-    first."""
+    differential: Literal["", "diff_v2", "diff_v1_split"] = ""
+    """Replace softmax attention of the loaded network: diff_v2 begins as the same function; diff_v1_split is
+    AdDiffusion's, another function from the first step on."""
     differential_in: Literal["self", "cross", "both"] = "self"
     """Attention that --differential replaces."""
     lr_scale: tuple[str, ...] = ()

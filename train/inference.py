@@ -26,6 +26,7 @@ from train.config import ROOT, LoggingConfig, SamplingConfig
 from train.data.transforms import to_float
 from train.first_stage import StoredVQGANConfig, VQGANStage, load_vqgan_stage
 from train.loop import Batch
+from train.lora_merging import check_adapter_files
 from train.python_values import (
     check_images,
     check_keywords,
@@ -300,6 +301,7 @@ def load(
     logs_root: str | Path | None = None,
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
+    lora: Mapping[str | Path, float] | None = None,
 ) -> SamplerRun:
     """Loads the sampler of a run of train_sampler.py, with the first stage it was trained on, if it has one.
 
@@ -314,7 +316,10 @@ def load(
         logs_root: the folder of all runs; logs/ of this repository if left out.
         ae_load_dir: the run of the first stage, if it is no longer where it was in training.
         ae_load_step: its step.
+        lora: strengths of files of adapters by path, such as {"lora.safetensors": 0.8}; 1: as trained. They are merged
+            into the weights, which must be those that a file names, as for the flag --lora of experiments.
     """
+    files = check_adapter_files({} if lora is None else lora)
     folder = find_run(run, logs_root)
     content = read_run(folder)
     if "sampler" not in content:
@@ -335,6 +340,7 @@ def load(
         ema_length=ema_length,
         ae_load_dir=ae_load_dir,
         ae_load_step=ae_load_step,
+        lora=files,
     )
     return SamplerRun(model, read_stored_config(folder).sampling)
 

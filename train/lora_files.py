@@ -5,12 +5,12 @@ header. The names of other files are found in a table that is built from the net
 train/converters/sd/names.py); no name is taken apart, since underscores stand for dots and for themselves.
 """
 
-import hashlib
 import json
 import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,21 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.lora import (
-    Adapter,
-    adapters_of,
-    add_adapter,
-    layers_of,
-    merge,
-    remove_adapters,
-    set_strengths,
-    slices_of,
-)
+from models.lora import Adapter, adapters_of, add_adapter, layers_of, slices_of
 from models.registry import did_you_mean
-from train.cli.values import parse_float
 from train.converters.sd.names import Weight
 from train.distributed import full_tensor
-from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
+from train.files import atomic_write, parse_json, write_errors_as_oserror
 
 FORMAT = "1"  # of our files
 REMEDY = "pass a safetensors file of adapters, or a folder of peft"
@@ -117,18 +107,11 @@ def read_lora(
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the tensors of a file, and its settings: those of peft beside it, or those of its header."""
-    file, settings = (path / PEFT_FILES[0], path / PEFT_FILES[1]) if path.is_dir() else (path, None)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: {REMEDY}")
-    header: dict[str, Any] = {}
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dict)
-            metadata = opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}): {REMEDY}") from error
-    if HEADER in metadata:
-        header = parse_json(metadata[HEADER])
+    settings = path / PEFT_FILES[1] if path.is_dir() else None
+    with open_file(path) as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dict)
+        metadata = opened.metadata() or {}
+    header = parse_json(metadata[HEADER]) if HEADER in metadata else {}
     if settings is not None:
         if not settings.is_file():
             raise FileNotFoundError(f"{settings} not found: it says how strong the adapters are")
@@ -138,16 +121,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file, or that of a folder of peft. FileNotFoundError without it, ValueError if damaged."""
+    file = path / PEFT_FILES[0] if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: {REMEDY}")
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}): {REMEDY}") from error
+
+
 def read_facts(path: str | Path) -> dict[str, str]:
     """Returns what the header of a file says: for ours base, trigger_words, step, rank, alpha, dora and format."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: {REMEDY}")
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}): {REMEDY}") from error
+    with open_file(Path(path)) as opened:
+        return dict(opened.metadata() or {})
+
+
+def is_own(facts: Mapping[str, str]) -> bool:
+    """Returns whether `read_facts` are those of a file of ours."""
+    return {"base", "targets"} <= facts.keys()
 
 
 def place_table(network: nn.Module, parts: Sequence[Part]) -> dict[str, Place]:
@@ -317,37 +312,3 @@ def save_tensors(
     facts = {fact: value if isinstance(value, str) else json.dumps(value) for fact, value in facts.items()}
     with atomic_write(path) as temporary, write_errors_as_oserror(Path(path)):
         save_file(dict(tensors), temporary, facts)
-
-
-def merge_files(network: nn.Module, words: Sequence[str], base: str) -> str:
-    """Merges the adapters of our files, given as FILE or FILE=STRENGTH, into the weights of a network with SHA-256
-    `base`; returns a SHA-256 that identifies these weights.
-
-    FileNotFoundError without a file; ValueError for adapters of other weights, and for what `read_lora` refuses.
-    """
-    identity, strengths = [base], {}
-    for i, word in enumerate(words):
-        path, strength = split_strength(word)
-        trained_on = read_facts(path).get("base", "")
-        if trained_on not in ("", base):
-            got = f"{path} was trained on weights with SHA-256 {trained_on[:12]}..., got {base[:12]}..."
-            raise ValueError(f"{got}: pass the run, --load_step and --ema or --no_ema that it was trained from")
-        name = f"file_{i}"
-        read_lora(path, network, name=name)
-        strengths[name] = strength
-        identity += [sha256(path), strength]
-    set_strengths(network, strengths)
-    merge(network)
-    remove_adapters(network)
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def split_strength(word: str) -> tuple[Path, float]:
-    """Returns the file and the strength of FILE=STRENGTH; 1 for FILE alone, whose name may have an = too."""
-    path, equals, end = word.rpartition("=")
-    if equals and not Path(word).expanduser().is_file():
-        try:
-            return Path(path).expanduser(), parse_float(end)
-        except ValueError as error:
-            raise ValueError(f"got --lora {word}, wanted FILE or FILE=STRENGTH, such as {path}=0.8") from error
-    return Path(word).expanduser(), 1.0

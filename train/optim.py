@@ -32,9 +32,10 @@ def make_optimizer(
     """Builds the optimizer `name`, or the class at a dotted path, called with (parameters, lr=, weight_decay=).
 
     Weight decay is decoupled, w -= lr weight_decay w (Loshchilov & Hutter 2019), except in adam and sgd, which add
-    weight_decay w to the gradient. `betas` are the decay rates of the averages of the gradient and of its square; sgd
-    uses the first as its momentum, adafactor and user classes use neither. ValueError for an unknown name, for
-    adafactor and adamw8bit with sharded parameters, which they do not support, and for adamw8bit without bitsandbytes.
+    weight_decay w to the gradient; it acts on all parameters, also on those of norms, gates and adapters. `betas` are
+    the decay rates of the averages of the gradient and of its square; sgd uses the first as its momentum, adafactor and
+    user classes use neither. ValueError for an unknown name, for adafactor and adamw8bit with sharded parameters, which
+    they do not support, and for adamw8bit without bitsandbytes.
 
     Muon is not included: it applies to the matrices of hidden layers only, so a network would need two optimizers.
     """

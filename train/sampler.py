@@ -132,7 +132,7 @@ class SamplerStep:
         numbers do not depend on the run."""
         seed, size = (self.training.seed, self.training.batch_size) if validation_size is None else (0, validation_size)
         streams = TrainingStreams(seed, batch, size, self.world.device)
-        batch = self.space.encode_batch(batch)
+        batch = self.space.encode_batch(batch, seed)
         if self.channels_last:
             batch = {name: to_channels_last(value) for name, value in batch.items()}
         with self.autocast():

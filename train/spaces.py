@@ -75,8 +75,9 @@ class Space(Protocol):
         """Returns the number of worker processes that load the batches of `source`."""
         ...
 
-    def encode_batch(self, batch: Batch) -> Batch:
-        """Adds what the sampler is trained on to a batch: "codes" or "x0"."""
+    def encode_batch(self, batch: Batch, seed: int = 0) -> Batch:
+        """Adds what the sampler is trained on to a batch: "codes" or "x0". What is random depends on seed and position
+        of an example alone."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ class PixelSpace(ContinuousSpace):
     def provenance(self) -> dict[str, Any]:
         return {}
 
-    def encode_batch(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch, seed: int = 0) -> Batch:
         return batch | {"x0": batch["image"]}
 
     def decode(self, x: Tensor) -> Tensor:
@@ -290,12 +291,12 @@ class LatentSpace(ContinuousSpace):
     def workers(self, data: DataConfig) -> int:
         return 0 if self.cached else data.num_workers
 
-    def encode_batch(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch, seed: int = 0) -> Batch:
         encode = self.first_stage.encode_moments if self.sampled else self.first_stage.encode_latents
         latents = batch["latents"] if "latents" in batch else encode(batch["image"])
         if self.sampled:
             mean, std = latents.chunk(2, dim=1)
-            streams = Streams([seed_of(0, "latents", k) for k in batch["position"].tolist()], latents.device)
+            streams = Streams([seed_of(seed, "latents", k) for k in batch["position"].tolist()], latents.device)
             latents = torch.addcmul(mean, std, streams.normal(mean.shape))
         return batch | {"x0": self.normalize(latents)}
 
@@ -367,7 +368,7 @@ class CodeSpace:
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no loading
 
-    def encode_batch(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch, seed: int = 0) -> Batch:
         return batch
 
     def decode(self, x: Tensor) -> Tensor:
@@ -419,12 +420,24 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
     size, shift, cached = config.data.size, first_stage.latent_shift, config.first.cache_latents
     if first_stage.latent_scale is not None:
+        if "latent_scale" in started and not run_provenance and not training.load_partial:
+            check_same_scale(first_stage, start, started)
         return LatentSpace(first_stage, first_stage.latent_scale, size, shift, cached, sampled)
     scale = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
     scale = world.sum(torch.tensor(scale if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
     scale = scale or measure_latent_scale(first_stage, source, world)
     return LatentSpace(first_stage, scale, size, cached=cached)
+
+
+def check_same_scale(first_stage: FirstStage, start: str, started: dict[str, Any]) -> None:
+    """Raises ValueError for latents of another scale or shift than those that the run `start` recorded in `started`."""
+    own = first_stage.latent_scale, first_stage.latent_shift
+    theirs = started["latent_scale"], started.get("latent_shift", 0.0)
+    if own != theirs:
+        got = f"got latents of scale {own[0]} and shift {own[1]}, those of the autoencoder in {first_stage.run}"
+        wanted = f"wanted {theirs[0]} and {theirs[1]}, those that {start} was trained on"
+        raise ValueError(f"{got}, {wanted}: pass its --ae_load_dir, or --load_partial to start from it all the same")
 
 
 def require_codes(first_stage: FirstStage, sampler: str) -> VQGANStage:

@@ -38,7 +38,7 @@ from train.execution import autocast, frozen_weights_cast_once
 from train.finetuning import reopen_fine_tuned
 from train.first_stage import find_vqgan_run
 from train.loop import Batch
-from train.lora_files import merge_files
+from train.lora_merging import AdapterFile, merge_adapter_files
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
 from train.registry import import_callable, load_plugin
 from train.resumed_settings import find_code
@@ -290,7 +290,7 @@ def load_trained_sampler(
     ema_length: float | None = None,
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
-    lora: Sequence[str] = (),
+    lora: Sequence[AdapterFile] = (),
 ) -> TrainedSampler:
     """Returns the sampler of a run with its first stage, if it has one: `load_space`, then `load_sampler`."""
     space = load_space(run, logs_roots, device, amp, ae_load_dir=ae_load_dir, ae_load_step=ae_load_step)
@@ -340,13 +340,13 @@ def load_sampler(
     amp: bool,
     allow: tuple[str, ...] = (),
     ema_length: float | None = None,
-    lora: Sequence[str] = (),
+    lora: Sequence[AdapterFile] = (),
 ) -> TrainedSampler:
     """Returns the sampler of a run, for the space it was trained in; see `check_allowed` for `allow`.
 
     `ema`: the averaged weights, the plain ones, or, if None, the averaged ones if the run kept them. With `ema_length`
     the weights are an average of that relative length, reconstructed from the EMA snapshots of the run. The adapters of
-    the files `lora` are merged into them; see `merge_files`.
+    the files `lora` are merged into them; see `merge_adapter_files`.
     """
     content = read_run(run)
     step = resolve_step(run, step, "--load_step") if ema_length is None else resolve_snapshot_step(run, step)
@@ -365,7 +365,7 @@ def load_sampler(
     else:
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, left_out)
     if lora:
-        weights = merge_files(sampler.network, lora, weights)
+        weights = merge_adapter_files(sampler.network, lora, weights)
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()

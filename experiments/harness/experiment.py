@@ -26,6 +26,7 @@ from train.execution import compile_for_sampling
 from train.files import sha256
 from train.first_stage import FirstStage
 from train.identity import results_identity
+from train.lora_merging import parse_adapter_files
 from train.registry import load_plugin
 from train.runs import is_new, open_run, read_provenance, read_run, run_lock
 from train.trained_sampler import TrainedSampler, load_trained_sampler
@@ -61,7 +62,8 @@ class ModelConfig:
     ema_length: float | None = None
     """Use an EMA of this relative length (such as 0.08) instead, reconstructed from a run with --ema_profiles."""
     lora: tuple[str, ...] = ()
-    """Files of adapters, as in runs with --lora_rank, to merge into the weights: FILE or FILE=STRENGTH."""
+    """Files of adapters to merge into the weights, FILE or FILE=STRENGTH: of runs with --lora_rank or, for runs of
+    Stable Diffusion, of kohya, LyCORIS, peft or diffusers."""
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
@@ -207,7 +209,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         ema_length=model.ema_length,
         ae_load_dir=model.ae_load_dir,
         ae_load_step=model.ae_load_step,
-        lora=model.lora,
+        lora=parse_adapter_files(model.lora),
     )
     trained, space = dataclasses.replace(trained, world=world), trained.space
     if output.compile:

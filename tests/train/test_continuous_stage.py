@@ -92,6 +92,9 @@ def test_sampled_latents_depend_on_the_position_alone(logs):
     assert torch.allclose(alone, x0[1:2], atol=1e-5)
     cached = space.encode_batch({"latents": torch.cat([mean, std], 1), "position": torch.tensor([5, 6, 7])})["x0"]
     assert torch.equal(cached, x0)
+    noise = Streams([seed_of(3, "latents", 6)]).normal((1, *mean.shape[1:]))
+    other = space.encode_batch({"image": images()[1:2], "position": torch.tensor([6])}, seed=3)["x0"]
+    assert torch.allclose(other, (mean[1:2] + std[1:2] * noise - 0.25) * 0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,30 @@ def test_a_sampler_trains_on_latents_and_samples(logs, kind, tmp_path):
     for name, value in plain.items():
         assert torch.allclose(value, cached[name], atol=1e-3), name  # latents in the cache have half precision
     call("experiments/get_samples.py", f"--load_dir {tmp_path}/plain --logs_root {tmp_path} --n_samples 2 --no_amp")
+
+
+def test_sampled_latents_follow_the_seed_of_the_run(logs, tmp_path, monkeypatch):
+    seeds, encode = [], LatentSpace.encode_batch
+    monkeypatch.setattr(LatentSpace, "encode_batch", lambda *args: seeds.append(args[2]) or encode(*args))
+    flags = f"{TINY} --ae_load_dir {logs / 'kl'} --logs_root {tmp_path} --latent_sampling sample --seed 5"
+    call("train_sampler.py", f"{flags} --log_dir run --steps_per_eval 2", validation_images=4)
+    assert seeds == [5, 5, 0]  # two steps, and a validation, which is the same for all runs
+
+
+def test_a_run_goes_on_with_latents_of_its_own_scale(logs, tmp_path, capfd):
+    other = dataclasses.replace(open_stage(logs, "kl").network.config, scaling_factor=0.4, shift_factor=0.0)
+    save_autoencoder(tmp_path / "other", AutoencoderKL(other), {})
+    flags = f"{TINY} --logs_root {tmp_path}"
+    call("train_sampler.py", f"{flags} --log_dir base --ae_load_dir {logs / 'kl'}")
+    start = f"{flags} --log_dir next --load_dir base --ae_load_dir"
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"{start} other")
+    error = " ".join(capfd.readouterr().err.split())
+    assert stop.value.code == 2 and "got latents of scale 0.4 and shift 0.0" in error
+    assert "wanted 0.5 and 0.25, those that base was trained on: pass its --ae_load_dir" in error
+    assert not (tmp_path / "next").exists()
+    for way, stage in (("", logs / "kl"), ("--load_partial", "other")):
+        call("train_sampler.py", f"{start} {stage} {way} --log_dir next{way.strip('-')}")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def training(**changes):
 
 def absorbing_run(settings):
     config = absorbing.Config(bert_n_emb=16, bert_n_head=2, bert_n_layers=2)
-    space = SimpleNamespace(encode_batch=lambda batch: batch, model_args={"codes": 8, "grid": (3, 4)})
+    space = SimpleNamespace(encode_batch=lambda batch, seed: batch, model_args={"codes": 8, "grid": (3, 4)})
     sampler, state = build_state(config, settings, space, 0, WORLD)
     codes = torch.arange(2 * 12).view(2, 3, 4) % 8
     parts = [{"codes": (codes + i) % 8, "position": torch.arange(2) + 2 * i} for i in range(settings.accumulate)]
@@ -41,7 +41,7 @@ def absorbing_run(settings):
 
 def unet_run(settings):
     config = ddpm.Config(sampler="ddpm", channels=8, channel_mults=(1, 2), res_blocks=1, attn_factors=(2,), heads=2)
-    space = SimpleNamespace(encode_batch=lambda batch: batch, model_args={"shape": (1, 4, 4), "pixels": True})
+    space = SimpleNamespace(encode_batch=lambda batch, seed: batch, model_args={"shape": (1, 4, 4), "pixels": True})
     sampler, state = build_state(config, settings, space, 0, WORLD)
     images = torch.linspace(-1, 1, 32).view(2, 1, 4, 4)
     parts = [{"x0": images * (i + 1) / 3, "position": torch.arange(2) + 2 * i} for i in range(settings.accumulate)]

@@ -1,19 +1,26 @@
 """What learns in a fine-tuned run, what its checkpoints hold, and where the rest comes from."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from helpers.run_asserts import saved_state, weights
+from helpers.run_asserts import assert_equal_bits, saved_state, weights
 from helpers.tiny_runs import DDPM, call
+from models.differential import KINDS
 from models.lora import merge
 from train.checkpoint import checkpoint_path
+from train.config import FineTuningConfig, SamplerTrainingConfig
 from train.distributed import DistContext
 from train.ema import EMA
+from train.finetuning import find_base
+from train.inference import load
 from train.loop import TrainState
 from train.lora_files import read_facts
+from train.lora_merging import parse_adapter_files
 from train.optim import clip_and_step, is_selected, make_optimizer, parse_scales, scale_learning_rates
 from train.posthoc_ema import open_snapshot
 from train.trained_sampler import load_trained_sampler
@@ -41,6 +48,7 @@ def logs(tmp_path_factory):
 
 def opened(logs, name, **keywords):
     keywords = {"ema": True, "amp": False, "logs_roots": (str(logs),)} | keywords
+    keywords["lora"] = parse_adapter_files(keywords.get("lora", ()))
     return load_trained_sampler(logs / name, keywords.pop("step", None), torch.device("cpu"), **keywords)
 
 
@@ -147,6 +155,16 @@ def test_adapters_of_other_weights_are_refused(logs):
         opened(logs, "base", lora=("gone.safetensors",))
 
 
+def test_python_loads_adapters_as_the_command_line_does(logs):
+    file = logs / "lora" / "lora.safetensors"
+    wanted = opened(logs, "base", lora=(f"{file}=0.5",))
+    model = load(logs / "base", lora={file: 0.5}, amp=False, device="cpu").model
+    assert model.weights == wanted.weights
+    assert_equal_bits(model.sampler.network.state_dict(), wanted.sampler.network.state_dict())
+    with pytest.raises(ValueError, match="trained on weights with SHA-256"):
+        load(logs / "base", lora={file: 0.5}, ema=False, device="cpu")
+
+
 def test_experiments_sample_with_files_of_adapters(logs, tmp_path):
     images, file = [], logs / "lora" / "lora.safetensors"
     for flags in ("", f"--lora {file}=1000", f"--lora {file}=0"):  # of two steps, so hardly anything at 1
@@ -214,6 +232,7 @@ REFUSED = {
     "--load_dir base --lora_alpha 2": "got lora_alpha without adapters",
     "--load_dir base --save merged": "without adapters",
     "--load_dir base --train_only conv_in --lr_scale conv_out=2": "in which nothing learns; what learns is in: conv_in",
+    "--load_dir base --differential diff_v3": "diff_v1_split",
     "--lr_scale conv_out": "wanted a part of the network and a factor above 0",
 }
 
@@ -224,6 +243,17 @@ def test_wrong_flags_are_refused(logs, flags, capfd):
         train(logs, "refused", f"--train_steps 1 {flags}")
     assert stop.value.code == 2 and REFUSED[flags] in one_line(capfd.readouterr().err)
     assert not (logs / "refused").exists()
+
+
+def test_sharded_weights_are_not_merged(tmp_path):
+    training = SamplerTrainingConfig(load_dir="base", parallel="fsdp")
+    with pytest.raises(ValueError, match="got --save merged with --parallel fsdp.*: pass --parallel ddp"):
+        find_base(tmp_path, training, FineTuningConfig(lora_rank=2, save="merged"), str(tmp_path))
+
+
+def test_the_flag_names_every_kind_of_differential_attention():
+    kinds = get_args(get_type_hints(FineTuningConfig)["differential"])
+    assert set(kinds) == {"", *KINDS}
 
 
 def test_averages_share_what_is_frozen():

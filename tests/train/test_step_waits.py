@@ -94,7 +94,7 @@ def waits_of_steps(state, step, batch):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_step_of_a_sampler_waits(name):
     config, training = SAMPLERS[name], TrainingConfig(amp=False, ema=False, batch_size=4)
-    space = SimpleNamespace(encode_batch=lambda batch: batch, model_args=SPACES[type(config)])
+    space = SimpleNamespace(encode_batch=lambda batch, seed: batch, model_args=SPACES[type(config)])
     sampler, state = build_state(config, training, space, 3, CPU)
     step = SamplerStep(sampler, space, training, DistContext(DEVICE))
     codes = {"codes": torch.arange(48).view(4, 3, 4) % 8}

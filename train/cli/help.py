@@ -223,7 +223,7 @@ def metavar(kind: Any) -> str:
     kind = next(option for option in options if option is not NoneType)
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        return f"{{{','.join(map(str, inner))}}}"
+        return f"{{{','.join(str(each) for each in inner if each != '')}}}"
     if typing.get_origin(kind) is tuple:
         words = [metavar(each) for each in inner if each is not Ellipsis]
         return f"[{words[0]} ...]" if Ellipsis in inner else " ".join(words)

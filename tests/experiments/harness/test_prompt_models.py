@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.rng import seed_of
 from experiments.harness import prompt_models
 from experiments.harness.prompt_inputs import PromptsConfig, open_prompts
 from experiments.harness.prompt_models import PromptsOfModels, open_prompts_of_models
@@ -194,6 +195,16 @@ def test_a_pipeline_draws_items_of_its_name(pipeline_file):
         "file": "images/000001.png", "model": "turbo", "prompt": "a dog", "negative": None, "seed": 5, "number": 0,
         "solver": "Generator", "sample_steps": None, "guidance": 0,
     }  # fmt: skip
+
+
+def test_an_image_of_a_pipeline_has_its_own_seed(pipeline_file):
+    size = {"height": 4, "width": 4}
+    objects = [{"prompt": "a hat", "model": "turbo", **size}, {"prompt": "a dog", "model": "turbo", "seed": 5, **size}]
+    drawn = images(pipeline_file(objects), *range(4))
+    for image, key in zip(drawn, [(3, 0), (5, 0), (3, 2), (5, 1)], strict=True):  # seed, and number of that seed
+        rng = torch.Generator().manual_seed(seed_of(key[0], "sample", key[1]))
+        wanted = torch.rand(4, 4, 3, generator=rng) / 2 + 0.09
+        assert close(image, (255 * wanted).round().int().permute(2, 0, 1))
 
 
 def test_what_a_pipeline_does_not_take_is_refused(pipeline_file):
