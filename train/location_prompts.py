@@ -56,7 +56,10 @@ class LocationPrompt:
         if self.most_boxes is not None and len(boxes) > self.most_boxes:
             got = f"got {len(boxes)} boxes, wanted at most {self.most_boxes}"
             raise ValueError(f"{got}, as the model was trained: leave some out")
-        names = [re.sub("[-_]", " ", classes[number]) for number in row["box_class"].tolist()]
+        numbers = row["box_class"].tolist()
+        if nameless := [number for number in numbers if number >= len(classes)]:
+            raise ValueError(f"got the class {nameless[0]}, wanted the words of classes: name them in the layouts")
+        names = [re.sub("[-_]", " ", classes[number]) for number in numbers]
         places = self.place_words(boxes)
         objects = " ".join(" ".join([name, *pair]) for name, pair in zip(names, places, strict=True))
         return self.template.format(**{name: row[name] for name in self.fields}, **dict.fromkeys(BOXES, objects))

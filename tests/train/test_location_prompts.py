@@ -49,6 +49,7 @@ def test_columns_come_first_and_boxes_keep_their_order():
     [
         (published(), "got no text camera for the prompt .*: pass --metadata camera=..., or camera in each layout"),
         (published(camera=3), "got no text camera"),
+        (layout([[0, 0, 1, 1]], [4], camera="front"), "got the class 4, wanted the words of classes"),
         (layout([[0, 0, 1, 1]] * 23, [0] * 23, camera="front"), "got 23 boxes, wanted at most 22"),
     ],
 )

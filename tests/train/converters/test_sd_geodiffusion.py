@@ -178,6 +178,7 @@ def test_added_words_are_read_from_each_file(tmp_path, name):
         ({"<l0>": 49_409}, "has 1 added words with ids from 49409 to 49409, wanted one for each id from 49408 on"),
         ({"a": 49_408, "b": 49_408}, "wanted one for each id"),
         ({"<l0>": None}, "added words of another form"),
+        ({"<l0>": "first"}, "added words of another form"),
     ],
 )
 def test_added_words_with_other_ids_are_refused(tmp_path, content, message):

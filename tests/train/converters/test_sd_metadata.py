@@ -39,19 +39,24 @@ def arrays():
     return {name: torch.from_numpy(each) for name, each in np.load(ROOT / "diffusionsat/numbers.npz").items()}
 
 
-def build(settings=UNET, device="cpu"):
+def build(settings=UNET, device="cpu", fields=()):
     """Builds a UNet with the numbers, and a stand-in for the text encoder."""
     config = UNetConfig(**{name: settings[name] for name in UNetConfig.__dataclass_fields__.keys() & settings.keys()})
     with torch.device(device):
-        sat = numbers.build(numbers.Config(numbers_preset="diffusionsat"), config.emb_dim, 0)
+        sat = numbers.build(numbers.Config(numbers_preset="diffusionsat", numbers_fields=fields), config.emb_dim, 0)
         return UNet(config, {"text": TokenStub(settings["text_width"]), "numbers": sat}).eval()
+
+
+def load(weights, **options):
+    """Returns the UNet of the folder with these weights."""
+    network = build(**options)
+    load_unet(Source(Path("tiny"), "folder", {"unet": weights}, {"unet": CONFIG}), network)
+    return network
 
 
 @pytest.fixture
 def network(weights):
-    network = build()
-    load_unet(Source(Path("tiny"), "folder", {"unet": weights}, {"unet": CONFIG}), network)
-    return network
+    return load(weights)
 
 
 def embedding(network, values):
@@ -68,6 +73,11 @@ def test_embeddings_are_those_of_the_public_unet(network, arrays, record_propert
         difference = (embedding(network, values) - arrays[expected]).abs().max().item()
         record_property(expected, difference)
         assert difference < 1e-5, expected
+
+
+def test_embedders_belong_to_fields_whatever_their_order(weights, network, arrays):
+    other = load(weights, fields=(*PRESETS["diffusionsat"],)[::-1])
+    torch.testing.assert_close(embedding(other, arrays["values"]), embedding(network, arrays["values"]))
 
 
 def test_without_numbers_all_of_them_are_missing(network, arrays):

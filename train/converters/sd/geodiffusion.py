@@ -25,8 +25,9 @@ def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{NAME} {'lacks' if odd[0] in WANTED else 'has an unknown key'} {odd[0]!r}: correct it")
     make_location_prompt(config)
     flags = {}
-    for key in FLAGS.keys() & config.keys():
-        flag, kind = FLAGS[key]
+    for key, (flag, kind) in FLAGS.items():
+        if key not in config:
+            continue
         if type(config[key]) not in (int, float) or kind(config[key]) != config[key]:
             raise ValueError(f"{NAME} has {key} {config[key]!r}, wanted type {kind.__name__}: correct it")
         flags[flag] = kind(config[key])

@@ -31,15 +31,13 @@ def find_embedders(unet: UNet) -> NumbersEncoder | None:
 
 def metadata_weights(unet: UNet) -> list[Weight]:
     """Returns the part of a UNet's table that its embedders have; none without them."""
-    encoder = find_embedders(unet)
-    return [
-        weight
-        for number in range(0 if encoder is None else len(encoder.embeddings))
-        for ours, outside in LAYERS
-        for weight in layer(
-            f"encoders.numbers.embeddings.{number}.{ours}", *[f"metadata_embedding.{number}.{outside}"] * 2
-        )
-    ]
+    encoder, order = find_embedders(unet), [*PRESETS[PRESET]]
+    weights: list[Weight] = []
+    for number, name in enumerate(() if encoder is None else encoder.ranges):
+        for ours, outside in LAYERS:
+            inside = f"metadata_embedding.{order.index(name)}.{outside}"
+            weights += layer(f"encoders.numbers.embeddings.{number}.{ours}", inside, inside)
+    return weights
 
 
 def metadata_settings(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:

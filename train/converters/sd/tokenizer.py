@@ -31,9 +31,10 @@ def read_ids(folder: Path, name: str) -> dict[str, int]:
     path = folder / name
     if not path.is_file():
         return {}
+    content = read_json(path)
     try:
-        return FILES[name](read_json(path))
-    except (AttributeError, KeyError, TypeError) as error:
+        return FILES[name](content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has added words of another form ({error!r}), wanted words with an id each") from error
 
 
