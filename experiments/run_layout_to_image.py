@@ -35,7 +35,7 @@ class LayoutToImageConfig:
 
     layouts: str | None = None
     """File or folder of layouts: a .json list, COCO's JSON, or a folder of .txt or .png files; if omitted, those of
-    held-out images."""
+    held-out images, or examples for a model that reads layouts as prompts."""
     n_images: int | None = None
     """Number of layouts: the first ones of --layouts, by default all; else those of a fixed random choice of held-out
     images, by default 8."""
@@ -129,10 +129,12 @@ def measure(
         alone = draw_layout(layout.row, panel_size(known.size), known.classes, known.palette)
         save_picture(folder / f"{layout.name}_layout.png", alone)
     write_layouts(folder, inputs.layouts, inputs.vocabulary)
+    prompts = [row["caption"] for row in inputs.source.rows if "caption" in row]
     return {
         "n_layouts": len(inputs),
         "n_seeds": drawing.n_seeds,
         "names": [layout.name for layout in inputs.layouts],
+        **({"prompts": prompts} if prompts else {}),
         "run": batches.run | inputs.provenance,
     }
 

@@ -3,8 +3,8 @@
 Shapes: B batch, L tokens with start and end, D width, C chunks of a long text.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.attention import Attention, FullAttention
 from models.blocks import FeedForward, init_normal
 from models.ranges import COUNT_OR_ZERO, SIZE, SIZE_OR_ZERO, check_ranges
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, expand_words
 
 VOCABULARY = "[1, 1048576]"  # of the number of ids
 CHUNK = 77  # tokens that CLIP's encoders have learned positions for, start and end included
@@ -50,6 +50,7 @@ class TextEncoderConfig:
     clip_skip: int = 1  # layer of the tokens, from the last: 1 is the last, 2 the one before it
     final_norm: bool = True  # of the tokens; the pooled vector always has it
     projection: int = 0  # width of the pooled vector's projection; 0: none
+    added_words: tuple[str, ...] = ()  # of the tokenizer, whose ids follow the end; <l{0..9}> are ten of them
 
     RANGES = {
         **dict.fromkeys(("width", "layers", "heads", "length", "clip_skip"), SIZE),
@@ -64,6 +65,18 @@ class TextEncoderConfig:
             raise ValueError(f"got activation {self.activation}, wanted one of {', '.join(ACTIVATIONS)}")
         if self.clip_skip > self.layers:
             raise ValueError(f"got clip_skip {self.clip_skip} of {self.layers} layers, wanted 1 to {self.layers}")
+        if self.added_words and (last := max(self.added_ids.values())) >= self.vocab_size:
+            got = f"got {len(self.added_ids)} added words behind the end, {self.end_id}, and vocab_size"
+            raise ValueError(f"{got} {self.vocab_size}, wanted an id for each: pass {last + 1} ids")
+
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """The ids of the added words."""
+        return {word: place for place, word in enumerate(expand_words(self.added_words), self.end_id + 1)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options by name, as files and keys of caches have them: added words only if there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "added_words" or value}
 
 
 CLIP_L = TextEncoderConfig(width=768, layers=12, heads=12, activation="quick_gelu")  # of Stable Diffusion 1
@@ -97,7 +110,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.tokenizer = Tokenizer(config.end_id)
+        self.tokenizer = Tokenizer(config.end_id, config.added_ids)
         self.token = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.empty(config.length, config.width))
         feed_forward = ACTIVATIONS[config.activation]

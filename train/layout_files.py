@@ -112,6 +112,21 @@ def renumber(numbers: Tensor, own: Categories, vocabulary: LayoutVocabulary) -> 
     return Ragged(torch.tensor([number_of(name, vocabulary.classes, "class") for name in names], dtype=torch.int64))
 
 
+def class_names_in(path: Path) -> tuple[str, ...]:
+    """Returns the names of the classes in a file or folder of boxes, for a model that reads them as words."""
+    if path.suffix.lower() == ".json":
+        with naming(path):
+            content = parse_unique_json(read_text(path, REMEDY))
+        if not isinstance(content, list):
+            return read_listed(path, ("category_id", "bbox"))[1].names
+        lists = [entry.get("classes") for entry in content if isinstance(entry, dict)]
+        names = [name for each in lists if isinstance(each, list) for name in each]
+    else:
+        files = [each for each in (list_files(path) if path.is_dir() else [path]) if each.suffix.lower() == ".txt"]
+        names = [name for each in files for name in layout_lines.decode_lines(read_text(each, REMEDY)).names]
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
 # Files
 
 

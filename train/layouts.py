@@ -197,4 +197,4 @@ def describe_objects(layout: Layout, vocabulary: LayoutVocabulary) -> dict[str, 
     entry = {"name": layout.name, **shapes, "classes": classes}
     if "box_color" in row:
         entry["colors"] = [name_of(number, vocabulary.colors) for number in row["box_color"][inside].tolist()]
-    return entry
+    return entry | {name: value for name, value in row.items() if isinstance(value, str)}

@@ -23,6 +23,7 @@ from models.wordpiece import packaged_model, read_packaged
 from train.converters.sd.files import PARTS, read_source
 from train.converters.sd.names import from_layout
 from train.converters.sd.text import infer_text, split_text, text_weights
+from train.converters.sd.tokenizer import read_added_words
 from train.data.text_cache import TextCache, encoder_key
 from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
 from vq.weights import refuse_nan
@@ -40,7 +41,7 @@ def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
         raise ValueError(f"{got}: for MiniLM pass --text_encoder minilm, which needs no file")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     with atomic_write(path) as temporary, write_errors_as_oserror(Path(path)):
-        save_file(tensors, temporary, {HEADER: json.dumps(dataclasses.asdict(encoder.config))})
+        save_file(tensors, temporary, {HEADER: json.dumps(encoder.config.to_dict())})
 
 
 def read_text_encoder(path: str | Path) -> TextEncoder | Bert:
@@ -89,7 +90,8 @@ def read_public(path: Path) -> tuple[TextEncoderConfig, dict[str, Tensor]]:
     if "text" not in source.parts:
         raise ValueError(f"{path} has no text encoder, only {', '.join(source.parts)}: {REMEDY}")
     text = split_text({name: each for name, each in source.parts["text"].items() if not name.startswith(IMAGES)})
-    options = TextEncoderConfig(**infer_text(text, source.configs.get("text")))
+    settings = infer_text(text, source.configs.get("text"))
+    options = TextEncoderConfig(**settings, added_words=read_added_words(path, settings["end_id"]))
     with torch.device("meta"):
         encoder = TextEncoder(options)
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
@@ -106,6 +108,9 @@ def parse_options(path: Path, header: str) -> dict[str, Any]:
         options = parse_json(header)
     except ValueError as error:
         raise ValueError(f"{path} has no JSON in its header ({error}): {REMEDY}") from error
+    words = options.get("added_words") if isinstance(options, dict) else None
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        options["added_words"] = tuple(words)  # JSON has none
     if not isinstance(options, dict) or any(type(options[name]) is not type(defaults.get(name)) for name in options):
         raise ValueError(f"{path} has other options than {', '.join(defaults)} in its header: {REMEDY}")
     return options

@@ -29,7 +29,7 @@ Captions = Sequence[str] | Mapping[str, Any]
 ENCODER_FLAGS = {  # by option of the text encoder
     name: f"text_{name}" for name in ("width", "layers", "heads", "length", "activation", "clip_skip", "final_norm")
 }
-VOCABULARY_FLAGS = {name: f"text_{name}" for name in ("vocab_size", "end_id")}  # of a `TextEncoder` only
+VOCABULARY_FLAGS = {name: f"text_{name}" for name in ("vocab_size", "end_id", "added_words")}  # of a `TextEncoder` only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class Config(ConditionConfig):
     """Ids of the text encoder; more than CLIP's 49408 are ids of words of its own."""
     text_end_id: int = Tokenizer.end_id
     """Id of the end of a chunk; the id before it is that of the start."""
+    text_added_words: tuple[str, ...] = ()
+    """Words with an id each, from the one after that of the end on; <l{0..99}> stands for a hundred words."""
     text_pooled: bool = False
     """Add the mean of a caption's tokens, through two layers, to the embedding of the time."""
 

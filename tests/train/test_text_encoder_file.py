@@ -1,11 +1,13 @@
 """Text encoders as files, and conditions that take them."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +19,7 @@ from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.transformer import Transformer
 from train.converters.sd.names import to_layout
 from train.converters.sd.text import text_weights
+from train.data.text_cache import encoder_key
 from train.files import sha256
 from train.text_encoder_file import (
     HEADER,
@@ -27,6 +30,7 @@ from train.text_encoder_file import (
     with_options_of_file,
 )
 
+REST = {"vocab_size": 49_408, "end_id": 49_407, "final_norm": True, "projection": 4}  # of the file
 OPTIONS = {"width": 8, "layers": 2, "heads": 2, "length": 20, "activation": "quick_gelu", "clip_skip": 2}
 
 
@@ -110,6 +114,9 @@ def broken_files(file):
         "encoder.safetensors is of no known network": lambda: save_file(tensors, file),
         "has other options than": lambda: save_file(tensors, file, header(options | {"depth": 3})),
         "has other options than width": lambda: save_file(tensors, file, header(options | {"width": "8"})),
+        "has other options than .*added_words": lambda: save_file(
+            tensors, file, header(options | {"added_words": [1]})
+        ),
         "has no JSON in its header": lambda: save_file(tensors, file, {HEADER: "{"}),
         "does not fit its own options, in .*blocks.2": lambda: save_file(
             tensors, file, header(options | {"layers": 3})
@@ -120,7 +127,7 @@ def broken_files(file):
     }
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_other_files_are_refused_with_the_reason(file, number):
     message, damage = [*broken_files(file).items()][number]
     damage()
@@ -132,6 +139,32 @@ def test_the_options_of_files_and_flags_are_the_same():
     """Each option of an encoder is a flag, but that of the pooled vector."""
     names = {field.name for field in dataclasses.fields(TextEncoderConfig)}
     assert names - text.Config().encoder_flags.keys() == {"projection"}
+
+
+def test_added_words_go_with_the_file_and_the_run(file):
+    """Their ids follow the end; captions of the run have them, and the cache of embeddings is another one."""
+    plain = TextEncoder(TextEncoderConfig(**OPTIONS, vocab_size=49_411))
+    encoder = TextEncoder(dataclasses.replace(plain.config, added_words=("<l{0..1}>", "sks")))
+    encoder.load_state_dict(plain.state_dict())
+    save_text_encoder(encoder, file)
+    options = with_options_of_file(config(file))
+    assert read_text_encoder(file).config == encoder.config == options.encoder
+    assert options.text_added_words == ("<l{0..1}>", "sks")
+    captions = text.build(options, 0, 0)
+    assert captions.tokenizer.encode("sks <l1>") == [49_410, 49_409]
+    assert encoder_key(encoder) != encoder_key(plain)
+    with pytest.raises(ValueError, match=r"got text_added_words \('cat',\), .* has .*: leave --text_added_words out"):
+        with_options_of_file(config(file, text_added_words=("cat",), text_vocab_size=49_411))
+
+
+def test_files_and_caches_without_added_words_stay_as_they_were(file):
+    encoder = read_text_encoder(file)
+    with safe_open(file, "pt") as content:
+        assert "added_words" not in json.loads(content.metadata()[HEADER])
+    digest = hashlib.sha256(json.dumps(OPTIONS | REST, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert encoder_key(encoder) == digest.hexdigest()
 
 
 @pytest.mark.parametrize("ids", [{"vocab_size": 114_944}, {"vocab_size": 384, "end_id": 383}])

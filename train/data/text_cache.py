@@ -91,7 +91,8 @@ def find_all(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[byte
 
 def encoder_key(encoder: TextEncoder | Bert) -> str:
     """Returns the hexadecimal key of all that embeddings depend on besides the captions."""
-    digest = hashlib.sha256(json.dumps(asdict(encoder.config), sort_keys=True).encode())
+    options = encoder.config.to_dict() if isinstance(encoder, TextEncoder) else asdict(encoder.config)
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()

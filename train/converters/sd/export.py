@@ -18,6 +18,7 @@ from train.cli.files import run_folder
 from train.config import LoggingConfig
 from train.converters.sd.autoencoder import autoencoder_weights
 from train.converters.sd.files import Source, read_json, write_folder, write_single
+from train.converters.sd.metadata import warn_of_nulls
 from train.converters.sd.names import to_layout
 from train.converters.sd.text import split_text, text_weights
 from train.converters.sd.unet import unet_weights
@@ -84,6 +85,16 @@ def keep_source(run: Path, source: Source, conv_projections: bool) -> None:
     write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
+def find_source_run(run: Path) -> Path | None:
+    """Returns the run that `keep_source` wrote to: this one, or one that it began from; None if there is none."""
+    while not (run / FOLDER / FACTS).is_file():
+        base = read_base(run)
+        if base is None:
+            return None
+        run = base.run
+    return run
+
+
 def read_facts(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads what `keep_source` wrote; ValueError for a run that was not converted."""
     folder = run / FOLDER
@@ -113,6 +124,7 @@ def write_back(
     if any(isinstance(module, AdaptedLayer) for module in unet.modules()):
         merge(unet)
         remove_adapters(unet)
+    warn_of_nulls(unet)
     parts = {
         "unet": to_layout(
             unet_weights(unet, facts["conv_projections"]), unet.state_dict(), layout, dtype(facts, "unet")
@@ -146,11 +158,8 @@ def export_run(config: ExportConfig) -> None:
         raise ValueError("got no run or no output: pass --load_dir RUN --output PATH")
     run, device = run_folder(options.logs_root, options.load_dir), torch.device("cpu")
     model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=(options.logs_root,))
-    source_run = run
-    while not (source_run / FOLDER).is_dir() and (base := read_base(source_run)) is not None:
-        source_run = base.run
     network = model.sampler.network
     text = network.encoders["text"].encoder if "text" in network.encoders else None
     autoencoder = None if model.space.first_stage is None else model.space.first_stage.network
-    write_back(source_run, options.to, Path(options.output), network, autoencoder, text)
+    write_back(find_source_run(run) or run, options.to, Path(options.output), network, autoencoder, text)
     print(options.output, flush=True)

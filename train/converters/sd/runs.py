@@ -10,9 +10,12 @@ from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.unet import UNet
 from train.converters.sd.autoencoder import autoencoder_weights, infer_autoencoder, with_new_names
 from train.converters.sd.files import Source
+from train.converters.sd.geodiffusion import check_places, generation_settings
+from train.converters.sd.metadata import set_nulls
 from train.converters.sd.names import Weight, from_layout
 from train.converters.sd.scheduler import prediction_hint, process_settings, sampling_settings
 from train.converters.sd.text import TextTensors, infer_text, split_text, text_weights
+from train.converters.sd.tokenizer import read_added_words
 from train.converters.sd.unet import infer_unet, unet_weights
 from train.samplers import LearnedSampler
 from train.spaces import Space
@@ -62,11 +65,14 @@ def sampler_flags(source: Source, typed: Mapping[str, Any]) -> dict[str, Any]:
         got = f"got a UNet from {unet['in_channels']} to {unet['out_channels']} channels"
         raise ValueError(f"{got}, wanted {LATENT_CHANNELS} or more to {LATENT_CHANNELS}: it works on other latents")
     sampling = {} if scheduler is None else sampling_settings(scheduler)
-    image = {"conditions": ("text", "image"), "condition_channels": extra} if extra else {"conditions": ("text",)}
+    others = (*(["numbers"] if "numbers_preset" in unet else []), *(["image"] if extra else []))
+    conditions = {"conditions": ("text", *others)} | ({"condition_channels": extra} if extra else {})
     own = {name: value for name, value in unet.items() if name not in NOT_FLAGS}
     data = {"img_size": 8 * size if isinstance(size, int) else SIZE, "n_channels": 3}
     flags = {"class_conditional": False, "condition_drop": 0.1, "ema": False, "loss_type": "simple"}
-    return flags | own | image | process | SD_SAMPLING | sampling | data | text_flags(source)
+    generation = source.configs.get("generation")
+    data |= {} if generation is None else generation_settings(generation)
+    return flags | own | conditions | process | SD_SAMPLING | sampling | data | text_flags(source)
 
 
 def text_flags(source: Source) -> dict[str, Any]:
@@ -79,14 +85,16 @@ def text_flags(source: Source) -> dict[str, Any]:
 
 
 def load_unet(source: Source, unet: UNet) -> bool:
-    """Fills a UNet, except for its encoders, with the weights of a source; returns `conv_projections` of its table."""
+    """Fills a UNet, except for encoders that are not in its table, with the weights of a source; returns
+    `conv_projections` of the table."""
     tensors = source.parts["unet"]
     conv_projections = infer_unet(tensors, source.layout, source.configs.get("unet"))["conv_projections"]
     table = unet_weights(unet, conv_projections)
     state = unet.state_dict()
     converted = from_layout(table, tensors, source.layout, {name: state[name].shape for name, *_ in table})
     own = {name: value for name, value in state.items() if name.startswith("encoders.")}
-    unet.load_state_dict(converted | own)
+    unet.load_state_dict(own | converted)
+    set_nulls(unet)
     return conv_projections
 
 
@@ -100,9 +108,13 @@ def load_autoencoder(source: Source) -> Loaded:
 
 
 def load_text(source: Source) -> tuple[TextEncoder, list[Weight], TextTensors]:
-    """Returns the text encoder of a source, its table, and its tensors."""
+    """Returns the text encoder of a source, with the words that its tokenizer adds, its table, and its tensors."""
     text = split_text(source.parts["text"])
-    encoder = TextEncoder(TextEncoderConfig(**infer_text(text, source.configs.get("text"))))
+    settings = infer_text(text, source.configs.get("text"))
+    words = read_added_words(source.path, settings["end_id"])
+    encoder = TextEncoder(TextEncoderConfig(**settings, added_words=words))
+    if "generation" in source.configs:
+        check_places(source.configs["generation"], encoder.tokenizer)
     return *fill(encoder, text_weights(encoder), text.weights, text.layout), text
 
 

@@ -14,6 +14,7 @@ from models.attention import DiffAttentionV1, DiffAttentionV2
 from models.blocks import Downsample, ResBlock, Upsample
 from models.unet import UNet, UNetEncoder
 from models.unet_attention import NoAttention, SpatialTransformer
+from train.converters.sd.metadata import metadata_settings, metadata_weights
 from train.converters.sd.names import Layout, Weight, layer
 
 RES = (  # ours, in a single file, in a folder
@@ -39,7 +40,7 @@ LAMBDA = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")  # of AdDiffusion'
 
 
 def unet_weights(unet: UNet, conv_projections: bool) -> list[Weight]:
-    """Returns the table of a UNet; its encoders of conditions are left out.
+    """Returns the table of a UNet; its encoders of conditions are left out, but for DiffusionSat's numbers.
 
     `conv_projections`: in the file, the first and last layer of a transformer block are 1x1 convolutions (SD 1).
     """
@@ -50,7 +51,7 @@ def unet_weights(unet: UNet, conv_projections: bool) -> list[Weight]:
         folder = {"res": f"resnets.{place}", "attention": f"attentions.{place}", "resample": "upsamplers.0"}
         folder = {kind: f"up_blocks.{level}.{name}" for kind, name in folder.items()}
         weights += step_weights(step, f"up_blocks.{index}", f"output_blocks.{index}", folder, conv_projections)
-    return weights + [weight for names in OUTPUT for weight in layer(*names)]
+    return weights + [weight for names in OUTPUT for weight in layer(*names)] + metadata_weights(unet)
 
 
 def encoder_weights(encoder: UNetEncoder, conv_projections: bool) -> list[Weight]:
@@ -172,7 +173,7 @@ FROM_SHAPES = {  # keys that follow from the weights, that say nothing about the
     *("layers_per_block", "cross_attention_dim", "down_block_types", "up_block_types", "use_linear_projection"),
     *("sample_size", "attention_head_dim", "num_attention_heads", "addition_time_embed_dim"),
     *("addition_embed_type_num_heads", "upcast_attention"),  # softmax is in float32 here
-    *("use_metadata", "num_metadata"),  # DiffusionSat's
+    *("use_metadata", "num_metadata"),  # DiffusionSat's, read by `metadata_settings`
 }
 
 
@@ -184,11 +185,13 @@ def infer_unet(
     Besides these, "in_channels" and "out_channels" of the file, "text_width" and "conv_projections" (see
     `unet_weights`). Without a config and with tokens of another width than those of SD 1 and 2, there are no "heads":
     they do not follow from weights. With AdDiffusion's attention there are "differential" and "differential_in": the
-    layers that `make_differential` replaces in the network built. ValueError for networks of other kinds.
+    layers that `make_differential` replaces in the network built; with DiffusionSat's numbers, "numbers_preset".
+    ValueError for networks of other kinds.
     """
     check_config(config or {}, "UNet")
     name = "out.2" if layout == "single" else "conv_out"
-    return infer_encoder(tensors, layout, config) | {"out_channels": size_of(tensors, f"{name}.weight", 0)}
+    settings = infer_encoder(tensors, layout, config) | {"out_channels": size_of(tensors, f"{name}.weight", 0)}
+    return settings | metadata_settings(tensors, config or {})
 
 
 def infer_encoder(
