@@ -2,15 +2,16 @@
 
 The rule is that of OpenAI's release: text is repaired (ftfy), HTML entities are decoded, white space is collapsed,
 letters become lower case. Words are runs of letters, single digits and runs of other signs. Names of special tokens
-that a user types, such as <|endoftext|>, are text like any other.
+that a user types, such as <|endoftext|>, are text like any other. Words that were added to the vocabulary, such as
+places (GeoDiffusion) or those of textual inversion, have an id each.
 """
 
 import gzip
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +22,8 @@ VOCABULARY = Path(__file__).parents[1] / "assets" / "clip_bpe" / "bpe_simple_voc
 MERGES = 48_894  # the file has more; CLIP uses the first ones
 WORD_END = "</w>"  # marks the last piece of a word
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+NUMBERED = regex.compile(r"(.*?)(0|[1-9]\d*)(\D*)")  # a word with a number: what is before it, and behind it
+RANGE = regex.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")  # numbered words, the first and the last number
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,45 @@ def clean_text(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
+def expand_words(words: Iterable[str]) -> list[str]:
+    """Returns words in their order, where <l{0..99}> stands for <l0>, <l1>, ..., <l99>; ValueError for no numbers."""
+    expanded: list[str] = []
+    for word in words:
+        match = RANGE.fullmatch(word)
+        if match is not None and int(match[2]) > int(match[3]):
+            raise ValueError(f"got the words {word!r}, wanted the lower number first")
+        numbers = range(int(match[2]), int(match[3]) + 1) if match else ()
+        expanded += [f"{match[1]}{number}{match[4]}" for number in numbers] if match else [word]
+    return expanded
+
+
+def contract_words(words: Sequence[str]) -> tuple[str, ...]:
+    """Returns words so that `expand_words` returns them, those with successive numbers as one."""
+
+    def kind(place: int) -> tuple[object, ...]:
+        match = NUMBERED.fullmatch(words[place])
+        return (words[place],) if match is None else (match[1], int(match[2]) - place, match[3])
+
+    runs = [[*places] for _, places in groupby(range(len(words)), key=kind)]
+    contracted = []
+    for first, *others in runs:
+        match = NUMBERED.fullmatch(words[first])
+        numbers = f"{{{match[2]}..{int(match[2]) + len(others)}}}" if others else ""
+        contracted.append(f"{match[1]}{numbers}{match[3]}" if others else words[first])
+    return tuple(contracted)
+
+
+def is_within_word(text: str, place: int) -> bool:
+    """Returns whether the characters on both sides of a place are letters or digits."""
+    return 0 < place < len(text) and text[place - 1 : place + 1].isalnum()
+
+
 class Tokenizer:
     """CLIP's byte-pair encoding with 49,408 ids. The vocabulary is read when it is first needed.
 
-    With another `end_id`, the vocabulary ends before its start, the id before the end.
+    With another `end_id`, the vocabulary ends before its start, the id before the end. `added` are the ids of further
+    words, all of them behind the end, in any case of their letters: they are found before a text is split, the longest
+    first, and not within other words. ValueError for others.
     """
 
     start_id: int = 49_406
@@ -96,24 +134,60 @@ class Tokenizer:
     pad_id: int = 49_407  # after the end
     vocab_size: ClassVar[int] = 49_408
 
-    def __init__(self, end_id: int = 49_407):
+    def __init__(self, end_id: int = 49_407, added: Mapping[str, int] | None = None):
         self.start_id, self.end_id, self.pad_id = end_id - 1, end_id, end_id
+        self.added = {word.lower(): own for word, own in (added or {}).items()}
+        self.lengths = sorted({*map(len, self.added)}, reverse=True)  # of added words
+        for word, own in self.added.items():
+            if own <= end_id:
+                raise ValueError(f"got id {own} for the added word {word!r}, wanted one behind the end, {end_id}")
+            if word.split() != [word] or not word.isascii() and clean_text(word) != word:
+                raise ValueError(f"got the added word {word!r}, which no text has: wanted one without white space")
+        if len({*self.added.values()}) < len(added or {}):
+            raise ValueError("got added words that differ in nothing, or in the case of letters only, or share an id")
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text of any length, without start and end; ValueError for words without an id."""
-        ids = [each for word in WORD.findall(clean_text(text)) for each in word_ids(word)]
-        if (largest := max(ids, default=0)) >= self.start_id:
-            got = f"got id {largest} in {text!r}, but the vocabulary ends before the start, {self.start_id}"
-            raise ValueError(f"{got}: pass ids of the text encoder, or another --text_encoder")
+        ids: list[int] = []
+        for word in self.split(clean_text(text)):
+            own = self.ids_of(word)
+            if word not in self.added and max(own) >= self.start_id:
+                got = f"got id {max(own)} in {text!r}, but the vocabulary ends before the start, {self.start_id}"
+                raise ValueError(f"{got}: pass ids of the text encoder, or another --text_encoder")
+            ids += own
         return ids
 
     def words(self, text: str) -> list[tuple[str, slice]]:
         """Returns the words of a text, as they are read, and where the ids of each are in `encode(text)`."""
         words, stop = [], 0
-        for word in WORD.findall(clean_text(text)):
-            start, stop = stop, stop + len(word_ids(word))
+        for word in self.split(clean_text(text)):
+            start, stop = stop, stop + len(self.ids_of(word))
             words.append((word, slice(start, stop)))
         return words
+
+    def ids_of(self, word: str) -> tuple[int, ...]:
+        """Returns the id of an added word, or those of the pieces of another."""
+        return (self.added[word],) if word in self.added else word_ids(word)
+
+    def split(self, text: str) -> Iterator[str]:
+        """Yields the words of a cleaned text."""
+        done = place = 0  # what is before `done` has been yielded
+        while self.added and place < len(text):
+            stop = self.added_stop(text, place)
+            if stop is None:
+                place += 1
+            else:
+                yield from WORD.findall(text[done:place])
+                yield text[place:stop]
+                done = place = stop
+        yield from WORD.findall(text[done:])
+
+    def added_stop(self, text: str, place: int) -> int | None:
+        """Returns the end of the longest added word that begins at a place of a text, None without one."""
+        if is_within_word(text, place):
+            return None
+        stops = (place + length for length in self.lengths)
+        return next((stop for stop in stops if text[place:stop] in self.added and not is_within_word(text, stop)), None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, its words separated by spaces; start and end are left out.
@@ -121,11 +195,16 @@ class Tokenizer:
         ValueError for other numbers. Bytes that are no text, as of half a character, become U+FFFD.
         """
         vocabulary, ids = load_vocabulary(), list(ids)
-        if wrong := [each for each in ids if not 0 <= each < self.vocab_size]:
-            raise ValueError(f"got id {wrong[0]}, wanted ids from 0 to {self.vocab_size - 1}")
+        added = {own: word for word, own in self.added.items()}
+        if wrong := [each for each in ids if not 0 <= each < self.vocab_size and each not in added]:
+            raise ValueError(f"got id {wrong[0]}, wanted ids from 0 to {self.vocab_size - 1}, or those of added words")
         byte_of = {symbol: byte for byte, symbol in enumerate(vocabulary.byte_symbols)}
         text = bytearray()
-        for symbol in (vocabulary.symbols[each] for each in ids if each < self.start_id):
-            text += bytes(byte_of[character] for character in symbol.removesuffix(WORD_END))
-            text += b" " if symbol.endswith(WORD_END) else b""
+        for each in ids:
+            if each in added:
+                text += f"{added[each]} ".encode()
+            elif each < self.start_id:
+                symbol = vocabulary.symbols[each]
+                text += bytes(byte_of[character] for character in symbol.removesuffix(WORD_END))
+                text += b" " if symbol.endswith(WORD_END) else b""
         return text.decode("utf-8", errors="replace").strip()

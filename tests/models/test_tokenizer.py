@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.text_weights import TEXTS
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, contract_words, expand_words
 
 CASES = json.loads((TEXTS / "clip_ids.json").read_text())
 TOKENIZER = Tokenizer()
@@ -69,3 +69,73 @@ def test_vocabulary_is_not_read_at_import():
 
 def test_tokenizers_travel_to_workers():
     assert pickle.loads(pickle.dumps(TOKENIZER)).encode("a cat") == [320, 2368]
+
+
+# Added words
+
+PLACES = [f"<l{number}>" for number in range(20)]
+ADDED = Tokenizer(added={word: 49_408 + place for place, word in enumerate([*PLACES, "sks", "sks-toy"])})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("car <l0> <l19>", ["car", 49_408, 49_427]),
+        ("a car<l1><L12>.", ["a", "car", 49_409, 49_420, "."]),  # without white space, in any case
+        ("<l20> <l>", ["<l20>", "<l>"]),  # none of them
+        ("a SKS, and asks", ["a", 49_428, ",", "and", "asks"]),  # not within a word
+        ("sks-toy sks-toys", [49_429, 49_428, "-", "toys"]),  # the longest
+        ("<|endoftext|> <l3>", ["<|endoftext|>", 49_411]),  # an end is spelled as before
+    ],
+)
+def test_added_words_have_an_id_each(text, words):
+    expected = [each if isinstance(each, int) else TOKENIZER.encode(each) for each in words]
+    expected = [own for each in expected for own in (each if isinstance(each, list) else [each])]
+    assert ADDED.encode(text) == expected
+    assert [own for _, place in ADDED.words(text) for own in expected[place]] == expected
+
+
+def test_texts_without_added_words_keep_their_ids():
+    for case in CASES:
+        assert ADDED.encode(case["text"]) == TOKENIZER.encode(case["text"])
+
+
+def test_added_words_are_decoded():
+    text = "car <l0> <l19> sks-toy ."
+    assert ADDED.decode(ADDED.encode(text)) == text
+    with pytest.raises(ValueError, match="got id 49430"):
+        ADDED.decode([49_430])
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"<|endoftext|>": 49_407}, "got id 49407 for the added word"),
+        ({"two words": 49_408}, "got the added word 'two words', which no text has"),
+        ({"": 49_408}, "got the added word ''"),
+        ({"ﬁne": 49_408}, "got the added word 'ﬁne'"),  # its ligature is repaired in texts
+        ({"Toy": 49_408, "toy": 49_409}, "in the case of letters only"),
+        ({"toy": 49_408, "cat": 49_408}, "share an id"),
+    ],
+)
+def test_words_that_cannot_be_added_are_refused(added, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(added=added)
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [
+        ([f"<l{number}>" for number in range(65_536)], ("<l{0..65535}>",)),
+        (["<l1>", "<l0>", "<l1x>", "<l2x>"], ("<l1>", "<l0>", "<l{1..2}x>")),
+        (["sks", "a2b3", "a2b4", "l007"], ("sks", "a2b{3..4}", "l007")),
+        ([], ()),
+    ],
+)
+def test_numbered_words_are_written_as_one(words, short):
+    assert contract_words(words) == short and expand_words(short) == words
+
+
+def test_numbered_words_without_a_number_are_refused():
+    with pytest.raises(ValueError, match=r"got the words '<l\{3..2\}>', wanted the lower number first"):
+        expand_words(["<l{3..2}>"])
