@@ -14,7 +14,7 @@ from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base, saves_text_encoder, write_merged_run, write_small_files
+from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         timer = Timer()
         estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
         hooks.append(("logging", 1, estimate))
-        save = partial(write_small_files, run, config=tuning, base=base, world=world)
+        save = partial(write_additions, run, config=tuning, base=base, world=world)
         if tuning.lora_rank or tuning.text_new_tokens:
             hooks.append(("checkpoints", logging.steps_per_checkpoint, lambda state, _: save(state)))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading

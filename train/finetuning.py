@@ -6,6 +6,7 @@ frozen rest stays in the base, which config.yaml names by its path, step and SHA
 encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 """
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from train.lora_files import adapter_tensors, save_tensors
 from train.optim import NEW_TOKENS, freeze_all_but, is_selected
 from train.runs import read_run, resumed_run, run_lock, write_config
 from train.text_encoder_file import reopen_text_encoder
-from train.textual_inversion import add_new_words, write_embeddings
+from train.textual_inversion import add_new_words, parse_words, write_embeddings
 
 ADAPTER = "lora"  # the name of the adapters that learn
 ADAPTERS = "lora.safetensors"  # their file
@@ -131,9 +132,6 @@ def read_base_tensors(base: Base, name: str, network: nn.Module) -> dict[str, Te
         got = f"{file} has SHA-256 {found[:12]}..., wanted {base.sha256[:12]}..., that of the frozen weights of a run"
         raise ValueError(f"{got}: put that file back (runs trained with --save full need none)")
     own = read_run(base.run).get("fine_tuning", {})
-    if own.get("text_new_tokens"):
-        words = " ".join(own["text_new_tokens"])
-        raise ValueError(f"{base.run} has new words ({words}): train that run on by --resume, or begin with its base")
     if own.get("lora_rank") or own.get("differential"):
         layers = "adapters" if own.get("lora_rank") else "differential attention"
         remedy = "pass the run that --save merged writes" if own.get("lora_rank") else "train that run on by --resume"
@@ -161,21 +159,15 @@ def fine_tune(
     checkpoints leave out unless `save_text`. Without a base all others are in the checkpoints of the run itself, from
     which they are loaded afterwards. ValueError or FileNotFoundError: see `read_base_tensors`, and the flags.
     """
-    before, tensors = {key for key, _ in network.named_parameters()}, {}
-    if base is not None and base.needed:
-        tensors = read_base_tensors(base, name, network)
-        source = checkpoint_path(base.run, base.step) / base.file
-        loaded = {f"{name}.{key}" for key in text_keys}
-        load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source, loaded)
-    if config.text_new_tokens:
-        add_new_words(network, config.text_new_tokens)
+    before = {key for key, _ in network.named_parameters()}
+    tensors = load_base(network, config.text_new_tokens, base, name, text_keys)
     if config.differential:
         make_differential(network, config.differential, config.differential_in)
     if config.lora_rank:
         add_adapters(network, config)
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
-    words = frozenset(key for key in added if is_selected(key, [NEW_TOKENS]))
-    learned = added if config.lora_rank else words if train_only else frozenset()
+    new = frozenset(key for key in added if config.lora_rank or is_selected(key, [NEW_TOKENS]))
+    learned = new if config.lora_rank or train_only else frozenset()
     freeze_all_but(network, train_only, learned)
     parameters = network.named_parameters(remove_duplicate=False)
     frozen = {key: p.shape for key, p in parameters if not p.requires_grad and config.save != "full"}
@@ -183,6 +175,34 @@ def fine_tune(
     left_out |= set() if save_text else {key for key in frozen if key in text_keys}
     loaded, left_out = (frozenset(f"{name}.{key}" for key in keys) for keys in ({*text_keys} | left_out, left_out))
     return FineTuned(learned, loaded, left_out)
+
+
+def load_base(
+    network: nn.Module, words: Sequence[str], base: Base | None, name: str, text_keys: Collection[str]
+) -> dict[str, Tensor]:
+    """Adds new words to a network, and loads the weights of the base if they are needed, which it returns. Words that
+    the base does not have start from those that it has."""
+    if base is None or not base.needed:
+        add_new_words(network, words)
+        return {}
+    has_words = read_words(base.run, words)
+    if has_words:
+        add_new_words(network, words)
+    tensors = read_base_tensors(base, name, network)
+    source = checkpoint_path(base.run, base.step) / base.file
+    loaded = {f"{name}.{key}" for key in text_keys}
+    load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source, loaded)
+    if not has_words:
+        add_new_words(network, words)
+    return tensors
+
+
+def read_words(run: Path, words: Sequence[str]) -> bool:
+    """Returns whether a base has new words; ValueError unless they are those of --text_new_tokens."""
+    own = parse_words(read_run(run).get("fine_tuning", {}).get("text_new_tokens", ()))
+    if own and [*own] != [*parse_words(words)]:
+        raise ValueError(f"{run} has new words: pass just these, --text_new_tokens {shlex.join(own)}")
+    return bool(own)
 
 
 def add_adapters(network: nn.Module, config: FineTuningConfig) -> None:
@@ -232,11 +252,11 @@ class FineTunedRun:
     fine_tuning: FineTuningConfig
 
 
-def write_small_files(
+def write_additions(
     run: Path, state: TrainState, config: FineTuningConfig, base: Base | None, world: DistContext
 ) -> None:
-    """Writes what is new in a run, averaged if there are averages, as small files: adapters as <run>/lora.safetensors,
-    which names the weights of the base by their SHA-256, and new words. All ranks must call it."""
+    """Writes what a run adds to its base, averaged if there are averages, as small files: new words, and adapters as
+    <run>/lora.safetensors, which names the weights of the base by their SHA-256. All ranks must call it."""
     average = state.averages.get("network")
     network = average.module if average is not None else state.modules["network"]
     if config.text_new_tokens:

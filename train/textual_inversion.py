@@ -44,8 +44,10 @@ def add_new_words(network: nn.Module, words: Sequence[str]) -> None:
 
     They start from the embedding of another word, if one is given, else from a random direction, drawn from the global
     generator, with the mean norm of the embeddings that there are. ValueError for a network without a text encoder that
-    takes words, and for words that are there already.
+    takes words, and for words that are there already. Without words nothing changes.
     """
+    if not words:
+        return
     encoder = find_text_encoder(network)
     encoder.add_words({word: encoder.new_embedding(like) for word, like in parse_words(words).items()})
 

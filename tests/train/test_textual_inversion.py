@@ -124,6 +124,14 @@ def test_a_merged_run_keeps_its_words(logs, data, tmp_path):
     torch.testing.assert_close(encode(merged, "a <hat>"), encode(load(run), "a <hat>"))
 
 
+def test_a_run_with_words_may_be_a_base(logs, data, tmp_path):
+    flags = f"--load_dir {logs}/words --text_new_tokens <cat-toy> <hat> --train_only conv_out --lr 1e-9"
+    run = train(tmp_path, data, "next", f"--train_steps 1 {flags}")
+    assert weights(run, 1).keys() == {KEY, "network.conv_out.weight", "network.conv_out.bias"}
+    torch.testing.assert_close(weights(run, 1)[KEY], weights(logs / "words", 2, "ema.safetensors")[KEY])
+    torch.testing.assert_close(encode(load(run), "<hat> <cat-toy>"), encode(load(logs / "words"), "<hat> <cat-toy>"))
+
+
 REFUSED = {
     f"--conditions text {WORDS}": "without a trained text encoder: pass --load_dir RUN or --text_encoder FILE",
     "--load_dir base --text_new_tokens dog": "got the new word 'dog', which is in the vocabulary",
@@ -131,7 +139,8 @@ REFUSED = {
     "--load_dir base --text_new_tokens <a>=": "pass '<cat-toy>' or '<cat-toy>=cat'",
     "--load_dir base --text_new_tokens <a>=catdog": "tokens: wanted a word of one token",
     "--load_dir base --train_only new_tokens": "which matches no parameter",
-    f"--load_dir words {WORDS}": "has new words (<cat-toy>=dog <hat>)",
+    f"--load_dir words {LORA}": "has new words: pass just these, --text_new_tokens '<cat-toy>' '<hat>'",
+    f"--load_dir words {WORDS} <third>": "has new words: pass just these",
     f"--load_dir base --load_partial {WORDS}": "got --load_partial with --text_new_tokens",
 }
 
