@@ -14,7 +14,7 @@ from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base, write_adapters, write_merged_run
+from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -25,7 +25,7 @@ from train.samplers._condition_sources import with_condition_fields
 from train.samplers._conditions import options_of_conditions, with_declared_values
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
-from train.text_encoder_file import open_text_cache, text_provenance
+from train.text_encoder_file import open_text_cache, text_location, text_provenance
 from train.trained_sampler import TrainedSampler, class_frequencies
 from train.trainer import make_hooks, train
 
@@ -68,8 +68,9 @@ def main(config: Config) -> None:
         names = images["train"].class_names or recorded
         check_class_order(names, recorded, resumed_run(run, training.resume) or run)
         check_balance(training.balance_classes, images["train"].labels)
-        base = find_base(run, training, config.fine_tuning, logging.logs_root)
-        network = config.sampler, training, space, len(frequencies), world, config.fine_tuning, base
+        tuning = config.fine_tuning
+        base, save_text = find_base(run, training, tuning, logging.logs_root), saves_text_encoder(run, training, tuning)
+        network = config.sampler, training, space, len(frequencies), world, tuning, base, save_text
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
@@ -81,13 +82,14 @@ def main(config: Config) -> None:
         options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         provenance |= text_provenance(options) | ({"base": base.record(run, logging.logs_root)} if base else {})
+        provenance |= {} if save_text else text_location(options, run, logging.logs_root)
         open_or_resume(run, config, state, world, provenance, images["train"])
         draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images
         sources = {
             split: space.source(images[split], split, data, seed, world, adapt, balance)
             for split, (seed, balance) in draws.items()
         }
-        cache = open_text_cache(options, logging.logs_root)
+        cache = open_text_cache(options, logging.logs_root, sampler.network)
         for split, seed in (("train", training.seed), ("val", None)):
             sources[split] = with_condition_fields(sources[split], sampler.network, seed, cache)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
@@ -100,14 +102,13 @@ def main(config: Config) -> None:
         timer = Timer()
         estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
         hooks.append(("logging", 1, estimate))
-        if config.fine_tuning.lora_rank:
-            save = partial(write_adapters, run, config=config.fine_tuning, base=base, world=world)
+        save = partial(write_additions, run, config=tuning, base=base, world=world)
+        if tuning.lora_rank or tuning.text_new_tokens:
             hooks.append(("checkpoints", logging.steps_per_checkpoint, lambda state, _: save(state)))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **keywords)
-        if config.fine_tuning.lora_rank:
-            write_adapters(run, state, config.fine_tuning, base, world)
-        if world.is_main and config.fine_tuning.save == "merged":
+        save(state)
+        if world.is_main and tuning.save == "merged":
             print(f"merged: {write_merged_run(run, state)}", flush=True)
         if world.is_main:
             name = config.sampler.sampler

@@ -231,7 +231,7 @@ def groups_of(path: str, parent: nn.Module, layer: nn.Module) -> set[str]:
     return groups
 
 
-def select_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
+def select_layers(network: nn.Module, targets: Sequence[str], flag: str = "--lora_targets") -> list[str]:
     """Returns the names of the layers that targets name: groups of GROUPS, parts of the network, or patterns with *.
 
     ValueError for a target without layers.
@@ -248,7 +248,7 @@ def select_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
         ]
         if not found:
             near = did_you_mean(target, [*GROUPS, *layers])
-            raise ValueError(f"got --lora_targets {target}, which names no layer{near}: choose of {', '.join(GROUPS)}")
+            raise ValueError(f"got {flag} {target}, which names no layer{near}: choose of {', '.join(GROUPS)}")
         chosen |= set(found)
     return [name for name in layers if name in chosen]
 

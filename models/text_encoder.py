@@ -3,10 +3,12 @@
 Shapes: B batch, L tokens with start and end, D width, C chunks of a long text.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, FullAttention
@@ -99,6 +101,23 @@ class TextBlock(nn.Module):
         return x + self.feed_forward(self.norm2(x))
 
 
+class ExtendedEmbedding(nn.Embedding):
+    """An embedding with further rows, a parameter of their own: (...) ids -> (..., D).
+
+    The table of the embedding (V, D) keeps its name and may stay frozen; the new rows (N, D), `new_tokens`, have the
+    ids from V on.
+    """
+
+    def __init__(self, embedding: nn.Embedding, new_tokens: Tensor):
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, device="meta")
+        self.weight, self.new_tokens = embedding.weight, nn.Parameter(new_tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = ids - self.num_embeddings
+        known = super().forward(ids.clamp(max=self.num_embeddings - 1))
+        return torch.where((rows >= 0).unsqueeze(-1), F.embedding(rows.clamp(min=0), self.new_tokens), known)
+
+
 class TextEncoder(nn.Module):
     """Causal transformer with learned positions: ids (B, L) -> a vector for each token, and one for the text.
 
@@ -148,6 +167,39 @@ class TextEncoder(nn.Module):
                 "text into chunks with a start and an end each, and use encode_chunks"
             )
         return self.token(ids) + self.position[: ids.shape[1]]
+
+    def new_embedding(self, like: str = "") -> Tensor:
+        """Returns an embedding (D,) for a new word to start from: that of the word `like` or, without one, a random
+        direction, from the global generator, with the mean norm of the embeddings that there are.
+
+        ValueError for a word that is not a single token.
+        """
+        if like:
+            ids = self.tokenizer.encode(like)
+            if len(ids) != 1:
+                raise ValueError(f"got {like!r} to start from, which is {len(ids)} tokens: wanted a word of one token")
+            return self.token(torch.tensor(ids, device=self.position.device))[0].detach().clone()
+        table = self.token.weight.detach()
+        direction = torch.randn(table.shape[1]).to(table)
+        return direction * (table.norm(dim=1).mean() / direction.norm())
+
+    def add_words(self, words: Mapping[str, Tensor]) -> None:
+        """Adds words with these embeddings (D,) to the vocabulary; their ids follow those that there are.
+
+        The embeddings are a parameter of their own, `token.new_tokens`. Other words keep their vectors to the bit.
+        ValueError for words that are single tokens already, words that no text has, and another D.
+        """
+        known = self.token.new_tokens if isinstance(self.token, ExtendedEmbedding) else self.token.weight[:0]
+        ids = {word: self.config.vocab_size + len(known) + i for i, word in enumerate(words)}
+        tokenizer = Tokenizer(self.config.end_id, {**self.tokenizer.added, **ids})
+        if there := [word for word in words if len(self.tokenizer.ids_of(word.lower())) == 1]:
+            got = f"got the new word {there[0]!r}, which is in the vocabulary"
+            raise ValueError(f"{got}: choose another, such as <{there[0]}-1>")
+        if wrong := [word for word, row in words.items() if row.shape != known.shape[1:]]:
+            got = f"got an embedding {tuple(words[wrong[0]].shape)} of {wrong[0]}"
+            raise ValueError(f"{got}, wanted ({known.shape[1]},): it is of another text encoder")
+        rows = torch.stack([*words.values()]).to(known)
+        self.token, self.tokenizer = ExtendedEmbedding(self.token, torch.cat([known.detach(), rows])), tokenizer
 
     def pool(self, last: Tensor, ids: Tensor) -> Tensor:
         """Returns the vectors (B, D) of the first end tokens, projected if there is a projection."""

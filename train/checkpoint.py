@@ -189,16 +189,17 @@ def verify_checkpoint(path: Path) -> dict[str, dict]:
 
 
 def load_into_module(
-    module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path, left_out: Collection[str] = ()
+    module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path, loaded: Collection[str] = ()
 ) -> None:
     """Loads the tensors of module `name`, strictly; ValueError names the keys and shapes that differ.
 
-    The keys in `left_out` must not be in the file, and stay as they are (see `without_left_out`).
+    The keys in `loaded` may be missing (see `without_left_out`), and then stay as they are.
     """
-    current = without_left_out(module.state_dict(prefix=f"{name}."), left_out)
-    current = {key.removeprefix(f"{name}."): value for key, value in current.items()}
+    current = module.state_dict()
     saved = module_tensors(name, tensors, current)
-    differing = sorted(saved.keys() ^ current.keys())
+    needed = without_left_out(module.state_dict(prefix=f"{name}."), loaded)
+    needed = {key.removeprefix(f"{name}.") for key in needed}
+    differing = sorted((saved.keys() - current.keys()) | (needed - saved.keys()))
     for key in sorted(saved.keys() & current.keys()):
         if saved[key].shape != current[key].shape:
             differing.append(f"{key}: {tuple(saved[key].shape)} in the file, {tuple(current[key].shape)} here")
@@ -206,7 +207,7 @@ def load_into_module(
         raise ValueError(
             f"{source} does not fit this {name} ({len(differing)} keys differ): {'; '.join(differing[:5])}"
         )
-    kept = module.state_dict() if left_out else {}
+    kept = current if loaded else {}
     module.load_state_dict(kept | {key: shard_like(value, current[key]) for key, value in saved.items()})
 
 
@@ -292,40 +293,51 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(
-    run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool, left_out: Collection[str] = ()
+    run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool, loaded: Collection[str] = ()
 ) -> str:
-    """Loads modules from a checkpoint, EMA weights if `ema`, without the keys that it leaves out; returns the SHA-256
-    of the weights' file."""
+    """Loads modules from a checkpoint, EMA weights if `ema`; it may lack the keys in `loaded`. Returns the SHA-256 of
+    the weights' file."""
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
-    return manifest[load_file_into(modules, path / (EMA_WEIGHTS if ema else WEIGHTS), left_out)]["sha256"]
+    return manifest[load_file_into(modules, path / (EMA_WEIGHTS if ema else WEIGHTS), loaded)]["sha256"]
 
 
-def load_file_into(modules: dict[str, nn.Module], file: Path, left_out: Collection[str] = ()) -> str:
-    """Loads modules from a file of a verified checkpoint; returns the file name."""
+def load_file_into(modules: dict[str, nn.Module], file: Path, loaded: Collection[str] = ()) -> str:
+    """Loads modules from a file of a verified checkpoint, which may lack the keys in `loaded`; returns its name."""
     tensors = read_tensors(file)
     for name, module in modules.items():
-        load_into_module(module, tensors, name, file, left_out)
+        load_into_module(module, tensors, name, file, loaded)
     return file.name
 
 
 def load_checkpoint(run: Path, step: int, state: TrainState, *, optimizers: bool = True) -> str:
     """Loads weights, averages and step from a checkpoint, and with `optimizers` also all other state.
 
-    Averages start from the plain weights if the checkpoint has none. Returns the SHA-256 of the weights' file.
+    Averages start from the plain weights if the checkpoint has none. Weights that were to be left out of checkpoints,
+    but are others in this one, no longer are. Returns the SHA-256 of the weights' file.
     """
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
-    load_file_into(state.modules, path / WEIGHTS, state.left_out)
+    tensors = read_tensors(path / WEIGHTS)
+    state.left_out -= changed_keys(state.modules, tensors, state.left_out)
+    for name, module in state.modules.items():
+        load_into_module(module, tensors, name, path / WEIGHTS, state.loaded)
     if state.averages:
         averaged = {name: average.module for name, average in state.averages.items()}
-        load_file_into(averaged, path / (EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS), state.left_out)
+        load_file_into(averaged, path / (EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS), state.loaded)
     if state.posthoc_averages:
         load_posthoc_averages(path, state)
     state.step = step
     if optimizers:
         load_train_state(path, state)
     return manifest[WEIGHTS]["sha256"]
+
+
+def changed_keys(modules: dict[str, nn.Module], tensors: dict[str, Tensor], keys: Collection[str]) -> set[str]:
+    """Returns those of the `keys` whose saved tensors differ from those of the modules. All ranks must call it."""
+    current = prefixed_state_dicts(modules)
+    both = [key for key in sorted(keys) if key in tensors]
+    return {key for key in both if not torch.equal(full_tensor(current[key]).cpu().to(tensors[key]), tensors[key])}
 
 
 def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[str, PartialLoadReport]:
@@ -372,7 +384,7 @@ def load_posthoc_averages(path: Path, state: TrainState) -> None:
     tensors = read_tensors(file)
     for name, average in state.posthoc_averages.items():
         key = name if file.name == POSTHOC_WEIGHTS else name.partition("/")[2]
-        load_into_module(average.module, tensors, key, file, state.left_out)
+        load_into_module(average.module, tensors, key, file, state.loaded)
 
 
 def load_train_state(path: Path, state: TrainState) -> None:

@@ -375,6 +375,12 @@ class FineTuningConfig:
     """DoRA: adapters also learn the norm of each row of a weight."""
     lora_trigger_words: tuple[str, ...] = ()
     """Words of prompts that the adapters were trained with; noted in <log_dir>/lora.safetensors."""
+    lora_rank_of: tuple[str, ...] = ()
+    """Ranks of the adapters of parts, named as in --lora_targets, as in text=4 feed_forward=8; of a layer in several
+    parts, the last one counts."""
+    text_new_tokens: tuple[str, ...] = ()
+    """Words to add to the vocabulary of a trained text encoder, which then learn too, as in <cat-toy>, or <cat-toy>=cat
+    to start from a word that it knows; alone with --train_only new_tokens (textual inversion)."""
     differential: Literal["", "diff_v2", "diff_v1_split"] = ""
     """Replace softmax attention of the loaded network: diff_v2 begins as the same function; diff_v1_split is
     AdDiffusion's, another function from the first step on."""
@@ -382,17 +388,17 @@ class FineTuningConfig:
     """Attention that --differential replaces."""
     lr_scale: tuple[str, ...] = ()
     """Factors of the learning rate of parts of the network, named as in --train_only, as in lora=2 text=0.75: lora are
-    the adapters, text the encoder of that condition."""
+    the adapters, new_tokens the new words, text the encoder of that condition."""
     save: Literal["learned", "full", "merged"] = "learned"
-    """With --load_dir, checkpoints hold what learns, and the frozen rest stays in that run; full: they hold all;
-    merged: also write <log_dir>_merged at the end, a run with the adapters merged into the weights."""
+    """Checkpoints hold what learns; the frozen rest stays in the run of --load_dir or the file of --text_encoder. full:
+    they hold all; merged: also write <log_dir>_merged at the end, a run with the adapters merged into the weights."""
 
     EVERYDAY = ()
     RANGES = {"lora_rank": "[0, 65536]", "lora_alpha": POSITIVE, "lora_dropout": "[0, 1)"}
 
     def __post_init__(self):
         check_ranges(self)
-        own = ("dora", "lora_dropout", "lora_trigger_words")
+        own = ("dora", "lora_dropout", "lora_trigger_words", "lora_rank_of")
         given = next((name for name in own if getattr(self, name)), None)
         given = given or ("lora_alpha" if self.lora_alpha is not None else None)
         if not self.lora_rank and given is not None:
@@ -405,7 +411,7 @@ class FineTuningConfig:
     @property
     def changes_network(self) -> bool:
         """Whether the network gets other layers after the base has been loaded."""
-        return bool(self.lora_rank or self.differential)
+        return bool(self.lora_rank or self.differential or self.text_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """Fine-tuning a loaded network: its base, the layers that are added to it, what learns, and what checkpoints leave out.
 
-In this order: the network is built, the base is loaded, softmax attention becomes differential, adapters are added,
-and the rest is frozen. Checkpoints hold what learns; the frozen rest stays in the base, which config.yaml names by its
-path, step and SHA-256, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
+In this order: the network is built, the text encoder of --text_encoder and the base are loaded, new words are added,
+softmax attention becomes differential, adapters are added, and the rest is frozen. Checkpoints hold what learns; the
+frozen rest stays in the base, which config.yaml names by its path, step and SHA-256, or in the file of the text
+encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 """
 
-import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models.differential import make_differential
-from models.lora import LoRAOptions, adapt, adapters_of, merge, unmerge
+from models.lora import LoRAOptions, adapt, adapters_of, merge, select_layers, unmerge
 from train.checkpoint import (
     EMA_WEIGHTS,
     WEIGHTS,
@@ -28,18 +29,22 @@ from train.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from train.cli.files import run_folder
+from train.cli.files import recorded_path, run_folder
 from train.cli.parse import flatten_group, from_dict
+from train.cli.values import parse_int
 from train.config import FineTuningConfig, TrainingConfig
 from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
 from train.lora_files import adapter_tensors, save_tensors
-from train.optim import freeze_all_but
+from train.optim import NEW_TOKENS, freeze_all_but, is_selected
 from train.runs import read_run, resumed_run, run_lock, write_config
+from train.text_encoder_file import reopen_text_encoder
+from train.textual_inversion import add_new_words, parse_words, write_embeddings
 
 ADAPTER = "lora"  # the name of the adapters that learn
 ADAPTERS = "lora.safetensors"  # their file
+PLACES_OF_WEIGHTS = ("base", "load_weights", "text_encoder")  # in the origin of a run
 
 
 @dataclass(frozen=True)
@@ -53,18 +58,17 @@ class Base:
     needed: bool = True  # False: the run's own checkpoint, which is loaded afterwards, holds all weights
 
     def record(self, run: Path, logs_root: str) -> dict[str, Any]:
-        """Returns what the config.yaml of the fine-tuned `run` says of it. Its path is relative to the folder of `run`
-        if both are below `logs_root`, so that they may move together."""
-        root = Path(logs_root).expanduser().resolve()
-        together = self.run.is_relative_to(root) and run.is_relative_to(root)
-        path = os.path.relpath(self.run, run.parent) if together else str(self.run)
+        """Returns what the config.yaml of the fine-tuned `run` says of it."""
+        path = recorded_path(self.run, run, logs_root)
         return {"path": path, "step": self.step, "file": self.file, "sha256": self.sha256}
 
 
 class FineTuned(NamedTuple):
-    """What became of a network: its new parameters, and the keys of its state_dict that are those of the base."""
+    """What became of a network: what learns beside --train_only, and the keys of checkpoints that are loaded from
+    another run or file, those that checkpoints leave out among them."""
 
-    added: frozenset[str]
+    learned: frozenset[str]
+    loaded: frozenset[str]
     left_out: frozenset[str]
 
 
@@ -91,7 +95,8 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
         base = read_base(resumed)
         return replace(base, needed=config.save != "full") if base else None
     flag = "--lora_rank" if config.lora_rank else f"--differential {config.differential}"
-    if config.changes_network and training.load_dir is None:
+    flag = flag if config.lora_rank or config.differential else "--text_new_tokens"
+    if (config.lora_rank or config.differential) and training.load_dir is None:
         raise ValueError(f"got {flag} without trained weights: pass --load_dir RUN, or leave it out")
     if config.changes_network and (training.load_partial or training.load_optim):
         other = "load_partial" if training.load_partial else "load_optim"
@@ -107,8 +112,16 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
     return Base(source, step, file, manifest[file]["sha256"])
 
 
+def saves_text_encoder(run: Path, training: TrainingConfig, config: FineTuningConfig) -> bool:
+    """Returns whether the checkpoints of a run that is started or resumed hold a frozen text encoder too, as those of
+    earlier versions do: a resumed run stays as it was begun."""
+    resumed = resumed_run(run, training.resume)
+    return config.save == "full" if resumed is None else "text_encoder" not in read_run(resumed).get("origin", {})
+
+
 def read_base_tensors(base: Base, name: str, network: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of a base by the keys of `network`'s state_dict, completed from the base of that base.
+    """Returns the weights of a base by the keys of `network`'s state_dict, completed from the base of that base. A
+    frozen text encoder may be missing.
 
     FileNotFoundError or ValueError if it is gone, holds other weights, or has layers that are not those of a plain run.
     """
@@ -136,47 +149,100 @@ def fine_tune(
     train_only: Sequence[str],
     base: Base | None,
     name: str = "network",
+    *,
+    text_keys: Collection[str] = (),
+    save_text: bool = False,
 ) -> FineTuned:
     """Loads the base into a network that was just built, adds layers to it, and freezes what does not learn.
 
-    `name` is that of the module in checkpoints. Without a base all weights are in the checkpoints of the run itself,
-    from which they are loaded afterwards. ValueError or FileNotFoundError: see `read_base_tensors`, and the flags.
+    `name` is that of the module in checkpoints. `text_keys` are the weights that were filled from --text_encoder, which
+    checkpoints leave out unless `save_text`. Without a base all others are in the checkpoints of the run itself, from
+    which they are loaded afterwards. ValueError or FileNotFoundError: see `read_base_tensors`, and the flags.
     """
-    before, tensors = {key for key, _ in network.named_parameters()}, {}
-    if base is not None and base.needed:
-        tensors = read_base_tensors(base, name, network)
-        source = checkpoint_path(base.run, base.step) / base.file
-        load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source)
+    before = {key for key, _ in network.named_parameters()}
+    tensors = load_base(network, config.text_new_tokens, base, name, text_keys)
     if config.differential:
         make_differential(network, config.differential, config.differential_in)
     if config.lora_rank:
         add_adapters(network, config)
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
-    freeze_all_but(network, train_only, added if config.lora_rank else ())
+    new = frozenset(key for key in added if config.lora_rank or is_selected(key, [NEW_TOKENS]))
+    learned = new if config.lora_rank or train_only else frozenset()
+    freeze_all_but(network, train_only, learned)
     parameters = network.named_parameters(remove_duplicate=False)
     frozen = {key: p.shape for key, p in parameters if not p.requires_grad and config.save != "full"}
     left_out = {key for key, shape in frozen.items() if key in tensors and shape == tensors[key].shape}
-    return FineTuned(added, frozenset(f"{name}.{key}" for key in left_out))
+    left_out |= set() if save_text else {key for key in frozen if key in text_keys}
+    loaded, left_out = (frozenset(f"{name}.{key}" for key in keys) for keys in ({*text_keys} | left_out, left_out))
+    return FineTuned(learned, loaded, left_out)
+
+
+def load_base(
+    network: nn.Module, words: Sequence[str], base: Base | None, name: str, text_keys: Collection[str]
+) -> dict[str, Tensor]:
+    """Adds new words to a network, and loads the weights of the base if they are needed, which it returns. Words that
+    the base does not have start from those that it has."""
+    if base is None or not base.needed:
+        add_new_words(network, words)
+        return {}
+    has_words = read_words(base.run, words)
+    if has_words:
+        add_new_words(network, words)
+    tensors = read_base_tensors(base, name, network)
+    source = checkpoint_path(base.run, base.step) / base.file
+    loaded = {f"{name}.{key}" for key in text_keys}
+    load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source, loaded)
+    if not has_words:
+        add_new_words(network, words)
+    return tensors
+
+
+def read_words(run: Path, words: Sequence[str]) -> bool:
+    """Returns whether a base has new words; ValueError unless they are those of --text_new_tokens."""
+    own = parse_words(read_run(run).get("fine_tuning", {}).get("text_new_tokens", ()))
+    if own and [*own] != [*parse_words(words)]:
+        raise ValueError(f"{run} has new words: pass just these, --text_new_tokens {shlex.join(own)}")
+    return bool(own)
 
 
 def add_adapters(network: nn.Module, config: FineTuningConfig) -> None:
-    """Adds the adapters of --lora_rank to a network; they change nothing at first."""
-    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    options = LoRAOptions(rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout, dora=config.dora)
-    adapt(network, ADAPTER, options, config.lora_targets)
+    """Adds the adapters of --lora_rank and --lora_rank_of to a network; they change nothing at first."""
+    ranks = dict.fromkeys(select_layers(network, config.lora_targets), config.lora_rank)
+    for part, rank in parse_ranks(config.lora_rank_of).items():
+        own = [layer for layer in select_layers(network, [part], "--lora_rank_of") if layer in ranks]
+        if not own:
+            raise ValueError(f"got --lora_rank_of {part}, which has no adapters: name it in --lora_targets too")
+        ranks |= dict.fromkeys(own, rank)
+    for rank in dict.fromkeys(ranks.values()):
+        alpha = rank if config.lora_alpha is None else config.lora_alpha
+        options = LoRAOptions(rank=rank, alpha=alpha, dropout=config.lora_dropout, dora=config.dora)
+        adapt(network, ADAPTER, options, [layer for layer, own in ranks.items() if own == rank])
+
+
+def parse_ranks(words: Sequence[str]) -> dict[str, int]:
+    """Returns the ranks of --lora_rank_of by part; ValueError for other words than part=rank and for a part twice."""
+    ranks: dict[str, int] = {}
+    for word in words:
+        part, _, rank = word.rpartition("=")
+        if not part or part in ranks or not rank.isdecimal() or parse_int(rank) < 1:
+            wanted = "wanted a part of the network and a rank of at least 1, each part once"
+            raise ValueError(f"got --lora_rank_of {word}, {wanted}: pass text=4")
+        ranks[part] = parse_int(rank)
+    return ranks
 
 
 def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
-    """Gives a network the layers and the frozen weights of a fine-tuned run; returns the keys that its checkpoints
-    leave out. A network of another run is not changed."""
+    """Gives a network the layers and the frozen weights of a run; returns the keys that its checkpoints may lack."""
     content = read_run(run)
+    text_keys = reopen_text_encoder(run, content.get("origin", {}), network)
     own = {"fine_tuning": content.get("fine_tuning", {})}
     config = from_dict(FineTunedRun, own, str(run / "config.yaml")).fine_tuning
     base = read_base(run)
     if base is None and not config.changes_network:
-        return frozenset()
+        return frozenset(f"network.{key}" for key in text_keys)
     base = None if config.save == "full" else base
-    return fine_tune(network, config, content.get("training", {}).get("train_only", ()), base).left_out
+    train_only = content.get("training", {}).get("train_only", ())
+    return fine_tune(network, config, train_only, base, text_keys=text_keys).loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +252,17 @@ class FineTunedRun:
     fine_tuning: FineTuningConfig
 
 
-def write_adapters(run: Path, state: TrainState, config: FineTuningConfig, base: Base, world: DistContext) -> None:
-    """Writes the adapters of a run, averaged ones if there are averages, as <run>/lora.safetensors, which names the
-    weights of the base by their SHA-256. All ranks must call it."""
+def write_additions(
+    run: Path, state: TrainState, config: FineTuningConfig, base: Base | None, world: DistContext
+) -> None:
+    """Writes what a run adds to its base, averaged if there are averages, as small files: new words, and adapters as
+    <run>/lora.safetensors, which names the weights of the base by their SHA-256. All ranks must call it."""
     average = state.averages.get("network")
     network = average.module if average is not None else state.modules["network"]
+    if config.text_new_tokens:
+        write_embeddings(run, network, world)
+    if not config.lora_rank:
+        return
     facts = {"base": base.sha256, "trigger_words": config.lora_trigger_words, "step": state.step}
     tensors = adapter_tensors(network, ADAPTER)  # gathers sharded ones
     if world.is_main:
@@ -207,11 +279,11 @@ def write_merged_run(run: Path, state: TrainState) -> Path:
     files = {WEIGHTS: merged_tensors(state.modules)}
     if state.averages:
         files[EMA_WEIGHTS] = merged_tensors({name: average.module for name, average in state.averages.items()})
-    given = content["fine_tuning"]
-    plain = FineTuningConfig(differential=given["differential"], differential_in=given["differential_in"], save="full")
+    kept = ("differential", "differential_in", "text_new_tokens")
+    plain = FineTuningConfig(**{key: content["fine_tuning"][key] for key in kept}, save="full")
     content["fine_tuning"] = flatten_group(plain)
     content["training"] |= {"load_dir": None, "load_step": None, "train_only": []}
-    content["origin"] = {key: value for key, value in content["origin"].items() if key not in ("base", "load_weights")}
+    content["origin"] = {key: value for key, value in content["origin"].items() if key not in PLACES_OF_WEIGHTS}
     rest = {"optimizers": {}, "extras": {}, "counters": {}, "step": state.step, "bad_steps": [], "best": {}}
     with run_lock(folder):
         write_config(folder, content)

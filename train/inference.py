@@ -40,6 +40,7 @@ from train.python_values import (
 from train.registry import did_you_mean
 from train.runs import read_run
 from train.spaces import CodeSpace, LatentSpace
+from train.textual_inversion import find_text_encoder, read_embeddings
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
 
 
@@ -152,6 +153,19 @@ class SamplerRun:
             canvas["negative"] = away.draw(seed, indices.tolist())  # None without any
             images.append(self.model.draw(indices.tolist(), seed, options, batch, **canvas)["image"])
         return torch.cat(images)
+
+    def add_words(self, file: str | os.PathLike) -> list[str]:
+        """Adds the words in a file of textual inversion to the vocabulary of the text encoder, for the captions of
+        `sample`; returns them.
+
+        FileNotFoundError without the file. ValueError for a file of another kind or text encoder, for words that are
+        there already, and for a sampler without a text encoder that takes words.
+        """
+        words = read_embeddings(file)
+        encoder = find_text_encoder(self.model.sampler.network)
+        encoder.add_words(words)
+        encoder.requires_grad_(False)
+        return [*words]
 
     def _condition_source(
         self, conditions: Mapping[str, Any], n: int, options: SamplingConfig

@@ -18,6 +18,7 @@ from train.progress import print_above
 from train.registry import did_you_mean, import_callable
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # with fused optimizer kernels in torch
+NEW_TOKENS = "new_tokens"  # the part of a network that are the new words of its text encoder
 WINDOW = 1_000  # recent steps among which bad ones are counted
 
 
@@ -59,11 +60,14 @@ def make_optimizer(
 def is_selected(name: str, prefixes: Sequence[str]) -> bool:
     """Returns whether a dotted name equals or starts with one of the prefixes; True without prefixes.
 
-    A part `*` of a prefix stands for any one part of the name: "blocks.*.gated".
+    A part `*` of a prefix stands for any one part of the name: "blocks.*.gated". The prefix "new_tokens" are the new
+    words of a text encoder, wherever it is.
     """
     parts = name.split(".")
 
     def matches(prefix: list[str]) -> bool:
+        if prefix == [NEW_TOKENS]:
+            return parts[-1] == NEW_TOKENS
         first = parts[: len(prefix)]
         return len(first) == len(prefix) and all(a in ("*", b) for a, b in zip(prefix, first, strict=True))
 

@@ -265,6 +265,8 @@ def open_or_resume(
     if resumes:
         provenance = provenance | initial_weights_provenance(run, training, config.logging.logs_root)
     elif training.load_dir is not None:
+        if not training.load_partial:
+            check_text_encoder(run_folder(config.logging.logs_root, training.load_dir), provenance)
         loaded = "base" in provenance
         provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world, loaded)
     provenance = provenance | branch_provenance(run, point, training.resume)
@@ -295,6 +297,15 @@ def initial_weights_provenance(run: Path, training: TrainingConfig, logs_root: s
     source = run_folder(logs_root, training.load_dir)
     step = resolve_step(source, training.load_step, "--load_step")
     return recorded | {"load_weights": sha256(checkpoint_path(source, step) / WEIGHTS)}
+
+
+def check_text_encoder(source: Path, provenance: dict[str, Any]) -> None:
+    """Raises ValueError if the checkpoints of a run, from which training starts, lack their text encoder, and another
+    one is given now."""
+    theirs = read_provenance(source)
+    if "text_encoder" in theirs and theirs.get("text_sha256") != provenance.get("text_sha256"):
+        got = f"{source} was trained with another text encoder, {theirs['text_encoder']}"
+        raise ValueError(f"{got}: pass that as --text_encoder, or load what fits by --load_partial")
 
 
 def load_initial_weights(

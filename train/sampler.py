@@ -55,14 +55,19 @@ def build_state(
     world: DistContext,
     fine_tuning: FineTuningConfig = DEFAULT_FINE_TUNING,
     base: Base | None = None,
+    save_text: bool = True,
 ) -> tuple[LearnedSampler, TrainState]:
     """Builds the sampler of a config for a space, and the training state of its network, with the weights of `base` and
-    the layers of `fine_tuning`, if any."""
+    the layers of `fine_tuning`, if any. Checkpoints are without a frozen text encoder unless `save_text`."""
     torch.manual_seed(training.seed)
     module = load_plugin("train.samplers", config.sampler, "sampler")
     sampler = module.build(config, **space.model_args, n_classes=n_classes)
-    load_text_encoder(sampler.network, options_of_conditions(config))
-    changed = fine_tune(sampler.network, fine_tuning, training.train_only, base)
+    keys = load_text_encoder(sampler.network, options_of_conditions(config))
+    if fine_tuning.text_new_tokens and base is None and not keys:
+        got = "got --text_new_tokens without a trained text encoder"
+        raise ValueError(f"{got}: pass --load_dir RUN or --text_encoder FILE")
+    tuning = sampler.network, fine_tuning, training.train_only, base
+    changed = fine_tune(*tuning, text_keys=keys, save_text=save_text)
     state = build_train_state(
         {"network": sampler.network},
         training,
@@ -70,10 +75,11 @@ def build_state(
         primary=["network"],
         counters=["loss_by_level"],
         extras=sampler.extras,
-        learned=changed.added if fine_tuning.lora_rank else (),
+        learned=changed.learned,
         left_out=changed.left_out,
         share_frozen=base is not None,
     )
+    state.loaded = changed.loaded
     scales = parse_scales(fine_tuning.lr_scale)
     scale_learning_rates(state.optimizers["network"], state.modules["network"], scales)
     return sampler, state

@@ -6,6 +6,7 @@ files and folders of CLIP and OpenCLIP, and for MiniLM, whose weights come from 
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from models.bert import MINILM_L6, Bert, BertConfig, bert_tensors
 from models.conditioning import ConditionConfig
 from models.conditions import text
-from models.conditions.text import MINILM, CaptionEncoder, pad_id_of
+from models.conditions.text import MINILM, CaptionEncoder, find_captions
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.wordpiece import packaged_model, read_packaged
+from train.cli.files import recorded_path
 from train.converters.sd.files import PARTS, read_source
 from train.converters.sd.names import from_layout
 from train.converters.sd.text import infer_text, split_text, text_weights
 from train.converters.sd.tokenizer import read_added_words
 from train.data.text_cache import TextCache, encoder_key
+from train.distributed import full_tensor
 from train.files import atomic_write, parse_json, sha256, write_errors_as_oserror
 from vq.weights import refuse_nan
 
@@ -145,27 +148,74 @@ def read_options(path: str) -> TextEncoderConfig | BertConfig:
     return encoder
 
 
-def load_text_encoder(network: nn.Module, options: ConditionConfig) -> None:
-    """Fills the text encoder of a network with the weights of --text_encoder, if it is given."""
-    if isinstance(options, text.Config) and options.text_encoder:
-        tensors = read_text_encoder(options.text_encoder).state_dict()
-        tensors.pop("projection.weight", None)  # of the pooled vector, which conditions do not read
-        (captions,) = [each for each in network.modules() if isinstance(each, CaptionEncoder)]
-        captions.encoder.load_state_dict(tensors)
+def load_text_encoder(network: nn.Module, options: ConditionConfig) -> frozenset[str]:
+    """Fills the text encoder of a network with the weights of --text_encoder, if it is given; returns the keys of these
+    weights in the network's state_dict."""
+    if not isinstance(options, text.Config) or not options.text_encoder:
+        return frozenset()
+    return fill_text_encoder(network, options.text_encoder)
+
+
+def fill_text_encoder(network: nn.Module, path: str | Path) -> frozenset[str]:
+    """Fills the text encoder of a network with the weights of a file; returns their keys in its state_dict."""
+    tensors = read_text_encoder(path).state_dict()
+    tensors.pop("projection.weight", None)  # of the pooled vector, which conditions do not read
+    ((name, captions),) = [each for each in network.named_modules() if isinstance(each[1], CaptionEncoder)]
+    captions.encoder.load_state_dict(tensors)
+    return frozenset(f"{name}.encoder.{key}".removeprefix(".") for key in tensors)
 
 
 def text_provenance(options: ConditionConfig) -> dict[str, str]:
     """Returns what a run records of --text_encoder: the hash of its content, not its path; {} without one."""
     if not isinstance(options, text.Config) or not options.text_encoder:
         return {}
-    path = packaged_model() if options.text_encoder == MINILM else Path(options.text_encoder).expanduser()
-    return {"text_sha256": encoder_key(read_text_encoder(options.text_encoder)) if path.is_dir() else sha256(path)}
+    return {"text_sha256": content_hash(options.text_encoder)}
 
 
-def open_text_cache(options: ConditionConfig, logs_root: str) -> TextCache | None:
-    """Returns the cache of embeddings by the encoder of --text_encoder; None without one."""
+def content_hash(path: str) -> str:
+    """Returns the SHA-256 of a file of a text encoder, or of the weights in a folder."""
+    file = packaged_model() if path == MINILM else Path(path).expanduser()
+    return encoder_key(read_text_encoder(path)) if file.is_dir() else sha256(file)
+
+
+def text_location(options: ConditionConfig, run: Path, logs_root: str) -> dict[str, str]:
+    """Returns what a run records beside `text_provenance` if its checkpoints leave the frozen text encoder out: where
+    it is (see `recorded_path`)."""
+    if not isinstance(options, text.Config) or not options.text_encoder:
+        return {}
+    path = options.text_encoder
+    is_packaged = path == MINILM
+    return {"text_encoder": path if is_packaged else recorded_path(Path(path).expanduser().resolve(), run, logs_root)}
+
+
+def reopen_text_encoder(run: Path, origin: Mapping[str, Any], network: nn.Module) -> frozenset[str]:
+    """Fills the text encoder of a network from the file that the run's `origin` names, as `fill_text_encoder`; nothing
+    if the run's checkpoints hold it.
+
+    FileNotFoundError if the file is gone, ValueError if it has another content.
+    """
+    if "text_encoder" not in origin:
+        return frozenset()
+    path = str(origin["text_encoder"])
+    path = path if path == MINILM else str((run.parent / path).resolve())
+    if path != MINILM and not Path(path).exists():
+        raise FileNotFoundError(f"{path} not found, the frozen text encoder of {run}: put it back")
+    wanted = str(origin.get("text_sha256"))
+    if (found := content_hash(path)) != wanted:
+        got = f"{path} has SHA-256 {found[:12]}..., wanted {wanted[:12]}..., that of the text encoder of {run}"
+        raise ValueError(f"{got}: put that one back (runs trained with --save full need none)")
+    return fill_text_encoder(network, path)
+
+
+def open_text_cache(options: ConditionConfig, logs_root: str, network: nn.Module) -> TextCache | None:
+    """Returns the cache of embeddings by the encoder of --text_encoder; None without one, and where the encoder in the
+    network is another one: adapters or new words learn in it, or it was fine-tuned. All ranks must call it."""
     if not isinstance(options, text.Config) or not options.text_encoder:
         return None
-    encoder = read_text_encoder(options.text_encoder)
-    pad_id = pad_id_of(options.text_padding, encoder.tokenizer)
-    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text", pad_id)
+    encoder, captions = read_text_encoder(options.text_encoder), find_captions(network)
+    own, learns = captions.encoder.state_dict(), any(p.requires_grad for p in captions.encoder.parameters())
+    known = {name: value for name, value in encoder.state_dict().items() if name in own}
+    same = [torch.equal(full_tensor(own[name]).cpu(), value) for name, value in known.items()]  # gathers, so all of it
+    if learns or not all(same):
+        return None
+    return TextCache(encoder, Path(logs_root).expanduser() / ".cache" / "text", captions.pad_id)

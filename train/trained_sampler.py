@@ -358,12 +358,12 @@ def load_sampler(
         raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
     module = load_plugin("train.samplers", config.sampler.sampler, "sampler")
     sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
-    left_out = reopen_fine_tuned(run, sampler.network)
+    loaded = reopen_fine_tuned(run, sampler.network)
     if ema_length is None:
         averaged = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
-        weights = load_weights(run, step, {"network": sampler.network}, ema=averaged, left_out=left_out)
+        weights = load_weights(run, step, {"network": sampler.network}, ema=averaged, loaded=loaded)
     else:
-        weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, left_out)
+        weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, loaded)
     if lora:
         weights = merge_adapter_files(sampler.network, lora, weights)
     sampler.network.to(device).eval().requires_grad_(False)
@@ -390,10 +390,10 @@ def resolve_snapshot_step(run: Path, step: int | None) -> int | None:
 
 
 def load_posthoc_ema(
-    run: Path, step: int | None, name: str, module: nn.Module, length: float, left_out: Collection[str] = ()
+    run: Path, step: int | None, name: str, module: nn.Module, length: float, loaded: Collection[str] = ()
 ) -> str:
-    """Fills a module with its average of a relative length, except the keys in `left_out`; returns a SHA-256 that
-    identifies these weights.
+    """Fills a module with its average of a relative length; snapshots may lack the keys in `loaded`. Returns a SHA-256
+    that identifies these weights.
 
     It covers the length and the checksums of the snapshots used, not the result, whose last bits depend on the
     machine's linear algebra.
@@ -401,7 +401,7 @@ def load_posthoc_ema(
     tensors = reconstruct_ema(run, step, name, length)
     refuse_nan(tensors, snapshot_path(run, step))
     tensors = {f"{name}.{key}": value for key, value in tensors.items()}
-    load_into_module(module, tensors, name, snapshot_path(run, step), left_out)
+    load_into_module(module, tensors, name, snapshot_path(run, step), loaded)
     parts = []
     for each in [each for each in snapshot_steps(run) if each <= step]:
         with open_snapshot(run, each) as snapshot:

@@ -150,11 +150,15 @@ class CaptionEncoder(ConditionEncoder):
         self.pretrained = pretrained
         encoder.requires_grad_(not pretrained)
         self.encoder, self.token_width, self.length = encoder, encoder.config.width, encoder.config.length
-        self.tokenizer = encoder.tokenizer
         self.pad_id = pad_id_of(padding, self.tokenizer)
         self.null = nn.Parameter(torch.randn(1, 1, self.token_width)) if null == "learned" else None
         self.pools = pooled_width > 0
         self.pooling = TokenPooling(self.token_width, pooled_width) if self.pools else None
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer of the text encoder, which knows its new words."""
+        return self.encoder.tokenizer
 
     def forward(self, raw: Captions | None, x: Tensor, drop: Tensor | None = None) -> Tokens:
         null = self.null_tokens(x).expand(len(x), -1, -1)
@@ -213,6 +217,11 @@ class CaptionEncoder(ConditionEncoder):
                 chunks, places = ids.flatten(0, 1).cpu().unique(dim=0, return_inverse=True)
                 tokens = self.encoder(chunks.to(ids.device)).tokens[places.to(ids.device)]
             return tokens.view(len(ids), -1, self.token_width)
+
+
+def find_captions(network: nn.Module) -> CaptionEncoder | None:
+    """Returns the encoder of captions in a network, None without one."""
+    return next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
 
 
 def null_in_place(null: Tensor, values: Tensor, present: Tensor, drop: Tensor | None) -> Tokens:

@@ -153,3 +153,60 @@ def test_a_fresh_tensor_map_is_complete():
     weights = load_file(TEXTS / "clip.safetensors")
     ours = clip_tensors(weights, 3)
     assert sum(t.numel() for t in ours.values()) == sum(t.numel() for t in weights.values())
+
+
+@torch.no_grad()
+def test_new_words_change_no_other_text():
+    encoder, plain = tiny_clip(), tiny_clip()
+    rows = torch.arange(64.0).view(2, 32) / 10
+    encoder.add_words({"<a>": rows[0], "<b>": rows[1]})
+    assert torch.equal(encoder(CLIP_IDS).tokens, plain(CLIP_IDS).tokens)
+    ids = torch.tensor([[382, 384, 5, 385, 383]])
+    plain.token.weight[6], plain.token.weight[7] = rows
+    assert torch.equal(encoder(ids).tokens, plain(torch.tensor([[382, 6, 5, 7, 383]])).tokens)
+    assert encoder.tokenizer.encode("<a><b>") == [384, 385] == [*encoder.tokenizer.added.values()]
+    encoder.add_words({"<c>": rows[0] + 1})
+    assert encoder.tokenizer.encode("<B> <c>") == [385, 386]
+    assert torch.equal(encoder.token.new_tokens, torch.stack([*rows, rows[0] + 1]))
+    with pytest.raises(IndexError):
+        encoder(torch.tensor([[382, 387, 383]]))
+
+
+def test_only_new_words_learn_in_a_frozen_encoder():
+    encoder = tiny_clip().requires_grad_(False)
+    encoder.add_words({"<a>": torch.ones(32), "<b>": torch.ones(32)})
+    encoder(torch.tensor([[382, 5, 384, 0, 383]])).tokens.square().sum().backward()
+    grads = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+    assert grads.keys() == {"token.new_tokens"}
+    assert grads["token.new_tokens"][0].any() and not grads["token.new_tokens"][1].any()
+
+
+def test_new_words_start_at_the_mean_norm_of_the_others_or_at_a_word():
+    encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2))
+    torch.manual_seed(0)
+    drawn = [encoder.new_embedding() for _ in range(2)]
+    norm = encoder.token.weight.norm(dim=1).mean()
+    assert all(torch.allclose(each.norm(), norm) for each in drawn) and not torch.allclose(*drawn)
+    (dog,) = encoder.tokenizer.encode("dog")
+    assert torch.equal(encoder.new_embedding("Dog"), encoder.token.weight[dog])
+    with pytest.raises(ValueError, match="got 'a dog' to start from, which is 2 tokens"):
+        encoder.new_embedding("a dog")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"Dog": 8}, "got the new word 'Dog', which is in the vocabulary"),
+        ({"<old>": 8}, "got the new word '<old>', which is in the vocabulary"),
+        ({"two words": 8}, "'two words', which no text has"),
+        ({"": 8}, "'', which no text has"),
+        ({"<a>": 8, "<A>": 8}, "in the case of letters only"),
+        ({"<a>": 4}, r"got an embedding \(4,\) of <a>, wanted \(8,\): it is of another text encoder"),
+    ],
+)
+def test_other_new_words_are_refused(words, message):
+    encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2))
+    encoder.add_words({"<old>": torch.zeros(8)})
+    with pytest.raises(ValueError, match=message):
+        encoder.add_words({word: torch.zeros(width) for word, width in words.items()})
+    assert [*encoder.tokenizer.added] == ["<old>"] and len(encoder.token.new_tokens) == 1

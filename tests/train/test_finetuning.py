@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from helpers.run_asserts import assert_equal_bits, saved_state, weights
@@ -138,6 +139,16 @@ def test_adapters_are_a_small_file_that_samples_as_the_run(logs, tmp_path):
     assert len(hashes) == 3
 
 
+def test_parts_have_ranks_of_their_own(logs, tmp_path):
+    call_in(logs, tmp_path, "tuned", f"--train_steps 1 --load_dir {logs}/base {LORA} --lora_rank_of attention=3 time=1")
+    tensors = load_file(tmp_path / "tuned" / "lora.safetensors")
+    ranks = {key.removesuffix(".down"): len(value) for key, value in tensors.items() if key.endswith(".down")}
+    assert {layer: 3 if ".attention." in layer else 1 for layer in ranks} == ranks and {*ranks.values()} == {1, 3}
+    assert all(tensors[f"{layer}.alpha"] == rank for layer, rank in ranks.items())
+    assert read_facts(tmp_path / "tuned" / "lora.safetensors")["rank"] == "[1, 3]"
+    opened(tmp_path, "tuned")
+
+
 def merged_state(logs, name):
     network = opened(logs, name).sampler.network
     merge(network)
@@ -231,6 +242,10 @@ REFUSED = {
     f"--load_dir base --load_partial {LORA}": "which change a whole network",
     "--load_dir base --lora_alpha 2": "got lora_alpha without adapters",
     "--load_dir base --save merged": "without adapters",
+    "--load_dir base --lora_rank_of time=4": "got lora_rank_of without adapters",
+    f"--load_dir base {LORA} --lora_rank_of text=4": "got --lora_rank_of text, which names no layer",
+    f"--load_dir base {LORA} --lora_rank_of convolutions=4": "which has no adapters: name it in --lora_targets too",
+    f"--load_dir base {LORA} --lora_rank_of time=0": "a rank of at least 1, each part once: pass text=4",
     "--load_dir base --train_only conv_in --lr_scale conv_out=2": "in which nothing learns; what learns is in: conv_in",
     "--load_dir base --differential diff_v3": "diff_v1_split",
     "--lr_scale conv_out": "wanted a part of the network and a factor above 0",

@@ -113,6 +113,14 @@ def run_folder(logs_root: str, name: str) -> Path:
     return here if here.exists() or not below.exists() and here.is_relative_to(root.resolve()) else below
 
 
+def recorded_path(path: Path, run: Path, logs_root: str) -> str:
+    """Returns the path of a file or folder as the config.yaml of a run names it: relative to the folder of `run` if
+    both are below `logs_root`, so that they may move together."""
+    root = Path(logs_root).expanduser().resolve()
+    together = path.is_relative_to(root) and run.is_relative_to(root)
+    return os.path.relpath(path, run.parent) if together else str(path)
+
+
 def resolve_data_dir(dataset: str, data_dir: str | None) -> str | None:
     """Returns --data_dir, or else the path of the data set in datasets.yaml (relative to that file), or None."""
     if data_dir is not None:

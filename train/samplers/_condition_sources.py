@@ -12,7 +12,7 @@ from diffusion.rng import Streams, seed_of
 from models.conditioning import Conditioner
 from models.conditions.metadata import NULL, to_numbers
 from models.conditions.numbers import MISSING, RangeCheck
-from models.conditions.text import CaptionEncoder, tokenize
+from models.conditions.text import find_captions, tokenize
 from models.prompts import PromptTokenizer
 from models.regions import check_region_fields
 from train.data.loading import BatchSource
@@ -153,7 +153,7 @@ def with_condition_fields(
         source = NumberedMetadata(source, words.values, words.field_drop, seed)
     if (numbers := find_numbers(network)) is not None:
         source = CheckedNumbers(source, RangeCheck(numbers.ranges), numbers.field_drop, seed)
-    captions = next((each for each in network.modules() if isinstance(each, CaptionEncoder)), None)
+    captions = find_captions(network)
     if captions is None:
         return source
     if any(parameter.requires_grad for parameter in captions.encoder.parameters()):
