@@ -15,7 +15,7 @@ from train.data.collate import collate
 from train.data.formats.categories import Categories
 from train.data.transforms import to_item
 from train.datasets import coco, panoptic_folder, shapes
-from train.layout_files import LayoutVocabulary, vocabulary_of
+from train.layout_files import LayoutVocabulary, class_names_in, vocabulary_of
 from train.layouts import layouts_provenance, read_layouts, write_layouts
 
 BOXES, COLORS = ("boxes", "box_class"), ("boxes", "box_class", "box_color")
@@ -109,6 +109,21 @@ def test_boxes_of_exported_scenes_are_those_of_the_scenes(written, path):
         assert len(row["boxes"]) - n in ((0, 1) if "coco" in path else (0,))
         assert torch.allclose(row["boxes"][:n], boxes.float(), atol=1e-5)
         assert row["box_class"][:n].tolist() == [thing.kind for thing in things]
+
+
+@pytest.mark.parametrize("path", ["coco/annotations/instances_val2017.json", "layout_lines/layouts/val"])
+def test_names_of_classes_are_those_of_a_file(written, path):
+    """For models that read them as words."""
+    assert {*class_names_in(written / path)} <= {*scenes().region_classes} and class_names_in(written / path)
+
+
+def test_names_of_a_list_are_those_of_its_boxes(tmp_path):
+    entries = [ENTRY, {"boxes": [[0, 0, 1, 1]], "classes": ["tower"]}, {"classes": "disc"}, "no layout"]
+    assert class_names_in(save(tmp_path, entries)) == ("ring", "tower")
+    with pytest.raises(ValueError, match="layouts.json: "):
+        class_names_in(save(tmp_path, {"boxes": []}))
+    with pytest.raises(FileNotFoundError, match="none.json does not exist: pass a .json file"):
+        class_names_in(tmp_path / "none.json")
 
 
 MAPS = [
