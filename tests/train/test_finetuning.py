@@ -12,12 +12,12 @@ from torch import nn
 from helpers.run_asserts import assert_equal_bits, saved_state, weights
 from helpers.tiny_runs import DDPM, call
 from models.differential import KINDS
-from models.lora import merge
-from train.checkpoint import checkpoint_path
+from models.lora import adapters_of, merge
+from train.checkpoint import checkpoint_path, verify_checkpoint
 from train.config import FineTuningConfig, SamplerTrainingConfig
 from train.distributed import DistContext
 from train.ema import EMA
-from train.finetuning import find_base
+from train.finetuning import Base, add_adapters, find_base, read_base_tensors
 from train.inference import load
 from train.loop import TrainState
 from train.lora_files import read_facts
@@ -210,6 +210,44 @@ def test_a_merged_run_is_a_plain_one_that_computes_the_same(logs, tmp_path):
         assert any(not torch.equal(value, base[f"network.{key}"]) for key, value in merged.state_dict().items())
 
 
+def test_a_merged_run_keeps_differential_attention(logs, tmp_path):
+    flags = "--differential diff_v2 --differential_in both --save merged"
+    call_in(logs, tmp_path, "lora", f"--train_steps 2 --load_dir {logs}/base {LORA} {flags}")
+    wanted, merged = merged_state(tmp_path, "lora"), network_state(tmp_path, "lora_merged")
+    assert merged.keys() == wanted.keys() and any(key.endswith(".gate") for key in merged)
+    assert all(torch.allclose(merged[key], value, atol=1e-6) for key, value in wanted.items())
+    content = yaml.safe_load((tmp_path / "lora_merged" / "config.yaml").read_text())
+    assert "base" not in content["origin"] and content["training"]["load_dir"] is None
+
+
+def test_a_run_with_other_layers_is_no_base(logs, tmp_path):
+    call_in(logs, tmp_path, "own", f"--train_steps 1 --load_dir {logs}/base --differential diff_v2")
+    manifest = verify_checkpoint(checkpoint_path(tmp_path / "own", 1))
+    base = Base(tmp_path / "own", 1, "ema.safetensors", manifest["ema.safetensors"]["sha256"])
+    with pytest.raises(ValueError, match="is itself fine-tuned, with differential attention: train that run on"):
+        read_base_tensors(base, "network", opened(logs, "base").sampler.network)
+
+
+def test_a_base_with_full_checkpoints_needs_no_base(logs, tmp_path):
+    call_in(logs, tmp_path, "base", "--train_steps 1")
+    call_in(logs, tmp_path, "full", "--train_steps 1 --load_dir base --train_only conv_in --save full")
+    (tmp_path / "base").rename(tmp_path / "away")
+    call_in(logs, tmp_path, "next", f"--train_steps 1 --load_dir full {LORA}")
+    full, loaded = network_state(tmp_path, "full"), network_state(tmp_path, "next")
+    assert all(torch.equal(loaded[key], value) for key, value in full.items())
+
+
+def test_adapters_are_as_the_flags_say():
+    options = {"lora_rank": 3, "lora_targets": ("0",)}
+    for given, alpha in ((None, 3), (6.0, 6)):
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        config = FineTuningConfig(**options, lora_alpha=given, lora_dropout=0.25, dora=given is None)
+        add_adapters(network, config)
+        ((place, adapter),) = adapters_of(network).items()
+        assert place[:2] == ("0", "lora") and (adapter.rank, adapter.alpha, adapter.dropout) == (3, alpha, 0.25)
+        assert (adapter.magnitude is None) == (given is not None)
+
+
 def test_another_or_no_base_is_refused(logs, tmp_path, capfd):
     call_in(logs, tmp_path, "base", "--train_steps 1")
     call_in(logs, tmp_path, "lora", f"--train_steps 1 --load_dir base {LORA}")
@@ -284,6 +322,14 @@ def test_averages_share_what_is_frozen():
     torch.testing.assert_close(average.module[1].weight, before + 0.5)
     learned = sum((p**2).sum() for p in [*model[1].parameters(), *model[2].parameters()])
     torch.testing.assert_close(average.squared_norms(model)[1], learned.detach())
+
+
+def test_averages_leave_the_precision_of_what_is_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).bfloat16()
+    model[0].requires_grad_(False)
+    average = EMA(model, 0.5, share_frozen=True)
+    assert [layer.weight.dtype for layer in average.module] == [torch.bfloat16, torch.float32]
+    assert model[0].weight.dtype == model[1].weight.dtype == torch.bfloat16
 
 
 def test_parts_learn_at_their_own_rate():

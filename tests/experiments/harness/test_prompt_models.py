@@ -198,11 +198,11 @@ def test_a_pipeline_draws_items_of_its_name(pipeline_file):
 
 
 def test_an_image_of_a_pipeline_has_its_own_seed(pipeline_file):
-    size = {"height": 4, "width": 4}
-    objects = [{"prompt": "a hat", "model": "turbo", **size}, {"prompt": "a dog", "model": "turbo", "seed": 5, **size}]
-    drawn = images(pipeline_file(objects), *range(4))
-    for image, key in zip(drawn, [(3, 0), (5, 0), (3, 2), (5, 1)], strict=True):  # seed, and number of that seed
-        rng = torch.Generator().manual_seed(seed_of(key[0], "sample", key[1]))
+    own = {"model": "turbo", "height": 4, "width": 4}
+    inputs = pipeline_file([{"prompt": "a cat"}, {"prompt": "a hat", **own}, {"prompt": "a dog", "seed": 5, **own}])
+    keys = {1: (3, 1), 2: (5, 0), 4: (3, 4), 5: (5, 1)}  # seed, and number among the images of that seed
+    for image, (seed, number) in zip(images(inputs, *keys), keys.values(), strict=True):
+        rng = torch.Generator().manual_seed(seed_of(seed, "sample", number))
         wanted = torch.rand(4, 4, 3, generator=rng) / 2 + 0.09
         assert close(image, (255 * wanted).round().int().permute(2, 0, 1))
 
