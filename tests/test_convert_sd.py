@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.tiny_runs import call
-from helpers.tiny_sd import CONFIGS, write_pipeline, write_single_file
+from helpers.tiny_sd import CONFIGS, assert_same_tensors, write_pipeline, write_single_file
 from train.converters.sd.files import read_source
 
 
@@ -49,9 +49,7 @@ def test_a_converted_run_samples_from_prompts(single):
 def test_a_single_file_is_written_back_to_the_bit(single):
     output = single / "back.safetensors"
     call("convert.py", f"--to sd --load_dir sd --logs_root {single}/logs --output {output}")
-    tensors, back = load_file(single / "tiny.safetensors"), load_file(output)
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[name], value) and back[name].dtype == value.dtype for name, value in tensors.items())
+    assert_same_tensors(load_file(single / "tiny.safetensors"), load_file(output))
 
 
 def test_a_folder_is_written_back_to_the_bit(pipeline):
@@ -60,8 +58,7 @@ def test_a_folder_is_written_back_to_the_bit(pipeline):
     first, back = read_source(pipeline / "tiny"), read_source(output)
     assert back.configs == first.configs == CONFIGS
     for part, tensors in first.parts.items():
-        assert back.parts[part].keys() == tensors.keys()
-        assert all(torch.equal(back.parts[part][name], value) for name, value in tensors.items())
+        assert_same_tensors(tensors, back.parts[part])
 
 
 def test_a_converted_run_is_fine_tuned_by_lora(single):
@@ -97,7 +94,23 @@ def test_what_does_not_follow_from_a_single_file_is_asked_for(tmp_path, flags, m
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_other_layout_is_refused(single, capsys):
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, capsys):
+    """The UNet, read last, lacks a tensor; the same command then works with a good file."""
+    path, flags = tmp_path / "tiny.safetensors", "--heads 4 --prediction eps --img_size 32"
+    tensors = write_single_file(path)
+    save_file({name: value for name, value in tensors.items() if name != "model.diffusion_model.out.2.bias"}, path)
     with pytest.raises(SystemExit):
-        call("convert.py", f"--to diffusers --load_dir sd --logs_root {single}/logs --output {single}/other")
-    assert "came from the layout sd: pass --to sd" in capsys.readouterr().err
+        convert(path, tmp_path / "logs", flags)
+    assert "out.2.bias is missing" in capsys.readouterr().err
+    assert not [*(tmp_path / "logs").glob("sd*")]
+    save_file(tensors, tmp_path / "good.safetensors")
+    convert(tmp_path / "good.safetensors", tmp_path / "logs", flags)
+    assert sorted(path.name for path in (tmp_path / "logs").glob("sd*")) == ["sd", "sd_ae"]
+
+
+def test_a_run_that_is_there_stays_as_it_is(pipeline, capsys):
+    files = {path: path.read_bytes() for path in (pipeline / "logs").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        convert(pipeline / "tiny", pipeline / "logs", "--ae_load_dir sd_ae")
+    assert "logs/sd is not empty: pass another --log_dir, or delete it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (pipeline / "logs").rglob("*") if path.is_file()} == files

@@ -9,11 +9,11 @@ import torch
 import yaml
 from PIL import Image
 
-from convert import load_converted
 from diffusion.absorbing import AbsorbingDiffusion
 from helpers.tiny_runs import call
 from helpers.unleashing_layout import SIZE, build_vqgan, sampler_logits, sampler_weights, to_unleashing_weights
 from train.checkpoint import checkpoint_path
+from train.conversions._runs import load_converted
 from train.converters import unleashing
 from train.first_stage import load_vqgan_stage
 from train.spaces import CodeSpace

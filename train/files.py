@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import tempfile
 import tokenize
@@ -150,6 +151,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folders(*folders: Path, remedy: str) -> Iterator[None]:
+    """Deletes these folders again if the block raises: they hold all of what it writes, or are not there.
+
+    ValueError, which ends with `remedy`, if one of them has anything in it before.
+    """
+    for folder in folders:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: {remedy}")
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def nearest_folder(path: Path) -> Path:

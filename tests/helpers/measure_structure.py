@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDERS = ("models", "diffusion", "vq", "train", "experiments")
-PLUGINS = ("conditions", "quantizers", "datasets", "samplers", "converters", "features")  # loaded by file name
+PLUGINS = ("conditions", "quantizers", "datasets", "samplers", "conversions", "features")  # loaded by file name
 
 
 class Source(NamedTuple):

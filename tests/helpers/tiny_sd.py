@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.sd_fixtures import build_unet
+from models.control import ControlBranch, HintConfig
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.converters.sd.autoencoder import autoencoder_weights
+from train.converters.sd.control import control_weights
 from train.converters.sd.files import PARTS, write_folder
 from train.converters.sd.names import to_layout
 from train.converters.sd.text import text_weights
@@ -28,6 +30,11 @@ UNET = {
     **{"attn_block_type": "transformer", "qkv_bias": False, "transformer_eps": 1e-6, "text_width": 64},
     **{"in_channels": 4, "out_channels": 4},
 }
+HINT = HintConfig(hint_widths=(4, 6, 8, 10))
+TEXTS = {  # by version
+    1: TextEncoderConfig(width=64, layers=1, heads=1, activation="quick_gelu"),
+    2: TextEncoderConfig(width=64, layers=2, heads=1, clip_skip=2, projection=64),
+}
 CONFIGS = {
     "unet": {"_class_name": "UNet2DConditionModel", "attention_head_dim": 4, "sample_size": 4},
     "autoencoder": {"_class_name": "AutoencoderKL", "scaling_factor": 0.2},
@@ -39,39 +46,67 @@ CONFIGS = {
 }
 
 
-def tiny_parts(layout: str) -> dict[str, dict[str, Tensor]]:
+def tiny_parts(layout: str, version: int = 1) -> dict[str, dict[str, Tensor]]:
     """Returns the tensors of the three networks in float16, by their names in a layout."""
     torch.manual_seed(0)
     unet = build_unet(UNET)
     autoencoder = AutoencoderKL(AutoencoderKLConfig(channels=32, channel_mults=(1, 1, 1, 1), res_blocks=1))
-    text = TextEncoder(TextEncoderConfig(width=64, layers=1, heads=1, activation="quick_gelu"))
+    text = TextEncoder(TEXTS[version])
     networks = {"unet": unet, "autoencoder": autoencoder, "text": text}
-    for network in networks.values():
-        for parameter in network.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    tables = {"unet": unet_weights(unet, True), "autoencoder": autoencoder_weights(autoencoder)}
-    states = {part: network.state_dict() for part, network in networks.items()}
+    states = {part: vary(network).state_dict() for part, network in networks.items()}
+    tables = {"unet": unet_weights(unet, version == 1), "autoencoder": autoencoder_weights(autoencoder)}
     parts = {part: to_layout(table, states[part], layout, torch.float16) for part, table in tables.items()}
-    tensors = to_layout(text_weights(text), states["text"], "folder", torch.float16)  # CLIP's names in both
-    prefix = "transformer.text_model." if layout == "single" else "text_model."
+    own = "folder" if layout == "folder" or version == 1 else "single"
+    prefix = {("single", 1): "transformer.text_model.", ("single", 2): "model."}.get((layout, version), "text_model.")
+    tensors = to_layout(text_weights(text), states["text"], own, torch.float16)
     parts["text"] = {prefix + name: tensor for name, tensor in tensors.items()}
     if layout == "single":
-        parts["text"][f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+        parts["text"] |= {
+            **({f"{prefix}embeddings.position_ids": torch.arange(77)[None]} if version == 1 else {}),
+            **({f"{prefix}logit_scale": torch.tensor(4.5)} if version == 2 else {}),
+        }
     return parts
 
 
-def write_single_file(path: Path) -> dict[str, Tensor]:
+def vary(network: nn.Module) -> nn.Module:
+    """Adds noise to all weights of a network, zeros among them, and returns it."""
+    for parameter in network.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return network
+
+
+def tiny_control(layout: str) -> dict[str, Tensor]:
+    """Returns the tensors of a control branch in float16, by their names in a layout."""
+    torch.manual_seed(1)
+    branch = vary(ControlBranch(build_unet(UNET), HINT))
+    return to_layout(control_weights(branch, True), branch.state_dict(), layout, torch.float16)
+
+
+def write_single_file(path: Path, version: int = 1, control: bool = False) -> dict[str, Tensor]:
     """Writes the networks and a buffer of the schedule as a single file; returns its tensors."""
-    tensors = {
-        PARTS[part][0] + name: value for part, own in tiny_parts("single").items() for name, value in own.items()
-    }
+    parts = tiny_parts("single", version) | ({"control": tiny_control("single")} if control else {})
+    tensors = {PARTS[part][0] + name: value for part, own in parts.items() for name, value in own.items()}
     tensors["betas"] = torch.linspace(0, 1, 5)
     save_file(tensors, path)
     return tensors
 
 
-def write_pipeline(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Writes the networks as a folder of diffusers; returns their tensors."""
+def write_pipeline(folder: Path, **changes: dict) -> dict[str, dict[str, Tensor]]:
+    """Writes the networks as a folder of diffusers, with other configs by name; returns their tensors."""
     parts = tiny_parts("folder")
-    write_folder(folder, parts, json.loads(json.dumps(CONFIGS)))
+    write_folder(folder, parts, json.loads(json.dumps(CONFIGS | changes)))
     return parts
+
+
+def write_control_folder(folder: Path) -> dict[str, Tensor]:
+    """Writes a control branch as a folder of diffusers; returns its tensors."""
+    config = {"_class_name": "ControlNetModel", "attention_head_dim": 4, "cross_attention_dim": 64}
+    write_folder(folder, {"control": tiny_control("folder")}, {"control": config}, prefixed=False)
+    return tiny_control("folder")
+
+
+def assert_same_tensors(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Asserts that two files hold the same tensors to the bit, in the same precision."""
+    assert tensors.keys() == others.keys()
+    odd = [name for name, value in tensors.items() if not torch.equal(others[name], value)]
+    assert odd == [] and all(others[name].dtype == value.dtype for name, value in tensors.items())

@@ -73,11 +73,6 @@ OTHER_FLAGS = {  # reference flags with rules of their own
 }
 
 
-def model_kind(weights: dict[str, Tensor]) -> str:
-    """Returns the name of the sampler: this layout is only of UNets for ddpm."""
-    return "ddpm"
-
-
 def pixel_sampler_settings(weights: dict[str, Tensor], reference_flags: dict[str, Any]) -> dict[str, Any]:
     """Returns our flags, and n_classes, for these weights and their reference flags; ValueError if the two disagree.
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train.converters import FIRST_STAGE, ConvertedTensor
+from train.converters import ConvertedTensor
 from train.converters import _unleashing_sampler as samplers
 
+FIRST_STAGE = "vqgan"  # the kind of model that is no sampler
 # Tensors without a counterpart here, and why the network's outputs do not depend on them.
 OMITTED = {
     r"^perceptual\.": "weights of LPIPS, which are loaded separately",

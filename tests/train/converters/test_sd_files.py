@@ -65,7 +65,7 @@ def test_averaged_weights_are_chosen_by_flag(tmp_path, ema):
 def test_averages_of_other_weights_are_refused(tmp_path):
     tensors = single_tensors() | averages()
     del tensors["model_ema.diffusion_modelinput_blocks110weight"]
-    with pytest.raises(ValueError, match="diffusion_modelinput_blocks110weight.*pass --no_ema"):
+    with pytest.raises(ValueError, match="diffusion_modelinput_blocks110weight.*pass --no_from_averages"):
         read_source(write(tmp_path / "sd.safetensors", tensors))
 
 

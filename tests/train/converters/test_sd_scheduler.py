@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion.gaussian import GaussianDiffusion, scaled_linear
-from train.converters.sd.scheduler import prediction_hint, process_settings, sampling_settings
+from train.converters.sd.scheduler import prediction_hint, process_settings, sampling_settings, scheduler_config
 
 SD1 = {  # that of Stable Diffusion 1.5
     **{"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085},
@@ -71,6 +71,45 @@ def test_what_is_not_built_is_refused(changes, message):
 
 def test_zero_terminal_snr_is_obeyed():
     assert process_settings(SD2 | {"rescale_betas_zero_snr": True})["zero_terminal_snr"]
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+COSINE = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(SD1, SD2, SD2 | ZERO_SNR, SD1 | {"timestep_spacing": "linspace"}, COSINE),
+        *(SD1 | {"_class_name": f"{name}Scheduler"} for name in ("EulerDiscrete", "DPMSolverMultistep", "DDPM")),
+        SD1 | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+        SD2 | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+    ],
+    ids=lambda config: "-".join(str(config.get(key)) for key in ("_class_name", "timestep_spacing")),
+)
+def test_a_config_made_of_flags_says_the_same(config):
+    process, sampling = process_settings(config), sampling_settings(config)
+    flags = {"last_state": "clean", "first_beta": None, "last_beta": None}  # which not all of them have
+    made = scheduler_config(flags | process, flags | sampling)
+    assert made["_class_name"] == config["_class_name"]
+    assert process_settings(made) == process and sampling_settings(made) == sampling
+
+
+def test_a_config_made_of_flags_has_the_keys_of_its_scheduler():
+    diffusers = pytest.importorskip("diffusers")
+    for name in ("DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "DDPM"):
+        config = SD1 | {"_class_name": f"{name}Scheduler"}
+        flags = {"last_state": "clean"} | process_settings(config) | sampling_settings(config)
+        made = scheduler_config(flags, flags)
+        scheduler = getattr(diffusers, made.pop("_class_name")).from_config(made)
+        assert made.keys() <= scheduler.config.keys()
+        assert {key: scheduler.config[key] for key in made} == made
+
+
+def test_processes_that_no_scheduler_has_are_refused():
+    flags = process_settings(SD1) | sampling_settings(SD1)
+    with pytest.raises(ValueError, match="got the process flow with schedule scaled_linear, wanted gaussian"):
+        scheduler_config(flags | {"process": "flow"}, flags)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

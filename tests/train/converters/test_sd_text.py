@@ -11,8 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from models.text_encoder import CLIP_L, OPENCLIP_H, TextEncoder, TextEncoderConfig
+from models.tokenizer import Tokenizer
 from train.converters.sd.names import from_layout, to_layout
-from train.converters.sd.text import infer_text, split_text, text_weights
+from train.converters.sd.text import (
+    infer_text,
+    name_as_in_file,
+    split_text,
+    text_weights,
+    tokenizer_config,
+    tokenizer_texts,
+    with_last_layer,
+)
 
 FIXTURES = Path(os.environ.get("TEXT_FIXTURES", ""))
 HAS_FIXTURES = pytest.mark.skipif(
@@ -82,6 +91,79 @@ def test_names_without_prefix_are_read():
     bare = {key.removeprefix("text_model."): value for key, value in tensors.items()}
     first, second = split_text(tensors), split_text(bare)
     assert first.weights.keys() == second.weights.keys() and (first.prefix, second.prefix) == ("text_model.", "")
+
+
+def clip_names(prefix):
+    """Returns tensors of CLIP's names, of which the projection has no prefix."""
+    names = ("embeddings.token_embedding.weight", "embeddings.position_ids", "final_layer_norm.bias")
+    named = {f"{prefix}{name}": torch.full((2, 64), float(i)) for i, name in enumerate(names)}
+    return named | {"text_projection.weight": torch.ones(64, 64), "logit_scale": torch.ones(())}
+
+
+def test_names_with_and_without_prefix_are_written_back():
+    tensors = clip_names("text_model.")
+    text = split_text(tensors)
+    assert text.bare == ("text_projection.weight",) and text.prefix == "text_model."
+    assert sorted(text.rest) == ["logit_scale", "text_model.embeddings.position_ids"]
+    back = name_as_in_file(text.weights, text.prefix, text.bare) | text.rest
+    assert back.keys() == tensors.keys() and all(back[name] is value for name, value in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("final_layer_norm.bias", "final_layer_norm.bias and text_model.final_layer_norm.bias: take one"),
+        (
+            "transformer.text_model.final_layer_norm.weight",
+            "names of two kinds, text_model. and transformer.text_model.",
+        ),
+    ],
+)
+def test_names_that_could_be_of_two_encoders_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        split_text(clip_names("text_model.") | {name: torch.ones(64)})
+
+
+def test_the_config_of_both_encoders_of_clip_is_read():
+    """As in the files of OpenAI's CLIP, which repeat the settings of all models."""
+    text = split_text(clip_names("text_model."))
+    nested = {"hidden_act": "gelu", "num_attention_heads": 2, "do_sample": False, "id2label": {"0": "LABEL_0"}}
+    config = {"model_type": "clip", "logit_scale_init_value": 2.6, "vision_config": {}, "text_config": nested}
+    settings = infer_text(text, config)
+    assert (settings["activation"], settings["heads"]) == ("gelu", 2)
+    assert infer_text(text, config | {"text_config_dict": {"num_attention_heads": 4}})["heads"] == 4
+    with pytest.raises(ValueError, match="is_decoder True, wanted False"):
+        infer_text(text, config | {"text_config": nested | {"is_decoder": True}})
+    with pytest.raises(ValueError, match="unknown setting rope_theta"):
+        infer_text(text, config | {"text_config": nested | {"rope_theta": 1}})
+
+
+@torch.no_grad()
+def test_a_last_layer_of_zeros_changes_no_token():
+    torch.manual_seed(0)
+    options = {"width": 64, "heads": 1, "vocab_size": 100, "end_id": 99}
+    encoder = TextEncoder(TextEncoderConfig(**options, layers=2)).eval()
+    tensors = with_last_layer(to_layout(text_weights(encoder), encoder.state_dict(), "single"), "", 2)
+    longer = TextEncoder(TextEncoderConfig(**options, layers=3, clip_skip=2)).eval()
+    shapes = {name: value.shape for name, value in longer.state_dict().items()}
+    longer.load_state_dict(from_layout(text_weights(longer), tensors, "single", shapes))
+    ids = torch.tensor([[98, 3, 4, 99]])
+    assert torch.equal(longer(ids).tokens, encoder(ids).tokens)
+    longer.config = TextEncoderConfig(**options, layers=3)
+    assert torch.equal(longer(ids).tokens, encoder(ids).tokens)  # of the last layer
+
+
+def test_the_files_of_the_tokenizer_are_those_of_clip(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for name, content in tokenizer_texts().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(tokenizer_config("!")))
+    public, texts = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"), ["Two dogs' tails, 42.", ""]
+    for text in texts:
+        ids = public(text, padding="max_length").input_ids
+        own = Tokenizer().encode(text)
+        assert ids == [49406, *own, 49407, *[0] * (75 - len(own))]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 `TAEF2` names a folder with taef2_encoder.pth and taef2_decoder.pth; `PHOTOGRAPHS` one with .jpg files at any depth.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from train.converters.sd.autoencoder import tiny_weights
 from train.converters.sd.names import to_layout
-from train.converters.sd.tiny import load_tiny, read_tiny
+from train.converters.sd.tiny import is_tiny, load_tiny, read_tiny
 from train.data.transforms import to_float
 from vq.tiles import decode_latents_tiled, encode_latents_tiled, tile_difference
 from vq.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
@@ -59,6 +60,41 @@ def test_one_file_has_both_sides(network, layout, tmp_path):
     save_file(tensors, tmp_path / "tiny.safetensors")
     assert ("encoder.layers.0.weight" in tensors) == (layout == "folder")
     assert_same(network, load_tiny(tmp_path / "tiny.safetensors"))
+
+
+TINY_CONFIG = {  # as that of TAESD in a folder of diffusers
+    **{"_class_name": "AutoencoderTiny", "act_fn": "relu", "latent_channels": 5, "latent_magnitude": 3},
+    **{"num_encoder_blocks": [1, 3, 3, 3], "num_decoder_blocks": [3, 3, 3, 1], "upsampling_scaling_factor": 2},
+    **{"encoder_block_out_channels": [8, 8, 8, 8], "scaling_factor": 1.0, "latent_shift": 0.5},
+}
+
+
+def write_folder(folder, network, **changes):
+    folder.mkdir()
+    tensors = to_layout(tiny_weights(network), network.state_dict(), "folder")
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | changes))
+    return folder
+
+
+def test_a_folder_of_diffusers_is_read_with_its_config(network, tmp_path):
+    folder = write_folder(tmp_path / "tiny", network)
+    assert is_tiny(folder) and not is_tiny(tmp_path)
+    assert_same(network, load_tiny(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("act_fn", "gelu", "tiny autoencoder with act_fn 'gelu', wanted 'relu'"),
+        ("num_encoder_blocks", [1, 1, 1, 1], r"num_encoder_blocks \[1, 1, 1, 1\], wanted \[1, 3, 3, 3\]"),
+        ("scaling_factor", 0.5, "scaling_factor 0.5, wanted 1.0"),
+        ("new_setting", 1, "tiny autoencoder with an unknown setting new_setting"),
+    ],
+)
+def test_settings_that_are_not_built_are_refused(network, key, value, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_tiny(write_folder(tmp_path / "tiny", network, **{key: value}))
 
 
 def test_a_missing_side_is_named(network, tmp_path):

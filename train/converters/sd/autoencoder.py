@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from models.blocks import Downsample, ResBlock
 from train.converters.sd.names import Layout, Weight, layer
+from train.converters.sd.unet import check_config
 from vq.autoencoder_kl import AutoencoderKL, KLDecoder, KLEncoder
 from vq.tiny_autoencoder import TinyAutoencoder
 
+SD_SCALE = 0.18215  # scaling_factor of Stable Diffusion 1 and 2
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention in folders
 BUILT = {  # keys of config.json whose values are built here, and which ones
     "act_fn": ("silu",),
@@ -27,6 +29,20 @@ OBEYED = {  # keys that are read, follow from the weights, or do not change what
     *("_class_name", "_diffusers_version", "_name_or_path", "block_out_channels", "down_block_types"),
     *("up_block_types", "in_channels", "out_channels", "latent_channels", "layers_per_block", "sample_size"),
     *("scaling_factor", "shift_factor", "force_upcast", "use_quant_conv", "use_post_quant_conv"),
+}
+TINY_BUILT = {
+    "act_fn": ("relu",),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+    "num_encoder_blocks": ([1, 3, 3, 3],),
+    "num_decoder_blocks": ([3, 3, 3, 1],),
+    "scaling_factor": (1.0,),  # that of latents is measured here
+    "shift_factor": (0.0,),
+}
+TINY_OBEYED = {
+    *("_class_name", "_diffusers_version", "_name_or_path", "in_channels", "out_channels", "latent_channels"),
+    *("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels", "force_upcast"),
+    *("latent_magnitude", "latent_shift"),  # of latents shown as images
 }
 
 
@@ -93,11 +109,7 @@ def infer_autoencoder(
 
     A single file does not say how latents are scaled: as in Stable Diffusion 1 and 2. ValueError for other networks.
     """
-    for key, value in (config or {}).items():
-        if key in BUILT and value not in BUILT[key]:
-            raise ValueError(f"got an autoencoder with {key} {value!r}, wanted {BUILT[key][0]!r}: there is none here")
-        if key not in BUILT and key not in OBEYED:
-            raise ValueError(f"got an autoencoder with an unknown setting {key} ({value!r}): take it out of its JSON")
+    check_config(config or {}, "KL autoencoder", BUILT, OBEYED)
     pattern = {
         "single": r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight",
         "folder": r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight",
@@ -116,8 +128,21 @@ def infer_autoencoder(
         "res_blocks": 1 + max(int(match[2]) for match in matches.values()),
         "latent_channels": tensors["encoder.conv_out.weight"].shape[0] // 2,
         "quant_conv": "quant_conv.weight" in tensors,
-        "scaling_factor": config.get("scaling_factor") or 0.18215,
+        "scaling_factor": config.get("scaling_factor") or SD_SCALE,
         "shift_factor": config.get("shift_factor") or 0.0,
+    }
+
+
+def autoencoder_config(network: AutoencoderKL) -> dict[str, Any]:
+    """Returns the config.json of an autoencoder in a folder; the inverse of `infer_autoencoder`."""
+    config, levels = network.config, len(network.config.widths)
+    return {
+        **{"_class_name": "AutoencoderKL", "block_out_channels": config.widths, "layers_per_block": config.res_blocks},
+        **{"in_channels": config.in_channels, "out_channels": config.in_channels},
+        **{"latent_channels": config.latent_channels, "scaling_factor": config.scaling_factor},
+        **({"shift_factor": config.shift_factor} if config.shift_factor else {}),
+        **{"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels},
+        **{"use_quant_conv": config.quant_conv, "use_post_quant_conv": config.quant_conv},
     }
 
 
@@ -131,8 +156,14 @@ def tiny_weights(network: TinyAutoencoder) -> list[Weight]:
     return weights
 
 
-def infer_tiny(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
-    """Returns the settings of a `TinyAutoencoderConfig` from the shapes of its tensors."""
+def infer_tiny(
+    tensors: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the settings of a `TinyAutoencoderConfig` from the shapes of its tensors.
+
+    ValueError for other networks, and for settings in the `config` of a folder that are not built here.
+    """
+    check_config(config or {}, "tiny autoencoder", TINY_BUILT, TINY_OBEYED)
     prefix = "encoder" if layout == "single" else "encoder.layers"
     first, last = (tensors.get(f"{prefix}.{index}.weight") for index in (0, 14))
     if first is None or last is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.control import ControlBranch
 from train.converters.sd.names import Layout, Weight, layer
-from train.converters.sd.unet import BUILT, FROM_SHAPES, check_config, encoder_weights, infer_encoder
+from train.converters.sd.unet import BUILT, FROM_SHAPES, check_config, encoder_config, encoder_weights, infer_encoder
 
 OWN_BUILT = {  # keys of config.json that a UNet has not, and the values that are built here
     "controlnet_conditioning_channel_order": ("rgb",),
@@ -48,3 +48,10 @@ def infer_control(
     widths = (tensors[f"{first}.weight"].shape[0], *(conv.shape[0] for conv in convs))
     hint = {"hint_channels": tensors[f"{first}.weight"].shape[1], "hint_widths": widths}
     return infer_encoder(tensors, layout, config) | hint | {"hint_factor": 2 ** (len(widths) - 1)}
+
+
+def control_config(branch: ControlBranch, conv_projections: bool) -> dict[str, Any]:
+    """Returns the config.json of a control branch in a folder."""
+    hint = branch.hint_config
+    own = {"conditioning_channels": hint.hint_channels, "conditioning_embedding_out_channels": list(hint.hint_widths)}
+    return {"_class_name": "ControlNetModel"} | encoder_config(branch, conv_projections) | own

@@ -1,33 +1,63 @@
-"""Runs that came from Stable Diffusion, written back as a single file or as a folder of diffusers."""
+"""Runs that came from Stable Diffusion, written as a single file or as a folder of diffusers.
+
+In the layout that a run came from, files are the same to the bit unless it was trained. In the other one, names of
+tensors and configs are made from our networks and settings; a folder keeps what only a single file has in a file beside
+its networks, so that a single file made of it is the first one again.
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from models.lora import AdaptedLayer, merge, remove_adapters
 from models.ranges import NOT_NEGATIVE, check_ranges
 from models.text_encoder import TextEncoder
-from models.unet import UNet
 from train.cli.files import run_folder
 from train.config import LoggingConfig
-from train.converters.sd.autoencoder import autoencoder_weights
-from train.converters.sd.files import Source, read_json, write_folder, write_single
+from train.control_file import CONTROL_FILE, read_control, read_control_header
+from train.converters.sd.autoencoder import SD_SCALE, autoencoder_config, autoencoder_weights
+from train.converters.sd.control import control_config, control_weights
+from train.converters.sd.files import (
+    TEXT,
+    SingleFileRest,
+    Source,
+    dtype_name,
+    read_json,
+    write_folder,
+    write_safetensors,
+    write_single,
+)
 from train.converters.sd.metadata import warn_of_nulls
-from train.converters.sd.names import to_layout
-from train.converters.sd.text import split_text, text_weights
-from train.converters.sd.unet import unet_weights
-from train.files import atomic_write, write_text
+from train.converters.sd.names import Layout, Weight, to_layout
+from train.converters.sd.scheduler import scheduler_config
+from train.converters.sd.text import (
+    CLIP_FOLDER,
+    END,
+    name_as_in_file,
+    single_naming,
+    split_text,
+    text_config,
+    text_weights,
+    tokenizer_config,
+    tokenizer_texts,
+    unread_weights,
+    with_last_layer,
+)
+from train.converters.sd.unet import unet_config, unet_weights
+from train.files import write_text
 from train.finetuning import read_base
-from train.trained_sampler import load_trained_sampler
+from train.runs import read_run
+from train.trained_sampler import TrainedSampler, load_trained_sampler
 from vq.autoencoder_kl import AutoencoderKL
 
-FOLDER, REST, FACTS = "source", "rest.safetensors", "facts.json"
+FOLDER, OTHERS, FACTS = "source", "rest.safetensors", "facts.json"
+OF_SINGLE = "single/"  # of names in OTHERS: see `SingleFileRest`
 NAMES = {"sd": "single", "diffusers": "folder"}  # layouts by --to
 
 
@@ -36,9 +66,9 @@ class ExportOptions:
     """Export."""
 
     to: Literal["sd", "diffusers"] = "sd"
-    """sd: a single .safetensors file; diffusers: a folder. The run must come from the same layout."""
+    """sd: a single .safetensors file; diffusers: a folder, with its configs and tokenizer."""
     load_dir: str | None = None
-    """Run of convert.py, or one that was fine-tuned from it."""
+    """Run of convert.py, or one that was fine-tuned from it, or the folder of a control branch."""
     load_step: int | None = None
     """Step of the run; the newest by default."""
     output: str | None = None
@@ -55,33 +85,48 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a run that came from Stable Diffusion back, with the weights that it has now."""
+    """Write a run that came from Stable Diffusion as files of it, with the weights that it has now."""
 
     EXAMPLES = ("python convert.py --to sd --load_dir sd15 --output sd15_tuned.safetensors",)
 
     export: ExportOptions
 
 
-def file_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the precision of the weights of a file, such as float16; ValueError if there are several."""
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(dtypes) != 1:
-        raise ValueError(f"got weights of {', '.join(sorted(dtypes))} in one network, wanted one precision")
-    return dtypes.pop()
+@dataclass
+class Files:
+    """What is written: networks, by name in PARTS, and what is beside them in each layout."""
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a folder
+    texts: dict[str, str] = field(default_factory=dict)  # of a folder, by path
+    rest: dict[str, Tensor] = field(default_factory=dict)  # of a single file
+    single_file: SingleFileRest | None = None  # of a folder
+    prefixed: bool = True  # see `Source`
+
+    def write(self, path: Path, layout: Layout) -> None:
+        """Writes a file or an empty folder."""
+        if layout == "single":
+            write_single(path, self.parts, self.rest, self.prefixed)
+        else:
+            write_folder(path, self.parts, self.configs, self.prefixed, self.texts, self.single_file)
 
 
 def keep_source(run: Path, source: Source, conv_projections: bool) -> None:
     """Writes what is needed to write a run back to its folder: facts, configs, and tensors that are no weights."""
     folder, rest = run / FOLDER, dict(source.rest)
     facts: dict[str, Any] = {"layout": source.layout, "conv_projections": conv_projections, "configs": source.configs}
-    facts["dtypes"] = {part: file_dtype(tensors) for part, tensors in source.parts.items()}
+    facts["dtypes"] = {part: dtype_name(tensors) for part, tensors in source.parts.items()}
     if "text" in source.parts:
         text = split_text(source.parts["text"])
-        facts["text"] = {"layout": text.layout, "prefix": text.prefix}
-        rest |= {f"text/{name}": tensor for name, tensor in text.rest.items()}
+        facts["text"] = text.naming
+        projection = {name: text.weights[name] for name in text.weights if name.startswith("text_projection")}
+        kept = text.rest | name_as_in_file(projection, text.prefix, text.bare)  # which conditions do not read
+        rest |= {TEXT + name: tensor for name, tensor in kept.items()}
+    if source.single_file is not None:
+        facts["single_file"] = source.single_file.text
+        rest |= {OF_SINGLE + name: tensor for name, tensor in source.single_file.tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / REST) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, temporary)
+    write_safetensors(folder / OTHERS, rest)
     write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
@@ -100,66 +145,158 @@ def read_facts(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = run / FOLDER
     if not (folder / FACTS).is_file():
         raise ValueError(f"{run} did not come from Stable Diffusion: pass the run of convert.py, or one that it began")
-    return read_json(folder / FACTS), load_file(folder / REST)
+    return read_json(folder / FACTS), load_file(folder / OTHERS)
+
+
+def starting_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
-def write_back(
-    source_run: Path,
-    to: str,
-    output: Path,
-    unet: UNet,
-    autoencoder: AutoencoderKL | None,
-    text: TextEncoder | None,
-) -> None:
-    """Writes networks in the layout that their run came from, in its precision, to a file or an empty folder.
+def files_of_run(model: TrainedSampler, source_run: Path, layout: Layout) -> Files:
+    """Returns the files of a sampler with what `keep_source` wrote of its source; adapters are merged.
 
-    ValueError for the other layout, whose settings the run does not know.
+    ValueError for networks that Stable Diffusion does not have.
     """
-    facts, rest = read_facts(source_run)
-    layout = NAMES[to]
-    if facts["layout"] != layout:
-        own = next(name for name, each in NAMES.items() if each == facts["layout"])
-        raise ValueError(f"{source_run} came from the layout {own}: pass --to {own}")
-    if any(isinstance(module, AdaptedLayer) for module in unet.modules()):
-        merge(unet)
-        remove_adapters(unet)
-    warn_of_nulls(unet)
-    parts = {
-        "unet": to_layout(
-            unet_weights(unet, facts["conv_projections"]), unet.state_dict(), layout, dtype(facts, "unet")
-        )
-    }
-    if autoencoder is not None:
-        table = autoencoder_weights(autoencoder)
-        parts["autoencoder"] = to_layout(table, autoencoder.state_dict(), layout, dtype(facts, "autoencoder"))
-    if text is not None:
-        own = facts["text"]
-        tensors = to_layout(text_weights(text), text.state_dict(), own["layout"], dtype(facts, "text"))
-        tensors = {own["prefix"] + name: tensor for name, tensor in tensors.items()}
-        kept = {name.removeprefix("text/"): tensor for name, tensor in rest.items() if name.startswith("text/")}
-        parts["text"] = tensors | kept
-    if layout == "single":
-        others = {name: tensor for name, tensor in rest.items() if not name.startswith("text/")}
-        write_single(output, parts, others)
+    (facts, kept), network, stage = read_facts(source_run), model.sampler.network, model.space.first_stage
+    if any(isinstance(module, AdaptedLayer) for module in network.modules()):
+        merge(network)
+        remove_adapters(network)
+    warn_of_nulls(network)
+    table = unet_weights(network, facts["conv_projections"])
+    tables: dict[str, tuple[nn.Module, list[Weight]]] = {"unet": (network, table)}
+    if "autoencoder" in facts["dtypes"] and stage is not None:
+        if not isinstance(stage.network, AutoencoderKL):
+            got = f"got a {type(stage.network).__name__} as the autoencoder of {model.run}"
+            raise ValueError(f"{got}, which Stable Diffusion does not have: pass a run with an AutoencoderKL")
+        tables["autoencoder"] = (stage.network, autoencoder_weights(stage.network))
+    files = Files()
+    for part, (module, table) in tables.items():
+        files.parts[part] = to_layout(table, module.state_dict(), layout, dtype_of(facts, part))
+    text = network.encoders["text"].encoder if "text" in network.encoders else None
+    if layout == facts["layout"]:
+        files.configs = facts["configs"]
+        files.texts = tokenizer_texts() if "tokenizer" in facts["configs"] else {}
+        files.rest = {name: value for name, value in kept.items() if not name.startswith((TEXT, OF_SINGLE))}
+        if "single_file" in facts:
+            files.single_file = SingleFileRest(facts["single_file"], starting_with(OF_SINGLE, kept))
+        if text is not None:
+            add_text(files, text, facts["text"], dtype_of(facts, "text"), starting_with(TEXT, kept))
+    elif layout == "single":
+        to_single(files, model, text, facts, starting_with(OF_SINGLE, kept))
     else:
-        write_folder(output, parts, facts["configs"])
+        to_folder(files, model, text, facts, kept)
+    return files
 
 
-def dtype(facts: Mapping[str, Any], part: str) -> torch.dtype:
+def dtype_of(facts: Mapping[str, Any], part: str) -> torch.dtype:
     """Returns the precision of a network in the source."""
     return getattr(torch, facts["dtypes"][part])
 
 
+def add_text(
+    files: Files, text: TextEncoder, naming: Mapping[str, Any], dtype: torch.dtype, rest: Mapping[str, Tensor]
+) -> None:
+    """Adds a text encoder by the names of a file (see `TextTensors.naming`), and the `rest` of the file's tensors."""
+    tensors = to_layout(text_weights(text), text.state_dict(), naming["layout"], dtype)
+    files.parts["text"] = name_as_in_file(tensors, naming["prefix"], naming.get("bare", ())) | dict(rest)
+
+
+def to_single(
+    files: Files,
+    model: TrainedSampler,
+    text: TextEncoder | None,
+    facts: Mapping[str, Any],
+    rest: Mapping[str, Tensor],
+) -> None:
+    """Adds to the networks of a folder's run what a single file has beside; `rest` is what the folder had of one."""
+    stage = model.space.first_stage
+    if "autoencoder" in files.parts and (stage.latent_scale, stage.latent_shift) != (SD_SCALE, 0.0):
+        got = f"got an autoencoder with scaling_factor {stage.latent_scale} and shift_factor {stage.latent_shift}"
+        raise ValueError(f"{got}; a single file means {SD_SCALE} and 0.0: pass --to diffusers")
+    files.rest = {name: value for name, value in rest.items() if not name.startswith(TEXT)}
+    if text is None:
+        return
+    dtype = dtype_of(facts, "text")
+    if "single_file" in facts:
+        add_text(files, text, facts["single_file"], dtype, starting_with(TEXT, rest))
+        return
+    naming = single_naming(text)
+    add_text(files, text, naming, dtype, {})
+    if naming["layout"] == "single":
+        files.parts["text"] = with_last_layer(files.parts["text"], naming["prefix"], text.config.layers)
+
+
+def to_folder(
+    files: Files,
+    model: TrainedSampler,
+    text: TextEncoder | None,
+    facts: Mapping[str, Any],
+    rest: Mapping[str, Tensor],
+) -> None:
+    """Adds to the networks of a single file's run what a folder has beside; `rest` is what the file had beside them."""
+    config, network, stage = model.sampler.config, model.sampler.network, model.space.first_stage
+    size = model.data.img_size // model.space.factor
+    files.configs = {
+        "unet": unet_config(network, facts["conv_projections"], size),
+        "scheduler": scheduler_config(asdict(config), read_run(model.run)["sampling"]),
+    }
+    if "autoencoder" in files.parts:
+        files.configs["autoencoder"] = autoencoder_config(stage.network)
+    if text is not None:
+        table, dtype, state = text_weights(text), dtype_of(facts, "text"), text.state_dict()
+        unread = unread_weights(text, table)
+        read = [weight for weight in table if weight not in unread]
+        files.parts["text"] = name_as_in_file(to_layout(read, state, "folder", dtype), CLIP_FOLDER)
+        files.configs["text"] = text_config(text)
+        files.configs["tokenizer"] = tokenizer_config("!" if config.condition_options.text_padding == "zero" else END)
+        files.texts = tokenizer_texts()
+        own = to_layout(unread, state, facts["text"]["layout"], dtype)
+        own = name_as_in_file(own, facts["text"]["prefix"], facts["text"].get("bare", ()))
+        rest = {**rest, **{TEXT + name: value for name, value in own.items()}}
+    files.configs["pipeline"] = pipeline_config(files.configs)
+    files.single_file = SingleFileRest(facts.get("text", {}), dict(rest))
+
+
+def pipeline_config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the model_index.json of a folder with these configs."""
+    channels = configs["unet"]["in_channels"]
+    names = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
+    text = "text" in configs
+    return {
+        "_class_name": names.get(channels, "StableDiffusionPipeline"),
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"] if "autoencoder" in configs else [None, None],
+        "text_encoder": ["transformers", "CLIPTextModel"] if text else [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"] if text else [None, None],
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        **{"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False},
+    }
+
+
+def add_control(files: Files, path: Path, layout: Layout) -> None:
+    """Adds the control branch of a file of `save_control`."""
+    (_, origin), branch = read_control_header(path), read_control(path)
+    table = control_weights(branch, origin.conv_projections)
+    files.parts["control"] = to_layout(table, branch.state_dict(), layout, getattr(torch, origin.dtype))
+    files.configs["control"] = origin.config or control_config(branch, origin.conv_projections)
+    files.prefixed = origin.prefixed or len(files.parts) > 1
+
+
 def export_run(config: ExportConfig) -> None:
-    """Writes a run back in the layout it came from."""
+    """Writes a run, and the control branch in its folder, as files of Stable Diffusion."""
     options = config.export
     if options.load_dir is None or options.output is None:
         raise ValueError("got no run or no output: pass --load_dir RUN --output PATH")
-    run, device = run_folder(options.logs_root, options.load_dir), torch.device("cpu")
-    model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=(options.logs_root,))
-    network = model.sampler.network
-    text = network.encoders["text"].encoder if "text" in network.encoders else None
-    autoencoder = None if model.space.first_stage is None else model.space.first_stage.network
-    write_back(find_source_run(run) or run, options.to, Path(options.output), network, autoencoder, text)
+    run, layout, files = run_folder(options.logs_root, options.load_dir), NAMES[options.to], Files()
+    control = run / CONTROL_FILE
+    if (run / "config.yaml").is_file() or not control.is_file():
+        device, roots = torch.device("cpu"), (options.logs_root,)
+        model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=roots)
+        source_run = find_source_run(run) or run
+        files, control = files_of_run(model, source_run, layout), source_run / CONTROL_FILE
+    if control.is_file():
+        add_control(files, control, layout)
+    files.write(Path(options.output), layout)
     print(options.output, flush=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train.files import atomic_write, parse_json, write_errors_as_oserror, write_text
+from train.files import atomic_write, new_folders, parse_json, write_errors_as_oserror, write_text
 from vq.weights import UNREADABLE, refuse_nan
 
 PARTS = {  # prefix in a single file, subfolder of a pipeline, classes in a config.json
     "unet": ("model.diffusion_model.", "unet", ("UNet2DConditionModel", "SatUNet")),
     "autoencoder": ("first_stage_model.", "vae", ("AutoencoderKL", "AutoencoderTiny")),
-    "text": ("cond_stage_model.", "text_encoder", ("CLIPTextModel", "CLIPTextModelWithProjection")),
+    "text": ("cond_stage_model.", "text_encoder", ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")),
     "control": ("control_model.", "controlnet", ("ControlNetModel",)),
 }
 CONFIGS = {  # of a pipeline, besides those of its networks
@@ -51,7 +51,17 @@ WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index(\.(?P<late>\w+))?\.json)?"
 )
+REST = "single_file_rest.safetensors"  # in a folder that was written from a single file
+TEXT = "text/"
+NAMING = "text"  # the key of the names of the text encoder in the header of REST
 WANTED = "pass a .safetensors or .ckpt file, or a folder of diffusers"
+
+
+class SingleFileRest(NamedTuple):
+    """What a single file has and a folder of diffusers has no place for; such a folder keeps it in REST."""
+
+    text: dict[str, Any]  # of the names of its text encoder: see `TextTensors.naming`
+    tensors: dict[str, Tensor]  # those of the text encoder begin with TEXT
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Source:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by network or key of CONFIGS
     rest: dict[str, Tensor] = field(default_factory=dict)  # buffers that are no weights, kept to write the file back
     omitted: dict[str, str] = field(default_factory=dict)  # why, by name
-    prefixed: bool = True  # a single file names its networks
+    prefixed: bool = True  # a single file names its networks, a folder has one for each
+    single_file: SingleFileRest | None = None  # of a folder that was written from a single file
 
 
 def read_source(path: Path, *, ema: bool = True, variant: str | None = None) -> Source:
@@ -150,7 +161,7 @@ def average_names(names: Mapping[str, Tensor], averaged: Mapping[str, Tensor], p
     weights = {name: f"{EMA}diffusion_model{name.replace('.', '')}" for name in names}
     if {*weights.values()} != {*averaged}:
         odd = sorted({*weights.values()} ^ {*averaged})
-        raise ValueError(f"{path} has other averages than weights ({', '.join(odd[:3])}): pass --no_ema")
+        raise ValueError(f"{path} has other averages than weights ({', '.join(odd[:3])}): pass --no_from_averages")
     return weights
 
 
@@ -244,7 +255,21 @@ def read_folder(path: Path, variant: str | None) -> Source:
         raise FileNotFoundError(f"{path} has no folder {wanted}, and no config.json: {WANTED}")
     parts = {part: read_network(folder, variant) for part, folder in folders.items()}
     own = {part: read_json(folder / "config.json") for part, folder in folders.items()}
-    return Source(path, "folder", parts, own | configs, prefixed=len(folders) > 1 or "pipeline" in configs)
+    prefixed = path not in folders.values()
+    return Source(path, "folder", parts, own | configs, prefixed=prefixed, single_file=read_rest(path / REST))
+
+
+def read_rest(path: Path) -> SingleFileRest | None:
+    """Reads what a folder keeps of the single file that it was written from; None if it was not."""
+    if not path.is_file():
+        return None
+    tensors = read_file(path)
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(NAMING, "null")
+    naming = parse_json(header)
+    if not isinstance(naming, dict):
+        raise ValueError(f"{path} has no names of a text encoder in its header: delete the file, which has no weights")
+    return SingleFileRest(naming, tensors)
 
 
 def class_part(folder: Path) -> str:
@@ -258,28 +283,58 @@ def class_part(folder: Path) -> str:
     raise ValueError(f"{folder} is a {name}, wanted one of {known}: {WANTED}")
 
 
-def write_single(path: Path, parts: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tensor]) -> None:
-    """Writes networks, by name in PARTS, as a single .safetensors file, atomically."""
-    tensors = {PARTS[part][0] + name: tensor for part, own in parts.items() for name, tensor in own.items()}
+def dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the precision of the weights of a network, such as float16; ValueError if there are several."""
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1:
+        raise ValueError(f"got weights of {', '.join(sorted(dtypes))} in one network, wanted one precision")
+    return dtypes.pop()
+
+
+def write_single(
+    path: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    rest: Mapping[str, Tensor],
+    prefixed: bool = True,
+) -> None:
+    """Writes networks, by name in PARTS, as a single .safetensors file, atomically; `prefixed` as in `Source`."""
+    tensors = {
+        (PARTS[part][0] if prefixed else "") + name: tensor
+        for part, own in parts.items()
+        for name, tensor in own.items()
+    }
     write_safetensors(path, tensors | dict(rest))
 
 
 def write_folder(
-    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
+    folder: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    configs: Mapping[str, Mapping[str, Any]],
+    prefixed: bool = True,
+    texts: Mapping[str, str] | None = None,
+    single_file: SingleFileRest | None = None,
 ) -> None:
-    """Writes networks and their configs as a folder of diffusers; ValueError if the folder has anything in it."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: pass another --output")
-    for part, tensors in parts.items():
-        name = "model" if part == "text" else "diffusion_pytorch_model"
-        write_safetensors(folder / PARTS[part][1] / f"{name}.safetensors", tensors)
-    for name, config in configs.items():
-        file = folder / (f"{PARTS[name][1]}/config.json" if name in PARTS else CONFIGS[name])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    """Writes networks, their configs and other `texts` by path as a folder of diffusers; `prefixed` as in `Source`.
+
+    ValueError if the folder has anything in it. If it cannot be written as a whole, it is deleted.
+    """
+    files = {(f"{PARTS[name][1]}/config.json" if name in PARTS else CONFIGS[name]): name for name in configs}
+    texts = dict(texts or {})
+    texts |= {path: json.dumps(configs[name], indent=2, sort_keys=True) + "\n" for path, name in files.items()}
+    with new_folders(folder, remedy="pass another --output"):
+        for part, tensors in parts.items():
+            name = "model" if part == "text" else "diffusion_pytorch_model"
+            write_safetensors(folder / (PARTS[part][1] if prefixed else "") / f"{name}.safetensors", tensors)
+        for path, text in texts.items():
+            file = folder / (path if prefixed else Path(path).name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, text)
+        if single_file is not None:
+            write_safetensors(folder / REST, single_file.tensors, {NAMING: json.dumps(single_file.text)})
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Writes tensors to a file, atomically."""
     with atomic_write(path) as temporary, write_errors_as_oserror(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, {"format": "pt", **(header or {})})

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.control import ControlBranch
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.unet import UNet
+from train.control_file import ControlOrigin, build_control
 from train.converters.sd.autoencoder import autoencoder_weights, infer_autoencoder, with_new_names
-from train.converters.sd.files import Source
+from train.converters.sd.control import control_weights, infer_control
+from train.converters.sd.files import Source, dtype_name
 from train.converters.sd.geodiffusion import check_places, generation_settings
 from train.converters.sd.metadata import set_nulls
 from train.converters.sd.names import Weight, from_layout
@@ -116,6 +119,25 @@ def load_text(source: Source) -> tuple[TextEncoder, list[Weight], TextTensors]:
     if "generation" in source.configs:
         check_places(source.configs["generation"], encoder.tokenizer)
     return *fill(encoder, text_weights(encoder), text.weights, text.layout), text
+
+
+def load_control(source: Source, **heads: int | None) -> tuple[ControlBranch, dict[str, Any], ControlOrigin]:
+    """Returns the control branch of a source, its settings, and what is needed to write it back.
+
+    `heads` or `head_width` are those of its UNet, if known. ValueError for heads that do not follow from the files.
+    """
+    tensors, config = source.parts["control"], source.configs.get("control")
+    known = {name: value for name, value in heads.items() if value is not None}
+    settings = (known if config is None else {}) | infer_control(tensors, source.layout, config)
+    if not {"heads", "head_width"} & settings.keys():
+        got = f"attention heads of the control branch do not follow from {source.path}"
+        raise ValueError(f"{got}: pass its folder of diffusers, whose config.json has them")
+    branch, conv_projections = build_control(settings), settings["conv_projections"]
+    shapes = {name: value.shape for name, value in branch.state_dict().items()}
+    converted = from_layout(control_weights(branch, conv_projections), tensors, source.layout, shapes)
+    branch.load_state_dict(converted, assign=True)
+    origin = ControlOrigin(source.layout, dtype_name(tensors), conv_projections, source.prefixed, config)
+    return branch, settings, origin
 
 
 def fill(network: nn.Module, table: list[Weight], tensors: Mapping[str, Tensor], layout: str) -> Loaded:

@@ -115,6 +115,40 @@ def sampling_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+KEYS = {  # of the schedulers' classes, besides those of all
+    "DDIMScheduler": {"clip_sample", "set_alpha_to_one", "rescale_betas_zero_snr"},
+    "PNDMScheduler": {"skip_prk_steps", "set_alpha_to_one"},
+    "EulerDiscreteScheduler": {"use_karras_sigmas", "rescale_betas_zero_snr"},
+    "DPMSolverMultistepScheduler": {"use_karras_sigmas", "rescale_betas_zero_snr"},
+    "DDPMScheduler": {"clip_sample", "variance_type", "rescale_betas_zero_snr"},
+}
+
+
+def scheduler_config(process: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scheduler_config.json of flags; the inverse of `process_settings` and `sampling_settings`.
+
+    DDIM stands for solvers that no scheduler has. ValueError for a process that none has.
+    """
+    if process["process"] != "gaussian" or process["schedule"] not in SCHEDULES.values():
+        got = f"got the process {process['process']} with schedule {process['schedule']}"
+        raise ValueError(f"{got}, wanted gaussian with {', '.join(SCHEDULES.values())}: no scheduler has another")
+    solver = sampling["solver"] if sampling["solver"] in dict(SOLVERS.values()) else "ddim"
+    name, default = next((name, spacing) for name, (own, spacing) in SOLVERS.items() if own == solver)
+    spacings = {ours: theirs for (own, theirs), ours in SPACINGS.items() if own == solver}
+    betas = {"beta_start": process["first_beta"], "beta_end": process["last_beta"]}
+    config = {
+        **{"num_train_timesteps": process["total_steps"], **{key: beta for key, beta in betas.items() if beta}},
+        "beta_schedule": next(theirs for theirs, ours in SCHEDULES.items() if ours == process["schedule"]),
+        "prediction_type": next(theirs for theirs, ours in PREDICTIONS.items() if ours == process["prediction"]),
+        **{"timestep_spacing": spacings.get(sampling["spacing"], default), "steps_offset": sampling["steps_offset"]},
+        **{"set_alpha_to_one": sampling["last_state"] == "clean", "clip_sample": sampling["clip"]},
+        **{"rescale_betas_zero_snr": process["zero_terminal_snr"], "variance_type": process["variance"]},
+        **{"use_karras_sigmas": sampling["spacing"] == "karras", "skip_prk_steps": True},
+    }
+    others = set().union(*KEYS.values()) - KEYS[name]
+    return {"_class_name": name} | {key: value for key, value in config.items() if key not in others}
+
+
 def prediction_hint(output_of: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[str, float]:
     """Returns what a network seems to predict, eps or v, and the cosine between its output and its input.
 

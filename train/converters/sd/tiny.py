@@ -1,7 +1,7 @@
 """Files of tiny autoencoders (TAESD, TAEF1, TAEF2, ...): an encoder's and a decoder's, or one with both.
 
 `taesd_encoder.pth` and `taesd_decoder.pth` number their layers from 0 each; a file with both says encoder.0, or
-encoder.layers.0 as in a folder of diffusers.
+encoder.layers.0 as in a folder of diffusers, whose config.json is obeyed.
 """
 
 import re
@@ -10,23 +10,25 @@ from pathlib import Path
 from torch import Tensor
 
 from train.converters.sd.autoencoder import infer_tiny, tiny_weights
-from train.converters.sd.files import read_file
+from train.converters.sd.files import read_file, read_json, read_network
 from train.converters.sd.names import Layout, from_layout
 from vq.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 
+CONFIG = "config.json"
 SIDES = ("encoder", "decoder")
 SIDE_FILE = re.compile(r"(?P<stem>.*)(?P<side>encoder|decoder)(?P<suffix>\.(pth|pt|bin|safetensors))")
 WANTED = "pass NAME_encoder.pth, with NAME_decoder.pth beside it, or a file with both, as --weights PATH"
 
 
 def load_tiny(path: Path) -> TinyAutoencoder:
-    """Returns the tiny autoencoder of a file, of the pair that it is one of, or of the only pair in a folder.
+    """Returns the tiny autoencoder of a file, of the pair that it is one of, of the only pair in a folder, or of a
+    folder of diffusers.
 
     FileNotFoundError, ValueError: it is not there, one side is missing, or it is another network.
     """
-    tensors = read_tiny(path)
+    tensors, config = (read_network(path, None), read_json(path / CONFIG)) if is_folder(path) else (read_tiny(path), {})
     layout = tiny_layout(tensors)
-    network = TinyAutoencoder(TinyAutoencoderConfig(**infer_tiny(tensors, layout)))
+    network = TinyAutoencoder(TinyAutoencoderConfig(**infer_tiny(tensors, layout, config)))
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     network.load_state_dict(from_layout(tiny_weights(network), tensors, layout, shapes))
     return network
@@ -72,10 +74,16 @@ def is_side(file: Path, side: str) -> bool:
     return match is not None and match["side"] == side
 
 
+def is_folder(path: Path) -> bool:
+    """Returns whether a path is a folder of diffusers with a tiny autoencoder alone."""
+    return (path / CONFIG).is_file() and read_json(path / CONFIG).get("_class_name") == "AutoencoderTiny"
+
+
 def is_tiny(path: Path) -> bool:
-    """Returns whether a path is that of a tiny autoencoder: a side, a folder with sides, or a file with both."""
+    """Returns whether a path is that of a tiny autoencoder: a side, a folder with sides, or a file with both; or a
+    folder of diffusers."""
     if path.is_dir():
-        return any(is_side(file, "encoder") for file in path.iterdir())
+        return is_folder(path) or any(is_side(file, "encoder") for file in path.iterdir())
     if SIDE_FILE.fullmatch(path.name) is not None or not path.is_file():
         return SIDE_FILE.fullmatch(path.name) is not None
     return any(re.match(r"encoder\.(layers\.)?0\.", name) for name in read_file(path))

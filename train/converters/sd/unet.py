@@ -225,6 +225,30 @@ def infer_encoder(
     }
 
 
+def unet_config(unet: UNet, conv_projections: bool, sample_size: int) -> dict[str, Any]:
+    """Returns the config.json of a UNet in a folder; `sample_size` is the height of its latents."""
+    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attended_levels(unet))]
+    own = {"out_channels": unet.config.out_channels, "sample_size": sample_size, "up_block_types": up}
+    return {"_class_name": "UNet2DConditionModel"} | encoder_config(unet, conv_projections) | own
+
+
+def encoder_config(encoder: UNetEncoder, conv_projections: bool) -> dict[str, Any]:
+    """Returns the part of a config.json that a UNet and a control branch have; the inverse of `infer_encoder`."""
+    config, cross = encoder.config, [each for each in encoder.modules() if isinstance(each, SpatialTransformer)]
+    heads = [width // config.head_width for width in config.widths] if config.head_width else config.heads
+    return {
+        **{"in_channels": encoder.conv_in.in_channels, "block_out_channels": config.widths},
+        **{"layers_per_block": config.res_blocks, "cross_attention_dim": cross[0].cross.context_width},
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attended_levels(encoder)],
+        **{"attention_head_dim": heads, "use_linear_projection": not conv_projections},  # it is the number of heads
+    }
+
+
+def attended_levels(encoder: UNetEncoder) -> list[bool]:
+    """Returns which levels have attention, from the highest resolution on."""
+    return [factor in encoder.config.attn_factors for factor in encoder.config.factors]
+
+
 def differential_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns "differential" and "differential_in" of a UNet with lambda vectors; nothing for softmax attention."""
     places = {place for name in tensors for place in ATTENTION if name.endswith(f"{BLOCK}.{place}.{LAMBDA[0]}")}

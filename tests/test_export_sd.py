@@ -1,0 +1,187 @@
+"""Runs from Stable Diffusion written in the layout that they did not come from, and control branches in both."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.tiny_runs import call
+from helpers.tiny_sd import (
+    CONFIGS,
+    assert_same_tensors,
+    tiny_control,
+    write_control_folder,
+    write_pipeline,
+    write_single_file,
+)
+from train.control_file import read_control
+from train.converters.sd.files import read_source
+from train.files import new_folders
+from train.trained_sampler import load_trained_sampler
+
+FLAGS = {1: "--heads 4 --prediction eps", 2: "--heads 4 --prediction v"}
+CPU = torch.device("cpu")
+
+
+def convert(weights, logs, name, flags=""):
+    call("convert.py", f"--from sd --weights {weights} --logs_root {logs} --log_dir {name} {flags}")
+
+
+def export(to, logs, name, output):
+    call("convert.py", f"--to {to} --load_dir {name} --logs_root {logs} --output {output}")
+    return output
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["version 1", "version 2"])
+def exported(request, tmp_path_factory):
+    """A folder with single.safetensors and what was made of it: a folder of diffusers and, of that, again.safetensors;
+    the run logs/one is from the first, logs/two from the folder."""
+    folder, version = tmp_path_factory.mktemp("exported"), request.param
+    write_single_file(folder / "single.safetensors", version, control=True)
+    convert(folder / "single.safetensors", folder / "logs", "one", f"{FLAGS[version]} --img_size 32 --no_amp")
+    export("diffusers", folder / "logs", "one", folder / "folder")
+    convert(folder / "folder", folder / "logs", "two", "--no_amp")
+    export("sd", folder / "logs", "two", folder / "again.safetensors")
+    return folder
+
+
+def test_a_single_file_comes_back_from_a_folder_to_the_bit(exported):
+    assert_same_tensors(load_file(exported / "single.safetensors"), load_file(exported / "again.safetensors"))
+
+
+def test_a_folder_says_what_was_typed_for_its_single_file(exported):
+    one, two = ((exported / f"logs/{name}/config.yaml").read_text().split("\norigin:")[0] for name in ("one", "two"))
+    same = {line for line in one.splitlines() if "sd_ae" not in line} & {*two.splitlines()}
+    for key in ("heads", "prediction", "schedule", "first_beta", "solver", "spacing", "steps_offset", "img_size"):
+        assert any(line.strip().startswith(f"{key}:") for line in same), key
+
+
+@torch.no_grad()
+def test_both_runs_compute_the_same(exported):
+    outputs = []
+    for name in ("one", "two"):
+        logs = exported / "logs"
+        model = load_trained_sampler(logs / name, None, CPU, ema=None, amp=False, logs_roots=(str(logs),))
+        network, x = model.sampler.network, torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        outputs.append(network(x, torch.ones(2), network.encode({"text": ["a dog", ""]}, x)))
+    assert torch.equal(*outputs) and outputs[0].std() > 0.01
+
+
+def test_a_folder_written_again_is_the_same(exported):
+    export("diffusers", exported / "logs", "two", exported / "folder_again")
+    first, again = exported / "folder", exported / "folder_again"
+    names = sorted(path.relative_to(first) for path in first.rglob("*.*"))
+    assert names == sorted(path.relative_to(again) for path in again.rglob("*.*")) and len(names) > 10
+    for name in names:
+        if name.suffix == ".safetensors":
+            assert_same_tensors(load_file(first / name), load_file(again / name))
+        else:
+            assert (first / name).read_text() == (again / name).read_text(), name
+
+
+@torch.no_grad()
+def test_diffusers_reads_each_part_of_a_folder(exported):
+    diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
+    folder, logs = exported / "folder", exported / "logs"
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+    model = load_trained_sampler(logs / "one", None, CPU, ema=None, amp=False, logs_roots=(str(logs),))
+    network, stage = model.sampler.network, model.space.first_stage.network
+    ids = pipeline.tokenizer(["a photo of a dog"], padding="max_length", return_tensors="pt").input_ids
+    tokens = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")(ids)[0]
+    own = network.encoders["text"].encoder(ids).tokens
+    assert (tokens - own).abs().max() < 1e-5
+    x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([301])
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    condition = network.encode({"text": ["a photo of a dog"]}, x)
+    public = unet(x, t, condition.streams["text"].values).sample
+    assert (network(x, t.float(), condition) - public).abs().max() < 1e-4
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    assert (vae.decode(x).sample - stage.decode(x)).abs().max() < 1e-4
+    control = diffusers.ControlNetModel.from_pretrained(folder / "controlnet")
+    branch = read_control(logs / "one/control.safetensors")
+    hint = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    down, middle = control(x, t, condition.streams["text"].values, hint, return_dict=False)
+    for public, ours in zip((*down, middle), branch(x, t.float(), condition, hint), strict=True):
+        assert (public - ours).abs().max() < 1e-5
+
+
+def test_a_folder_comes_back_from_a_single_file(tmp_path):
+    parts = write_pipeline(tmp_path / "folder", autoencoder=CONFIGS["autoencoder"] | {"scaling_factor": 0.18215})
+    convert(tmp_path / "folder", tmp_path, "one")
+    export("sd", tmp_path, "one", tmp_path / "single.safetensors")
+    convert(tmp_path / "single.safetensors", tmp_path, "two", f"{FLAGS[2]} --img_size 32")
+    export("diffusers", tmp_path, "two", tmp_path / "again")
+    again = read_source(tmp_path / "again")
+    for part, tensors in parts.items():
+        assert_same_tensors(tensors, again.parts[part])
+
+
+def test_a_scale_that_a_single_file_cannot_hold_is_refused(tmp_path, capsys):
+    write_pipeline(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path, "one")
+    with pytest.raises(SystemExit):
+        export("sd", tmp_path, "one", tmp_path / "single.safetensors")
+    assert "scaling_factor 0.2 and shift_factor 0.0; a single file means 0.18215" in capsys.readouterr().err
+    assert not (tmp_path / "single.safetensors").exists()
+
+
+def test_a_control_branch_alone_is_written_in_both_layouts(tmp_path):
+    wanted = {"folder": write_control_folder(tmp_path / "folder"), "single": tiny_control("single")}
+    convert(tmp_path / "folder", tmp_path, "canny")
+    assert [path.name for path in (tmp_path / "canny").iterdir()] == ["control.safetensors"]
+    back, single = (export(to, tmp_path, "canny", tmp_path / to) for to in ("diffusers", "sd"))
+    assert_same_tensors(wanted["folder"], load_file(back / "diffusion_pytorch_model.safetensors"))
+    assert_same_tensors(wanted["single"], load_file(single))
+    assert json.loads((back / "config.json").read_text()) == json.loads((tmp_path / "folder/config.json").read_text())
+
+
+def test_a_second_control_branch_does_not_replace_the_first(tmp_path, capsys):
+    write_control_folder(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path, "canny")
+    before = (tmp_path / "canny/control.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "folder", tmp_path, "canny")
+    assert "control.safetensors is there already: pass another --log_dir" in capsys.readouterr().err
+    assert (tmp_path / "canny/control.safetensors").read_bytes() == before
+
+
+def test_heads_of_a_control_branch_are_not_guessed(tmp_path, capsys):
+    write_control_folder(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path, "canny")
+    export("sd", tmp_path, "canny", tmp_path / "single.safetensors")
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "single.safetensors", tmp_path, "other")
+    assert "attention heads of the control branch do not follow from" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_cannot_be_written_as_a_whole_is_deleted(tmp_path, monkeypatch, capsys):
+    write_pipeline(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path, "one")
+
+    def fail(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("train.converters.sd.files.write_text", fail)
+    with pytest.raises(SystemExit):
+        export("diffusers", tmp_path, "one", tmp_path / "back")
+    assert "No space left on device" in capsys.readouterr().err and not (tmp_path / "back").exists()
+    monkeypatch.undo()
+    assert export("diffusers", tmp_path, "one", tmp_path / "back").is_dir()
+
+
+def test_new_folders_are_kept_whole_or_deleted(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt), new_folders(one, two, remedy="leave it"):
+        one.mkdir()
+        (one / "file").write_text("")
+        raise KeyboardInterrupt
+    assert not one.exists() and not two.exists()
+    with new_folders(one, two, remedy="leave it"):
+        one.mkdir()
+        (one / "file").write_text("")
+    with pytest.raises(ValueError, match="one is not empty: leave it"), new_folders(two, one, remedy="leave it"):
+        two.mkdir()
+    assert (one / "file").exists() and not two.exists()
