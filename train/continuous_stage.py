@@ -20,7 +20,7 @@ from train.data.code_file import CodeTable
 from train.data.transforms import to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
-from train.execution import autocast, has_native_bf16
+from train.execution import autocast, convert_to_channels_last, has_native_bf16
 from train.files import write_text
 from train.first_stage import FirstStage, encode_split, load_vqgan_stage
 from train.runs import read_run
@@ -164,7 +164,7 @@ class ContinuousStage:
             weights=self.weights,
             network=asdict(self.network.config),
             amp=self.amp and has_native_bf16(self.device),
-            channels_last=False,
+            channels_last=True,
             kind="moments" if moments else "latents",
             **({"tiles": self.tiles[:2]} if self.tiles else {}),
         )
@@ -216,6 +216,6 @@ def load_first_stage(
         return load_vqgan_stage(run, step, device, amp, logs_root=logs_root)
     network, step = read_autoencoder(content, run / "config.yaml"), resolve_step(run, step, "--ae_load_step")
     weights = load_weights(run, step, {GROUP: network}, ema=False)
-    network.to(device).eval().requires_grad_(False)
+    convert_to_channels_last(network.to(device).eval().requires_grad_(False))  # 2 to 3 times as fast on a CPU
     cache = Path(os.path.expanduser(logs_root)) / ".cache" / "codes"
     return ContinuousStage(run, network, step, weights, device, amp, cache)
