@@ -254,9 +254,7 @@ def test_released_weights_behave_as_they_were_trained(diffusionsat, agrees):
         assert agrees(null.expand_as(dropped), dropped, f"numbers: {name}, dropped as zero")
     vector = encoder(columns(arrays["values"], arrays["drop"]), torch.zeros(4, 1, 1, 1)).values
     encoder.nulls.data.zero_()
-    assert agrees(
-        arrays["time_embedding"] + vector, arrays["dropped_as_zero_total"], "numbers: dropped_as_zero_total"
-    )
+    assert agrees(arrays["time_embedding"] + vector, arrays["dropped_as_zero_total"], "numbers: dropped_as_zero_total")
 
 
 # Options
