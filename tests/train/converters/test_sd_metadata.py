@@ -25,7 +25,6 @@ from train.converters.sd.unet import infer_unet, unet_weights
 
 ROOT = Path(__file__).parents[2] / "fixtures"
 CONFIG = CONFIGS["unet"] | {"_class_name": "SatUNet", "use_metadata": True, "num_metadata": 7}
-TIMES = [7.0, 981.0, 500.0, 0.0]  # of the fixture
 
 
 @pytest.fixture(scope="module")
@@ -59,33 +58,35 @@ def network(weights):
     return load(weights)
 
 
-def embedding(network, values):
-    """Returns the embedding that all blocks read, of the fixture's times and of numbers (B, 7)."""
+def vectors(network, values):
+    """Returns what numbers (B, 7) add to the embedding of the time, which all blocks read."""
     columns = None if values is None else dict(zip(PRESETS["diffusionsat"], values.unbind(1), strict=True))
+    t = torch.tensor([7.0, 981.0, 500.0, 0.0])
     fields = {"text": torch.zeros(4, 1, 64)} | ({} if columns is None else {"numbers": columns})
     with torch.no_grad():
-        return network.embed(torch.zeros(4, 4, 4, 4), torch.tensor(TIMES), fields)[0]
+        return network.embed(torch.zeros(4, 4, 4, 4), t, fields)[0] - network.time(t)
 
 
 def test_embeddings_are_those_of_the_public_unet(network, arrays, record_property):
     dropped = arrays["values"].masked_fill(arrays["drop"], torch.nan)
     for values, expected in ((arrays["values"], "total"), (dropped, "dropped_as_zero_total")):
-        difference = (embedding(network, values) - arrays[expected]).abs().max().item()
+        got = arrays["time_embedding"] + vectors(network, values)
+        difference = (got - arrays[expected]).abs().max().item()
         record_property(expected, difference)
         assert difference < 1e-5, expected
 
 
 def test_embedders_belong_to_fields_whatever_their_order(weights, network, arrays):
     other = load(weights, fields=(*PRESETS["diffusionsat"],)[::-1])
-    torch.testing.assert_close(embedding(other, arrays["values"]), embedding(network, arrays["values"]))
+    torch.testing.assert_close(vectors(other, arrays["values"]), vectors(network, arrays["values"]))
 
 
-def test_without_numbers_all_of_them_are_missing(network, arrays):
+def test_without_numbers_all_of_them_are_missing(network):
     """As in the unguided half of the public sampling, where all are 0 before the sinusoid."""
     missing = torch.full((4, 7), torch.nan)
-    assert torch.equal(embedding(network, None), embedding(network, missing))
+    assert torch.equal(vectors(network, None), vectors(network, missing))
     null = network.encoders["numbers"].nulls.detach()
-    assert (embedding(network, None) - arrays["time_embedding"] - null.sum(0)).abs().max() < 1e-5
+    assert (vectors(network, None) - null.sum(0)).abs().max() < 1e-5
     assert null.norm(dim=1).min() > 0.1
 
 
