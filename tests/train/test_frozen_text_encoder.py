@@ -136,6 +136,7 @@ def test_an_encoder_that_was_tuned_is_kept(logs, data, tmp_path):
     """Weights that adapters were merged into are no longer those of the file."""
     tuning = "--lora_rank 2 --lora_targets text --save merged --train_steps 2"
     train_in(tmp_path, data, "tuned", f"--load_dir {logs}/base {tuning}")
+    assert "text_encoder" not in yaml.safe_load((tmp_path / "tuned_merged" / "config.yaml").read_text())["origin"]
     merged = encoder_state(tmp_path / "tuned_merged")
     run = train_in(tmp_path, data, "next", "--train_steps 1 --load_dir tuned_merged")
     file = read_text_encoder(logs / "a.st").state_dict()
