@@ -12,7 +12,8 @@ from train.files import sha256
 from train.inference import load
 from train.text_encoder_file import read_text_encoder
 
-RUN = f"{DDPM} --attn_block_type transformer --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0"
+FAST = DDPM.replace("--warmup_iters 100", "--warmup_iters 0")
+RUN = f"{FAST} --attn_block_type transformer --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0"
 LORA = "--lora_rank 2 --lora_targets text attention"
 
 
@@ -42,7 +43,7 @@ def new_run(root, data, flags="", steps=1):
 
 
 def encoder_state(run):
-    return load(run).model.sampler.network.encoders["text"].encoder.state_dict()
+    return load(run, ema=False).model.sampler.network.encoders["text"].encoder.state_dict()
 
 
 def of_encoder(tensors):
