@@ -88,15 +88,15 @@ def make_network(conversion: ConversionConfig, logs_root: str, log_dir: str | No
     """Converts an autoencoder to a run, or a control branch to a file in a folder, which may be that of a run."""
     path = Path(conversion.weights)
     source = read_cached(conversion.weights, conversion.from_averages, conversion.variant)
-    if source.parts.keys() == {"control"}:
+    if "autoencoder" in source.parts:
+        run = run_folder(logs_root, log_dir or default_name("autoencoder", conversion))
+        print(save_autoencoder(run, load_autoencoder(source).network, {"source": path.name}), flush=True)
+    elif "control" in source.parts:
         file = run_folder(logs_root, log_dir or default_name("control", conversion)) / CONTROL_FILE
         if file.exists():
             raise ValueError(f"{file} is there already: {ANOTHER}")
         save_control(*load_control(source), file)
         print(file, flush=True)
-    elif source.parts.keys() == {"autoencoder"}:
-        run = run_folder(logs_root, log_dir or default_name("autoencoder", conversion))
-        print(save_autoencoder(run, load_autoencoder(source).network, {"source": path.name}), flush=True)
     else:
         names = ", ".join(source.parts)
         raise ValueError(f"{path} has {names}, wanted a UNet, an autoencoder or a control branch: pass another")
