@@ -191,7 +191,7 @@ class TextEncoder(nn.Module):
         """
         known = self.token.new_tokens if isinstance(self.token, ExtendedEmbedding) else self.token.weight[:0]
         ids = {word: self.config.vocab_size + len(known) + i for i, word in enumerate(words)}
-        tokenizer = Tokenizer(self.config.end_id, {**self.tokenizer.added, **ids})
+        tokenizer = Tokenizer(self.config.end_id, {**self.tokenizer.added_ids, **ids})
         if there := [word for word in words if len(self.tokenizer.ids_of(word.lower())) == 1]:
             got = f"got the new word {there[0]!r}, which is in the vocabulary"
             raise ValueError(f"{got}: choose another, such as <{there[0]}-1>")

@@ -29,7 +29,6 @@ CONCEPTS = {
     "diffusion.sd_solvers": "solvers, a plug-in",
     "models.differential": "differential attention on a loaded network",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
-    "train.converters.sd.runs": "one part of a layout of 1,300 lines: flags and networks",
     "train.converters.sd.tiny": "one part of a layout of 1,300 lines: TAESD's files",
     "train.datasets.webdataset.shards": "one part of a plug-in of 520 lines",
     "vq.augment": "DiffAugment",

@@ -162,12 +162,13 @@ def new_folders(*folders: Path, remedy: str) -> Iterator[None]:
     for folder in folders:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: {remedy}")
+    complete = False
     try:
         yield
-    except BaseException:
-        for folder in folders:
+        complete = True
+    finally:
+        for folder in [] if complete else folders:
             shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def nearest_folder(path: Path) -> Path:

@@ -70,7 +70,7 @@ def word_embeddings(network: nn.Module) -> dict[str, Tensor]:
     if not isinstance(encoder.token, ExtendedEmbedding):
         return {}
     rows = full_tensor(encoder.token.new_tokens.detach()).cpu()
-    words = {own: word for word, own in encoder.tokenizer.added.items()}
+    words = {own: word for word, own in encoder.tokenizer.added_ids.items()}
     return {words[encoder.config.vocab_size + i]: row.clone() for i, row in enumerate(rows)}
 
 

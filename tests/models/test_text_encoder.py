@@ -164,7 +164,7 @@ def test_new_words_change_no_other_text():
     ids = torch.tensor([[382, 384, 5, 385, 383]])
     plain.token.weight[6], plain.token.weight[7] = rows
     assert torch.equal(encoder(ids).tokens, plain(torch.tensor([[382, 6, 5, 7, 383]])).tokens)
-    assert encoder.tokenizer.encode("<a><b>") == [384, 385] == [*encoder.tokenizer.added.values()]
+    assert encoder.tokenizer.encode("<a><b>") == [384, 385] == [*encoder.tokenizer.added_ids.values()]
     encoder.add_words({"<c>": rows[0] + 1})
     assert encoder.tokenizer.encode("<B> <c>") == [385, 386]
     assert torch.equal(encoder.token.new_tokens, torch.stack([*rows, rows[0] + 1]))
@@ -181,7 +181,7 @@ def test_only_new_words_learn_in_a_frozen_encoder():
     assert grads["token.new_tokens"][0].any() and not grads["token.new_tokens"][1].any()
 
 
-def test_new_words_start_at_the_mean_norm_of_the_others_or_at_a_word():
+def test_new_words_start_at_the_mean_norm_or_at_a_word():
     encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2))
     torch.manual_seed(0)
     drawn = [encoder.new_embedding() for _ in range(2)]
@@ -209,4 +209,4 @@ def test_other_new_words_are_refused(words, message):
     encoder.add_words({"<old>": torch.zeros(8)})
     with pytest.raises(ValueError, match=message):
         encoder.add_words({word: torch.zeros(width) for word, width in words.items()})
-    assert [*encoder.tokenizer.added] == ["<old>"] and len(encoder.token.new_tokens) == 1
+    assert [*encoder.tokenizer.added_ids] == ["<old>"] and len(encoder.token.new_tokens) == 1
