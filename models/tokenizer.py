@@ -187,7 +187,9 @@ class Tokenizer:
         if is_within_word(text, place):
             return None
         stops = (place + length for length in self.lengths)
-        return next((stop for stop in stops if text[place:stop] in self.added_ids and not is_within_word(text, stop)), None)
+        return next(
+            (stop for stop in stops if text[place:stop] in self.added_ids and not is_within_word(text, stop)), None
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, its words separated by spaces; start and end are left out.
