@@ -59,12 +59,7 @@ STARTING_WEIGHTS = {"load_dir", "load_step", "load_optim", "load_partial"}  # a 
 TELLING = {"sampler", "network"}  # groups of a config.yaml that only one of the scripts writes
 ONLY_RESUMING = EXECUTION - {"resume"} | {"train_steps"}  # flags that say nothing about what a new run would train
 DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may but
-DATA = {
-    "text_encoder",
-    "text_added_words",
-    "metadata_values",
-    "numbers_ranges",
-}  # files and values, which are only read
+DATA = {"text_encoder", "text_added_words", "metadata_values", "numbers_ranges"}  # read, not run
 
 
 def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettings | None:
