@@ -96,6 +96,7 @@ def test_both_training_steps_are_the_same(folder, precision):
 def test_adapters_learn_in_float32_beside_frozen_weights(folder, precision):
     settings = replace(SETTINGS, precision=precision)
     side, result = load_ours(folder, settings.dtype), Measured()
+    assert replace(side.network.config, qkv_bias=False) == SETTINGS.unet
     frozen = {name: p.detach().clone() for name, p in side.network.named_parameters()}
     pretrained_speed.train(side, settings, CPU, result)
     after = dict(side.network.named_parameters())
