@@ -118,8 +118,7 @@ class Measured:
     """What one process measured."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each run, by what ran
-    peaks: dict[str, int | None] = field(default_factory=dict)  # bytes; None where they cannot be measured
-    loaded: int | None = None  # bytes in use with the network loaded
+    peaks: dict[str, int | None] = field(default_factory=dict)  # bytes, weights and all; None: cannot be measured
     parameters: int = 0
     learned: int = 0  # parameters of the adapters
     output: np.ndarray | None = None  # of the network, float32 (B, C, H, W)
@@ -168,13 +167,11 @@ def print_conditions(settings: PretrainedBenchmarkConfig, measured: dict[str, li
 
 def figures_of(measured: Measured) -> dict[str, float | None]:
     """Returns the figures of a process by their names in the table; None where memory cannot be measured."""
-    loaded = measured.loaded
-    figures = {"memory when loaded, GB": None if loaded is None else loaded / GB}
+    figures = {}
     for what in (DENOISING, TRAINING):
         peak = measured.peaks[what]
         figures[f"{what}, s"] = median(measured.seconds[what])
         figures[f"{what}, peak of memory, GB"] = None if peak is None else peak / GB
-        figures[f"{what}, peak above loaded, GB"] = None if peak is None else (peak - loaded) / GB
     return figures
 
 
@@ -184,7 +181,7 @@ def table_rows(measured: dict[str, list[Measured]]) -> list[tuple[str, ...]]:
     ours, theirs = ([figures_of(each) for each in measured[name]] for name in (OURS, THEIRS))
     for name in ours[0]:
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)]
-        if all(None not in pair and min(pair) > 0 for pair in pairs):
+        if all(None not in pair for pair in pairs):
             ratios = [a / b for a, b in pairs]
             middle = (three_digits(median(side)) for side in zip(*pairs, strict=True))
             rows.append((name, *middle, *(f"{each(ratios):.2f}x" for each in (median, min, max))))
@@ -298,7 +295,6 @@ def measure_side(name: str, folder: Path, settings: PretrainedBenchmarkConfig, d
     device, side, result = torch.device(device_name), LOADERS[name](folder, settings.dtype), Measured()
     side.network.to(device).eval()
     result.parameters = sum(p.numel() for p in side.network.parameters())
-    result.loaded = bytes_in_use(device)
     denoise(side, settings, device, result)
     train(side, settings, device, result)
     return result
