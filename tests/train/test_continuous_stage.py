@@ -173,7 +173,7 @@ def test_tiles_differ_no_more_at_seams_than_twice_inside(logs, record_property):
     """Group norm and attention see one tile at a time, so tiles differ from the whole inside, too."""
     for got, whole in differences(open_stage(logs, "kl"), images((96, 128)), 16, 8):
         record_property("difference", got)
-        assert 0 < got.at_seams < 2 * got.inside and got.mean < 0.2 * whole.std()
+        assert 0 < got.at_seams < 2 * got.inside and got.mean < 0.5 * whole.std()
 
 
 TAEF2 = os.environ.get("TAEF2", "")
