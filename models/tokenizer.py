@@ -124,7 +124,7 @@ def is_within_word(text: str, place: int) -> bool:
 class Tokenizer:
     """CLIP's byte-pair encoding with 49,408 ids. The vocabulary is read when it is first needed.
 
-    With another `end_id`, the vocabulary ends before its start, the id before the end. `added` are the ids of further
+    With another `end_id`, the vocabulary ends before its start, the id before the end. `added_ids` are those of further
     words, all of them behind the end, in any case of their letters: they are found before a text is split, the longest
     first, and not within other words. ValueError for others.
     """
@@ -134,16 +134,16 @@ class Tokenizer:
     pad_id: int = 49_407  # after the end
     vocab_size: ClassVar[int] = 49_408
 
-    def __init__(self, end_id: int = 49_407, added: Mapping[str, int] | None = None):
+    def __init__(self, end_id: int = 49_407, added_ids: Mapping[str, int] | None = None):
         self.start_id, self.end_id, self.pad_id = end_id - 1, end_id, end_id
-        self.added = {word.lower(): own for word, own in (added or {}).items()}
-        self.lengths = sorted({*map(len, self.added)}, reverse=True)  # of added words
-        for word, own in self.added.items():
+        self.added_ids = {word.lower(): own for word, own in (added_ids or {}).items()}
+        self.lengths = sorted({*map(len, self.added_ids)}, reverse=True)  # of added words
+        for word, own in self.added_ids.items():
             if own <= end_id:
                 raise ValueError(f"got id {own} for the added word {word!r}, wanted one behind the end, {end_id}")
             if word.split() != [word] or not word.isascii() and clean_text(word) != word:
                 raise ValueError(f"got the added word {word!r}, which no text has: wanted one without white space")
-        if len({*self.added.values()}) < len(added or {}):
+        if len({*self.added_ids.values()}) < len(added_ids or {}):
             raise ValueError("got added words that differ in nothing, or in the case of letters only, or share an id")
 
     def encode(self, text: str) -> list[int]:
@@ -151,7 +151,7 @@ class Tokenizer:
         ids: list[int] = []
         for word in self.split(clean_text(text)):
             own = self.ids_of(word)
-            if word not in self.added and max(own) >= self.start_id:
+            if word not in self.added_ids and max(own) >= self.start_id:
                 got = f"got id {max(own)} in {text!r}, but the vocabulary ends before the start, {self.start_id}"
                 raise ValueError(f"{got}: pass ids of the text encoder, or another --text_encoder")
             ids += own
@@ -167,12 +167,12 @@ class Tokenizer:
 
     def ids_of(self, word: str) -> tuple[int, ...]:
         """Returns the id of an added word, or those of the pieces of another."""
-        return (self.added[word],) if word in self.added else word_ids(word)
+        return (self.added_ids[word],) if word in self.added_ids else word_ids(word)
 
     def split(self, text: str) -> Iterator[str]:
         """Yields the words of a cleaned text."""
         done = place = 0  # what is before `done` has been yielded
-        while self.added and place < len(text):
+        while self.added_ids and place < len(text):
             stop = self.added_stop(text, place)
             if stop is None:
                 place += 1
@@ -186,8 +186,8 @@ class Tokenizer:
         """Returns the end of the longest added word that begins at a place of a text, None without one."""
         if is_within_word(text, place):
             return None
-        stops = (place + length for length in self.lengths)
-        return next((stop for stop in stops if text[place:stop] in self.added and not is_within_word(text, stop)), None)
+        stops = [place + length for length in self.lengths if text[place : place + length] in self.added_ids]
+        return next((stop for stop in stops if not is_within_word(text, stop)), None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, its words separated by spaces; start and end are left out.
@@ -195,7 +195,7 @@ class Tokenizer:
         ValueError for other numbers. Bytes that are no text, as of half a character, become U+FFFD.
         """
         vocabulary, ids = load_vocabulary(), list(ids)
-        added = {own: word for word, own in self.added.items()}
+        added = {own: word for word, own in self.added_ids.items()}
         if wrong := [each for each in ids if not 0 <= each < self.vocab_size and each not in added]:
             raise ValueError(f"got id {wrong[0]}, wanted ids from 0 to {self.vocab_size - 1}, or those of added words")
         byte_of = {symbol: byte for byte, symbol in enumerate(vocabulary.byte_symbols)}

@@ -74,7 +74,7 @@ def test_tokenizers_travel_to_workers():
 # Added words
 
 PLACES = [f"<l{number}>" for number in range(20)]
-ADDED = Tokenizer(added={word: 49_408 + place for place, word in enumerate([*PLACES, "sks", "sks-toy"])})
+ADDED = Tokenizer(added_ids={word: 49_408 + place for place, word in enumerate([*PLACES, "sks", "sks-toy"])})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_added_words_are_decoded():
 )
 def test_words_that_cannot_be_added_are_refused(added, message):
     with pytest.raises(ValueError, match=message):
-        Tokenizer(added=added)
+        Tokenizer(added_ids=added)
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,10 @@ def test_a_number_of_places_is_that_of_both_sides():
 
 
 def test_a_tokenizer_without_the_places_is_refused():
-    few = Tokenizer(added={word: own for word, own in PLACES.items() if own < 49_410})
+    few = Tokenizer(added_ids={word: own for word, own in PLACES.items() if own < 49_410})
     with pytest.raises(ValueError, match="got a tokenizer without <l2> and 9 other places of 4 x 3"):
         check_places(GENERATION, few)
-    check_places(GENERATION, Tokenizer(added=PLACES))
+    check_places(GENERATION, Tokenizer(added_ids=PLACES))
 
 
 # Added words
@@ -194,7 +194,7 @@ def test_ids_are_those_of_the_public_tokenizer():
     ids = {**vocabulary.ids, "<|startoftext|>": 49_406, "<|endoftext|>": 49_407}
     public = transformers.CLIPTokenizer(ids, [*vocabulary.ranks])
     public.add_tokens(places)
-    own = Tokenizer(added={word: 49_408 + index for index, word in enumerate(places)})
+    own = Tokenizer(added_ids={word: 49_408 + index for index, word in enumerate(places)})
     for prompt in (*PROMPTS, "car <l0><l65535> <L300>, truck<l65536>", "A night image with construction <l1> <l23>"):
         expected = public(prompt)["input_ids"]
         assert [own.start_id, *own.encode(prompt), own.end_id] == expected, prompt

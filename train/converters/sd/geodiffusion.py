@@ -44,7 +44,7 @@ def make_location_prompt(config: Mapping[str, Any]) -> LocationPrompt:
 def check_places(config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Raises ValueError if the tokenizer lacks words of places."""
     columns, rows = make_location_prompt(config).grid
-    missing = [word for word in map(place_word, range(columns * rows)) if word not in tokenizer.added]
+    missing = [word for word in map(place_word, range(columns * rows)) if word not in tokenizer.added_ids]
     if missing:
         got = f"got a tokenizer without {missing[0]} and {len(missing) - 1} other places of {columns} x {rows}"
         raise ValueError(f"{got}: add its added_tokens.json to the folder tokenizer")
