@@ -186,10 +186,8 @@ class Tokenizer:
         """Returns the end of the longest added word that begins at a place of a text, None without one."""
         if is_within_word(text, place):
             return None
-        stops = (place + length for length in self.lengths)
-        return next(
-            (stop for stop in stops if text[place:stop] in self.added_ids and not is_within_word(text, stop)), None
-        )
+        stops = [place + length for length in self.lengths if text[place : place + length] in self.added_ids]
+        return next((stop for stop in stops if not is_within_word(text, stop)), None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, its words separated by spaces; start and end are left out.
