@@ -179,7 +179,7 @@ def test_only_new_words_learn_in_a_frozen_encoder():
     assert grads["token.new_tokens"][0].any() and not grads["token.new_tokens"][1].any()
 
 
-def test_new_words_start_at_the_mean_norm_of_the_others_or_at_a_word():
+def test_new_words_start_at_the_mean_norm_or_at_a_word():
     encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2))
     torch.manual_seed(0)
     drawn = [encoder.new_embedding() for _ in range(2)]
