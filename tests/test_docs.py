@@ -125,7 +125,9 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
     **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
     **{"ddpm_shapes": "a run of layouts", "--text_encoder": "a trained encoder"},
-    **dict.fromkeys(("sd15", "taef2", "configs/sd_", "--load_dir toy", "--load_dir sat", "logs/geo"), "released weights"),
+    **dict.fromkeys(
+        ("sd15", "taef2", "configs/sd_", "--load_dir toy", "--load_dir sat", "logs/geo"), "released weights"
+    ),
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{name: "annotated images to download" for name in ("coco128", "xbd")},
     **{

@@ -143,7 +143,7 @@ def with_condition_fields(
     """Returns a source with the fields that the conditions of a network read, checked and as numbers.
 
     With the seed of a training, single fields of metadata and numbers are null, as the options of the conditions say.
-    With a `cache` captions become embeddings if the text encoder does not learn, else ids.
+    With a `cache` captions become embeddings, else ids.
     """
     for encoders in network.modules():
         if isinstance(encoders, Conditioner) and encoders.region_encoders:
@@ -156,6 +156,4 @@ def with_condition_fields(
     captions = find_captions(network)
     if captions is None:
         return source
-    if any(parameter.requires_grad for parameter in captions.encoder.parameters()):
-        cache = None  # its embeddings would stay those of the encoder as it was
     return TokenizedCaptions(source, captions.length, captions.tokenizer, captions.pad_id, cache)
