@@ -69,10 +69,13 @@ def draw_theirs(pipeline, prompts, noise, output):
     return pipeline(**embeddings, **calls).images
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
 def test_latents_are_those_of_the_scheduler(converted, name, agrees):
     version, pipeline, run = converted
+    if (version, name) == ("SD 2", "PNDMScheduler"):
+        pytest.skip("diffusers' PNDM extrapolates v, ours eps as in Liu et al. 2022")
     pipeline.scheduler = make_scheduler(name, version)
     settings = json.loads(pipeline.scheduler.to_json_string())
     options = {"sample_steps": STEPS, "guidance": GUIDANCE} | sampling_settings(settings)
