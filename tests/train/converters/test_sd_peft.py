@@ -56,6 +56,7 @@ def test_a_folder_of_peft(version, unet_options, name, options, agrees, tmp_path
     assert agrees(ours(X, TIMES, condition), wanted, f"peft: {name}, UNet of {version}, merged")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft with transformers
 @torch.no_grad()
 def test_a_file_of_diffusers_for_unet_and_text_encoder(agrees, tmp_path):
     theirs, ours, part = make_unets(tmp_path, SD1)
@@ -64,13 +65,18 @@ def test_a_file_of_diffusers_for_unet_and_text_encoder(agrees, tmp_path):
     own_encoder, table, _ = load_text(read_source(tmp_path / "text_encoder"))
     options = {"lora_alpha": 6, "init_lora_weights": False}
     theirs.add_adapter(peft.LoraConfig(r=4, target_modules=ATTENTION, **options))
-    encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **options))
+    adapted = peft.get_peft_model(
+        encoder, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **options)
+    )
+    own_names = {
+        name.removeprefix("base_model.model."): value for name, value in peft.get_peft_model_state_dict(adapted).items()
+    }
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path,
         unet_lora_layers=peft.get_peft_model_state_dict(theirs),
-        text_encoder_lora_layers=peft.get_peft_model_state_dict(encoder),
+        text_encoder_lora_layers=own_names,
         unet_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
-        text_encoder_lora_adapter_metadata=encoder.peft_config["default"].to_dict(),
+        text_encoder_lora_adapter_metadata=adapted.peft_config["default"].to_dict(),
     )
     both = nn.ModuleDict({"unet": ours, "text": own_encoder.eval()})
     parts = [part._replace(path="unet"), Part("text", "lora_te", "text_encoder", table, "text_model.")]
