@@ -16,6 +16,7 @@ from helpers.tiny_sd import (
     write_single_file,
 )
 from train.control_file import read_control
+from train.converters.sd.export import files_of_run
 from train.converters.sd.files import read_source
 from train.files import new_folders
 from train.trained_sampler import load_trained_sampler
@@ -89,7 +90,7 @@ def test_diffusers_reads_each_part_of_a_folder(exported):
     model = load_trained_sampler(logs / "one", None, CPU, ema=None, amp=False, logs_roots=(str(logs),))
     network, stage = model.sampler.network, model.space.first_stage.network
     ids = pipeline.tokenizer(["a photo of a dog"], padding="max_length", return_tensors="pt").input_ids
-    tokens = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")(ids)[0]
+    tokens = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)(ids)[0]
     own = network.encoders["text"].encoder(ids).tokens
     assert (tokens - own).abs().max() < 1e-5
     x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([301])
@@ -105,6 +106,15 @@ def test_diffusers_reads_each_part_of_a_folder(exported):
     down, middle = control(x, t, condition.streams["text"].values, hint, return_dict=False)
     for public, ours in zip((*down, middle), branch(x, t.float(), condition, hint), strict=True):
         assert (public - ours).abs().max() < 1e-5
+
+
+def test_new_words_are_not_written_and_a_warning_names_their_file(exported):
+    run, roots = exported / "logs/one", (str(exported / "logs"),)
+    model = load_trained_sampler(run, None, CPU, ema=None, amp=False, logs_roots=roots)
+    before = files_of_run(model, run, "single").parts["text"]
+    model.sampler.network.encoders["text"].encoder.add_words({"<toy>": torch.ones(64)})
+    with pytest.warns(UserWarning, match=r"new words are not written: .*learned_embeds\.safetensors"):
+        assert_same_tensors(files_of_run(model, run, "single").parts["text"], before)
 
 
 def test_a_folder_comes_back_from_a_single_file(tmp_path):

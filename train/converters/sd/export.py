@@ -6,6 +6,7 @@ its networks, so that a single file made of it is the first one again.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from models.lora import AdaptedLayer, merge, remove_adapters
 from models.ranges import NOT_NEGATIVE, check_ranges
-from models.text_encoder import TextEncoder
+from models.text_encoder import ExtendedEmbedding, TextEncoder
 from train.cli.files import run_folder
 from train.config import LoggingConfig
 from train.control_file import CONTROL_FILE, read_control, read_control_header
@@ -53,6 +54,7 @@ from train.converters.sd.unet import unet_config, unet_weights
 from train.files import write_text
 from train.finetuning import read_base
 from train.runs import read_run
+from train.textual_inversion import EMBEDDINGS
 from train.trained_sampler import TrainedSampler, load_trained_sampler
 from vq.autoencoder_kl import AutoencoderKL
 
@@ -115,13 +117,14 @@ def keep_source(run: Path, source: Source, conv_projections: bool) -> None:
     """Writes what is needed to write a run back to its folder: facts, configs, and tensors that are no weights."""
     folder, rest = run / FOLDER, dict(source.rest)
     facts: dict[str, Any] = {"layout": source.layout, "conv_projections": conv_projections, "configs": source.configs}
-    facts["dtypes"] = {part: dtype_name(tensors) for part, tensors in source.parts.items()}
+    weights = dict(source.parts)
     if "text" in source.parts:
         text = split_text(source.parts["text"])
-        facts["text"] = text.naming
+        weights["text"], facts["text"] = text.weights, text.naming
         projection = {name: text.weights[name] for name in text.weights if name.startswith("text_projection")}
         kept = text.rest | name_as_in_file(projection, text.prefix, text.bare)  # which conditions do not read
         rest |= {TEXT + name: tensor for name, tensor in kept.items()}
+    facts["dtypes"] = {part: dtype_name(tensors) for part, tensors in weights.items()}
     if source.single_file is not None:
         facts["single_file"] = source.single_file.text
         rest |= {OF_SINGLE + name: tensor for name, tensor in source.single_file.tensors.items()}
@@ -175,6 +178,8 @@ def files_of_run(model: TrainedSampler, source_run: Path, layout: Layout) -> Fil
     for part, (module, table) in tables.items():
         files.parts[part] = to_layout(table, module.state_dict(), layout, dtype_of(facts, part))
     text = network.encoders["text"].encoder if "text" in network.encoders else None
+    if text is not None and isinstance(text.token, ExtendedEmbedding):
+        warnings.warn(f"new words are not written: their embeddings are in {model.run / EMBEDDINGS}", stacklevel=2)
     if layout == facts["layout"]:
         files.configs = facts["configs"]
         files.texts = tokenizer_texts() if "tokenizer" in facts["configs"] else {}
