@@ -20,6 +20,7 @@ WORLD = DistContext(torch.device("cpu"))
 LR, DECAY, BETAS = 0.01, 0.1, (0.8, 0.95)
 START, GRADIENT = 2.0, 0.5
 WITH_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+UNSHARDED = {"adafactor", "adamw8bit"}  # not with --parallel fsdp
 EVERY = [pytest.param(name, marks=WITH_BITSANDBYTES if name == "adamw8bit" else ()) for name in OPTIMIZERS]
 
 
@@ -165,7 +166,7 @@ def sharded(module):
     return fully_shard(copy.deepcopy(module), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adafactor"])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - UNSHARDED))
 def test_shards_are_updated_like_full_parameters(name, one_process):
     torch.manual_seed(0)
     plain, x = nn.Linear(6, 4), torch.randn(5, 6)
@@ -181,9 +182,10 @@ def test_shards_are_updated_like_full_parameters(name, one_process):
     assert torch.allclose(plain.weight, shards.weight.full_tensor(), atol=1e-6)
 
 
-def test_adafactor_refuses_shards(one_process):
+@pytest.mark.parametrize("name", ["adafactor", pytest.param("adamw8bit", marks=WITH_BITSANDBYTES)])
+def test_these_optimizers_refuse_shards(name, one_process):
     with pytest.raises(ValueError, match="pass --optimizer adamw or --parallel ddp"):
-        make_optimizer("adafactor", sharded(nn.Linear(6, 4)).parameters(), lr=LR)
+        make_optimizer(name, sharded(nn.Linear(6, 4)).parameters(), lr=LR)
 
 
 def take_steps(name, norms, clip, fused):
