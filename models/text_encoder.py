@@ -68,8 +68,8 @@ class TextEncoderConfig:
         if self.clip_skip > self.layers:
             raise ValueError(f"got clip_skip {self.clip_skip} of {self.layers} layers, wanted 1 to {self.layers}")
         if self.added_words and (last := max(self.added_ids.values())) >= self.vocab_size:
-            got = f"got {len(self.added_ids)} added words behind the end, {self.end_id}, and vocab_size"
-            raise ValueError(f"{got} {self.vocab_size}, wanted an id for each: pass {last + 1} ids")
+            got = f"got {len(self.added_ids)} added words after the end, {self.end_id}, and vocab_size"
+            raise ValueError(f"{got} {self.vocab_size}, wanted an id for each: pass vocab_size {last + 1}")
 
     @property
     def added_ids(self) -> dict[str, int]:
@@ -121,7 +121,7 @@ class ExtendedEmbedding(nn.Embedding):
 class TextEncoder(nn.Module):
     """Causal transformer with learned positions: ids (B, L) -> a vector for each token, and one for the text.
 
-    A token does not depend on those after it, hence not on padding behind the end.
+    A token does not depend on those after it, hence not on padding after the end.
     """
 
     tokenizer: ClassVar[Tokenizer] = Tokenizer()

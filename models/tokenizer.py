@@ -125,7 +125,7 @@ class Tokenizer:
     """CLIP's byte-pair encoding with 49,408 ids. The vocabulary is read when it is first needed.
 
     With another `end_id`, the vocabulary ends before its start, the id before the end. `added_ids` are those of further
-    words, all of them behind the end, in any case of their letters: they are found before a text is split, the longest
+    words, all of them after the end, in any case of their letters: they are found before a text is split, the longest
     first, and not within other words. ValueError for others.
     """
 
@@ -140,11 +140,11 @@ class Tokenizer:
         self.lengths = sorted({*map(len, self.added_ids)}, reverse=True)  # of added words
         for word, own in self.added_ids.items():
             if own <= end_id:
-                raise ValueError(f"got id {own} for the added word {word!r}, wanted one behind the end, {end_id}")
+                raise ValueError(f"got id {own} for the added word {word!r}, wanted one after the end, {end_id}")
             if word.split() != [word] or not word.isascii() and clean_text(word) != word:
                 raise ValueError(f"got the added word {word!r}, which no text has: wanted one without white space")
         if len({*self.added_ids.values()}) < len(added_ids or {}):
-            raise ValueError("got added words that differ in nothing, or in the case of letters only, or share an id")
+            raise ValueError("got added words that are equal apart from case, or that share an id")
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text of any length, without start and end; ValueError for words without an id."""

@@ -6,6 +6,7 @@ frozen rest stays in the base, which config.yaml names by its path, step and SHA
 encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 """
 
+import os
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from train.textual_inversion import add_new_words, parse_words, write_embeddings
 
 ADAPTER = "lora"  # the name of the adapters that learn
 ADAPTERS = "lora.safetensors"  # their file
+MERGED_FROM = "merged_from"  # in the origin of a merged run: the path of the base
 PLACES_OF_WEIGHTS = ("base", "load_weights", "text_encoder")  # in the origin of a run
 
 
@@ -284,6 +286,8 @@ def write_merged_run(run: Path, state: TrainState) -> Path:
     content["fine_tuning"] = flatten_group(plain)
     content["training"] |= {"load_dir": None, "load_step": None, "train_only": []}
     content["origin"] = {key: value for key, value in content["origin"].items() if key not in PLACES_OF_WEIGHTS}
+    if (base := read_base(run)) is not None:
+        content["origin"][MERGED_FROM] = os.path.relpath(base.run, folder.parent)
     rest = {"optimizers": {}, "extras": {}, "counters": {}, "step": state.step, "bad_steps": [], "best": {}}
     with run_lock(folder):
         write_config(folder, content)

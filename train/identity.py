@@ -14,7 +14,14 @@ EXECUTION = {
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
     "profile", "perceptual_weights", "condition_file", "layouts", "output_dir", "text_encoder",
 }  # fmt: skip
-PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step", "base"}  # of weights, which are identified by content
+PLACES = {
+    "ae_load_dir",
+    "ae_load_step",
+    "load_dir",
+    "load_step",
+    "base",
+    "merged_from",
+}  # of weights
 # A training run may resume with other values of these. The data of its training split are identified by content.
 NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change", "lora_trigger_words",

@@ -63,7 +63,7 @@ class Config(ConditionConfig):
     text_end_id: int = Tokenizer.end_id
     """Id of the end of a chunk; the id before it is that of the start."""
     text_added_words: tuple[str, ...] = ()
-    """Words with an id each, from the one after that of the end on; <l{0..99}> stands for a hundred words."""
+    """Words with one id each, counted from the id after the end; <l{0..99}> stands for a hundred words."""
     text_pooled: bool = False
     """Add the mean of a caption's tokens, through two layers, to the embedding of the time."""
 

@@ -66,7 +66,7 @@ def test_a_saved_autoencoder_is_the_same(logs, kind):
     x = images().float() / 127.5 - 1
     with torch.no_grad():
         latents = network.posterior(x).mean if kind == "kl" else network.encode(x)
-        assert torch.equal(stage.encode_latents(images()), latents)
+        torch.testing.assert_close(stage.encode_latents(images()), latents)  # in another memory format
         wanted = ((network.decode(latents).clamp(-1, 1) + 1) * 127.5).round()
     assert latents.shape[1:] == stage.latent_shape((16, 24))
     assert (stage.decode_latents(latents).float() - wanted).abs().max() <= 1
@@ -169,10 +169,9 @@ def differences(stage, x, tile, overlap):
     yield tile_difference(blended, whole, tile, overlap, stage.factor), whole
 
 
-def test_tiles_differ_no_more_at_seams_than_twice_inside(logs, record_property):
+def test_tiles_differ_no_more_at_seams_than_twice_inside(logs):
     """Group norm and attention see one tile at a time, so tiles differ from the whole inside, too."""
     for got, whole in differences(open_stage(logs, "kl"), images((96, 128)), 16, 8):
-        record_property("difference", got)
         assert 0 < got.at_seams < 2 * got.inside and got.mean < 0.5 * whole.std()
 
 
@@ -181,12 +180,11 @@ TAEF2 = os.environ.get("TAEF2", "")
 
 @pytest.mark.skipif(not TAEF2, reason="TAEF2 names no folder with taef2_encoder.pth and taef2_decoder.pth")
 @pytest.mark.slow
-def test_tiles_of_taef2_are_close_to_the_whole(tmp_path, record_property):
+def test_tiles_of_taef2_are_close_to_the_whole(tmp_path):
     save_autoencoder(tmp_path / "taef2", load_tiny(Path(TAEF2)), {})
     coarse = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x = F.interpolate(coarse, scale_factor=32, mode="bicubic").clamp(-1, 1)
     for got, whole in differences(open_stage(tmp_path, "taef2"), x, 32, 8):
-        record_property("difference", got)
         assert 0 < got.at_seams < 2 * got.inside and got.mean < 0.1 * whole.std()
 
 

@@ -14,7 +14,7 @@ from train.config import SecondStageConfig
 from train.continuous_stage import save_autoencoder
 from train.control_file import CONTROL_FILE, save_control
 from train.conversions import ConversionConfig, NetworkConversion, SamplerConversion
-from train.conversions._runs import last_change, print_omitted, save_run
+from train.conversions._runs import averages_of, last_change, print_omitted, save_run
 from train.converters.sd.export import keep_source
 from train.converters.sd.files import Source, read_source
 from train.converters.sd.runs import load_autoencoder, load_control, load_text, load_unet, print_hint, sampler_flags
@@ -44,7 +44,15 @@ def read_version(path: str, averaged: bool, variant: str | None, changed: int) -
 def find_source(argv: list[str]) -> Source | None:
     """Returns the source that the command line names; None for a tiny autoencoder."""
     weights, averaged = peek_flag(argv, "weights"), peek_flag_values(argv, "no_from_averages") is None
-    return None if is_tiny(Path(weights)) else read_cached(weights, averaged, peek_flag(argv, "variant"))
+    if is_tiny_version(weights, last_change(Path(weights))):
+        return None
+    return read_cached(weights, averaged, peek_flag(argv, "variant"))
+
+
+@lru_cache(maxsize=1)
+def is_tiny_version(path: str, changed: int) -> bool:
+    """Returns whether a path is that of a tiny autoencoder, as it is since `changed`."""
+    return is_tiny(Path(path))
 
 
 def config_class(argv: list[str]) -> type:
@@ -65,7 +73,11 @@ def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
 def make_runs(config: SamplerConversion | NetworkConversion) -> None:
     """Converts Stable Diffusion to the run of a sampler and that of its autoencoder, or one network alone."""
     conversion, logging = config.conversion, config.logging
+    if conversion.config_json is not None or conversion.new_attention_order:
+        raise ValueError(f"got flags for {conversion.weights}: leave --config_json and --new_attention_order out")
     if isinstance(config, SamplerConversion):
+        if config.training.load_dir is not None:
+            raise ValueError("got --load_dir, but converted weights replace those of a run: leave it out")
         run = run_folder(logging.logs_root, logging.log_dir or Path(conversion.weights).stem)
         ae_run = run.with_name(f"{run.name}_ae")
         new = [run, ae_run] if config.first.ae_load_dir is None else [run]
@@ -125,9 +137,11 @@ def make_sampler_run(config: SamplerConversion, run: Path, ae_run: Path) -> None
     space = open_space(config, {}, None, world)
     built, state = build_state(sampler, config.training, space, 0, world)
     keep_source(run, source, conv_projections=load_unet(source, built.network))
+    for average in averages_of(state):
+        load_unet(source, average)
     origin = space.provenance | {"class_frequencies": [], "class_names": []} | name
     origin |= text_provenance(options_of_conditions(sampler))
-    path = save_run(config, SecondStageConfig, state, run, origin, 0)
+    path = save_run(config, SecondStageConfig, state, run, origin, conversion.step or 0)
     print_omitted(source.omitted)
     print(f"{path}\npredicts {sampler.prediction}, latents of {space.first_stage.run}", flush=True)
     print_hint(built, space)

@@ -10,7 +10,7 @@ from models.control import ControlBranch
 from train.converters.sd.names import Layout, Weight, layer
 from train.converters.sd.unet import BUILT, FROM_SHAPES, check_config, encoder_config, encoder_weights, infer_encoder
 
-OWN_BUILT = {  # keys of config.json that a UNet has not, and the values that are built here
+OWN_BUILT = {  # keys of config.json that a UNet does not have, and the values that are built here
     "controlnet_conditioning_channel_order": ("rgb",),
     "global_pool_conditions": (False,),
 }

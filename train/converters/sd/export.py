@@ -36,7 +36,7 @@ from train.converters.sd.files import (
 )
 from train.converters.sd.metadata import warn_of_nulls
 from train.converters.sd.names import Layout, Weight, to_layout
-from train.converters.sd.scheduler import scheduler_config
+from train.converters.sd.scheduler import process_settings, scheduler_config
 from train.converters.sd.text import (
     CLIP_FOLDER,
     END,
@@ -52,7 +52,7 @@ from train.converters.sd.text import (
 )
 from train.converters.sd.unet import unet_config, unet_weights
 from train.files import write_text
-from train.finetuning import read_base
+from train.finetuning import MERGED_FROM, read_base
 from train.runs import read_run
 from train.textual_inversion import EMBEDDINGS
 from train.trained_sampler import TrainedSampler, load_trained_sampler
@@ -134,20 +134,34 @@ def keep_source(run: Path, source: Source, conv_projections: bool) -> None:
 
 
 def find_source_run(run: Path) -> Path | None:
-    """Returns the run that `keep_source` wrote to: this one, or one that it began from; None if there is none."""
+    """Returns the run that `keep_source` wrote to: this one, or one that it was trained from; None if there is none."""
+    seen: set[Path] = set()
     while not (run / FOLDER / FACTS).is_file():
-        base = read_base(run)
-        if base is None:
+        seen.add(run)
+        run = find_predecessor(run)
+        if run is None or run in seen or not (run / "config.yaml").is_file():
             return None
-        run = base.run
     return run
+
+
+def find_predecessor(run: Path) -> Path | None:
+    """Returns the run whose weights a run began with, as a whole; None if it began anew."""
+    content, base = read_run(run), read_base(run)
+    if base is not None:
+        return base.run
+    if (merged := content.get("origin", {}).get(MERGED_FROM)) is not None:
+        return (run.parent / merged).resolve()
+    training = content.get("training", {})
+    started = None if training.get("load_partial") else training.get("load_dir")
+    return None if started is None else run_folder(str(run.parent), started)
 
 
 def read_facts(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads what `keep_source` wrote; ValueError for a run that was not converted."""
     folder = run / FOLDER
     if not (folder / FACTS).is_file():
-        raise ValueError(f"{run} did not come from Stable Diffusion: pass the run of convert.py, or one that it began")
+        remedy = "pass the run of convert.py, or one trained from it"
+        raise ValueError(f"{run} did not come from Stable Diffusion: {remedy}")
     return read_json(folder / FACTS), load_file(folder / OTHERS)
 
 
@@ -181,8 +195,11 @@ def files_of_run(model: TrainedSampler, source_run: Path, layout: Layout) -> Fil
     if text is not None and isinstance(text.token, ExtendedEmbedding):
         warnings.warn(f"new words are not written: their embeddings are in {model.run / EMBEDDINGS}", stacklevel=2)
     if layout == facts["layout"]:
-        files.configs = facts["configs"]
+        files.configs = own_configs(facts["configs"], model)
         files.texts = tokenizer_texts() if "tokenizer" in facts["configs"] else {}
+        if text is not None and text.config.added_words and "added_tokens" not in facts["configs"]:
+            files.texts |= tokenizer_texts()
+            files.texts["tokenizer/added_tokens.json"] = json.dumps(text.config.added_ids, indent=2) + "\n"
         files.rest = {name: value for name, value in kept.items() if not name.startswith((TEXT, OF_SINGLE))}
         if "single_file" in facts:
             files.single_file = SingleFileRest(facts["single_file"], starting_with(OF_SINGLE, kept))
@@ -193,6 +210,19 @@ def files_of_run(model: TrainedSampler, source_run: Path, layout: Layout) -> Fil
     else:
         to_folder(files, model, text, facts, kept)
     return files
+
+
+def own_configs(kept: Mapping[str, Any], model: TrainedSampler) -> dict[str, Any]:
+    """Returns the configs of a source, with those of the process and the autoencoder of a run that has others."""
+    configs, stage, own = dict(kept), model.space.first_stage, asdict(model.sampler.config)
+    scheduler = kept.get("scheduler")
+    if scheduler is not None and any(own[key] != value for key, value in process_settings(scheduler).items()):
+        configs["scheduler"] = scheduler_config(own, read_run(model.run)["sampling"])
+    if "autoencoder" in kept and isinstance(stage.network, AutoencoderKL):
+        wanted = (kept["autoencoder"].get("scaling_factor", SD_SCALE), kept["autoencoder"].get("shift_factor") or 0.0)
+        if wanted != (stage.latent_scale, stage.latent_shift):
+            configs["autoencoder"] = autoencoder_config(stage.network)
+    return configs
 
 
 def dtype_of(facts: Mapping[str, Any], part: str) -> torch.dtype:
@@ -217,6 +247,9 @@ def to_single(
 ) -> None:
     """Adds to the networks of a folder's run what a single file has beside; `rest` is what the folder had of one."""
     stage = model.space.first_stage
+    if text is not None and text.config.added_words:
+        got = f"got a text encoder with added words, such as {text.config.added_words[0]}"
+        raise ValueError(f"{got}, which a single file cannot hold: pass --to diffusers")
     if "autoencoder" in files.parts and (stage.latent_scale, stage.latent_shift) != (SD_SCALE, 0.0):
         got = f"got an autoencoder with scaling_factor {stage.latent_scale} and shift_factor {stage.latent_shift}"
         raise ValueError(f"{got}; a single file means {SD_SCALE} and 0.0: pass --to diffusers")
@@ -286,7 +319,8 @@ def add_control(files: Files, path: Path, layout: Layout) -> None:
     table = control_weights(branch, origin.conv_projections)
     files.parts["control"] = to_layout(table, branch.state_dict(), layout, getattr(torch, origin.dtype))
     files.configs["control"] = origin.config or control_config(branch, origin.conv_projections)
-    files.prefixed = origin.prefixed or len(files.parts) > 1
+    own_folder = layout == "folder" and origin.layout == "single"  # a prefix of names says nothing about folders
+    files.prefixed = len(files.parts) > 1 or (origin.prefixed and not own_folder)
 
 
 def export_run(config: ExportConfig) -> None:
@@ -295,12 +329,15 @@ def export_run(config: ExportConfig) -> None:
     if options.load_dir is None or options.output is None:
         raise ValueError("got no run or no output: pass --load_dir RUN --output PATH")
     run, layout, files = run_folder(options.logs_root, options.load_dir), NAMES[options.to], Files()
+    if layout == "single" and Path(options.output).suffix != ".safetensors":
+        raise ValueError(f"got --output {options.output}, wanted a file: pass a name that ends in .safetensors")
     control = run / CONTROL_FILE
     if (run / "config.yaml").is_file() or not control.is_file():
         device, roots = torch.device("cpu"), (options.logs_root,)
         model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=roots)
         source_run = find_source_run(run) or run
-        files, control = files_of_run(model, source_run, layout), source_run / CONTROL_FILE
+        files = files_of_run(model, source_run, layout)
+        control = control if control.is_file() else source_run / CONTROL_FILE
     if control.is_file():
         add_control(files, control, layout)
     files.write(Path(options.output), layout)

@@ -42,7 +42,7 @@ def metadata_weights(unet: UNet) -> list[Weight]:
 
 def metadata_settings(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the flags of the condition of a UNet with embedders, by the names of its tensors and the `config` of its
-    folder; {} without. ValueError for others than seven, and for a config that says otherwise."""
+    folder; {} without. ValueError unless there are seven, and for a config that says otherwise."""
     count, wanted = sum(EMBEDDER.fullmatch(name) is not None for name in tensors), len(PRESETS[PRESET])
     expected = config.get("num_metadata", count) if config.get("use_metadata", count > 0) else 0
     if count != expected:

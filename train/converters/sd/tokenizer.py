@@ -11,7 +11,7 @@ TOKENIZER = "tokenizer"  # folder of a pipeline
 
 
 def read_added_words(path: Path, end_id: int) -> tuple[str, ...]:
-    """Returns the words with ids behind the end, in the order of their ids, as `contract_words` does.
+    """Returns the words with ids after the end, in the order of their ids, as `contract_words` does.
 
     `path` is a pipeline, its text encoder, or a folder with both; files add no words. ValueError for ids that do not
     follow each other.
