@@ -75,6 +75,35 @@ def test_a_converted_run_is_fine_tuned_by_lora(single):
     assert back.keys() == tensors.keys() and changed and all(".attn" in name for name in changed)
 
 
+def test_tuned_and_merged_runs_are_written(single):
+    """A run that learned as a whole holds all its weights; a merged one names the run before it."""
+    data = "--dataset shapes --shapes_count 20 --img_size 32 --captions templates"
+    training = f"--train_steps 1 --batch_size 2 --warmup_iters 0 --sample_steps 2 --no_amp {data}"
+    whole = f"--sampler ddpm --load_dir sd --logs_root {single}/logs {training}"
+    call("train_sampler.py", f"{whole} --log_dir whole")
+    call("train_sampler.py", f"{whole} --log_dir adapted --lora_rank 1 --save merged")
+    for name in ("whole", "adapted_merged"):
+        output = single / f"{name}.safetensors"
+        call("convert.py", f"--to sd --load_dir {name} --logs_root {single}/logs --output {output}")
+        assert load_file(output).keys() == load_file(single / "tiny.safetensors").keys()
+
+
+def test_averages_of_a_converted_run_are_its_weights(tmp_path):
+    write_single_file(tmp_path / "tiny.safetensors")
+    convert(tmp_path / "tiny.safetensors", tmp_path, "--heads 4 --prediction eps --img_size 32 --ema --step 7")
+    (weights,) = checkpoints(tmp_path, "sd")
+    averages = load_file(weights.with_name("ema.safetensors"))
+    assert weights.parent.name == "step_00000007"
+    assert_same_tensors(load_file(weights), averages)
+
+
+@pytest.mark.parametrize("flags", ["--config_json a.json", "--new_attention_order", "--load_dir sd"])
+def test_flags_without_effect_are_refused(single, flags, capsys):
+    with pytest.raises(SystemExit):
+        call("convert.py", f"--from sd --weights {single}/tiny.safetensors --heads 4 --prediction eps {flags}")
+    assert "leave " in capsys.readouterr().err
+
+
 def checkpoints(logs, *names):
     """Returns the files of the newest weights of runs."""
     return [max((logs / name / "checkpoints").glob("step_*")) / "model.safetensors" for name in names]

@@ -1,6 +1,7 @@
 """Runs from Stable Diffusion written in the layout that they did not come from, and control branches in both."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers.tiny_sd import (
     write_pipeline,
     write_single_file,
 )
-from train.control_file import read_control
+from train.control_file import read_control, read_control_header, save_control
 from train.converters.sd.export import files_of_run
 from train.converters.sd.files import read_source
 from train.files import new_folders
@@ -141,10 +142,36 @@ def test_a_control_branch_alone_is_written_in_both_layouts(tmp_path):
     wanted = {"folder": write_control_folder(tmp_path / "folder"), "single": tiny_control("single")}
     convert(tmp_path / "folder", tmp_path, "canny")
     assert [path.name for path in (tmp_path / "canny").iterdir()] == ["control.safetensors"]
-    back, single = (export(to, tmp_path, "canny", tmp_path / to) for to in ("diffusers", "sd"))
+    outputs = {"diffusers": tmp_path / "back", "sd": tmp_path / "single.safetensors"}
+    back, single = (export(to, tmp_path, "canny", path) for to, path in outputs.items())
     assert_same_tensors(wanted["folder"], load_file(back / "diffusion_pytorch_model.safetensors"))
     assert_same_tensors(wanted["single"], load_file(single))
     assert json.loads((back / "config.json").read_text()) == json.loads((tmp_path / "folder/config.json").read_text())
+
+
+def test_a_prefix_of_names_says_nothing_about_folders(tmp_path):
+    write_control_folder(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path, "canny")
+    path = tmp_path / "canny/control.safetensors"
+    settings, origin = read_control_header(path)
+    save_control(read_control(path), settings, replace(origin, layout="single", prefixed=True), path)
+    assert (export("diffusers", tmp_path, "canny", tmp_path / "back") / "config.json").is_file()
+    names = load_file(export("sd", tmp_path, "canny", tmp_path / "back.safetensors"))
+    assert all(name.startswith("control_model.") for name in names)
+
+
+def test_configs_follow_what_was_typed_at_conversion(tmp_path):
+    write_pipeline(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path, "one", "--prediction eps")
+    scheduler = read_source(export("diffusers", tmp_path, "one", tmp_path / "back")).configs["scheduler"]
+    assert scheduler["prediction_type"] == "epsilon" and scheduler["beta_schedule"] == "scaled_linear"
+    assert read_source(tmp_path / "folder").configs["scheduler"]["prediction_type"] == "v_prediction"
+
+
+def test_a_single_file_has_a_name_that_readers_know(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export("sd", tmp_path, "one", tmp_path / "back.ckpt")
+    assert "pass a name that ends in .safetensors" in capsys.readouterr().err
 
 
 def test_a_second_control_branch_does_not_replace_the_first(tmp_path, capsys):

@@ -124,9 +124,7 @@ def test_longer_sequences_are_refused_with_the_remedy():
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="got clip_skip 3 of 2 layers"):
         TextEncoderConfig(layers=2, clip_skip=3)
-    with pytest.raises(
-        ValueError, match="got 2 added words after the end, 49407, .* pass vocab_size 49410"
-    ):
+    with pytest.raises(ValueError, match="got 2 added words after the end, 49407, .* pass vocab_size 49410"):
         TextEncoderConfig(vocab_size=49_409, added_words=("<l{0..1}>",))
     with pytest.raises(ValueError, match="got clip_skip 0"):
         TextEncoderConfig(clip_skip=0)
