@@ -210,12 +210,12 @@ def reconstruct(first_stage: FirstStage, image: Tensor) -> tuple[Tensor, Tensor]
     uint8 (C, H, W)."""
     x = to_float(image)[None]
     if isinstance(first_stage, VQGANStage):
-        codes = first_stage.encode(x)
+        codes = first_stage.encode(x).cpu()  # so that tiles are put together on the CPU
         fake = first_stage.decode(codes)
     else:
-        codes = first_stage.encode_latents(x)
+        codes = first_stage.encode_latents(x).cpu()
         fake = first_stage.decode_latents(codes)
-    return codes[0].cpu(), fake[0].cpu()
+    return codes[0], fake[0].cpu()
 
 
 def measure_image(first_stage: FirstStage, image: Tensor, codes: Tensor, fake: Tensor) -> dict[str, Any]:

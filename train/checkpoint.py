@@ -428,7 +428,7 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> N
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(parameters):
         raise ValueError(f"{file} holds the optimizer state of another network: omit --load_optim")
 
-    is_builtin = type(optimizer).__module__.startswith("torch.optim")
+    is_builtin = type(optimizer).__module__.startswith(("torch.optim", "bitsandbytes.optim"))
 
     def shard(key: str, value: Any, parameter: nn.Parameter) -> Any:
         has_shape = isinstance(value, Tensor) and value.shape == parameter.shape

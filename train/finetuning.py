@@ -66,8 +66,8 @@ class Base:
 
 
 class FineTuned(NamedTuple):
-    """What became of a network: what learns beside --train_only, and the keys of checkpoints that are loaded from
-    another run or file, those that checkpoints leave out among them."""
+    """What learns beside the parts of --train_only; the keys loaded from another run or file, which checkpoints may
+    lack; and those of them that checkpoints leave out."""
 
     learned: frozenset[str]
     loaded: frozenset[str]
@@ -92,6 +92,8 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
 
     ValueError for adapters and other changes of a network without weights to begin from.
     """
+    if config.save == "merged" and training.parallel == "fsdp":
+        raise ValueError("got --save merged with --parallel fsdp, which has no whole weights: pass --parallel ddp")
     resumed = resumed_run(run, training.resume)
     if resumed is not None:
         base = read_base(resumed)
@@ -103,15 +105,20 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
     if config.changes_network and (training.load_partial or training.load_optim):
         other = "load_partial" if training.load_partial else "load_optim"
         raise ValueError(f"got --{other} with {flag}, which change a whole network: leave one of them out")
-    if config.save == "merged" and training.parallel == "fsdp":
-        raise ValueError("got --save merged with --parallel fsdp, which has no whole weights: pass --parallel ddp")
-    if training.load_dir is None or training.load_partial or not (config.changes_network or training.train_only):
+    if training.load_dir is None or training.load_partial:
         return None
     source = run_folder(logs_root, training.load_dir)
+    if not (config.changes_network or training.train_only or leaves_out_weights(source)):
+        return None
     step = resolve_step(source, training.load_step, "--load_step")
     manifest = verify_checkpoint(checkpoint_path(source, step))
     file = EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS
     return Base(source, step, file, manifest[file]["sha256"])
+
+
+def leaves_out_weights(run: Path) -> bool:
+    """Returns whether weights of a run are in its base and not in its own checkpoints."""
+    return read_base(run) is not None and read_run(run).get("fine_tuning", {}).get("save") != "full"
 
 
 def saves_text_encoder(run: Path, training: TrainingConfig, config: FineTuningConfig) -> bool:

@@ -117,7 +117,7 @@ class TrainState:
     unfinished: list[str] = field(default_factory=list)  # hooks of this step that a signal kept from running
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
     left_out: frozenset[str] = frozenset()  # of checkpoints: keys such as "network.conv_in.weight"
-    loaded: frozenset[str] = frozenset()  # before any checkpoint, which may lack these; `left_out` are among them
+    loaded: frozenset[str] = frozenset()  # from another run or file; `left_out` are among them
     pending: PendingStep | None = None  # the last step, until `settle` is called
 
     def settle(self) -> bool:

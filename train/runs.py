@@ -17,6 +17,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from models.conditions.text import MINILM
 from train.checkpoint import (
     WEIGHTS,
     PartialLoadReport,
@@ -304,7 +305,9 @@ def check_text_encoder(source: Path, provenance: dict[str, Any]) -> None:
     one is given now."""
     theirs = read_provenance(source)
     if "text_encoder" in theirs and theirs.get("text_sha256") != provenance.get("text_sha256"):
-        got = f"{source} was trained with another text encoder, {theirs['text_encoder']}"
+        own = theirs["text_encoder"]
+        own = own if own == MINILM else (source.parent / own).resolve()
+        got = f"{source} was trained with another text encoder, {own}"
         raise ValueError(f"{got}: pass that as --text_encoder, or load what fits by --load_partial")
 
 

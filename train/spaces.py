@@ -437,7 +437,7 @@ def check_same_scale(first_stage: FirstStage, start: str, started: dict[str, Any
     if own != theirs:
         got = f"got latents of scale {own[0]} and shift {own[1]}, those of the autoencoder in {first_stage.run}"
         wanted = f"wanted {theirs[0]} and {theirs[1]}, those that {start} was trained on"
-        raise ValueError(f"{got}, {wanted}: pass its --ae_load_dir, or --load_partial to start from it all the same")
+        raise ValueError(f"{got}, {wanted}: pass its --ae_load_dir, or --load_partial to start from it anyway")
 
 
 def require_codes(first_stage: FirstStage, sampler: str) -> VQGANStage:

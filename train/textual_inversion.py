@@ -33,7 +33,7 @@ def parse_words(words: Sequence[str]) -> dict[str, str]:
     for each in words:
         word, equals, like = each.partition("=")
         if not word or (equals and not like) or word in parsed:
-            wanted = "wanted each word once, perhaps with one to start from"
+            wanted = "wanted each word once, optionally with a word to start from"
             raise ValueError(f"got --text_new_tokens {each}, {wanted}: pass '<cat-toy>' or '<cat-toy>=cat'")
         parsed[word] = like
     return parsed
@@ -57,7 +57,9 @@ def find_text_encoder(network: nn.Module) -> TextEncoder:
     captions = find_captions(network)
     if captions is None or not isinstance(captions.encoder, TextEncoder):
         got = "a network that reads no captions" if captions is None else f"a {type(captions.encoder).__name__}"
-        raise ValueError(f"got new words for {got}, wanted a CLIP-like text encoder: leave --text_new_tokens out")
+        raise ValueError(
+            f"got new words for {got}, wanted a CLIP-like text encoder: choose another run, or add no words"
+        )
     return captions.encoder
 
 

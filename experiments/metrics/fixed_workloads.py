@@ -21,7 +21,7 @@ from experiments.harness.report import table, three_digits
 from experiments.metrics.attention_speed import AttentionConfig, attention_timings, measure_attention
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.prdc import prdc
-from experiments.metrics.pretrained_speed import PretrainedBenchmarkConfig, measure_pretrained
+from experiments.metrics.pretrained_speed import PretrainedBenchmarkConfig, check_packages, measure_pretrained
 from experiments.metrics.region_attention_speed import compare_ways, region_attention_cases
 from experiments.metrics.speed_results import Row, timing_row
 from experiments.metrics.throughput import MAX_SECONDS
@@ -47,6 +47,8 @@ FIRST_STEP = (
 def measure_without_preset(names: Sequence[str], repeats: int, world: DistContext) -> list[Row]:
     """Runs those measurements of --measure that need no preset; those with flags of their own have the defaults."""
     device, rows = world.device, []
+    if "pretrained" in names:
+        check_packages()  # before anything is measured
     if "attention" in names:
         rows += attention_timings(measure_attention(AttentionConfig(repeats=repeats, device=device.type), device))
     if "unet" in names:

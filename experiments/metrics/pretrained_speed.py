@@ -126,17 +126,24 @@ class Measured:
     grad_norm: float = 0.0  # of the first training step
 
 
+def check_packages() -> None:
+    """Raises ValueError without the packages to compare with."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"got no {' and no '.join(missing)} to compare with: pip install {' '.join(missing)}")
+
+
 def measure_pretrained(settings: PretrainedBenchmarkConfig, world: DistContext) -> list[Row]:
     """Measures both networks in turn, each in processes of its own; prints a table.
 
     ValueError without diffusers and peft, if the outputs differ by more than rounding, and if a process is killed.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"got no {' and no '.join(missing)} to compare with: pip install {' '.join(missing)}")
+    check_packages()
     s, measured = settings, {OURS: [], THEIRS: []}
     with TemporaryDirectory() as temporary:
-        folder = write_random_unet(Path(temporary), s) if s.weights is None else Path(s.weights)
+        folder = write_random_unet(Path(temporary), s) if s.weights is None else Path(s.weights).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"got --weights {s.weights}, which is no folder: pass a folder of diffusers")
         for _ in range(s.rounds):
             for name, results in measured.items():
                 results.append(in_own_process(name, folder, s, world.device))

@@ -111,6 +111,20 @@ def call_in(logs, root, name, flags):
     call("train_sampler.py", f"--logs_root {root} --log_dir {name} {RUN} --steps_per_checkpoint 1 {flags}")
 
 
+def test_a_whole_network_learns_on_from_a_run_of_parts(logs, tmp_path):
+    call_in(logs, tmp_path, "whole", f"--train_steps 1 --load_dir {logs}/part --lr 1e-9")
+    saved, started = weights(tmp_path / "whole", 1), network_state(logs, "part")
+    assert saved.keys() == weights(logs / "base", 3).keys()
+    for key, value in started.items():
+        torch.testing.assert_close(saved[f"network.{key}"], value, atol=1e-6, rtol=0)
+
+
+def test_merged_runs_are_refused_under_fsdp(logs, tmp_path):
+    config = FineTuningConfig(lora_rank=2, save="merged")
+    with pytest.raises(ValueError, match="got --save merged with --parallel fsdp"):
+        find_base(logs / "lora", SamplerTrainingConfig(parallel="fsdp"), config, str(tmp_path))
+
+
 @pytest.mark.parametrize("flags", ["", LORA, f"{LORA} --save full"])
 def test_differential_layers_come_back_whole(logs, tmp_path, flags):
     call_in(logs, tmp_path, "own", f"--train_steps 2 --load_dir {logs}/base --differential diff_v2 {flags}")

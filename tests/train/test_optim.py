@@ -3,6 +3,7 @@
 import copy
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +154,15 @@ def test_a_state_resumes_in_another_memory_format(name):
     resumed.load_state_dict(saved)
     actual = train(converted, x.to(memory_format=torch.channels_last), resumed, 3)
     assert (actual - expected).abs().max() < 1e-5  # three wrong steps of 0.01 would be far off
+
+
+@WITH_BITSANDBYTES
+def test_8_bit_moments_are_not_taken_from_another_optimizer():
+    network = nn.Linear(2, 3)
+    optimizers = [make_optimizer(name, network.parameters(), lr=LR) for name in ("adamw", "adamw8bit")]
+    train(network, torch.randn(4, 2), optimizers[0], 1)
+    with pytest.raises(ValueError, match="holds the state of another optimizer: pass the --optimizer of that run"):
+        load_optimizer(optimizers[1], optimizers[0].state_dict(), Path("state.pt"))
 
 
 @pytest.fixture
