@@ -214,7 +214,7 @@ def test_codes_are_decoded_in_tiles(trained):
     vqgan = load_chosen_vqgan(FirstStageModelConfig(), str(trained), torch.device("cpu"), amp=False).vqgan
     codes = torch.from_numpy(found["codes"]).long()
     wanted = to_uint8(decode_tiled(vqgan, codes, 2, 1)).permute(0, 2, 3, 1).numpy()
-    assert np.array_equal(found["image"][..., :1], wanted)
+    assert np.array_equal(found["arr_0"][..., :1], wanted)
     with torch.no_grad():
         assert not np.array_equal(to_uint8(vqgan.decode(codes)).permute(0, 2, 3, 1).numpy(), wanted)
 
