@@ -94,4 +94,4 @@ def test_the_script_has_the_slurm_options_of_the_page():
 def test_the_settings_that_may_change_are_those_of_the_code():
     (section,) = re.findall(r"^### What identifies a run\n(.*?)^### ", TEXT, re.M | re.S)
     (listed,) = re.findall(r"These may change.*?:(.*?)\n\n", section, re.S)
-    assert {*re.findall(r"`--(\w+)`", listed)} == NOT_IDENTITY - {"base"}  # which is no flag
+    assert {*re.findall(r"`--(\w+)`", listed)} == NOT_IDENTITY - {"base", "merged_from"}  # which are no flags

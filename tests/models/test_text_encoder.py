@@ -200,7 +200,7 @@ def test_new_words_start_at_the_mean_norm_or_at_a_word():
         ({"<old>": 8}, "got the new word '<old>', which is in the vocabulary"),
         ({"two words": 8}, "'two words', which no text has"),
         ({"": 8}, "'', which no text has"),
-        ({"<a>": 8, "<A>": 8}, "in the case of letters only"),
+        ({"<a>": 8, "<A>": 8}, "equal apart from case"),
         ({"<a>": 4}, r"got an embedding \(4,\) of <a>, wanted \(8,\): it is of another text encoder"),
     ],
 )
