@@ -109,7 +109,7 @@ def test_diffusers_reads_each_part_of_a_folder(exported):
         assert (public - ours).abs().max() < 1e-5
 
 
-def test_new_words_are_not_written_and_a_warning_names_their_file(exported):
+def test_a_warning_names_the_file_of_new_words(exported):
     run, roots = exported / "logs/one", (str(exported / "logs"),)
     model = load_trained_sampler(run, None, CPU, ema=None, amp=False, logs_roots=roots)
     before = files_of_run(model, run, "single").parts["text"]

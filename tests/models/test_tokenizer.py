@@ -115,7 +115,7 @@ def test_added_words_are_decoded():
         ({"two words": 49_408}, "got the added word 'two words', which no text has"),
         ({"": 49_408}, "got the added word ''"),
         ({"ﬁne": 49_408}, "got the added word 'ﬁne'"),  # its ligature is repaired in texts
-        ({"Toy": 49_408, "toy": 49_409}, "in the case of letters only"),
+        ({"Toy": 49_408, "toy": 49_409}, "equal apart from case"),
         ({"toy": 49_408, "cat": 49_408}, "share an id"),
     ],
 )

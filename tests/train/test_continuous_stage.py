@@ -268,7 +268,12 @@ def sampler(logs, tmp_path_factory):
 def sampled(folder, name, flags):
     common = f"--load_dir plain --logs_root {folder} --log_dir {name} --no_amp --device cpu"
     call("experiments/get_samples.py", f"{common} --n_samples 2 {flags}")
-    return np.load(folder / name / "samples.npz")["image"]
+    return np.load(folder / name / "samples.npz")["arr_0"]
+
+
+def correlation(one, other):
+    """Of an untrained autoencoder, whose group norm and attention see one tile at a time, tiles differ much."""
+    return np.corrcoef(one.ravel(), other.ravel())[0, 1]
 
 
 def test_samples_are_decoded_in_tiles(sampler, logs, capsys):
@@ -276,8 +281,7 @@ def test_samples_are_decoded_in_tiles(sampler, logs, capsys):
     assert f"autoencoder: {logs / 'kl'}" in capsys.readouterr().out
     assert np.array_equal(whole, sampled(sampler, "single", "--tile 16"))
     tiled = sampled(sampler, "tiled", "--tile 8 --overlap 4")
-    difference = np.abs(tiled.astype(int) - whole.astype(int)).mean()
-    assert 0 < difference < 0.5 * whole.std()
+    assert 0.5 < correlation(tiled, whole) < 1
 
 
 def test_a_canvas_of_latents_is_decoded_in_tiles(sampler):
@@ -287,7 +291,7 @@ def test_a_canvas_of_latents_is_decoded_in_tiles(sampler):
         call("experiments/generate_big_samples.py", f"{common} {flags}")
         pictures.append(np.array(Image.open(sampler / name / "big_000.png")).astype(int))
     assert pictures[0].shape[:2] == (48, 64)
-    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 0.5 * pictures[0].std()
+    assert 0.5 < correlation(*pictures) < 1
 
 
 def test_a_distance_is_reported_beside_that_of_reconstructions(sampler):

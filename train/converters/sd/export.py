@@ -184,9 +184,9 @@ def files_of_run(model: TrainedSampler, source_run: Path, layout: Layout) -> Fil
     table = unet_weights(network, facts["conv_projections"])
     tables: dict[str, tuple[nn.Module, list[Weight]]] = {"unet": (network, table)}
     if "autoencoder" in facts["dtypes"] and stage is not None:
-        if not isinstance(stage.network, AutoencoderKL):
-            got = f"got a {type(stage.network).__name__} as the autoencoder of {model.run}"
-            raise ValueError(f"{got}, which Stable Diffusion does not have: pass a run with an AutoencoderKL")
+        if stage.has_codes or not isinstance(stage.network, AutoencoderKL):
+            got = f"got {stage.run} as the first stage of {model.run}"
+            raise ValueError(f"{got}, which Stable Diffusion cannot have: pass a run with an AutoencoderKL")
         tables["autoencoder"] = (stage.network, autoencoder_weights(stage.network))
     files = Files()
     for part, (module, table) in tables.items():
@@ -212,15 +212,16 @@ def files_of_run(model: TrainedSampler, source_run: Path, layout: Layout) -> Fil
     return files
 
 
-def own_configs(kept: Mapping[str, Any], model: TrainedSampler) -> dict[str, Any]:
+def own_configs(source_configs: Mapping[str, Any], model: TrainedSampler) -> dict[str, Any]:
     """Returns the configs of a source, with those of the process and the autoencoder of a run that has others."""
-    configs, stage, own = dict(kept), model.space.first_stage, asdict(model.sampler.config)
-    scheduler = kept.get("scheduler")
+    configs, stage, own = dict(source_configs), model.space.first_stage, asdict(model.sampler.config)
+    scheduler = source_configs.get("scheduler")
     if scheduler is not None and any(own[key] != value for key, value in process_settings(scheduler).items()):
         configs["scheduler"] = scheduler_config(own, read_run(model.run)["sampling"])
-    if "autoencoder" in kept and isinstance(stage.network, AutoencoderKL):
-        wanted = (kept["autoencoder"].get("scaling_factor", SD_SCALE), kept["autoencoder"].get("shift_factor") or 0.0)
-        if wanted != (stage.latent_scale, stage.latent_shift):
+    theirs = source_configs.get("autoencoder")
+    if theirs is not None and stage is not None:
+        latents = (theirs.get("scaling_factor", SD_SCALE), theirs.get("shift_factor") or 0.0)
+        if latents != (stage.latent_scale, stage.latent_shift):
             configs["autoencoder"] = autoencoder_config(stage.network)
     return configs
 
