@@ -122,8 +122,10 @@ def leaves_out_weights(run: Path) -> bool:
 
 
 def saves_text_encoder(run: Path, training: TrainingConfig, config: FineTuningConfig) -> bool:
-    """Returns whether the checkpoints of a run that is started or resumed hold a frozen text encoder too, as those of
-    earlier versions do: a resumed run stays as it was begun."""
+    """Returns whether the checkpoints of a run hold a frozen text encoder too.
+
+    Checkpoints of earlier versions do; a resumed run keeps the form of the checkpoints that it has.
+    """
     resumed = resumed_run(run, training.resume)
     return config.save == "full" if resumed is None else "text_encoder" not in read_run(resumed).get("origin", {})
 
