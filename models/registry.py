@@ -143,7 +143,7 @@ MOVED = {
     "train.gaussian.GaussianSampler": "train.samplers.ddpm.GaussianSampler",
     "train.gaussian.make_encoders": "train.samplers._conditions.make_encoders",
     "train.gaussian.make_network": "train.samplers.ddpm.make_network",
-    "train.gaussian.make_process": "train.samplers.ddpm.make_process",
+    "train.gaussian.make_process": "train.samplers._process.make_process",
     "train.generate.TrainedSampler": "train.trained_sampler.TrainedSampler",
     "train.generate.load_sampler": "train.trained_sampler.load_sampler",
     "train.images.decode": "train.datasets._decode.decode",
