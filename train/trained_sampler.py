@@ -45,7 +45,8 @@ from train.resumed_settings import find_code
 from train.runs import read_run
 from train.samplers import Control, LearnedSampler
 from train.samplers._metadata import MetadataFields
-from train.spaces import EditInput, PixelSpace, Space, reopen_space
+from train.space_opening import reopen_space
+from train.spaces import EditInput, PixelSpace, Space
 from vq.tiles import make_tiles
 from vq.weights import refuse_nan
 
