@@ -9,10 +9,11 @@ from torch import Tensor
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
-from diffusion.gaussian_solvers import ChurnOptions, from_strength, remaining_steps, step_times
+from diffusion.gaussian_solvers import ChurnOptions
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams
 from diffusion.sd_solvers import WHOLE_STEPS, whole_step_times
+from diffusion.spacing import from_strength, remaining_steps, step_times
 from models.ranges import COUNT_OR_ZERO, FINITE, POSITIVE
 from train.config import SamplerConfig, SamplingConfig
 from train.samplers import select_solver

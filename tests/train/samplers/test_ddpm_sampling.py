@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from diffusion.edm import EDM
-from diffusion.gaussian_solvers import step_times
 from diffusion.rng import Streams
+from diffusion.spacing import step_times
 from helpers.gaussian_recorder import SHAPE, Call, Recorder, images, perturb, sample_recorded, sampler
 from train.samplers import NotFiniteError, ddpm
 from train.samplers._process import solver_times
