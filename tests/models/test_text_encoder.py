@@ -198,7 +198,7 @@ def test_new_words_start_at_the_mean_norm_or_at_a_word():
     [
         ({"Dog": 8}, "got the new word 'Dog', which is in the vocabulary"),
         ({"<old>": 8}, "got the new word '<old>', which is in the vocabulary"),
-        ({"<LONG>": 8}, "got the new word '<LONG>', which is in the vocabulary"),
+        ({"<long>": 8}, "got the new word '<long>', which is in the vocabulary"),
         ({"two words": 8}, "'two words', which no text has"),
         ({"": 8}, "'', which no text has"),
         ({"<a>": 8, "<A>": 8}, "equal apart from case"),
