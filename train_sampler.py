@@ -23,7 +23,7 @@ from train.runs import open_or_resume, resumed_provenance, resumed_run, run_cont
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
 from train.samplers._condition_sources import with_condition_fields
 from train.samplers._conditions import options_of_conditions, with_declared_values
-from train.spaces import open_space
+from train.space_opening import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.text_encoder_file import open_text_cache, text_location, text_provenance
 from train.trained_sampler import TrainedSampler, class_frequencies

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.gaussian_solvers import ContinuousDenoiser, step_times
+from diffusion.gaussian_solvers import ContinuousDenoiser
 from diffusion.process import ContinuousProcess, DiscreteProcess, expand, upcast
 from diffusion.rng import Streams
+from diffusion.spacing import step_times
 from diffusion.types import Bound, Likelihood, Prediction
 
 BIN_WIDTH = 2 / 255  # distance of two levels of an 8-bit image in [-1, 1]

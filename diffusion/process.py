@@ -92,7 +92,7 @@ class ContinuousProcess(ABC):
     variance: Variance = "fixed_small"  # of an ancestral reverse step
     start: float = 1.0  # t of pure noise, where sampling begins
     end: float = 1e-3  # the smallest t at which the network is evaluated; the last sampling step ends at 0
-    default_spacing: ClassVar[str] = "uniform"  # of sampling steps, a key of gaussian_solvers.SPACINGS
+    default_spacing: ClassVar[str] = "uniform"  # of sampling steps, a key of spacing.SPACINGS
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffusion.denoisers import guided, thresholded
 from diffusion.discrete_solvers import even_times
-from diffusion.gaussian_solvers import step_times as continuous_step_times
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of, to_device
 from diffusion.solvers import Solver, solvers_for
+from diffusion.spacing import step_times as continuous_step_times
 from diffusion.types import Denoiser, OnStep, Prediction
 
 Network = Callable[..., Tensor]
@@ -65,7 +65,7 @@ def sample(
     """Samples x of the given shape with a solver: (B, C, H, W), or (B, H, W) for a discrete process.
 
     `steps` defaults to the solver's own number; a discrete process in continuous time has none and needs it. `spacing`
-    is a key of gaussian_solvers.SPACINGS, for continuous processes. `condition` maps names of encoders, such as label,
+    is a key of spacing.SPACINGS, for continuous processes. `condition` maps names of encoders, such as label,
     to the raw conditions of B examples (see `network.encode`), and `guidance` is the scale of classifier-free guidance.
     `clip` keeps the predicted x_0 of a continuous process in [-1, 1]: pass False for data with another range, such as
     latents. Example i of a seed does not depend on the batch size. `options` are those of the solver, such as eta.

@@ -5,6 +5,7 @@ Shapes: B batch, L tokens with start and end, D width, C chunks of a long text.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise, starmap
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -184,22 +185,28 @@ class TextEncoder(nn.Module):
         return direction * (table.norm(dim=1).mean() / direction.norm())
 
     def add_words(self, words: Mapping[str, Tensor]) -> None:
-        """Adds words with these embeddings (D,) to the vocabulary; their ids follow those that there are.
+        """Adds words with these embeddings to the vocabulary, (D,) for a word of one token, (N, D) for one of N; their
+        ids follow those that there are.
 
         The embeddings are a parameter of their own, `token.new_tokens`. Other words keep their vectors to the bit.
         ValueError for words that are single tokens already, words that no text has, and another D.
         """
         known = self.token.new_tokens if isinstance(self.token, ExtendedEmbedding) else self.token.weight[:0]
-        ids = {word: self.config.vocab_size + len(known) + i for i, word in enumerate(words)}
-        tokenizer = Tokenizer(self.config.end_id, {**self.tokenizer.added_ids, **ids})
-        if there := [word for word in words if len(self.tokenizer.ids_of(word.lower())) == 1]:
+        rows = {word: torch.atleast_2d(row) for word, row in words.items()}
+        if wrong := [word for word, row in rows.items() if not len(row) or row.shape[1:] != known.shape[1:]]:
+            got = f"got an embedding {tuple(words[wrong[0]].shape)} of {wrong[0]}"
+            width = known.shape[1]
+            raise ValueError(f"{got}, wanted ({width},) or (N, {width}): it is of another text encoder")
+        stops = accumulate(map(len, rows.values()), initial=self.config.vocab_size + len(known))
+        ids = dict(zip(words, starmap(range, pairwise(stops)), strict=True))
+        added = self.tokenizer.added_ids
+        tokenizer = Tokenizer(self.config.end_id, {**added, **ids})
+        lower = {word: word.lower() for word in words}
+        if there := [word for word, own in lower.items() if own in added or len(self.tokenizer.ids_of(own)) == 1]:
             got = f"got the new word {there[0]!r}, which is in the vocabulary"
             raise ValueError(f"{got}: choose another, such as <{there[0]}-1>")
-        if wrong := [word for word, row in words.items() if row.shape != known.shape[1:]]:
-            got = f"got an embedding {tuple(words[wrong[0]].shape)} of {wrong[0]}"
-            raise ValueError(f"{got}, wanted ({known.shape[1]},): it is of another text encoder")
-        rows = torch.stack([*words.values()]).to(known)
-        self.token, self.tokenizer = ExtendedEmbedding(self.token, torch.cat([known.detach(), rows])), tokenizer
+        table = torch.cat([known.detach(), *(row.to(known) for row in rows.values())])
+        self.token, self.tokenizer = ExtendedEmbedding(self.token, table), tokenizer
 
     def pool(self, last: Tensor, ids: Tensor) -> Tensor:
         """Returns the vectors (B, D) of the first end tokens, projected if there is a projection."""

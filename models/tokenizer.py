@@ -2,8 +2,8 @@
 
 The rule is that of OpenAI's release: text is repaired (ftfy), HTML entities are decoded, white space is collapsed,
 letters become lower case. Words are runs of letters, single digits and runs of other signs. Names of special tokens
-that a user types, such as <|endoftext|>, are text like any other. Words that were added to the vocabulary, such as
-places (GeoDiffusion) or those of textual inversion, have an id each.
+that a user types, such as <|endoftext|>, are text like any other. Words that were added to the vocabulary have ids of
+their own: places (GeoDiffusion) one each, those of textual inversion one or several.
 """
 
 import gzip
@@ -125,8 +125,8 @@ class Tokenizer:
     """CLIP's byte-pair encoding with 49,408 ids. The vocabulary is read when it is first needed.
 
     With another `end_id`, the vocabulary ends before its start, the id before the end. `added_ids` are those of further
-    words, all of them after the end, in any case of their letters: they are found before a text is split, the longest
-    first, and not within other words. ValueError for others.
+    words, one or several a word, all of them after the end, in any case of their letters: they are found before a text
+    is split, the longest first, and not within other words. ValueError for others.
     """
 
     start_id: int = 49_406
@@ -134,16 +134,19 @@ class Tokenizer:
     pad_id: int = 49_407  # after the end
     vocab_size: ClassVar[int] = 49_408
 
-    def __init__(self, end_id: int = 49_407, added_ids: Mapping[str, int] | None = None):
+    def __init__(self, end_id: int = 49_407, added_ids: Mapping[str, int | Sequence[int]] | None = None):
         self.start_id, self.end_id, self.pad_id = end_id - 1, end_id, end_id
-        self.added_ids = {word.lower(): own for word, own in (added_ids or {}).items()}
+        added_ids = added_ids or {}
+        self.added_ids = {word.lower(): (own,) if isinstance(own, int) else (*own,) for word, own in added_ids.items()}
         self.lengths = sorted({*map(len, self.added_ids)}, reverse=True)  # of added words
         for word, own in self.added_ids.items():
-            if own <= end_id:
-                raise ValueError(f"got id {own} for the added word {word!r}, wanted one after the end, {end_id}")
+            if not own or min(own) <= end_id:
+                got = f"got id {min(own)}" if own else "got no id"
+                raise ValueError(f"{got} for the added word {word!r}, wanted one after the end, {end_id}")
             if word.split() != [word] or not word.isascii() and clean_text(word) != word:
                 raise ValueError(f"got the added word {word!r}, which no text has: wanted one without white space")
-        if len({*self.added_ids.values()}) < len(added_ids or {}):
+        all_ids = [each for own in self.added_ids.values() for each in own]
+        if len(self.added_ids) < len(added_ids) or len({*all_ids}) < len(all_ids):
             raise ValueError("got added words that are equal apart from case, or that share an id")
 
     def encode(self, text: str) -> list[int]:
@@ -166,8 +169,8 @@ class Tokenizer:
         return words
 
     def ids_of(self, word: str) -> tuple[int, ...]:
-        """Returns the id of an added word, or those of the pieces of another."""
-        return (self.added_ids[word],) if word in self.added_ids else word_ids(word)
+        """Returns the ids of an added word, or those of the pieces of another."""
+        return self.added_ids[word] if word in self.added_ids else word_ids(word)
 
     def split(self, text: str) -> Iterator[str]:
         """Yields the words of a cleaned text."""
@@ -190,19 +193,21 @@ class Tokenizer:
         return next((stop for stop in stops if not is_within_word(text, stop)), None)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids, its words separated by spaces; start and end are left out.
+        """Returns the text of ids, its words separated by spaces; start and end are left out, and all ids but the first
+        of an added word.
 
         ValueError for other numbers. Bytes that are no text, as of half a character, become U+FFFD.
         """
         vocabulary, ids = load_vocabulary(), list(ids)
-        added = {own: word for word, own in self.added_ids.items()}
+        added = {each: "" for own in self.added_ids.values() for each in own}
+        added |= {own[0]: f"{word} " for word, own in self.added_ids.items()}
         if wrong := [each for each in ids if not 0 <= each < self.vocab_size and each not in added]:
             raise ValueError(f"got id {wrong[0]}, wanted ids from 0 to {self.vocab_size - 1}, or those of added words")
         byte_of = {symbol: byte for byte, symbol in enumerate(vocabulary.byte_symbols)}
         text = bytearray()
         for each in ids:
             if each in added:
-                text += f"{added[each]} ".encode()
+                text += added[each].encode()
             elif each < self.start_id:
                 symbol = vocabulary.symbols[each]
                 text += bytes(byte_of[character] for character in symbol.removesuffix(WORD_END))

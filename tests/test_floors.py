@@ -215,7 +215,7 @@ TAKE_A_FULL_CONFIG = {
     "train.conversions.unleashing.make_runs": "the main of a layout",
     "train.conversions.unleashing.make_vqgan_run": "the main of one of its runs",
     "train.runs.open_or_resume": "opens a run",
-    "train.spaces.open_space": "opens the first stage of a second stage",
+    "train.space_opening.open_space": "opens the first stage of a second stage",
 }
 
 

@@ -379,8 +379,8 @@ class FineTuningConfig:
     """Ranks of the adapters of parts, named as in --lora_targets, as in text=4 feed_forward=8; of a layer in several
     parts, the last one counts."""
     text_new_tokens: tuple[str, ...] = ()
-    """Words to add to the vocabulary of a trained text encoder, which then learn too, as in <cat-toy>, or <cat-toy>=cat
-    to start from a word that it knows; alone with --train_only new_tokens (textual inversion)."""
+    """Words to add to the vocabulary of a trained text encoder, which learn too: <toy>, <toy>=cat to start from a word
+    that it knows, <toy>=cat*4 for four tokens; alone with --train_only new_tokens (textual inversion)."""
     differential: Literal["", "diff_v2", "diff_v1_split"] = ""
     """Replace softmax attention of the loaded network: diff_v2 begins as the same function; diff_v1_split is
     AdDiffusion's, another function from the first step on."""

@@ -210,9 +210,11 @@ def load_base(
 
 def read_words(run: Path, words: Sequence[str]) -> bool:
     """Returns whether a base has new words; ValueError unless they are those of --text_new_tokens."""
-    own = parse_words(read_run(run).get("fine_tuning", {}).get("text_new_tokens", ()))
-    if own and [*own] != [*parse_words(words)]:
-        raise ValueError(f"{run} has new words: pass just these, --text_new_tokens {shlex.join(own)}")
+    of_base = read_run(run).get("fine_tuning", {}).get("text_new_tokens", ())
+    own, given = ([(word, new.tokens) for word, new in parse_words(each).items()] for each in (of_base, words))
+    if own and own != given:
+        typed = shlex.join(word if tokens == 1 else f"{word}=*{tokens}" for word, tokens in own)
+        raise ValueError(f"{run} has new words: pass just these, --text_new_tokens {typed}")
     return bool(own)
 
 

@@ -26,12 +26,12 @@ PLACES = {
 NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change", "lora_trigger_words",
 }  # fmt: skip
-NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models", "lora"}
+NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models", "lora", "textual_inversion"}
 OTHER = {  # what a difference of these means, whose values are hashes or long
     "data_fingerprint": "--data_dir: other images",
     "class_frequencies": "other class frequencies",
     "ae_weights": "--ae_load_dir: other weights",
-    "sampler_weights": "--load_dir or --lora: other weights",
+    "sampler_weights": "--load_dir, --lora or --textual_inversion: other weights",
     "load_weights": "other weights to start from",
     "resumed_weights": "other weights to branch from",
     "perceptual_sha256": "--perceptual_weights: other content",

@@ -45,7 +45,9 @@ from train.resumed_settings import find_code
 from train.runs import read_run
 from train.samplers import Control, LearnedSampler
 from train.samplers._metadata import MetadataFields
-from train.spaces import EditInput, PixelSpace, Space, reopen_space
+from train.space_opening import reopen_space
+from train.spaces import EditInput, PixelSpace, Space
+from train.textual_inversion import add_files_of_words
 from vq.tiles import make_tiles
 from vq.weights import refuse_nan
 
@@ -291,10 +293,12 @@ def load_trained_sampler(
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
     lora: Sequence[AdapterFile] = (),
+    textual_inversion: Sequence[str] = (),
 ) -> TrainedSampler:
     """Returns the sampler of a run with its first stage, if it has one: `load_space`, then `load_sampler`."""
     space = load_space(run, logs_roots, device, amp, ae_load_dir=ae_load_dir, ae_load_step=ae_load_step)
-    return load_sampler(run, step, space, device, ema=ema, amp=amp, allow=allow, ema_length=ema_length, lora=lora)
+    options = {"ema": ema, "amp": amp, "allow": allow, "ema_length": ema_length}
+    return load_sampler(run, step, space, device, lora=lora, textual_inversion=textual_inversion, **options)
 
 
 def load_space(
@@ -341,12 +345,14 @@ def load_sampler(
     allow: tuple[str, ...] = (),
     ema_length: float | None = None,
     lora: Sequence[AdapterFile] = (),
+    textual_inversion: Sequence[str] = (),
 ) -> TrainedSampler:
     """Returns the sampler of a run, for the space it was trained in; see `check_allowed` for `allow`.
 
     `ema`: the averaged weights, the plain ones, or, if None, the averaged ones if the run kept them. With `ema_length`
     the weights are an average of that relative length, reconstructed from the EMA snapshots of the run. The adapters of
-    the files `lora` are merged into them; see `merge_adapter_files`.
+    the files `lora` are merged into them, and the words in the files `textual_inversion` added to the vocabulary; see
+    `merge_adapter_files` and `add_files_of_words`.
     """
     content = read_run(run)
     step = resolve_step(run, step, "--load_step") if ema_length is None else resolve_snapshot_step(run, step)
@@ -366,6 +372,8 @@ def load_sampler(
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, loaded)
     if lora:
         weights = merge_adapter_files(sampler.network, lora, weights)
+    if textual_inversion:
+        weights = add_files_of_words(sampler.network, textual_inversion, weights)
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()

@@ -64,6 +64,8 @@ class ModelConfig:
     lora: tuple[str, ...] = ()
     """Files of adapters to merge into the weights, FILE or FILE=STRENGTH: of runs with --lora_rank or, for runs of
     Stable Diffusion, of kohya, LyCORIS, peft or diffusers."""
+    textual_inversion: tuple[str, ...] = ()
+    """Files of words that prompts may then use: of runs with --text_new_tokens, of diffusers or of the web UI."""
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
@@ -210,6 +212,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         ae_load_dir=model.ae_load_dir,
         ae_load_step=model.ae_load_step,
         lora=parse_adapter_files(model.lora),
+        textual_inversion=model.textual_inversion,
     )
     trained, space = dataclasses.replace(trained, world=world), trained.space
     if output.compile:
@@ -222,6 +225,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
     if model.ema_length is not None:
         weights = f"EMA reconstructed at relative length {model.ema_length}"
     weights += "".join(f", adapters of {word}" for word in model.lora)
+    weights += "".join(f", words of {file}" for file in model.textual_inversion)
     first_stage = space.first_stage
     kind = "VQGAN" if first_stage is not None and first_stage.has_codes else "autoencoder"
     on = "pixels" if first_stage is None else f"{kind}: {first_stage.run}"

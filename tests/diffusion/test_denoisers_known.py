@@ -7,9 +7,9 @@ from diffusion.denoisers import with_known_pixels
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import SPACINGS, from_strength, remaining_steps, step_times
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
+from diffusion.spacing import SPACINGS, from_strength, remaining_steps, step_times
 from diffusion.types import Prediction
 from helpers.solving import solve_in_steps
 

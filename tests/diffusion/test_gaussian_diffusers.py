@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from diffusion import gaussian_solvers as solvers
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, scaled_linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import step_times
 from diffusion.process import append_dims
 from diffusion.rng import Streams
+from diffusion.spacing import step_times
 from diffusion.types import Prediction
 from helpers.parametrize import slow_after
 from helpers.solving import solve_in_steps

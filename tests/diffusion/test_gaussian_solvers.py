@@ -7,9 +7,10 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import SPACINGS, ddim, ddim_inversion, step_times
+from diffusion.gaussian_solvers import ddim, ddim_inversion
 from diffusion.rng import Streams
 from diffusion.solvers import get_solver, solvers_for
+from diffusion.spacing import SPACINGS, step_times
 from diffusion.types import Prediction
 from helpers.fake_device import DEVICE, FakeDeviceMode
 from helpers.parametrize import slow_after

@@ -7,8 +7,9 @@ import torch
 
 from diffusion.edm import EDM
 from diffusion.gaussian import GaussianDiffusion, linear
-from diffusion.gaussian_solvers import add_noise, churned_sigma, heun, step_times
+from diffusion.gaussian_solvers import add_noise, churned_sigma, heun
 from diffusion.rng import Streams
+from diffusion.spacing import step_times
 from helpers.toy_gaussians import TWO, Mixture, sampled_variance
 
 EVERYWHERE = {"s_tmin": 0.0, "s_tmax": math.inf}

@@ -7,18 +7,9 @@ import torch
 
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, linear
-from diffusion.gaussian_solvers import (
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    heun,
-    step_coefficients,
-    step_times,
-    unipc,
-    x0_step,
-)
+from diffusion.gaussian_solvers import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, step_coefficients, unipc, x0_step
 from diffusion.rng import Streams
+from diffusion.spacing import step_times
 from helpers.solving import solve_in_steps
 from helpers.toy_gaussians import TWO, Mixture, sampled_variance
 

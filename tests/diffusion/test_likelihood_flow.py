@@ -10,11 +10,11 @@ from torch import nn
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, discretized_log_likelihood, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import SPACINGS
 from diffusion.likelihood import BIN_WIDTH, dequantize, flow_bits_per_dimension, flow_points, flow_velocity
 from diffusion.process import append_dims
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
+from diffusion.spacing import SPACINGS
 from diffusion.types import Normal, Prediction
 from helpers.parametrize import slow_after
 from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, convergence_order

@@ -16,7 +16,7 @@ from diffusion import (
     seed_of,
     solvers_for,
 )
-from diffusion.gaussian_solvers import step_times
+from diffusion.spacing import step_times
 
 PROCESSES = {
     "gaussian": GaussianDiffusion(SCHEDULES["cosine"](100), "x0"),

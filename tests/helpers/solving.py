@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from diffusion import discrete_solvers, gaussian_solvers
+from diffusion import discrete_solvers
 from diffusion.process import ContinuousProcess
 from diffusion.solvers import get_solver
+from diffusion.spacing import step_times
 
 
 def solve_in_steps(
@@ -23,5 +24,5 @@ def solve_in_steps(
     if steps is None:
         steps = get_solver(process, solve.__name__).steps(process, x[0].numel())
     if isinstance(process, ContinuousProcess):
-        return solve(denoise, process, x, gaussian_solvers.step_times(process, steps, spacing), **kwargs)
+        return solve(denoise, process, x, step_times(process, steps, spacing), **kwargs)
     return solve(denoise, process, x, discrete_solvers.even_times(steps), **kwargs)

@@ -164,12 +164,12 @@ def test_new_words_change_no_other_text():
     ids = torch.tensor([[382, 384, 5, 385, 383]])
     plain.token.weight[6], plain.token.weight[7] = rows
     assert torch.equal(encoder(ids).tokens, plain(torch.tensor([[382, 6, 5, 7, 383]])).tokens)
-    assert encoder.tokenizer.encode("<a><b>") == [384, 385] == [*encoder.tokenizer.added_ids.values()]
-    encoder.add_words({"<c>": rows[0] + 1})
-    assert encoder.tokenizer.encode("<B> <c>") == [385, 386]
-    assert torch.equal(encoder.token.new_tokens, torch.stack([*rows, rows[0] + 1]))
+    assert encoder.tokenizer.encode("<a><b>") == [384, 385]
+    encoder.add_words({"<c>": rows + 1, "<d>": rows[0] + 2})
+    assert encoder.tokenizer.encode("<B> <c> <d>") == [385, 386, 387, 388]
+    assert torch.equal(encoder.token.new_tokens, torch.cat([rows, rows + 1, rows[:1] + 2]))
     with pytest.raises(IndexError):
-        encoder(torch.tensor([[382, 387, 383]]))
+        encoder(torch.tensor([[382, 389, 383]]))
 
 
 def test_only_new_words_learn_in_a_frozen_encoder():
@@ -198,15 +198,16 @@ def test_new_words_start_at_the_mean_norm_or_at_a_word():
     [
         ({"Dog": 8}, "got the new word 'Dog', which is in the vocabulary"),
         ({"<old>": 8}, "got the new word '<old>', which is in the vocabulary"),
+        ({"<long>": 8}, "got the new word '<long>', which is in the vocabulary"),
         ({"two words": 8}, "'two words', which no text has"),
         ({"": 8}, "'', which no text has"),
         ({"<a>": 8, "<A>": 8}, "equal apart from case"),
-        ({"<a>": 4}, r"got an embedding \(4,\) of <a>, wanted \(8,\): it is of another text encoder"),
+        ({"<a>": 4}, r"got an embedding \(4,\) of <a>, wanted \(8,\) or \(N, 8\): it is of another text encoder"),
     ],
 )
 def test_other_new_words_are_refused(words, message):
     encoder = TextEncoder(TextEncoderConfig(width=8, layers=1, heads=2))
-    encoder.add_words({"<old>": torch.zeros(8)})
+    encoder.add_words({"<old>": torch.zeros(8), "<long>": torch.zeros(2, 8)})
     with pytest.raises(ValueError, match=message):
         encoder.add_words({word: torch.zeros(width) for word, width in words.items()})
-    assert [*encoder.tokenizer.added_ids] == ["<old>"] and len(encoder.token.new_tokens) == 1
+    assert [*encoder.tokenizer.added_ids] == ["<old>", "<long>"] and len(encoder.token.new_tokens) == 3

@@ -108,10 +108,22 @@ def test_added_words_are_decoded():
         ADDED.decode([49_430])
 
 
+def test_added_words_may_have_several_ids():
+    tokenizer = Tokenizer(added_ids={"<toy>": range(49_408, 49_411), "sks": 49_411, "<toy>_1": (49_412, 49_413)})
+    (a,) = TOKENIZER.encode("a")
+    assert tokenizer.encode("a <TOY>sks <toy>_1") == [a, 49_408, 49_409, 49_410, 49_411, 49_412, 49_413]
+    expected = [("a", slice(0, 1)), ("<toy>", slice(1, 4)), ("sks", slice(4, 5)), ("<toy>_1", slice(5, 7))]
+    assert tokenizer.words("a <toy>sks <toy>_1") == expected
+    assert tokenizer.decode(tokenizer.encode("a <toy> sks")) == "a <toy> sks"
+
+
 @pytest.mark.parametrize(
     ("added", "message"),
     [
         ({"<|endoftext|>": 49_407}, "got id 49407 for the added word"),
+        ({"toy": (49_408, 49_407)}, "got id 49407 for the added word 'toy'"),
+        ({"toy": ()}, "got no id for the added word 'toy'"),
+        ({"toy": (49_408, 49_409), "cat": (49_409, 49_410)}, "share an id"),
         ({"two words": 49_408}, "got the added word 'two words', which no text has"),
         ({"": 49_408}, "got the added word ''"),
         ({"ﬁne": 49_408}, "got the added word 'ﬁne'"),  # its ligature is repaired in texts

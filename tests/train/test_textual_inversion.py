@@ -1,5 +1,6 @@
 """New words of a text encoder: alone and beside adapters, resumed, sampled from, and as files."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -96,6 +97,48 @@ def test_files_of_words_give_another_run_the_words(logs):
         base.add_words(file)
 
 
+@pytest.fixture(scope="module")
+def several(logs, data):
+    """A run that learns a word of three tokens and one of a single token."""
+    return train(
+        logs, data, "several", "--train_steps 2 --load_dir base --train_only new_tokens --text_new_tokens <a>=dog*3 <b>"
+    )
+
+
+def test_words_of_several_tokens_learn(several, logs):
+    first, last = (weights(several, step)[KEY] for step in (1, 2))
+    assert first.shape == (4, 8) and (first != last).any(1).all()
+    averaged, file = weights(several, 2, "ema.safetensors")[KEY], several / "learned_embeds.safetensors"
+    assert_equal_bits(load_file(file), {"<a>": averaged[:3], "<b>": averaged[3]})
+    base, tuned = load(logs / "base"), load(several)
+    assert base.add_words(file) == ["<a>", "<b>"]
+    assert torch.equal(encode(base, "a <a> on <b>"), encode(tuned, "a <a> on <b>"))
+    assert tuned.model.sampler.network.encoders["text"].encoder.tokenizer.encode("<a>") == [49408, 49409, 49410]
+
+
+def test_files_of_words_are_a_flag_of_sampling(several, logs, capfd):
+    """Their words draw what the run that learned them draws; the results of other files are others."""
+    flags = f"--sampler ddpm --logs_root {logs} --n_samples 2 --sample_steps 2 --no_amp"
+    files = {name: logs / name / "learned_embeds.safetensors" for name in ("several", "words")}
+    by_file = f"{flags} --load_dir base --log_dir by_file --prompt <a> --textual_inversion"
+    call("experiments/get_samples.py", f"{by_file} {files['several']} {files['words']}")
+    assert f"words of {files['several']}, words of {files['words']}" in capfd.readouterr().out
+    call("experiments/get_samples.py", f"{flags} --load_dir several --log_dir by_run --prompt <a>")
+    drawn = [np.load(logs / name / "samples.npz")["arr_0"] for name in ("by_file", "by_run")]
+    assert np.array_equal(*drawn)
+    call("experiments/get_samples.py", f"{flags} --load_dir base --log_dir without --prompt <a>")
+    assert not np.array_equal(drawn[0], np.load(logs / "without" / "samples.npz")["arr_0"])
+    for words, message in (
+        (files["words"], "--load_dir, --lora or --textual_inversion: other weights"),
+        (f"{files['words']} {files['words']}", "got the new word '<cat-toy>', which is in the vocabulary"),
+        (logs / "none.pt", "none.pt not found"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            call("experiments/get_samples.py", f"{by_file} {words}")
+        assert stop.value.code == 2
+        assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
 def test_words_learn_beside_adapters_and_other_parts(logs, data, tmp_path):
     words = "--text_new_tokens <cat-toy> <hat>"
     for name, flags in (("lora", LORA), ("part", "--train_only conv_out"), ("all", "")):
@@ -137,11 +180,13 @@ REFUSED = {
     f"--conditions text {WORDS}": "without a trained text encoder: pass --load_dir RUN or --text_encoder FILE",
     "--load_dir base --text_new_tokens dog": "got the new word 'dog', which is in the vocabulary",
     "--load_dir base --text_new_tokens <a> <a>": "wanted each word once",
-    "--load_dir base --text_new_tokens <a>=": "pass '<cat-toy>' or '<cat-toy>=cat'",
+    "--load_dir base --text_new_tokens <a>=": "pass '<cat-toy>', '<cat-toy>=cat' or '<cat-toy>=cat*4'",
+    "--load_dir base --text_new_tokens <a>=cat*0": "pass '<cat-toy>', '<cat-toy>=cat' or '<cat-toy>=cat*4'",
     "--load_dir base --text_new_tokens <a>=xqzwv": "tokens: wanted a word of one token",
     "--load_dir base --train_only new_tokens": "which matches no parameter",
     f"--load_dir words {LORA}": "has new words: pass just these, --text_new_tokens '<cat-toy>' '<hat>'",
     "--load_dir words --text_new_tokens <cat-toy> <hat> <third>": "has new words: pass just these",
+    "--load_dir words --text_new_tokens <cat-toy> <hat>=*2": "has new words: pass just these",
     f"--load_dir base --load_partial {WORDS}": "got --load_partial with --text_new_tokens",
 }
 
@@ -167,7 +212,8 @@ def test_networks_without_captions_are_refused(tmp_path, capfd):
 def test_new_tokens_are_a_part():
     names = [KEY, "network.new_tokens.weight", "network.token.weight"]
     assert [is_selected(name, ["new_tokens"]) for name in names] == [True, False, False]
-    assert parse_words(["<a>", "<b>=dog"]) == {"<a>": "", "<b>": "dog"}
+    words = parse_words(["<a>", "<b>=dog", "<c>=dog*3", "<d>=*2", "<e>=*"])
+    assert words == {"<a>": ("", 1), "<b>": ("dog", 1), "<c>": ("dog", 3), "<d>": ("", 2), "<e>": ("*", 1)}
 
 
 def test_files_of_others_are_read(tmp_path):
@@ -175,6 +221,7 @@ def test_files_of_others_are_read(tmp_path):
     save_file({"<a>": row, "<b>": row + 1}, tmp_path / "learned_embeds.safetensors")
     torch.save({"<a>": row.half()}, tmp_path / "learned_embeds.bin")
     save_file({"emb_params": row[None]}, tmp_path / "mine.safetensors")
+    save_file({"emb_params": torch.stack([row, row + 1])}, tmp_path / "two.safetensors")
     web_ui = {"string_to_token": {"*": 265}, "string_to_param": {"*": row[None]}, "name": "other", "step": 100}
     torch.save(web_ui, tmp_path / "mine.pt")
     read = {path.name: read_embeddings(path) for path in tmp_path.iterdir()}
@@ -182,6 +229,7 @@ def test_files_of_others_are_read(tmp_path):
     assert_equal_bits(read["learned_embeds.bin"], {"<a>": row})
     assert_equal_bits(read["mine.safetensors"], {"mine": row})
     assert_equal_bits(read["mine.pt"], {"mine": row})
+    assert_equal_bits(read["two.safetensors"], {"two": torch.stack([row, row + 1])})
 
 
 class Code:
@@ -191,7 +239,7 @@ class Code:
 
 def test_other_files_are_refused(tmp_path, capfd):
     damaged = {
-        "several.safetensors": lambda path: save_file({"emb_params": torch.zeros(3, 4)}, path),
+        "deep.safetensors": lambda path: save_file({"emb_params": torch.zeros(2, 3, 4)}, path),
         "nan.safetensors": lambda path: save_file({"<a>": torch.full((4,), torch.nan)}, path),
         "no.safetensors": lambda path: path.write_bytes(b"zip" * 9),
         "empty.pt": lambda path: torch.save({}, path),

@@ -23,7 +23,7 @@ from train.distributed import DistContext
 from train.files import new_folders
 from train.sampler import build_state
 from train.samplers._conditions import options_of_conditions
-from train.spaces import open_space
+from train.space_opening import open_space
 from train.text_encoder_file import save_text_encoder, text_provenance, with_options_of_file
 
 ANOTHER = "pass another --log_dir, or delete it"

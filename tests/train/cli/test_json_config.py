@@ -11,7 +11,8 @@ from models.blocks import ResBlock
 from models.unet_attention import SelfAttentionBlock
 from train.cli import parse as cli
 from train.cli.json_config import SHAPE, read_json
-from train.samplers.ddpm import make_network, make_process
+from train.samplers._process import make_process
+from train.samplers.ddpm import make_network
 
 FILE = ROOT / "configs" / "mnist_unet.json"
 MODEL, BETAS = "denoising_model.model_args", "diffusion.beta_schedule_args"

@@ -6,9 +6,10 @@ import torch
 
 from diffusion.denoisers import guided
 from diffusion.gaussian import GaussianDiffusion, scaled_linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import ddim, dpmpp_2m, step_times
+from diffusion.gaussian_solvers import ddim, dpmpp_2m
 from diffusion.rng import Streams
 from diffusion.sd_solvers import euler, plms, whole_step_times
+from diffusion.spacing import step_times
 from helpers.sd_fixtures import FIXTURES, HAS_FIXTURES, load_unet
 from models.conditioning import Condition, Tokens
 from train.converters.sd.files import read_source

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from diffusion.edm import EDM
-from diffusion.gaussian_solvers import step_times
 from diffusion.rng import Streams
+from diffusion.spacing import step_times
 from helpers.gaussian_recorder import SHAPE, Call, Recorder, images, perturb, sample_recorded, sampler
 from train.samplers import NotFiniteError, ddpm
+from train.samplers._process import solver_times
 from train.spaces import EditInput
 
 
@@ -126,9 +127,9 @@ def test_default_steps_and_spacing_follow_solver_and_process(process, solver):
     steps = 30 if (solver, process) == ("ddpm", "gaussian") else 20
     spacing = "karras" if process == "edm" else "uniform"
     options = ddpm.Sampling(solver=solver)
-    assert model.solver_times(model.process, model.process, options) == step_times(model.process, steps, spacing)
+    assert solver_times(model.process, model.process, options, 64) == step_times(model.process, steps, spacing)
     options = ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr")
-    custom = model.solver_times(model.process, model.process, options)
+    custom = solver_times(model.process, model.process, options, 64)
     assert custom == step_times(model.process, 7, "logsnr")
     trajectory = []
     sample_recorded(model, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=trajectory)
@@ -176,7 +177,7 @@ def test_the_noise_levels_of_edm_are_settings_of_sampling():
     assert (sigmas[0], sigmas[-1]) == pytest.approx((50, 0.01), rel=1e-4)
     assert recorder.calls[0].x.std() == pytest.approx(1, rel=0.05)  # 50 over sqrt(50^2 + 0.5^2)
     same = ddpm.Sampling(sigma_min=EDM.end, sigma_max=EDM.start, rho=7.0)
-    by_default, same = (model.solver_times(model.process, model.process, each) for each in (ddpm.Sampling(), same))
+    by_default, same = (solver_times(model.process, model.process, each, 64) for each in (ddpm.Sampling(), same))
     assert same == by_default
     sample_recorded(model, Recorder(), sample_steps=2, guidance=2.0, guidance_interval=(0.0, 90.0), sigma_max=100.0)
 
@@ -195,6 +196,7 @@ def test_editing_takes_the_steps_below_its_own_noise_level():
     [
         ("gaussian", {"sigma_max": 50.0}, "got sigma_max 50.0 for process gaussian.*leave --sigma_max out"),
         ("flow", {"sigma_min": 0.1}, "got sigma_min 0.1 for process flow.*leave --sigma_min out"),
+        ("flow", {"last_state": "first"}, "got last_state first for process flow: pass --last_state clean"),
         ("gaussian", {"sigma_max": 0.5, "guidance_interval": (0.0, 1.0)}, "got sigma_max 0.5 for process gaussian"),
         (
             "edm",

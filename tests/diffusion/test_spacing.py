@@ -6,16 +6,8 @@ import torch
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import (
-    LONG_STEP,
-    SPACINGS,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    heun,
-    step_coefficients,
-    step_times,
-    unipc,
-)
+from diffusion.gaussian_solvers import LONG_STEP, dpmpp_2m, dpmpp_2m_sde, heun, step_coefficients, unipc
+from diffusion.spacing import SPACINGS, step_times
 from helpers.toy_gaussians import Circle, Mixture, sampled_variance
 
 PROCESS = GaussianDiffusion(linear(1000))
