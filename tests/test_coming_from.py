@@ -21,10 +21,11 @@ def kind(row) -> str:
 
 
 def summary(rows) -> str:
-    """The number of rows with a counterpart of ours, of all, and how many of the others are of each kind."""
+    """How many rows have a counterpart of ours, of how many, with how many commands, and what the others are."""
     counts = Counter(map(kind, rows))
+    commands = sum(len(row.commands) for row in rows if not row.pending)
     others = ", ".join(f"{counts[each]} {each}" for each in KINDS[1:])
-    return f"{PAGE.name}: {counts['here']} of {len(rows)} rows covered ({others} ...)"
+    return f"{PAGE.name}: {counts['here']} of {len(rows)} rows covered, by {commands} commands ({others} ...)"
 
 
 def skip_pending(row) -> None:
@@ -48,7 +49,7 @@ def test_the_summary_counts_each_row_once():
     rows = comparison_rows(table + "\n".join(lines) + "\n" + pending)
     assert [kind(row) for row in rows] == ["here", "not here yet", "not here, because", "pending"]
     assert rows[0].commands == ('python b.py --c "d e"',) and rows[0].id == "a-1-b" and rows[1].id == "a-2"
-    assert "1 of 4 rows covered (1 pending, 1 not here yet, 1 not here, because ...)" in summary(rows)
+    assert "1 of 4 rows covered, by 1 commands (1 pending, 1 not here yet, 1 not here, because ...)" in summary(rows)
 
 
 @pytest.mark.parametrize("row", CASES)

@@ -50,6 +50,11 @@ CONVERSIONS = {  # flags of convert.py, by a word of its command
     **{"--to": "", "control": "", "v1-5": SD_FILE, "vqgan_ema": "--img_size 16 --no_amp"},
     "absorbing_ema": "--bert_n_head 3 --no_amp",
 }
+FOR_WORDS = {  # flags of train_sampler.py, by a word of its command
+    "neighborhood": "--kernel_sizes 3 --dilations 1",
+    "shapes": "--shapes_count 40",
+    "--steps_per_FD": "--steps_per_FD 2 --FD_samples 8 --FD_features pixels",
+}
 NEEDED = {"ffhq": PHOTOS, "churches": PHOTOS, "configs/sd_curriculum.yaml": "sd15"}  # what a word needs beside itself
 NOT_READ = {  # flags whose value a command writes, or is no file or run
     *("--log_dir", "--output", "--output_dir", "--out", "--crops", "--conditions", "--dataset"),
@@ -108,10 +113,9 @@ def save_lines(folder: Path) -> None:
 
 def save_maps(folder: Path) -> None:
     """Writes panoptic maps of MaMoE, with the classes beside them."""
-    tiny_regions.save_panoptic_folder(folder / "source")
-    for path in (folder / "source/panoptic/train").iterdir():
-        path.rename(folder / path.name)
-    categories = json.loads((folder / "source/panoptic/train.json").read_text())["categories"]
+    source = tiny_regions.save_panoptic_folder(folder.with_name("source_of_maps")) / "panoptic"
+    (source / "train").rename(folder)
+    categories = json.loads((source / "train.json").read_text())["categories"]
     (folder / "categories.json").write_text(json.dumps(categories))
 
 
@@ -172,7 +176,7 @@ MADE: dict[str, Callable[[Path], object] | str] = {  # how to make what a name o
     "absorbing_ffhq": "train_sampler.py --sampler absorbing --dataset ffhq --ae_load_dir vqgan_ffhq",
     "ddpm_photos": "train_sampler.py --sampler ddpm --dataset folder --data_dir photos --label_from folder",
     "ddpm_plain": "train_sampler.py --sampler ddpm --dataset shapes",
-    "ddpm_shapes": "train_sampler.py --sampler ddpm --dataset shapes --conditions layout --layout_colors 6",
+    "ddpm_shapes": "train_sampler.py --sampler ddpm --dataset shapes --conditions layout",
     "ddpm_panoptic": "train_sampler.py --sampler ddpm --dataset panoptic_folder --data_dir mine --conditions layout "
     "--layout_regions segments",
     "samples_shapes": "experiments/get_samples.py --sampler ddpm --load_dir ddpm_shapes",
@@ -256,8 +260,10 @@ def sampler_flags(flags: list[str]) -> str:
     if is_resumed(flags):
         return "--train_steps 3 --num_workers 0"
     if "--load_dir" in flags or "configs/sd_curriculum.yaml" in flags:
-        return TUNING if "ddpm_plain" in flags else TUNING_SD
-    return PIXELS if "ddpm" in flags else CODES
+        small = TUNING if "ddpm_plain" in flags else TUNING_SD
+    else:
+        small = PIXELS if "ddpm" in flags else CODES
+    return " ".join([small, *(more for word, more in FOR_WORDS.items() if word in flags)])
 
 
 def folder_flags(script: str, flags: list[str], name: str) -> list[str]:

@@ -40,7 +40,7 @@ def comparison_rows(text: str) -> list[ComparisonRow]:
     rows, section, number, inside = [], "", 0, False
     for line in text.splitlines():
         if line.startswith("## "):
-            section, number = line[3:].split()[0].lower(), 0
+            section, number = line[3:].removeprefix("The ").split()[0].lower(), 0
         inside = line.startswith(THEIRS) or inside and line.startswith("|")
         if not inside or line.startswith((THEIRS, "|---")):
             continue
