@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from experiments.metrics.layout import crop_classifier, scene_network
 from helpers import tiny_regions, tiny_sd
@@ -22,8 +22,8 @@ VQGAN = (
     f"{TRAINING} --nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --img_size 16 --ndf 4 --disc_layers 1 "
     "--perceptual_net none"
 )
-CODES = f"{TRAINING} --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --warmup_iters 2 --sample_steps 2"
-PIXELS = f"{TRAINING} {UNET} --img_size 16 --total_steps 20 --warmup_iters 2 --sample_steps 2"
+CODES = f"{TRAINING} --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --warmup_iters 2"
+PIXELS = f"{TRAINING} {UNET} --img_size 16 --total_steps 50 --warmup_iters 2 --sample_steps 2"
 TUNING = f"{TRAINING} --img_size 16 --warmup_iters 0 --sample_steps 2"
 TUNING_SD = f"{TUNING} --img_size 32 --batch_size 2"
 SAMPLING = "--n_samples 4 --sample_steps 2 --no_amp"
@@ -47,12 +47,13 @@ SMALL = {  # flags for a second's work, by script
 PHOTOS = "photos"  # the folder of data sets that a user names in datasets.yaml
 SD_FILE = "--heads 4 --prediction eps --img_size 32 --no_amp"  # what the tiny file of weights does not say
 CONVERSIONS = {  # flags of convert.py, by a word of its command
-    **{"--to": "", "control": "", "v1-5": SD_FILE, "vqgan_ema": "--img_size 16 --no_amp"},
-    "absorbing_ema": "--bert_n_head 3 --no_amp",
+    **{"--to": "", "control": "", "v1-5": SD_FILE, "vqgan_ema": "--img_size 16 --num_workers 0 --no_amp"},
+    "absorbing_ema": "--bert_n_head 3 --num_workers 0 --no_amp",
 }
 FOR_WORDS = {  # flags of train_sampler.py, by a word of its command
     "neighborhood": "--kernel_sizes 3 --dilations 1",
     "shapes": "--shapes_count 40",
+    "configs/mnist_unet.json": "--head_width 8",
     "--steps_per_FD": "--steps_per_FD 2 --FD_samples 8 --FD_features pixels",
 }
 NEEDED = {"ffhq": PHOTOS, "churches": PHOTOS, "configs/sd_curriculum.yaml": "sd15"}  # what a word needs beside itself
@@ -119,10 +120,14 @@ def save_maps(folder: Path) -> None:
     (folder / "categories.json").write_text(json.dumps(categories))
 
 
-def save_instances(folder: Path) -> None:
-    """Writes a map with the number of each instance for each semantic map of `semantic`."""
-    for name in tiny_regions.TREES["train"]:
-        tiny_regions.save_picture(folder / "train" / f"{name}.png", (tiny_regions.IDS == 1).astype(np.uint8))
+def save_segmented(folder: Path) -> None:
+    """Writes images, semantic maps of classes of Cityscapes, and maps of the numbers of instances."""
+    car, vegetation = 13, 8
+    for number, name in enumerate(tiny_regions.TREES["train"]):
+        tiny_regions.save_picture(folder / "images" / f"{name}.png", number)
+        semantic = np.array([255, car, vegetation], np.uint8)[tiny_regions.IDS]
+        tiny_regions.save_picture(folder / "masks" / f"{name}.png", semantic)
+        tiny_regions.save_picture(folder / "instances" / f"{name}.png", (tiny_regions.IDS == 1).astype(np.uint8))
 
 
 def save_sat(folder: Path) -> None:
@@ -154,10 +159,10 @@ SETTINGS = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 32, "widt
 MADE: dict[str, Callable[[Path], object] | str] = {  # how to make what a name of the page stands for: files, and runs
     **{"photos": save_photos, "generated": save_photos, "faces": lambda path: save_photos(path, class_names=("real",))},
     **{"captions": save_captions, "pictures": save_pictures, "arrays": save_arrays, "mnist": save_mnist},
-    **{"lines": save_lines, "maps": save_maps, "instances": save_instances, "mine": tiny_regions.save_panoptic_folder},
+    **{"lines": save_lines, "maps": save_maps, "segmented": save_segmented, "mine": tiny_regions.save_panoptic_folder},
     **{"coco": tiny_regions.save_coco, "nuimages": tiny_regions.save_nuimages, "xbd": tiny_regions.save_xbd},
     **{"CelebAMask-HQ": tiny_regions.save_celebamask, "fmow": tiny_regions.save_fmow},
-    **{"semantic": tiny_regions.save_semantic, "vg": save_visual_genome},
+    "vg": save_visual_genome,
     "batch.json": lambda path: save_prompts(path, model_name="satellite", metadata=METADATA, output="a.png"),
     "samples.json": lambda path: save_prompts(path, output_path="a.png", **SETTINGS),
     "prompts.txt": lambda path: path.write_text("a dog\na cat negative=blurry\n"),
@@ -165,7 +170,7 @@ MADE: dict[str, Callable[[Path], object] | str] = {  # how to make what a name o
     "vqgan_ema_2200000.th": lambda path: torch.save(to_unleashing_weights(*build_vqgan()), path),
     "absorbing_ema_2000000.th": lambda path: torch.save(sampler_weights("absorbing"), path),
     "v1-5-pruned-emaonly.safetensors": tiny_sd.write_single_file,
-    "control_v11p_sd15_canny.safetensors": lambda path: save_file(tiny_sd.tiny_control("single"), path),
+    "sd-controlnet-canny": tiny_sd.write_control_folder,
     "stable-diffusion-2-1": tiny_sd.write_pipeline,
     "diffusionsat": save_sat,
     "geodiffusion-nuimages-time-weather-512x512": tiny_sd.write_geodiffusion,
