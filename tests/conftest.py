@@ -1,4 +1,4 @@
-"""Fixtures shared by many tests, and an option.
+"""Fixtures shared by many tests, an option, and lines at the end: what tests recorded as their `summary`.
 
 --differences prints how far the tensors that `agrees` compared are from those of public code.
 """
@@ -63,9 +63,11 @@ def agrees(request: pytest.FixtureRequest) -> Callable[..., bool]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, [])]
+    for text in [value for report in reports for name, value in report.user_properties if name == "summary"]:
+        terminalreporter.write_line(text)
     if not config.getoption("differences"):
         return
-    reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, [])]
     lines = [value for report in reports for name, value in report.user_properties if name == "difference"]
     largest = {line["name"]: line for line in sorted(lines, key=lambda line: line["measured"])}
     terminalreporter.section("differences from public code")

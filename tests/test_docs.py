@@ -23,6 +23,7 @@ from helpers.pages import (
     files_written,
     flags_named,
     links,
+    own_text,
     shell_lines,
     spans,
 )
@@ -69,7 +70,7 @@ FOREIGN = {
 READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
     "table.md",
-    *("classes.txt", "classnames.txt", "a.txt"),
+    *("classes.txt", "classnames.txt", "a.txt", "prompts.txt", "models.yaml"),
 }
 
 WITHOUT_LOGS = (
@@ -257,7 +258,7 @@ def test_files_named_exist(page):
     names = {path.name for path in [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]}
     written = files_written(page.read_text())
     names |= {path.name for path in written}
-    words = {word for span in spans(page.read_text()) for word in span.split()}
+    words = {word for span in spans(own_text(page.read_text())) for word in span.split()}
     for word in sorted(word for word in words if re.fullmatch(r"[\w./-]+", word)):
         if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
             continue
@@ -272,13 +273,13 @@ def test_files_named_exist(page):
 @by_page
 def test_dotted_names_exist(page):
     dotted = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)+(?<!\.py)")
-    for span in {*spans(page.read_text())} - {*MOVED, *MOVED.values()}:  # covered by test_moved.py
+    for span in {*spans(own_text(page.read_text()))} - {*MOVED, *MOVED.values()}:  # covered by test_moved.py
         assert not dotted.fullmatch(span) or exists(span), f"{page.name}: {span}"
 
 
 @by_page
 def test_flags_named_exist(page):
-    text = page.read_text()
+    text = own_text(page.read_text())
     of_page = {*re.findall(r"^    (\w+): ", "\n".join(blocks(text, "python")), re.M)}  # fields of the page's own Config
     unknown = flags_named(text) - every_flag() - FOREIGN - of_page
     assert not unknown, f"{page.name}: {sorted(unknown)}"

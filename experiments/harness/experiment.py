@@ -264,6 +264,7 @@ class ExperimentSetup:
     source: ConditionSource | None = None  # of the conditions of samples, if not the model's own
     is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results are still valid
     timed: bool = False  # the results tell seconds or calls, which depend on the batch size
+    draws: bool = True  # whether the loaded model draws images; it is then tried before the folder is created
 
     def identity(self, content: dict[str, Any]) -> dict[str, Any]:
         """Returns the settings that identify the results folder with this config.yaml."""
@@ -306,7 +307,7 @@ def open_results_folder(
         default = default_results_name(setup.name or name, config.model, loaded)
         folder = choose_results_folder(output.logs_root, output.log_dir, default, config, provenance, setup.identity)
     folder = broadcast_object(world, folder)
-    if samples and any(world.any(world.is_main and is_new(folder))):
+    if samples and setup.draws and any(world.any(world.is_main and is_new(folder))):
         source = setup.source or loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)

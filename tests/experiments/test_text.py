@@ -16,6 +16,7 @@ from models.text_encoder import TextEncoder, TextEncoderConfig
 from train.files import sha256
 from train.inference import load
 from train.text_encoder_file import save_text_encoder
+from train.trained_sampler import TrainedSampler
 
 TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2 --no_amp"
 PIXELS = f"{DDPM} {TEXT} --attn_block_type transformer"
@@ -119,6 +120,15 @@ def test_captions_from_python(logs):
     assert torch.equal(both[0], same[0]) and same.shape == (2, 3, 8, 8)
     with pytest.raises(ValueError, match="got caption \\[7\\], wanted texts"):
         model.sample(1, caption=7)
+
+
+def test_a_run_that_draws_no_prompt_reads_no_data(logs, tmp_path, monkeypatch):
+    """A converted run has none. All items of the file are drawn by another model than the loaded one."""
+    monkeypatch.setattr(TrainedSampler, "batches", lambda *_: pytest.fail("held-out images were read"))
+    (tmp_path / "prompts.json").write_text('[{"prompt": "a star", "model": "twin"}]')
+    (tmp_path / "models.yaml").write_text("twin: pixels\n")
+    flags = f"--prompts {tmp_path}/prompts.json --models {tmp_path}/models.yaml"
+    assert len(sample(logs, "pixels", "of_a_twin", flags)) == 1
 
 
 @pytest.mark.parametrize("sampler", ["absorbing", "autoregressive"])

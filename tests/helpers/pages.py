@@ -11,6 +11,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```", re.M | re.S)
 SHELL = ("", "sh", "bash", "shell", "console")
+THEIRS = "| theirs |"  # begins a table that compares another system with ours, whose rows are theirs | ours | note
+PENDING = "<!-- pending -->"  # in a row of such a table whose commands are not built yet
 
 
 class Command(NamedTuple):
@@ -21,6 +23,45 @@ class Command(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.script} {self.flags}".strip()
+
+
+class ComparisonRow(NamedTuple):
+    """A row of a table that compares another system with ours."""
+
+    id: str  # section-number-script
+    theirs: str
+    ours: str
+    commands: tuple[str, ...]  # the code spans of `ours` that run a script
+    pending: bool
+
+
+def comparison_rows(text: str) -> list[ComparisonRow]:
+    """The rows of all tables of the columns theirs, ours and note; a cell has no vertical bar."""
+    rows, section, number, inside = [], "", 0, False
+    for line in text.splitlines():
+        if line.startswith("## "):
+            section, number = line[3:].removeprefix("The ").split()[0].lower(), 0
+        inside = line.startswith(THEIRS) or inside and line.startswith("|")
+        if not inside or line.startswith((THEIRS, "|---")):
+            continue
+        theirs, ours, note = (cell.strip() for cell in line.strip().strip("|").split("|"))
+        number += 1
+        commands = tuple(span for span in spans(ours) if re.match(r"(python|torchrun) .*\.py\b", span))
+        script = re.search(r"(\w+)\.py", commands[0])[1] if commands else ""
+        id_ = "-".join(filter(None, (section, str(number), script)))
+        rows.append(ComparisonRow(id_, theirs, ours, commands, PENDING in note))
+    return rows
+
+
+def own_text(text: str) -> str:
+    """The text without what names things of other systems, or of later versions, in tables that compare."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        inside = line.startswith(THEIRS) or inside and line.startswith("|")
+        if inside:
+            line = "" if PENDING in line else "|" + line.split("|", 2)[2]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def blocks(text: str, *languages: str) -> list[str]:

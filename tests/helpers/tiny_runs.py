@@ -24,13 +24,13 @@ UNET = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads
 DDPM = f"--sampler ddpm --img_size 8 --batch_size 4 --total_steps 20 --sample_steps 4 --warmup_iters 100 {UNET}"
 
 
-def call(script: str, flags: str, *, validation_images: int = 20) -> None:
-    """Runs a script in this process with the given flags; SystemExit if it exits with an error.
+def call(script: str, flags: str | list[str], *, validation_images: int = 20) -> None:
+    """Runs a script in this process with the given flags, or their words; SystemExit if it exits with an error.
 
     Validation takes at most `validation_images`: on all 359 digits it would take most of the time of a tiny run.
     """
     argv, path = sys.argv, list(sys.path)
-    sys.argv = [str(ROOT / script), *flags.split()]
+    sys.argv = [str(ROOT / script), *(flags.split() if isinstance(flags, str) else flags)]
     sys.path.insert(0, str((ROOT / script).parent))  # as Python does
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,7 @@ from train.converters.sd.files import PARTS, write_folder
 from train.converters.sd.names import to_layout
 from train.converters.sd.text import text_weights
 from train.converters.sd.unet import unet_weights
+from train.location_prompts import place_word
 from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 UNET = {
@@ -43,6 +44,13 @@ CONFIGS = {
         **{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         **{"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False, "prediction_type": "v_prediction"},
     },
+}
+COLUMNS, LINES = 4, 3  # of places
+PLACES = {place_word(index): 49_408 + index for index in range(COLUMNS * LINES)}  # ids that GeoDiffusion adds
+GENERATION = {
+    **{"dataset": "nuimages", "prompt_template": "An image of {camera} camera with {bbox}", "max_num_bbox": 4},
+    **{"width": 48, "height": 32, "cfg_scale": 3.5, "num_inference_steps": 2, "nsamples": 1},
+    **{"num_bucket_per_side": [COLUMNS, LINES]},
 }
 
 
@@ -96,6 +104,15 @@ def write_pipeline(folder: Path, **changes: dict) -> dict[str, dict[str, Tensor]
     parts = tiny_parts("folder")
     write_folder(folder, parts, json.loads(json.dumps(CONFIGS | changes)))
     return parts
+
+
+def write_geodiffusion(folder: Path, **configs: dict) -> None:
+    """Writes the networks as a folder of GeoDiffusion, whose places are added words, with other configs by name."""
+    parts, places = tiny_parts("folder"), torch.Generator().manual_seed(1)
+    embedding = "text_model.embeddings.token_embedding.weight"
+    rows = torch.randn(len(PLACES), 64, generator=places).half()
+    parts["text"][embedding] = torch.cat([parts["text"][embedding], rows])
+    write_folder(folder, parts, CONFIGS | {"generation": GENERATION, "added_tokens": PLACES} | configs)
 
 
 def write_control_folder(folder: Path) -> dict[str, Tensor]:

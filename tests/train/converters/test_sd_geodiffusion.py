@@ -7,35 +7,19 @@ import torch
 from PIL import Image
 
 from helpers.tiny_runs import call
-from helpers.tiny_sd import CONFIGS, tiny_parts
+from helpers.tiny_sd import GENERATION, PLACES, write_geodiffusion
 from models.tokenizer import Tokenizer, load_vocabulary
-from train.converters.sd.files import read_source, write_folder
+from train.converters.sd.files import read_source
 from train.converters.sd.geodiffusion import check_places, generation_settings, make_location_prompt
 from train.converters.sd.tokenizer import read_added_words
 from train.location_prompts import place_word
 from train.text_encoder_file import read_text_encoder
 
-COLUMNS, ROWS = 4, 3
-PLACES = {place_word(index): 49_408 + index for index in range(COLUMNS * ROWS)}
-GENERATION = {
-    **{"dataset": "nuimages", "prompt_template": "An image of {camera} camera with {bbox}", "max_num_bbox": 4},
-    **{"width": 48, "height": 32, "cfg_scale": 3.5, "num_inference_steps": 2, "nsamples": 1},
-    **{"num_bucket_per_side": [COLUMNS, ROWS]},
-}
-EMBEDDING = "text_model.embeddings.token_embedding.weight"
 LAYOUTS = [
     {"name": "a", "camera": "back", "boxes": [[0, 0, 1, 1], [0.3, 0.6, 1, 1]], "classes": ["car", "traffic-cone"]},
     {"name": "b", "camera": "front left", "boxes": [], "classes": []},
 ]
 PROMPTS = ["An image of back camera with car <l0> <l11> traffic cone <l5> <l11>", "An image of front left camera with "]
-
-
-def write_geodiffusion(folder, **configs):
-    """Writes a tiny folder of GeoDiffusion with random weights."""
-    parts, places = tiny_parts("folder"), torch.Generator().manual_seed(1)
-    rows = torch.randn(len(PLACES), 64, generator=places).half()
-    parts["text"][EMBEDDING] = torch.cat([parts["text"][EMBEDDING], rows])
-    write_folder(folder, parts, CONFIGS | {"generation": GENERATION, "added_tokens": PLACES} | configs)
 
 
 @pytest.fixture(scope="module")
