@@ -123,8 +123,8 @@ def test_saved_features_are_never_mixed_up(calc, uninterrupted, sampled_indices,
     """`--features auto` may find the Inception weights in one run and not in the next."""
     choose = all_features.choose_features
 
-    def choose_pixels(name, data, device, weights):
-        return choose("pixels", data, device, weights)
+    def choose_pixels(name, *rest):
+        return choose("pixels", *rest)
 
     flags = FLAGS.replace("--features digits", "--features auto")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
