@@ -33,9 +33,7 @@ class Features(NamedTuple):
     clip_hash: str | None = None  # SHA-256 of the files in --clip_dir
 
 
-def load_features(
-    name: str, device: torch.device, weights: str | None = None, clip_dir: str | None = None
-) -> Features:
+def load_features(name: str, device: torch.device, weights: str | None = None, clip_dir: str | None = None) -> Features:
     """Builds the features of one file of this folder; `weights` and `clip_dir` are passed to a `build` that takes them.
 
     ValueError for one that does not.
