@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from train.files import parse_json
+
 METRIC = "FD(clip)"
 VERSION = 1
-WANTED = "wanted the folder of a CLIP model as transformers saves it, with config.json and weights: pass --clip_dir"
+PROJECTIONS = {"vision": "visual_projection", "text": "text_projection"}
+WANTED = "wanted the folder of a CLIP model as transformers saves it, with config.json and weights: pass --clip_dir DIR"
 INSTALL = "pip install transformers"
 
 
@@ -21,7 +25,7 @@ def build(device: torch.device | str, clip_dir: str | Path | None = None) -> Cal
     square before resizing, which is the same for square images. FileNotFoundError, ValueError: no CLIP model of images
     in the folder, or transformers is not installed.
     """
-    network = load_network("CLIPVisionModelWithProjection", clip_dir, device)
+    network, project = load_part("vision", clip_dir, device)
     processor = load_processor(clip_dir, network.config.image_size)
 
     @torch.no_grad()
@@ -29,7 +33,7 @@ def build(device: torch.device | str, clip_dir: str | Path | None = None) -> Cal
         options = {"input_data_format": "channels_first", "return_tensors": "pt"}
         pixels = processor(list(images.to(device)), **options)["pixel_values"].to(device)
         with torch.autocast(torch.device(device).type, enabled=False):
-            return network(pixel_values=pixels).image_embeds
+            return project(network(pixel_values=pixels).pooler_output)
 
     return features
 
@@ -42,7 +46,7 @@ def build_captions(
 
     FileNotFoundError, ValueError: as `build`, or the folder has no tokenizer.
     """
-    network = load_network("CLIPTextModelWithProjection", clip_dir, device)
+    network, project = load_part("text", clip_dir, device)
     tokenizer = load_tokenizer(clip_dir)
     length = network.config.max_position_embeddings
 
@@ -52,34 +56,40 @@ def build_captions(
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
         tokens = tokenizer(list(captions), **options).to(device)
         with torch.autocast(torch.device(device).type, enabled=False):
-            return network(**tokens).text_embeds, counts > length
+            return project(network(**tokens).pooler_output), counts > length
 
     return features
 
 
-def load_network(kind: str, clip_dir: str | Path | None, device: torch.device | str) -> nn.Module:
-    """Loads a class of transformers from a local folder, in float32 and in eval mode, frozen; nothing is downloaded.
+def load_part(
+    part: Literal["vision", "text"], clip_dir: str | Path | None, device: torch.device | str
+) -> tuple[nn.Module, nn.Module]:
+    """Loads the network for images or for captions of a local folder, and its projection to the common space.
 
-    FileNotFoundError, ValueError: see `build`; tensors that the class lacks are an error, further ones are not.
+    In float32 and in eval mode, frozen; nothing is downloaded. FileNotFoundError, ValueError: see `build`.
     """
-    if clip_dir is None:
-        raise ValueError(f"got no folder for CLIP: {WANTED} FOLDER")
-    folder = Path(clip_dir).expanduser()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} not found: {WANTED} FOLDER")
+    folder = Path(clip_dir or "").expanduser()
+    if clip_dir is None or not (folder / "config.json").is_file():
+        got = "got no folder for CLIP" if clip_dir is None else f"{folder / 'config.json'} not found"
+        raise FileNotFoundError(f"{got}: {WANTED}")
     try:
         import transformers
     except ImportError as error:
         raise ValueError(f"{folder} needs a package that is not installed ({error}): {INSTALL}") from error
+    classes = {"clip": "CLIPModel", f"clip_{part}_model": f"CLIP{part.capitalize()}ModelWithProjection"}
     try:
+        kind = dict(parse_json((folder / "config.json").read_text())).get("model_type")
+        if kind not in classes:
+            raise ValueError(f"it holds {kind}, wanted {' or '.join(classes)}")
         with torch.random.fork_rng(devices=[]):
-            load = getattr(transformers, kind).from_pretrained
+            load = getattr(transformers, classes[kind]).from_pretrained
             network, info = load(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be read ({error}): {WANTED} FOLDER") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors of {kind}: {WANTED} FOLDER")
-    return network.to(device).float().requires_grad_(False).eval()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be read ({error}): {WANTED}") from error
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):  # drawn at random otherwise
+        raise ValueError(f"{folder} has no {lost[0]} that fits, of {len(lost)} such tensors: {WANTED}")
+    network = network.to(device).float().requires_grad_(False).eval()
+    return getattr(network, f"{part}_model"), getattr(network, PROJECTIONS[part])
 
 
 def load_processor(clip_dir: str | Path, size: int) -> Callable[..., dict[str, Tensor]]:

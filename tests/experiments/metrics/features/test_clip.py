@@ -73,9 +73,13 @@ def test_a_folder_without_preprocessor_has_clips_own(model, folder, tmp_path):
 
 
 def test_a_folder_of_the_vision_part_is_enough(model, folder, tmp_path):
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    CLIPVisionModelWithProjection.from_pretrained(folder).half().save_pretrained(tmp_path)
+    config = model.config.vision_config.to_dict() | {"projection_dim": 8}
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+    state = model.state_dict()
+    vision.load_state_dict({name: state[name] for name in vision.state_dict()})
+    vision.half().save_pretrained(tmp_path)
     tiny_clip.save_processor(tmp_path)
     images = images_of(20, 20)
     features = clip.build("cpu", tmp_path)(images)
@@ -138,20 +142,33 @@ def test_other_weights_are_another_version(folder, tmp_path):
     assert features_version(SimpleNamespace(module=clip, clip_hash=None), None) == [clip.VERSION, None]
 
 
-def test_folders_without_a_model_are_refused(model, folder, tmp_path):
-    with pytest.raises(ValueError, match="got no folder for CLIP.*--clip_dir FOLDER"):
+def test_folders_without_a_model_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="got no folder for CLIP.*--clip_dir DIR"):
         clip.build("cpu")
-    with pytest.raises(FileNotFoundError, match=r"config.json not found.*--clip_dir FOLDER"):
+    with pytest.raises(FileNotFoundError, match=r"config.json not found.*--clip_dir DIR"):
         clip.build("cpu", tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="cannot be read"):
         clip.build("cpu", tmp_path)
-    state = {name: value for name, value in model.state_dict().items() if name != "visual_projection.weight"}
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match="lacks visual_projection.weight"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="it holds bert, wanted clip or clip_vision_model"):
         clip.build("cpu", tmp_path)
+    for content in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="cannot be read"):
+            clip.build("cpu", tmp_path)
     with pytest.raises(FileNotFoundError, match="vocab.json not found"):
         clip.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "other shape"])
+def test_tensors_are_never_drawn_at_random(model, tmp_path, change):
+    """transformers would only log that they are."""
+    state, name = model.state_dict(), "visual_projection.weight"
+    weights = {} if change == "missing" else {name: torch.zeros(8, 4)}
+    model.save_pretrained(tmp_path, state_dict={key: state[key] for key in state.keys() - {name}} | weights)
+    with pytest.raises(ValueError, match=f"{name}|cannot be read"):
+        clip.build("cpu", tmp_path)
 
 
 def test_a_missing_package_is_named(folder, monkeypatch):
