@@ -104,7 +104,7 @@ def test_what_cannot_be_scored_is_refused(logs, folder, trained_ddpm, tmp_path, 
         assert stop.value.code == 2
         return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
-    assert "pass --clip_dir FOLDER" in refused(f"{run_flags(logs)} --n_samples 2 --log_dir none")
+    assert "pass --clip_dir DIR" in refused(f"{run_flags(logs)} --n_samples 2 --log_dir none")
     no_captions = f"--logs_root {trained_ddpm} --sampler ddpm --clip_dir {folder}"
     assert "reads no captions: pass a run with --conditions text" in refused(no_captions)
     (tmp_path / "samples.npz").write_bytes((logs / "samples" / "samples.npz").read_bytes())
