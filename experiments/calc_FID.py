@@ -1,4 +1,4 @@
-"""Fréchet and kernel distance (FID, KID) of a sampler's images to real ones, beside those of held-out images."""
+"""Distances of a sampler's images to real ones (FID, KID and, on demand, CMMD), beside those of held-out images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.image_sets import AnySet, resized_to, split_of_run
 from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import progress, table
-from experiments.metrics import features as all_features
+from experiments.metrics.cmmd import cmmd, mean_kernel
 from experiments.metrics.distances import (
     add_features,
     compute_statistics,
@@ -25,9 +25,9 @@ from experiments.metrics.distances import (
     statistics_cache,
     with_grid,
 )
-from experiments.metrics.features import Features
+from experiments.metrics.features import Features, FeaturesConfig
 from experiments.metrics.frechet import Reference, Statistics, frechet_distance
-from experiments.metrics.kid import MAX_FEATURES, FeatureSubset, kernel_distance
+from experiments.metrics.kid import MAX_FEATURES, SUBSET_SIZE, SUBSETS, FeatureSubset, kernel_distance
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
@@ -36,7 +36,7 @@ from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistanceConfig:
+class DistanceConfig(FeaturesConfig):
     """Distance."""
 
     n_samples: int = 10_000
@@ -45,18 +45,16 @@ class DistanceConfig:
     """Measure these images instead of new ones: a folder, an .npz file, a data set (digits:val), a run."""
     reference: str | None = None
     """Measure against these images instead of the run's data: as --samples; with both, no run is needed."""
-    features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
-    inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     split: Literal["train", "val"] = "train"
     """Split of real images used as the reference."""
     ref_stats: str | None = None
     """Reference statistics (.npz with mu and sigma) instead of a split's; KID also needs features (n x D) in it."""
-    kid_subsets: int = 100
+    kid_subsets: int = SUBSETS
     """KID: number of random subsets to average over."""
-    kid_subset_size: int = 1000
+    kid_subset_size: int = SUBSET_SIZE
     """KID: images per subset, at most as many as there are."""
+    cmmd: bool = False
+    """Also measure the CMMD, of up to 10,000 images of each set; published with --features clip."""
 
     EVERYDAY = ("n_samples", "samples", "reference", "features")
     RANGES = {"n_samples": "[2, 1000000000]", "kid_subsets": COUNT, "kid_subset_size": "[2, 1000000000]"}
@@ -109,7 +107,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """Measures all distances and saves the pictures. All ranks must call it; only the main rank gets the results."""
     data, size, first_stage, world = model.data, batches.batch_size, model.space.first_stage, model.world
-    features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
+    features = distance.load(data, model.device)
     given = sets.get("samples")
     count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed, given)
     real = (sets.get("reference") or split_of_run(model, distance.split)).at(data.size)
@@ -144,6 +142,7 @@ def measure(
         "reference": distance.ref_stats or real.name,
         "n_reference": reference.statistics.count,
         "kernel": kernel_distances(distance, features, subsets, reference),
+        **({"cmmd": cmmd_distances(features, subsets, reference)} if distance.cmmd else {}),
         "run": batches.run,
         **({"sets": content_hashes(sets)} | resized_to(data.size) if sets else {}),
         **({"samples": given.name} if given else {}),
@@ -157,7 +156,7 @@ def measure_pair(
     the main rank gets the results."""
     size, count = common_size(samples, reference), len(samples)
     data = samples.data if reference is None else reference.data
-    features = all_features.choose_features(distance.features, data, batches.world.device, distance.inception_weights)
+    features = distance.load(data, batches.world.device)
     real, cache = reference and reference.at(size), statistics_cache(batches.run["output"]["logs_root"])
     against = load_reference(distance, real, features, cache, batches)
     grid, images_of = fixed_subset(count, GRID_IMAGES), samples.at(size).load
@@ -176,6 +175,7 @@ def measure_pair(
         "n_reference": against.statistics.count,
         **resized_to(size),
         "kernel": kernel_distances(distance, features, {"generated": subset}, against),
+        **({"cmmd": cmmd_distances(features, {"generated": subset}, against)} if distance.cmmd else {}),
         "run": batches.run,
     }
 
@@ -232,16 +232,30 @@ def kernel_distances(
     return kernel
 
 
+def cmmd_distances(
+    features: Features, subsets: dict[str, FeatureSubset], reference: Reference
+) -> dict[str, Any] | None:
+    """Returns the name of the metric, the CMMD of each kind of images with at least 2 features, and the number of
+    features of the reference; None if it has none."""
+    if (real := reference.features) is None:
+        return None
+    within = mean_kernel(real, real)
+    values = {kind: cmmd(subset.features, real, within) for kind, subset in subsets.items() if len(subset.features) > 1}
+    return {"metric": f"CMMD({features.name})", **values, "n_reference": len(real)}
+
+
 def report(results: dict[str, Any], folder: Path) -> str:
     """Formats the table: the distances of the samples and, beside those of a run, of reconstructions and of held-out
     real images."""
     metric, kernel, label = results["metric"], results.get("kernel"), results.get("samples", "generated")
+    cmmds = results.get("cmmd")
 
     def row(label: str, count: int, value: str, kind: str = "") -> tuple[str, ...]:
         distances = [format_kernel_distance(kernel.get(kind))] if kernel else []
+        distances += [f"{cmmds[kind]:.4g}" if kind in cmmds else ""] if cmmds else []
         return (label, str(count), f"{results[value]:.4g}", *distances)
 
-    rows = [("images", "count", metric, *([kernel["metric"]] if kernel else []))]
+    rows = [("images", "count", metric, *(each["metric"] for each in (kernel, cmmds) if each))]
     rows.append(row(label, results["n_samples"], "value", "generated"))
     if results.get("real_vs_real") is not None:
         same = results["n_compared"]
@@ -264,6 +278,9 @@ def report(results: dict[str, Any], folder: Path) -> str:
         lines.append(f"{kernel['metric']}: mean ± standard deviation over {of}; best 0, may be negative by chance")
     elif "kernel" in results:
         lines.append(f"no kernel distance (KID): {results['reference']} has only statistics, no features")
+    if cmmds:
+        most = f"at most {MAX_FEATURES:,} images and {cmmds['n_reference']:,} of the reference"
+        lines.append(f"{cmmds['metric']}: of {most}; fewer images have a larger one")
     return "\n".join([*lines, f"\n{folder / 'results.json'}\n{folder / 'samples.png'}"])
 
 
@@ -273,6 +290,6 @@ def format_kernel_distance(distance: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    files = ("samples", "ref_stats", "inception_weights")
+    files = ("samples", "ref_stats", "inception_weights", "clip_dir")
     pair = {"pair_class": PairConfig, "measure_pair": measure_pair}
     run_comparison("FID", Config, measure, report, **pair, prepare=prepare, files=files)

@@ -14,7 +14,6 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.image_sets import AnySet, resized_to, split_of_run
 from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import table
-from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
     concatenate,
     real_features,
@@ -23,6 +22,7 @@ from experiments.metrics.distances import (
     set_features,
     with_grid,
 )
+from experiments.metrics.features import FeaturesConfig
 from experiments.metrics.prdc import PRDC, knn_radii, prdc
 from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
@@ -33,7 +33,7 @@ from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class PRDCConfig:
+class PRDCConfig(FeaturesConfig):
     """Precision, recall, density, coverage."""
 
     n_samples: int = 10_000
@@ -44,10 +44,6 @@ class PRDCConfig:
     """Measure these images instead of new ones: a folder, an .npz file, a data set (digits:val), a run."""
     reference: str | None = None
     """Measure against these images instead of the run's data: as --samples; with both, no run is needed."""
-    features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
-    inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     split: Literal["train", "val"] = "train"
     """Split of real images used as the reference."""
 
@@ -99,7 +95,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """Measures all numbers and saves samples.png. All ranks must call it; only the main rank gets the results."""
     size, data, world, k = batches.batch_size, model.data, model.world, settings.nearest_k
-    features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
+    features = settings.load(data, model.device)
     reference = (sets.get("reference") or split_of_run(model, settings.split)).at(data.size)
     held_out = ImageSource(model.dataset("val" if settings.split == "train" else "train"), data)
     given = sets.get("samples")
@@ -140,8 +136,7 @@ def measure_pair(
     """Measures one set of images against another, equally many of each. All ranks must call it; only the main rank gets
     the results."""
     size, world, k = common_size(samples, reference), batches.world, settings.nearest_k
-    weights = settings.inception_weights
-    features = all_features.choose_features(settings.features, reference.data, world.device, weights)
+    features = settings.load(reference.data, world.device)
     count = min(settings.n_samples, len(samples), len(reference))
     check_count(count, k)
     real = set_features(reference.at(size), count, features, batches)
@@ -234,5 +229,5 @@ precision, density: fidelity (do generated images look real?); recall, coverage:
 
 
 if __name__ == "__main__":
-    pair, files = {"pair_class": PairConfig, "measure_pair": measure_pair}, ("samples", "inception_weights")
+    pair, files = {"pair_class": PairConfig, "measure_pair": measure_pair}, ("samples", "inception_weights", "clip_dir")
     run_comparison("PRDC", Config, measure, report, **pair, prepare=prepare, files=files)

@@ -16,8 +16,8 @@ from experiments.harness.batches import ResumableBatches, gather_in_order, rank_
 from experiments.harness.experiment import ExperimentSetup, FirstStageOutputConfig, run_experiment
 from experiments.harness.first_stage import FirstStageModelConfig
 from experiments.harness.report import progress, table
-from experiments.metrics import features as all_features
 from experiments.metrics.distances import real_statistics, save_reconstructions, statistics_cache
+from experiments.metrics.features import FeaturesConfig
 from experiments.metrics.image_pairs import WINDOW
 from experiments.metrics.reconstruction import (
     SHOWN_IMAGES,
@@ -35,17 +35,13 @@ from train.runs import perceptual_provenance
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig:
+class ReconstructionConfig(FeaturesConfig):
     """Reconstructions."""
 
     split: Literal["train", "val"] = "val"
     """Split to reconstruct; all of its images are the reference of the Fréchet distance."""
     n_images: int | None = None
     """Number of images to reconstruct, a fixed random subset; if omitted, all."""
-    features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
-    inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     lpips_net: Literal["auto", "vgg", "alex", "squeeze", "none"] = "auto"
     """LPIPS network; auto: the one the VQGAN was trained with, if any."""
     perceptual_weights: str | None = None
@@ -111,7 +107,7 @@ def measure(
     data, size, world = model.data, settings.batch_size, batches.world
     if perceptual is not None:
         perceptual.to(model.device)
-    features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
+    features = settings.load(data, model.device)
     args = dataset, data, features, settings.inception_weights, cache, size, world
     reference = real_statistics(*args) if len(dataset) > 1 else None  # a covariance needs at least 2 images
     source = ImageSource(dataset, data)
@@ -187,4 +183,4 @@ def plot(path: Path, counts: Tensor, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_experiment("VQGAN_FID", Config, measure, report, files=("inception_weights",), prepare=prepare)
+    run_experiment("VQGAN_FID", Config, measure, report, files=("inception_weights", "clip_dir"), prepare=prepare)

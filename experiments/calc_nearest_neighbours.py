@@ -12,7 +12,6 @@ from experiments.harness.batches import ResumableBatches, broadcast_object
 from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import match_data_channels
 from experiments.harness.report import table
-from experiments.metrics import features as all_features
 from experiments.metrics import image_pairs
 from experiments.metrics.classifier import copied_fraction
 from experiments.metrics.distances import (
@@ -23,7 +22,7 @@ from experiments.metrics.distances import (
     sampled_features,
     sampled_images,
 )
-from experiments.metrics.features import Features
+from experiments.metrics.features import Features, FeaturesConfig
 from experiments.metrics.image_pairs import ImageDistance
 from experiments.metrics.nearest_neighbours import (
     PictureRow,
@@ -45,7 +44,7 @@ CLOSE_QUANTILE = 0.05  # of the held-out images' distances; samples nearer than 
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighboursConfig:
+class NeighboursConfig(FeaturesConfig):
     """Nearest neighbours."""
 
     n_samples: int = 100
@@ -56,10 +55,6 @@ class NeighboursConfig:
     """Nearest training images reported for each image."""
     candidates: int = 100
     """Nearest training images by features, over all training views, that are then reranked."""
-    features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
-    inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     rerank: Literal["auto", "lpips", "pixels"] = "auto"
     """Distance that reranks candidates: LPIPS (images below 64 pixels are enlarged by an integer factor), or the
     Euclidean distance of pixels in [0, 1]. auto: LPIPS, or pixels, with a message, if its weights are unavailable."""
@@ -113,7 +108,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """Searches, ranks and saves neighbours.png. All ranks must call it; only the main rank gets the results."""
     size, data, world = batches.batch_size, model.data, model.world
-    features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
+    features = settings.load(data, model.device)
     net, weights = settings.perceptual_net, settings.perceptual_weights
     image_distance = image_pairs.choose_distance(settings.rerank, net, weights, world, size, data.n_channels)
     training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
@@ -273,5 +268,5 @@ smaller distances than those of held-out images indicate memorisation
 
 
 if __name__ == "__main__":
-    files = ("samples", "inception_weights", "perceptual_weights")
+    files = ("samples", "inception_weights", "clip_dir", "perceptual_weights")
     run_experiment("neighbours", Config, measure, report, files=files)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from diffusion.solvers import SolverOptions
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SEED, SIZE, check_ranges
 from train.datasets import DatasetConfig
+from train.distance_config import DistanceLoggingConfig
 from train.lr_schedule import learning_rate
 from vq.config import VQGANConfig, VQGANLossConfig
 
@@ -204,7 +205,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class LoggingConfig(DistanceLoggingConfig):
     """Logging and checkpoints."""
 
     log_dir: str | None = None
@@ -226,12 +227,6 @@ class LoggingConfig:
     """Steps between images of samples or reconstructions."""
     steps_per_eval: int = 5_000
     """Steps between validations; 0: no validation."""
-    steps_per_FD: int = 0
-    """Steps between Frechet distances of generated (stage one: reconstructed) to real images; 0: none."""
-    FD_samples: int = 1_000
-    """Number of images for --steps_per_FD."""
-    FD_features: str = "auto"
-    """Features for --steps_per_FD: a file in experiments/metrics/features, or auto."""
     profile: bool = False
     """Profile five steps, from the 10th after the start or resume, with PyTorch's profiler; written to profile/."""
 
@@ -239,11 +234,8 @@ class LoggingConfig:
     RANGES = {
         **{"steps_per_log": COUNT, "steps_per_checkpoint": COUNT, "checkpoint_minutes": NOT_NEGATIVE},
         **{"keep_last": NOT_NEGATIVE, "keep_every": NOT_NEGATIVE, "steps_per_save_output": COUNT},
-        **{"steps_per_eval": COUNT_OR_ZERO, "steps_per_FD": COUNT_OR_ZERO, "FD_samples": "[2, 1000000000]"},
+        "steps_per_eval": COUNT_OR_ZERO,
     }
-
-    def __post_init__(self):
-        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

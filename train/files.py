@@ -32,6 +32,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_network(folder: Path) -> str:
+    """Returns the SHA-256 of the names and contents of a network's files in a folder: settings and words (.json, .txt)
+    and weights (.safetensors or, without one, .bin)."""
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.txt"), *weights])
+    return hashlib.sha256("\n".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
+
+
 def parse_json(text: str | bytes) -> Any:
     """Returns what a JSON text says; ValueError if it is none, or is nested too deeply."""
     try:

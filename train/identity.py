@@ -12,7 +12,7 @@ EXECUTION = {
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
     "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
-    "profile", "perceptual_weights", "condition_file", "layouts", "output_dir", "text_encoder",
+    "FD_measures", "profile", "perceptual_weights", "condition_file", "layouts", "output_dir", "text_encoder",
 }  # fmt: skip
 PLACES = {
     "ae_load_dir",
@@ -25,6 +25,7 @@ PLACES = {
 # A training run may resume with other values of these. The data of its training split are identified by content.
 NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change", "lora_trigger_words",
+    "clip_dir",
 }  # fmt: skip
 NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models", "lora", "textual_inversion"}
 OTHER = {  # what a difference of these means, whose values are hashes or long

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from train.data.transforms import to_picture, to_uint8
 from train.datasets._channels import PICTURES
+from train.distance_config import is_distance
 from train.distributed import DistContext, is_sharded
 from train.files import fsync, parse_json, write_text
 from train.loop import Outputs, TrainState
@@ -63,7 +64,7 @@ def tensorboard_tag(name: str) -> str:
     kind = name.partition("/")[0]
     if kind in ("val", "codes", "perf"):
         return name
-    group = "val" if kind.startswith("FD(") else "optim" if kind in OPTIMIZATION else "train"
+    group = "val" if is_distance(kind) else "optim" if kind in OPTIMIZATION else "train"
     return f"{group}/{name}"
 
 

@@ -27,6 +27,7 @@ from train.checkpoint import (
 from train.cli.files import read_run_config
 from train.config import LoggingConfig, TrainingConfig
 from train.data.loading import BatchSource, split_batch, training_batches
+from train.distance_config import is_distance
 from train.distributed import DistContext, Interrupted, StopSignals, replicate, shard
 from train.ema import EMA
 from train.execution import (
@@ -211,7 +212,7 @@ def train(
             profile.close()
             state.replicas.clear()  # torch 2.11 deadlocks if they are destroyed after the process group
     if world.is_main:
-        scores = {name: value for name, value in logger.latest.items() if name.startswith(("val/", "FD("))}
+        scores = {name: value for name, value in logger.latest.items() if name.startswith("val/") or is_distance(name)}
         seconds = logger.progress.seconds
         print(describe_end(run, state.step, start, seconds, str(timer), scores, state.best), flush=True)
 

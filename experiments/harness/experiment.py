@@ -23,7 +23,7 @@ from train.data.loading import build_dataset
 from train.datasets import content_fingerprint
 from train.distributed import DistContext
 from train.execution import compile_for_sampling
-from train.files import sha256
+from train.files import sha256, sha256_of_network
 from train.first_stage import FirstStage
 from train.identity import results_identity
 from train.lora_merging import parse_adapter_files
@@ -335,9 +335,12 @@ def read_results(batches: ResumableBatches) -> dict[str, Any] | None:
 
 
 def hash_files(paths: dict[str, str | None]) -> dict[str, str]:
-    """Returns the SHA-256 of each input file that exists, by flag: results are identified by content, not by path."""
+    """Returns the SHA-256 of each input file that exists, or network's folder with a config.json, by flag: results are
+    identified by content, not by path."""
     files = {name: Path(path) for name, path in paths.items() if path is not None}
-    return {name: sha256(path) for name, path in files.items() if path.is_file()}
+    networks = {name: path for name, path in files.items() if (path / "config.json").is_file()}
+    hashes = {name: sha256(path) for name, path in files.items() if path.is_file()}
+    return hashes | {name: sha256_of_network(path) for name, path in networks.items()}
 
 
 def run_experiment(

@@ -29,8 +29,9 @@ ImagesAt = Callable[[list[int]], dict[str, Tensor]]
 
 
 def features_version(features: Features, weights: str | None) -> list[str | int | None]:
-    """Identifies the features: the version of their file, and the hash of the weights file if one is given."""
-    return [features.module.VERSION, weights and sha256(Path(weights))]
+    """Identifies the features: the version of their file, and the hash of weights that are given."""
+    version = [features.module.VERSION, weights and sha256(Path(weights))]
+    return version if features.clip_hash is None else [*version, features.clip_hash]
 
 
 def features_provenance(features: Features) -> dict[str, str | int]:

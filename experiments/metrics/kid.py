@@ -9,6 +9,7 @@ from torch import Tensor
 from diffusion.rng import seed_of
 
 MAX_FEATURES = 10_000  # kept per set of images
+SUBSETS, SUBSET_SIZE = 100, 1000  # usual number of random subsets to average over, and of features in each
 
 
 class FeatureSubset:

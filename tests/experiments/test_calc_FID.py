@@ -11,7 +11,8 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.harness.images import read_samples
 from experiments.metrics import distances, kid
 from experiments.metrics import features as all_features
-from experiments.metrics.features import digits
+from experiments.metrics.cmmd import cmmd
+from experiments.metrics.features import clip, digits
 from experiments.metrics.frechet import Reference, Statistics, frechet_distance
 from experiments.metrics.kid import kernel_distance
 from helpers.tiny_runs import call, keep_few_images
@@ -123,8 +124,8 @@ def test_saved_features_are_never_mixed_up(calc, uninterrupted, sampled_indices,
     """`--features auto` may find the Inception weights in one run and not in the next."""
     choose = all_features.choose_features
 
-    def choose_pixels(name, data, device, weights):
-        return choose("pixels", data, device, weights)
+    def choose_pixels(name, *rest):
+        return choose("pixels", *rest)
 
     flags = FLAGS.replace("--features digits", "--features auto")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -162,6 +163,46 @@ def test_a_reference_without_features_has_no_kernel_distance(calc, trained, unin
     assert "no kernel distance (KID)" in out and "only statistics" in out and "KD(" not in out
     results = calc("fid_full", f"{FLAGS} --ref_stats {full}")
     assert results["kernel"]["generated"] == pytest.approx(uninterrupted["kernel"]["generated"], rel=1e-5)
+
+
+def test_the_cmmd_is_measured_on_demand(calc, trained, uninterrupted, tmp_path, capsys):
+    """Beside the other distances, which stay as they are; of up to 10,000 features of each set."""
+    assert "cmmd" not in uninterrupted
+    results = calc("fid_cmmd", f"{FLAGS} --cmmd")
+    real, held_out = (real_features(trained, split) for split in ("train", "val"))
+    held_out = held_out[fixed_subset(len(held_out), 90)]
+    assert results["value"] == uninterrupted["value"] and results["kernel"] == uninterrupted["kernel"]
+    found = results["cmmd"]
+    assert found["metric"] == "CMMD(digits)" and found["n_reference"] == 1438
+    assert found["real_vs_real"] == pytest.approx(cmmd(held_out, real), rel=1e-4)
+    assert found["real_vs_real"] < found["generated"] / 5
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("generated "))
+    assert "CMMD(digits)" in out and line.split()[-1] == f"{found['generated']:.4g}"
+    stats = tmp_path / "stats.npz"
+    Statistics().update(real).save(stats)
+    assert calc("fid_cmmd_stats", f"{FLAGS} --cmmd --ref_stats {stats}")["cmmd"] is None
+
+
+def test_clip_features_are_those_of_the_folder(calc, tmp_path):
+    """Two sets of images are compared without a run; another model in the folder is measured anew."""
+    tiny_clip = pytest.importorskip("helpers.tiny_clip")
+    rng = np.random.default_rng(0)
+    for name, spread in (("a", 256), ("b", 128)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, spread, (6, 24, 20, 3), dtype=np.uint8))
+    sets = f"--samples {tmp_path / 'a.npz'} --reference {tmp_path / 'b.npz'} --device cpu --kid_subsets 2"
+    flags = f"{sets} --features clip --clip_dir {tmp_path / 'clip'} --cmmd"
+    model = tiny_clip.make_clip()
+    tiny_clip.save_clip(tmp_path / "clip", model)
+    a, b = (
+        clip.build("cpu", tmp_path / "clip")(read_samples(tmp_path / f"{name}.npz", None)["image"]) for name in "ab"
+    )
+    results = calc("fid_clip", flags)
+    assert (results["metric"], results["features"], results["cmmd"]["metric"]) == ("FD(clip)", "clip", "CMMD(clip)")
+    assert results["cmmd"]["generated"] == pytest.approx(cmmd(a, b), rel=1e-5)
+    assert results["value"] == pytest.approx(frechet_distance(Statistics().update(a), Statistics().update(b)), rel=1e-3)
+    tiny_clip.save_clip(tmp_path / "clip", tiny_clip.make_clip(seed=1))
+    assert calc("fid_clip", flags)["cmmd"]["generated"] != results["cmmd"]["generated"]
 
 
 def test_a_changed_samples_file_is_measured_again(calc, trained, tmp_path, sampled_indices):

@@ -17,11 +17,11 @@ from helpers.tiny_runs import DDPM, ROOT, call
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
-FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
+FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5 --FD_measures fd kid cmmd"
 EXPERIMENTS = {  # by results folder; with as many batches as processes, more, or fewer
     "samples": "experiments/get_samples.py --n_samples 10 --batch_size 3 --save_individually --save_process",
     "one_batch": "experiments/get_samples.py --n_samples 2",
-    "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features digits --kid_subsets 3",
+    "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features digits --kid_subsets 3 --cmmd",
     "ELBO": "experiments/calc_approximate_ELBO.py --n_images 7 --batch_size 2 --calls 5 --no_decoder",
     "cut_samples": "experiments/get_samples.py --n_samples 10 --batch_size 2",  # after two batches of one process
     "cut_FID": "experiments/calc_FID.py --n_samples 90 --batch_size 20 --features digits --kid_subsets 3",
@@ -146,12 +146,13 @@ def test_two_ranks_report_the_numbers_of_one(both_runs, name):
 
 
 @pytest.mark.slow
-def test_two_ranks_log_the_training_distance_of_one(both_runs):
+@pytest.mark.parametrize("name", ["FD", "KD", "CMMD"])
+def test_two_ranks_log_the_training_distance_of_one(both_runs, name):
     """With FSDP too, where all ranks must gather the shards equally often."""
-    distances = []
+    distances, name = [], f"{name}(pixels)/5_samples"
     for logs in both_runs[:2]:
         lines = [json.loads(line) for line in (logs / "fsdp" / "metrics.jsonl").read_text().splitlines()]
-        distances += [line["FD(pixels)/5_samples"] for line in lines if "FD(pixels)/5_samples" in line]
+        distances += [line[name] for line in lines if name in line]
     assert distances == [pytest.approx(distances[0], rel=1e-4)] * 2
 
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance during training equals that of calc_FID and does not affect the weights."""
+"""Distances during training equal those of calc_FID and do not affect the weights."""
 
 import json
 from types import SimpleNamespace
@@ -9,14 +9,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from experiments.metrics.cmmd import cmmd
+from experiments.metrics.features import pixels
+from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics.kid import kernel_distance
 from experiments.metrics.training_distance import eval_mode, sample_distance
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
 from train.config import DataConfig, LoggingConfig, SamplingConfig, TrainingConfig
 from train.datasets import ArrayDataset
+from train.distance_config import MEASURES
 from train.distributed import DistContext
+from train.logging import tensorboard_tag
 from train.samplers import NotFiniteError
 
-FD = "--FD_features pixels --steps_per_FD 2 --FD_samples 7"
+FD = "--FD_features pixels --steps_per_FD 2 --FD_samples 7 --FD_measures fd kid cmmd"
 WEIGHTS = "checkpoints/step_00000004/model.safetensors"
 OPTIMIZERS = "checkpoints/step_00000004/state.pt"
 
@@ -60,9 +66,12 @@ def test_the_distance_equals_that_of_calc_fid(logs, run, flags):
     distances = logged(logs / run, "FD(pixels)/7_samples")
     assert list(distances) == [2, 4] and distances[2] != distances[4]
     model_flags = f"--logs_root {logs} --sampler ddpm --load_dir {run} --log_dir f_{run} {flags}"
-    call("experiments/calc_FID.py", f"{model_flags} --n_samples 7 --sample_steps 4 --features pixels --no_amp")
+    call("experiments/calc_FID.py", f"{model_flags} --n_samples 7 --sample_steps 4 --features pixels --no_amp --cmmd")
     results = json.loads((logs / f"f_{run}" / "results.json").read_text())
     assert distances[4] == pytest.approx(results["value"], rel=1e-5)
+    kid, cmmd = (logged(logs / run, f"{name}(pixels)/7_samples")[4] for name in ("KD", "CMMD"))
+    assert kid == pytest.approx(results["kernel"]["generated"]["mean"], rel=1e-5)
+    assert cmmd == pytest.approx(results["cmmd"]["generated"], rel=1e-5)
     assert results["n_reference"] == 1438
 
 
@@ -73,9 +82,12 @@ def test_reconstruction_distance_equals_that_of_calc_fid(logs):
     flags = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --train_steps 1 --no_amp --log_dir codes"
     call("train_sampler.py", f"--logs_root {logs} --sampler absorbing --ae_load_dir vqgan_with {flags}")
     model_flags = f"--logs_root {logs} --load_dir codes --log_dir f_codes --no_amp"
-    call("experiments/calc_FID.py", f"{model_flags} --n_samples 7 --sample_steps 1 --features pixels")
+    call("experiments/calc_FID.py", f"{model_flags} --n_samples 7 --sample_steps 1 --features pixels --cmmd")
     results = json.loads((logs / "f_codes" / "results.json").read_text())
     assert distances[4] == pytest.approx(results["reconstructions"], rel=1e-5)
+    kid, cmmd = (logged(logs / "vqgan_with", f"{name}(pixels)/7_reconstructions")[4] for name in ("KD", "CMMD"))
+    assert kid == pytest.approx(results["kernel"]["reconstructions"]["mean"], rel=1e-5)
+    assert cmmd == pytest.approx(results["cmmd"]["reconstructions"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -107,6 +119,29 @@ def test_eval_mode_restores_each_modules_mode():
     assert [module.training for module in network.modules()] == [True, True, False, True, True]
 
 
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+
+
+def hook_of(draw, logs_root, **logging):
+    """A hook of distances of images that `draw` makes, with pixels as features, and the list of what it logs."""
+    model = SimpleNamespace(
+        world=DistContext(torch.device("cpu")),
+        data=DataConfig(dataset="digits", img_size=8),
+        condition_source=lambda sampling: SimpleNamespace(draw=lambda seed, indices: {"label": (seed, indices)}),
+        draw=draw,
+        space=SimpleNamespace(decode=lambda x: x.nan_to_num(9).add(128).to(torch.uint8)),
+    )
+    logged = []
+    logger = SimpleNamespace(log_scalars=lambda step, values: logged.append(values), log_best=lambda *args: None)
+    logging = LoggingConfig(logs_root=str(logs_root), FD_features="pixels", **logging)
+    real = ArrayDataset(IMAGES, np.zeros(6, dtype=np.int64), 1)
+    return sample_distance(model, real, TrainingConfig(batch_size=2), SamplingConfig(), logging)(logger), logged
+
+
+def state_at(step):
+    return SimpleNamespace(step=step, eval_module=lambda name: nn.Identity())
+
+
 def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path, capsys):
     """Nor lose the checkpoint that is due at the same step; previews go on too."""
 
@@ -115,19 +150,49 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path, capsys):
             "solver ddim gave values that are not finite", torch.full((len(indices), 1, 8, 8), torch.nan)
         )
 
-    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
-    model = SimpleNamespace(
-        world=DistContext(torch.device("cpu")),
-        data=DataConfig(dataset="digits", img_size=8),
-        condition_source=lambda sampling: SimpleNamespace(draw=lambda seed, indices: None),
-        draw=draw,
-        space=SimpleNamespace(decode=lambda x: x.nan_to_num(9).add(128).to(torch.uint8)),
-    )
-    logged = []
-    logger = SimpleNamespace(log_scalars=lambda step, values: logged.append(values), log_best=lambda *args: None)
-    logging = LoggingConfig(logs_root=str(tmp_path), FD_samples=4, FD_features="pixels")
-    real = ArrayDataset(images, np.zeros(6, dtype=np.int64), 1)
-    hook = sample_distance(model, real, TrainingConfig(batch_size=2), SamplingConfig(), logging)(logger)
-    hook(SimpleNamespace(step=3, eval_module=lambda name: nn.Identity()), {})
+    hook, logged = hook_of(draw, tmp_path, FD_samples=4)
+    hook(state_at(3), {})
     assert capsys.readouterr().out.count("distance at step 3: solver ddim gave") == 2
     assert logged[0]["FD(pixels)/4_samples"] > 0
+
+
+def test_each_measure_is_that_of_the_same_samples(tmp_path):
+    """At each step the noise and the conditions are the same, and features are in the order of the samples."""
+    calls = []
+
+    def draw(indices, seed, sampling, conditions, **options):
+        calls.append((indices, seed, conditions))
+        return {"image": torch.stack([torch.full((3, 8, 8), 40 * i, dtype=torch.uint8) for i in indices])}
+
+    hook, logged = hook_of(draw, tmp_path, FD_samples=5, FD_measures=("cmmd", "kid", "fd"))
+    for step in (3, 6):
+        hook(state_at(step), {})
+    assert calls[:3] == calls[3:] and [each for indices, *_ in calls[:3] for each in indices] == list(range(5))
+    assert all(conditions == {"label": (seed, indices)} for indices, seed, conditions in calls)
+    samples = torch.cat([draw([i], 0, None, None)["image"] for i in range(5)])
+    real = torch.from_numpy(IMAGES)[:, None].expand(-1, 3, -1, -1)
+    samples, real = map(pixels.build("cpu"), (samples, real))
+    assert (
+        logged[0]
+        == logged[1]
+        == {
+            "CMMD(pixels)/5_samples": pytest.approx(cmmd(samples, real), rel=1e-6),
+            "KD(pixels)/5_samples": pytest.approx(kernel_distance(samples, real, 100, 1000).mean, rel=1e-6),
+            "FD(pixels)/5_samples": pytest.approx(
+                frechet_distance(Statistics().update(samples), Statistics().update(real))
+            ),
+        }
+    )
+    assert list(logged[0]) == ["CMMD(pixels)/5_samples", "KD(pixels)/5_samples", "FD(pixels)/5_samples"]
+
+
+@pytest.mark.parametrize("measures", [(), ("fid",), ("fd", "fd")])
+def test_unknown_and_repeated_measures_are_refused(measures):
+    with pytest.raises(ValueError, match="FD_measures.*wanted some of fd, kid, cmmd, each once: pass --FD_measures fd"):
+        LoggingConfig(FD_measures=measures)
+
+
+@pytest.mark.parametrize("name", MEASURES.values())
+def test_distances_are_curves_of_validation(name):
+    assert tensorboard_tag(f"{name}(clip)/5_samples") == f"val/{name}(clip)/5_samples"
+    assert tensorboard_tag("loss") == "train/loss"
