@@ -72,14 +72,14 @@ class AblationConfig:
     an image)."""
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
-    tile: int = 128
+    sheet_size: int = 128
     """Longer side of an image in the sheet, in pixels; small images are enlarged by whole numbers."""
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the runs may import; without it, loading runs no such
     code."""
 
-    EVERYDAY = ("grid", "n_images", "measures", "features", "tile")
-    RANGES = {"n_images": COUNT, "tile": "[16, 2048]"}
+    EVERYDAY = ("grid", "n_images", "measures", "features", "sheet_size")
+    RANGES = {"n_images": COUNT, "sheet_size": "[16, 2048]"}
 
     def __post_init__(self):
         check_ranges(self)
@@ -141,7 +141,7 @@ def main(config: Config) -> None:
         cells = {
             plan.cell.place: sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)
         }
-        save_sheet(folder / "sheet.png", ablation.axes, cells, redrawn_images(plans), own.tile)
+        save_sheet(folder / "sheet.png", ablation.axes, cells, redrawn_images(plans), own.sheet_size)
     print(report(rows, own.measures, len(missing) - len(failed), folder))
 
 

@@ -154,7 +154,7 @@ def parse_ablation(content: Settings, flags: Collection[str]) -> Ablation:
             settings["model"] = next(iter(models))
         else:
             axes.insert(0, Axis("model", tuple(Point(name, {"model": name}) for name in models)))
-    if (twice := repeated([*named, *settings])) is not None:
+    if (twice := repeated([*named, *settings]) or repeated(axis.name for axis in axes)) is not None:
         raise ValueError(f"got {twice} twice, on two axes or on one and in settings: leave one of them out")
     if not axes:
         raise ValueError("got one model and no axes, wanted settings to compare: add axes, such as guidance: [1, 3]")
@@ -184,9 +184,9 @@ def points_without_model(axes: Collection[Axis]) -> list[str]:
 
 def check_model(settings: Settings, models: Collection[str]) -> None:
     """Raises ValueError for a model that the file does not have."""
-    name = settings.get("model", next(iter(models)))
-    if name not in models:
-        raise ValueError(f"got model {name!r}{did_you_mean(str(name), models)}, wanted one of {', '.join(models)}")
+    name = settings.get("model")
+    if name is not None and name not in models:
+        raise ValueError(f"got model {name!r}{did_you_mean(name, models)}, wanted one of {', '.join(models)}")
 
 
 def check_keys(content: Settings, known: Collection[str], where: str) -> None:
