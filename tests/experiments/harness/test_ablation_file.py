@@ -125,7 +125,7 @@ REFUSED = {  # sections -> words of the message
     "scalar axis": ({"axes": {"guidance": 3}}, "got 3 as the axis guidance"),
     "no axes": ({"axes": {}}, "got one model and no axes"),
     "no models": ({"models": {}}, "got no models"),
-    "model": ({"settings": {"model": "oen"}}, "got model 'oen', did you mean 'one'?, wanted one of one"),
+    "model": ({"settings": {"model": "oen"}}, "got model 'oen', did you mean 'one'., wanted one of one"),
     "model of an axis": ({"axes": {"model": ["one", "two"]}}, "got model 'two'"),
     "label without a model": ({"axes": {"way": {"a": {"model": "one"}, "b": {}}}}, "got no model for b"),
     "model's key": (
