@@ -50,7 +50,7 @@ from train.runs import is_new, run_lock, write_config
 from train.samplers import NotFiniteError
 
 MEASURES = ("classes", "distance", "mse", "seconds", "evaluations")
-GRID = "grid"  # section of config.yaml: the file in full
+GRID = "grid"  # section of config.yaml and results.json: the file in full
 DEFAULT_FILE = "configs/ablation/digits.yaml"
 LISTED = 10  # cells in a message
 SHOWN = 16  # images of a cell in the sheet
@@ -136,7 +136,7 @@ def main(config: Config) -> None:
         plans = [plan._replace(reason=failed.get(plan.digest, plan.reason)) for plan in plans]
         rows = measure_cells(ablation.axes, plans, judges, folder)
         results = {"models": describe_models(models.facts), "n_images": own.n_images, "seed": output.seed}
-        write_results(folder, results | ablation.content() | {"cells": rows})
+        write_results(folder, results | {GRID: ablation.content(), "cells": rows})
         write_table(folder / "results.csv", rows)
         cells = {
             plan.cell.place: sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from experiments.harness.ablation_file import Axis
@@ -123,11 +123,11 @@ def draw_block(
     sizes: Sizes,
 ) -> Image.Image:
     """Draws one table of rows and columns, whose cells are at `places`."""
-    head = (LINE + GAP if title else 0) + sizes.heading
-    down = sizes.height + sizes.below + GAP
-    block = Image.new("RGB", (sizes.label + len(columns) * (sizes.width + GAP), head + len(rows) * down), "white")
-    if title:
-        ImageDraw.Draw(block).text((0, 0), title, "black", ImageFont.load_default(size=TEXT + 2))
+    width = sizes.label + len(columns) * (sizes.width + GAP)
+    above = draw_lines([title], width)
+    head, down = above.height + GAP + sizes.heading, sizes.height + sizes.below + GAP
+    block = Image.new("RGB", (width, head + len(rows) * down), "white")
+    block.paste(above, (0, 0))
     for c, column in enumerate(columns):
         block.paste(draw_lines([column], sizes.width), (sizes.label + c * (sizes.width + GAP), head - sizes.heading))
     for r, row in enumerate(rows):
@@ -146,8 +146,7 @@ def draw_cell(
     if picture is None:
         ImageDraw.Draw(block).rectangle((left, top, left + sizes.width - 1, top + sizes.height - 1), fill=EMPTY)
         words = draw_lines(cell.lines, sizes.width - GAP)
-        words = words.crop((0, 0, words.width, min(words.height, sizes.height - GAP)))
-        block.paste(words, (left + GAP // 2, top + GAP // 2))
+        block.paste("black", (left + GAP // 2, top + GAP // 2), ImageOps.invert(words.convert("L")))
     else:
         block.paste(picture, corner)
         block.paste(draw_lines(cell.lines, sizes.width), (left, top + sizes.height))

@@ -215,7 +215,7 @@ def test_sizes_are_drawn(ablate, runs):
 def test_flags_override_the_file(ablate, runs):
     folder = ablate("a", "--n_images 3 --seed 4", models={"x": runs["pixels"]}, axes=AXES, n_images=2, seed=1)
     results = json.loads((folder / "results.json").read_text())
-    assert results["n_images"] == 3 and results["seed"] == 4
+    assert results["n_images"] == 3 and results["seed"] == 4 and results["models"]["x"]["step"] == 3
     assert yaml.safe_load((folder / "config.yaml").read_text())["grid"]["axes"]["guidance"].keys() == {
         *("guidance scale 1", "guidance scale 2")
     }
