@@ -299,7 +299,7 @@ def redrawn_images(plans: Sequence[PlannedCell]) -> dict[str, Tensor]:
     return {Path(plan.cell.settings["image"]).name: plan.image for plan in plans if plan.image is not None}
 
 
-def report(rows: Sequence[Row], measures: Sequence[str], drawn: int, folder: Path) -> str:
+def report(rows: Sequence[Row], measures: Sequence[str], n_drawn: int, folder: Path) -> str:
     """Formats the measures of all cells, why some are empty, and the paths of the files."""
     lines = []
     if measures:
@@ -308,7 +308,7 @@ def report(rows: Sequence[Row], measures: Sequence[str], drawn: int, folder: Pat
     empty = [row for row in rows if row["reason"]]
     lines += [f"not possible: {', '.join(row['at'].values())}: {row['reason']}" for row in empty[:LISTED]]
     lines += [f"and {len(empty) - LISTED} more"] * (len(empty) > LISTED)
-    counts = f"{len(rows)} cells: {drawn} drawn now" + f", {len(empty)} not possible" * bool(empty)
+    counts = f"{len(rows)} cells: {n_drawn} drawn now" + f", {len(empty)} not possible" * bool(empty)
     return "\n".join([*lines, counts, *(str(folder / name) for name in ("sheet.png", "results.json", "results.csv"))])
 
 

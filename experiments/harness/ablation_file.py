@@ -189,12 +189,12 @@ def check_model(settings: Settings, models: Collection[str]) -> None:
         raise ValueError(f"got model {name!r}{did_you_mean(name, models)}, wanted one of {', '.join(models)}")
 
 
-def check_keys(content: Settings, known: Collection[str], where: str) -> None:
-    """Raises ValueError for an unknown key, with the nearest one."""
+def check_keys(content: Settings, names: Collection[str], where: str) -> None:
+    """Raises ValueError for an unnames key, with the nearest one."""
     for key in content:
-        if key not in known:
+        if key not in names:
             place = f" in {where}" if where else ""
-            raise ValueError(f"got the key {key!r}{place}{did_you_mean(str(key), known)}, wanted {', '.join(known)}")
+            raise ValueError(f"got the key {key!r}{place}{did_you_mean(str(key), names)}, wanted {', '.join(names)}")
 
 
 def as_mapping(value: Any, where: str) -> dict[str, Any]:

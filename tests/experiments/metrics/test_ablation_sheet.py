@@ -43,7 +43,7 @@ def test_a_cell_without_images_is_grey_with_its_reason():
     assert grey.sum() > 1000 and draw_sheet(make_axes(1), {(0,): cells[(1,)]}, {}, 64).size[0] > 0
 
 
-def test_small_images_are_enlarged_by_whole_numbers_and_large_ones_reduced():
+def test_small_images_are_enlarged_and_large_ones_reduced():
     small = torch.randint(0, 255, (1, 5, 7), dtype=torch.uint8)
     assert np.array_equal(np.asarray(fit_image(small, 16))[::2, ::2, 0], small[0])
     assert fit_image(small, 16).size == (14, 10)
