@@ -69,7 +69,7 @@ def encode_condition_images(
     """
     if batch is None or IMAGE not in batch:
         return batch
-    encoder = next((each for each in network.modules() if isinstance(each, ImageEncoder)), None)
+    encoder = find_image_encoder(network)
     if encoder is None or encoder.reads == "pixels" or not {*encoder.fields} <= batch.keys():
         return batch
     latents = isinstance(space, LatentSpace)
@@ -88,6 +88,11 @@ def encode_condition_images(
         got = f"got condition_channels {encoder.map_channels} for image_input {encoder.reads}"
         raise ValueError(f"{got}, wanted {wanted}: pass --condition_channels {wanted}")
     return batch | {IMAGE: image}
+
+
+def find_image_encoder(network: nn.Module) -> ImageEncoder | None:
+    """Returns the encoder of the image condition of a network; None if it has none."""
+    return next((each for each in network.modules() if isinstance(each, ImageEncoder)), None)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
