@@ -123,7 +123,7 @@ def reads_masks(model: TrainedSampler) -> bool:
 
 
 def add_conditions(inputs: InputImages, prompt: str | None, model: TrainedSampler) -> InputImages:
-    """Adds to the conditions of the images a prompt, if there is one, and for a model that reads them image and mask."""
+    """Adds to the conditions of the images a prompt, if there is one, and image and mask, if the model reads them."""
     rows = [dict(inputs.rows[i % len(inputs.rows)]) if inputs.rows else {} for i in range(len(inputs))]
     for row, image, mask in zip(rows, inputs.image, inputs.mask, strict=True):
         row |= {} if prompt is None else {"caption": prompt}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SEED, SIZE, check_ranges
 from train.datasets import DatasetConfig
