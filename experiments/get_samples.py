@@ -49,7 +49,7 @@ class SamplesConfig(PromptsConfig):
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
-    EVERYDAY = ("n_samples", "prompt", "source", "layouts", "label")
+    EVERYDAY = ("n_samples", "prompt", "layouts", "label")
     RANGES = {"n_samples": COUNT, "n_seeds": COUNT, "label": NOT_NEGATIVE}
 
     def __post_init__(self):
