@@ -65,7 +65,7 @@ class InpaintingConfig:
     paste: bool = True
     """Copy the visible pixels from the input; --no_paste: leave them as rendered by the model."""
 
-    EVERYDAY = ("mask", "hide", "outpaint", "prompt")
+    EVERYDAY = ("mask", "hide", "outpaint")
     RANGES = {
         "outpaint": "[0, 65536]",
         "shape": SIZE,

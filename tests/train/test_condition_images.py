@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from helpers.tiny_runs import call
@@ -11,11 +13,14 @@ from models.conditions import image
 from models.conditions.image import ImageEncoder
 from train.condition_images import encode_condition_images, make_adapt, random_mask, with_random_masks
 from train.config import DataConfig
+from train.continuous_stage import save_autoencoder
 from train.data.loading import temporary_seed
+from train.inference import load
 from train.samplers import absorbing, ddpm
 from train.samplers.ddpm import Config
 from train.spaces import LatentSpace, PixelSpace
 from train.trained_sampler import TrainedSampler
+from vq.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 FACTOR, SCALE, SHIFT = 2, 5.0, 0.25
 
@@ -165,25 +170,54 @@ def test_masks_are_for_the_condition_of_inpainting_alone():
 
 # Whole runs
 
-INPAINTING = (
-    "--sampler ddpm --dataset digits --img_size 8 --n_channels 1 --conditions image --image_input inpainting "
-    "--condition_channels 2 --channels 8 --channel_mults 1 --res_blocks 1 --attn_factors 1 --heads 1 --total_steps 8 "
-    "--batch_size 4 --num_workers 0 --warmup_iters 0 --sample_steps 2 --no_amp"
+SMALL = (
+    "--sampler ddpm --dataset digits --img_size 8 --n_channels 1 --channels 8 --channel_mults 1 --res_blocks 1 "
+    "--attn_factors 1 --heads 1 --total_steps 8 --batch_size 4 --num_workers 0 --warmup_iters 0 --sample_steps 2 "
+    "--no_amp --train_steps 2 --steps_per_save_output 2 --steps_per_eval 2 --conditions image"
 )
+RUNS = {  # by name: pixels, latents, and instructions on latents
+    "pixels": "--image_input inpainting --condition_channels 2",
+    "latents": "--image_input inpainting --condition_channels 5 --ae_load_dir kl",
+    "instruct": "--image_input latents --condition_channels 4 --ae_load_dir kl --adapt my_pairs.with_source",
+}
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
-    flags = "--train_steps 3 --steps_per_save_output 2 --steps_per_eval 2"
-    call("train_sampler.py", f"{INPAINTING} {flags} --logs_root {folder} --log_dir inpainting")
-    return folder
+    torch.manual_seed(0)
+    config = AutoencoderKLConfig(in_channels=1, channels=32, channel_mults=(1, 1), res_blocks=1, scaling_factor=0.5)
+    save_autoencoder(folder / "kl", AutoencoderKL(config), {})
+    adapt = 'def with_source(item):\n    return item | {"condition_image": 255 - item["image"]}\n'
+    (folder / "my_pairs.py").write_text(adapt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        for name, flags in RUNS.items():
+            call("train_sampler.py", f"{SMALL} {flags} --logs_root {folder} --log_dir {name}")
+        yield folder
 
 
-def test_a_model_of_inpainting_trains_and_fills_in_images(logs):
-    flags = f"--load_dir inpainting --logs_root {logs} --n_images 3 --results 2 --sample_steps 2 --no_amp"
-    call("experiments/inpaint.py", f"{flags} --hide left --log_dir filled")
-    assert (logs / "filled/inpainted.png").is_file() and len([*(logs / "filled/images").iterdir()]) == 6
+@pytest.mark.parametrize("name", ["pixels", "latents"])
+def test_a_model_of_inpainting_trains_and_fills_in_images(logs, name):
+    flags = f"--load_dir {name} --logs_root {logs} --n_images 3 --results 2 --sample_steps 2 --no_amp"
+    call("experiments/inpaint.py", f"{flags} --hide left --log_dir filled_{name}")
+    folder = logs / f"filled_{name}"
+    assert (folder / "inpainted.png").is_file() and len([*(folder / "images").iterdir()]) == 6
+
+
+def test_samples_follow_their_source(logs):
+    for i, level in enumerate((0, 255)):
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(logs / f"source_{i}.png")
+    flags = f"--load_dir instruct --logs_root {logs} --allow my_pairs.with_source --sample_steps 2 --no_amp"
+    for i in range(2):
+        flags_of_one = f"{flags} --label 3 --image_guidance 2 --n_samples 2 --save_individually"
+        call("experiments/get_samples.py", f"{flags_of_one} --source {logs}/source_{i}.png --log_dir from_{i}")
+    first, second = (np.asarray(Image.open(logs / f"from_{i}/images/000000.png")) for i in range(2))
+    assert not np.array_equal(first, second)
+    run = load(logs / "instruct", device="cpu", amp=False, allow=["my_pairs.with_source"])
+    source = torch.full((1, 8, 8), 255, dtype=torch.uint8)
+    same = run.sample(1, label=3, condition_image=source, sample_steps=2, image_guidance=2.0)
+    assert np.array_equal(same[0, 0].numpy(), second if second.ndim == 2 else second[..., 0])
 
 
 def test_inpaint_gives_the_model_what_is_hidden_in_white(logs, monkeypatch):
@@ -194,7 +228,7 @@ def test_inpaint_gives_the_model_what_is_hidden_in_white(logs, monkeypatch):
         return draw(self, indices, seed, options, conditions, **keywords)
 
     monkeypatch.setattr(TrainedSampler, "draw", record)
-    flags = f"--load_dir inpainting --logs_root {logs} --n_images 2 --results 1 --sample_steps 1 --no_amp"
+    flags = f"--load_dir pixels --logs_root {logs} --n_images 2 --results 1 --sample_steps 1 --no_amp"
     call("experiments/inpaint.py", f"{flags} --hide left --log_dir recorded")
     conditions, keywords = drawn[0]
     hidden = conditions["mask_image"][:, 0]
@@ -205,6 +239,6 @@ def test_inpaint_gives_the_model_what_is_hidden_in_white(logs, monkeypatch):
 
 def test_a_source_without_a_mask_is_refused(logs, capsys):
     with pytest.raises(SystemExit) as error:
-        call("experiments/get_samples.py", f"--load_dir inpainting --logs_root {logs} --source {logs} --n_samples 1")
+        call("experiments/get_samples.py", f"--load_dir pixels --logs_root {logs} --source {logs} --n_samples 1")
     assert error.value.code == 2
     assert "which fills in masks: use experiments/inpaint.py --image FILE --mask FILE" in capsys.readouterr().err
