@@ -11,13 +11,13 @@ from experiments.metrics.training_distance import sample_distance
 from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
+from train.condition_images import make_adapt
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
-from train.registry import import_callable
 from train.resumed_settings import read_base_settings, read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
@@ -58,7 +58,7 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
     with run_context(run, training) as world:
-        adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
+        adapt = make_adapt(config.sampler)
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data, sampler=with_declared_values(config.sampler, *images.values()))

@@ -49,11 +49,11 @@ from models.ranges import MILLION, check_ranges
 from train.cli.files import get_section
 from train.cli.parse import parse, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag, peek_flag_values, split_config_flag
+from train.condition_images import make_adapt
 from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig
 from train.datasets import DatasetConfig
 from train.distributed import DistContext
 from train.execution import set_deterministic, set_tf32
-from train.registry import import_callable
 from vq.config import VQGANConfig, VQGANLossConfig
 
 
@@ -190,8 +190,7 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> list[Row]:
     space = workloads.random_space(
         name, vqgan_dir, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
     )
-    path = config.sampler.adapt
-    adapt = import_callable(path, "--adapt") if path else None
+    adapt = make_adapt(config.sampler)
     source = None if images is None else workloads.image_batches(images, data, training.seed, adapt)
     trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, world)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)

@@ -16,9 +16,11 @@ from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.prompt_inputs import PromptInputs, PromptsConfig, open_prompts
 from experiments.harness.prompt_models import PromptsOfModels, open_prompts_of_models
 from experiments.harness.report import progress
+from experiments.harness.source_images import open_source_images, source_of
 from experiments.metrics.layout.layout_pictures import PictureRows, save_picture
 from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
+from train.condition_source import ConditionSource
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.layouts import write_layouts
@@ -35,6 +37,9 @@ class SamplesConfig(PromptsConfig):
     layouts: str | None = None
     """File or folder of layouts, used in turn: image i has layout i modulo their number. A .json list, COCO's JSON, or
     a folder of .txt or .png files."""
+    source: str | None = None
+    """Source image, or folder of them, for a run with --conditions image: used in turn, or one for each prompt of a
+    file."""
     n_seeds: int | None = None
     """Images of each layout, or of each prompt of a file, instead of --n_samples in all."""
     label: ClassLabel | None = None
@@ -52,6 +57,9 @@ class SamplesConfig(PromptsConfig):
         check_ranges(self)
         if self.layouts is not None and self.has_prompts:
             raise ValueError("got --layouts and prompts: pass one of them")
+        other = next((name for name in ("layouts", "models") if getattr(self, name) is not None), None)
+        if self.source is not None and other is not None:
+            raise ValueError(f"got --source and --{other}: pass one of them")
         if self.models is not None and self.label is not None:
             raise ValueError(f"got models and label {self.label}, which is of one of them: leave one of them out")
         if self.n_seeds is not None and self.layouts is None and self.prompts is None:
@@ -79,10 +87,12 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Returns the function that draws the images, and their layouts or prompts, if any."""
     settings, sampling, inputs = config.samples, config.sampling, None
+    sources = None if settings.source is None else open_source_images(settings.source, model, sampling)
     if settings.has_prompts:
         saved, seed = settings.n_samples if settings.save_individually else 0, config.output.seed
         if settings.models is None:
-            prompts = open_prompts(settings, model, sampling, seed, settings.n_seeds, settings.label, saved)
+            options = settings.n_seeds, settings.label, saved, sources
+            prompts = open_prompts(settings, model, sampling, seed, *options)
         else:
             roots = config.output.logs_root, config.model.allow
             prompts = open_prompts_of_models(settings, model, sampling, seed, settings.n_seeds, *roots)
@@ -93,10 +103,13 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         return ExperimentSetup(settings, prompts.provenance, source=source, draws=source is not None)
     if settings.layouts is not None:
         inputs = open_layouts(settings.layouts, model, sampling)
-    draw = images_of_class(model, settings.label, config.output.seed, sampling, inputs)
-    if inputs is None:
-        return ExperimentSetup((settings, draw, None))
-    return ExperimentSetup((settings, draw, inputs), inputs.provenance, source=inputs.source)
+        source, provenance = inputs.source, inputs.provenance
+    elif sources is not None:
+        source, provenance = source_of(sources, model, sampling), sources.provenance
+    else:
+        source, provenance = model.condition_source(sampling), {}
+    draw = images_of_class(model, settings.label, config.output.seed, sampling, source, inputs)
+    return ExperimentSetup((settings, draw, inputs), provenance, source=source)
 
 
 def measure(
@@ -150,15 +163,15 @@ def images_of_class(
     label: int | None,
     seed: int,
     options: SamplingConfig,
+    source: ConditionSource,
     inputs: LayoutInputs | None = None,
 ) -> Callable[..., Batch]:
     """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
-    Conditions other than the class do not depend on it. Where they are those of held-out items, a batch has their
-    indices in the validation split as "held_out" (B,); where they are layouts, their numbers as "layout" (B,). All
-    ranks must call it.
+    Conditions come from `source`; those other than the class do not depend on it. Where they are those of held-out
+    items, a batch has their indices in the validation split as "held_out" (B,); where they are layouts, their numbers
+    as "layout" (B,). All ranks must call it.
     """
-    source = trained.condition_source(options) if inputs is None else inputs.source
     source = source if label is None else source.with_values(label=label)
 
     def draw(indices: list[int], on_step: OnStep | None = None) -> Batch:

@@ -1,6 +1,6 @@
 """Inpaints and outpaints images: fills in masked or transparent regions, or extends the canvas."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from experiments.harness.editing import (
     add_margins,
     apply_masks,
     centring_margins,
+    condition_source_for,
     conditions_for,
     draw,
     generate_in_batches,
@@ -24,11 +25,15 @@ from experiments.harness.editing import (
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.prompt_inputs import check_reads_prompts
 from experiments.harness.report import table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
+from models.conditions.image import MASK
 from models.ranges import NOT_NEGATIVE, SIZE, check_ranges
 from train.class_names import ClassLabel
+from train.condition_images import IMAGE
 from train.config import SamplingConfig
+from train.data.transforms import to_float
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
@@ -50,6 +55,8 @@ class InpaintingConfig:
     """Instead of --outpaint: height and width of the canvas, in the same units, with the image at its centre."""
     window_stride: int | None = None
     """Stride between the windows of a larger canvas, in codes or latents; if omitted, as in generate_big_samples.py."""
+    prompt: str | None = None
+    """Text that the results show, for a run with --conditions text."""
     label: ClassLabel | None = None
     """Class to draw, by name or number; if omitted, the label in the image's row of conditions. Without any condition,
     guidance is off."""
@@ -76,8 +83,8 @@ class InpaintingConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Inpaints images; writes inpainted.png (original | masked | results), images/ and results.json to
-    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the same class as for the
-    original."""
+    <logs_root>/<log_dir>. A model with --image_input inpainting reads image and mask; others keep what is visible at
+    each step. With a classifier for the data set, reports how often it predicts the same class as for the original."""
 
     EXAMPLES = (
         "python experiments/inpaint.py --sampler {sampler} --dataset mnist --hide left",
@@ -94,10 +101,39 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Loads the images and their masks, and checks the label. ValueError: they do not fit the model."""
     inpainting, sampling = config.inpainting, config.sampling
+    if inpainting.prompt is not None:
+        check_reads_prompts(model, sampling)
     inputs = load_masked_images(config.given, inpainting, model, sampling.condition_file)
-    conditions_for(model, inputs, [0], None if inpainting.label is None else [inpainting.label], sampling)
-    origin, shape = {"given_images": inputs.fingerprint}, canvas_shape(inputs, model)
-    return ExperimentSetup((inputs, inpainting, sampling), origin, shape=shape, window_stride=inpainting.window_stride)
+    inputs = add_conditions(inputs, inpainting.prompt, model)
+    label = None if inpainting.label is None else [inpainting.label]
+    conditions_for(model, inputs, [0], label, sampling)
+    own = inpainting.prompt is not None or reads_masks(model)
+    return ExperimentSetup(
+        (inputs, inpainting, sampling),
+        {"given_images": inputs.fingerprint},
+        shape=canvas_shape(inputs, model),
+        window_stride=inpainting.window_stride,
+        source=condition_source_for(model, inputs, [0], label, sampling) if own else None,
+    )
+
+
+def reads_masks(model: TrainedSampler) -> bool:
+    """Returns whether a model is conditioned on an image and its mask."""
+    return MASK in model.sampler.conditions
+
+
+def add_conditions(inputs: InputImages, prompt: str | None, model: TrainedSampler) -> InputImages:
+    """Adds to the conditions of the images a prompt, if there is one, and image and mask, if the model reads them."""
+    rows = [dict(inputs.rows[i % len(inputs.rows)]) if inputs.rows else {} for i in range(len(inputs))]
+    for row, image, mask in zip(rows, inputs.image, inputs.mask, strict=True):
+        row |= {} if prompt is None else {"caption": prompt}
+        row |= {IMAGE: image, MASK: as_picture(mask)} if reads_masks(model) else {}
+    return replace(inputs, rows=tuple(rows)) if any(rows) else inputs
+
+
+def as_picture(mask: Tensor) -> Tensor:
+    """Returns masks (..., H, W) bool as pictures (..., 1, H, W) uint8, white where to fill in."""
+    return mask.unsqueeze(-3).to(torch.uint8) * 255
 
 
 def load_masked_images(
@@ -143,10 +179,13 @@ def measure(
 
     def inpaint_batch(numbers: list[int], mask: Tensor, first_index: int) -> Tensor:
         rows = [number // count for number in numbers]
-        start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
         labels, indices = None if label is None else [label] * len(numbers), [first_index + i for i in numbers]
-        canvas = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
+        canvas = {"shape": canvas_shape(inputs, model), "window_stride": inpainting.window_stride}
         conditions, options = conditions_for(model, inputs, rows, labels, sampling)
+        if reads_masks(model):
+            start, conditions = None, conditions | {MASK: to_float(as_picture(mask[rows]))}
+        else:
+            start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
         return draw(model, options, batches.seed, start, indices, conditions, **canvas)
 
     n = len(inputs) * count

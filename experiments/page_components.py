@@ -234,7 +234,7 @@ class Settings:
 def all_controls(play: Playground) -> dict[ControlKey, Control]:
     """Returns the controls of all samplers, the main ones first, with the values of `play` where it has them."""
     modules = [load_plugin("train.samplers", name, "sampler") for name in plugin_names("train.samplers")]
-    controls = [each for module in modules for each in make_controls(module.Sampling(), [], True, True)]
+    controls = [each for module in modules for each in make_controls(module.Sampling(), [], True, True, True)]
     controls = {each.key: each._replace(visible=False) for each in controls}
     controls |= {each.key: each for each in play.controls_of()}
     order = {name: i for i, name in enumerate(MAIN_SETTINGS)}

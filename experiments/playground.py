@@ -40,6 +40,7 @@ from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
 from train.datasets._channels import PICTURES
 from train.datasets._decode import to_supported_mode
 from train.loop import Batch
+from train.samplers._guidance import IMAGES
 from train.samplers._metadata import MetadataFields
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
@@ -158,9 +159,11 @@ class Playground:
     def controls(self) -> list[Control]:
         """The controls of the model's settings, with the solvers of its process."""
         sampler = self.trained.sampler
-        modules = sampler.network.modules()
-        regions = any(isinstance(module, Conditioner) and module.region_encoders for module in modules)
-        return make_controls(self.options, sorted(solvers_for(sampler.process)), bool(sampler.conditions), regions)
+        conditioners = [each for each in sampler.network.modules() if isinstance(each, Conditioner)]
+        regions = any(each.region_encoders for each in conditioners)
+        images = any(name in each for each in conditioners for name in IMAGES)
+        solvers = sorted(solvers_for(sampler.process))
+        return make_controls(self.options, solvers, bool(sampler.conditions), regions, images)
 
     def controls_of(self, **choices: Any) -> list[Control]:
         """The controls beside these choices, such as of a solver: settings without effect are not visible, steps that

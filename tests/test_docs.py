@@ -128,10 +128,11 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{"--clip_dir": "weights of CLIP", "webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
     **{"ddpm_shapes": "a run of layouts", "--text_encoder": "a trained encoder"},
     **dict.fromkeys(
-        ("sd15", "taef2", "configs/sd_", "--load_dir toy", "--load_dir sat", "logs/geo"), "released weights"
+        ("sd15", "taef2", "configs/sd_", "--load_dir toy", "--load_dir sat", "--load_dir instruct", "logs/geo"),
+        "released weights",
     ),
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
-    **{name: "annotated images to download" for name in ("coco128", "xbd")},
+    **{name: "annotated images to download" for name in ("coco128", "xbd", "fmow")},
     **{
         "experiments/benchmark": "minutes of measuring",
         **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),

@@ -80,7 +80,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     }
     assert cli.flag_names(absorbing.Sampling) == {
         *("solver", "sample_steps", "guidance", "condition_file", "metadata", "class_sampling", "guidance_schedule"),
-        *("guidance_interval", "region_guidance", "reveal"),
+        *("guidance_interval", "image_guidance", "region_guidance", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
     assert cli.flag_names(ddpm.Sampling) == {
@@ -88,6 +88,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             "solver",
             "sample_steps",
             "guidance",
+            "image_guidance",
             "region_guidance",
             "condition_file",
             "metadata",

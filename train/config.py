@@ -1,14 +1,14 @@
 """Settings of the training scripts, as typed dataclasses: each field is a flag."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from diffusion.solvers import SolverOptions
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SEED, SIZE, check_ranges
 from train.datasets import DatasetConfig
 from train.distance_config import DistanceLoggingConfig
 from train.lr_schedule import learning_rate
+from train.sampling_config import SamplingConfig
 from vq.config import VQGANConfig, VQGANLossConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,72 +271,6 @@ class FirstStageConfig:
 
     def __post_init__(self):
         check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Base class of every learned sampler's Sampling."""
-
-    solver: str = "ancestral"
-    """Sampling algorithm."""
-    sample_steps: int | None = None
-    """Sampling steps per image; by default the solver's own choice."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale; 1: no guidance."""
-    region_guidance: float | None = None
-    """Guidance scale of regions beyond the other conditions, which --guidance then scales alone; in a model of regions
-    alone, the only scale. Default: --guidance scales all conditions together."""
-    condition_file: str | None = None
-    """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
-    metadata: tuple[str, ...] = ()
-    """Values of --conditions metadata and numbers for all images, such as camera=CAM_FRONT lon=-90.8, or light=unknown;
-    fields left out come with the other conditions or, if there are none, are unknown."""
-    class_sampling: Literal["data", "uniform"] = "data"
-    """Classes of images for which neither --label nor a --condition_file gives one: as frequent as in the training
-    data, or, of the classes that have training images, all equally frequent."""
-
-    EVERYDAY = ("solver", "sample_steps", "guidance")
-    RANGES = {"sample_steps": MILLION, "guidance": FINITE, "region_guidance": FINITE}
-
-    def __post_init__(self):
-        check_ranges(self)
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        """Returns the names of the solver options of its process: the fields of the SolverOptions it inherits from."""
-        bases = [base for base in cls.__mro__ if issubclass(base, SolverOptions)]
-        own = [base for base in bases if not issubclass(base, SamplingConfig)]
-        return list(dict.fromkeys(field.name for base in own for field in fields(base)))
-
-    def names_without_effect(self, process: object) -> set[str]:
-        """Returns the names of the settings that a process does not have, or not beside the other settings; solver
-        options aside."""
-        return set()
-
-    @classmethod
-    def solver_setting_names(cls) -> set[str]:
-        """Returns the names of the settings that belong to the chosen solver, and are reset for another one."""
-        return {"sample_steps", *cls.option_names()}
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether any guidance scale differs from 1."""
-        return self.guidance != 1 or self.region_guidance not in (None, 1)
-
-    def without_guidance(self) -> Self:
-        """Returns the same settings without guidance."""
-        return replace(self, guidance=1.0, region_guidance=None)
-
-    @property
-    def solver_options(self) -> dict[str, Any]:
-        """The solver options that are set, by name."""
-        values = {name: getattr(self, name) for name in self.option_names()}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def with_solver(self, solver: str, sample_steps: int | None = None) -> Self:
-        """Returns the same settings for another solver, with its default options."""
-        own = {field.name: field.default for field in fields(self) if field.name in self.solver_setting_names()}
-        return replace(self, **own | {"solver": solver, "sample_steps": sample_steps})
 
 
 @dataclass(frozen=True, kw_only=True)

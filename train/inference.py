@@ -39,6 +39,7 @@ from train.python_values import (
 )
 from train.registry import did_you_mean
 from train.runs import read_run
+from train.sampling_config import GUIDANCE_SCALES
 from train.spaces import CodeSpace, LatentSpace
 from train.textual_inversion import find_text_encoder, read_embeddings
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
@@ -143,7 +144,7 @@ class SamplerRun:
         options = with_settings(self.settings, self.model.sampler.process, settings)
         source = self._condition_source(conditions, n, options)
         if source is None:  # guidance from null to null changes nothing
-            given = {name: settings[name] for name in ("guidance", "region_guidance") if name in settings}
+            given = {name: settings[name] for name in GUIDANCE_SCALES if name in settings}
             options = dataclasses.replace(options.without_guidance(), **given)
         canvas = {"shape": shape, "window_stride": window_stride, "on_step": on_step}
         rows = tuple(self._rows(negative, n)) if negative else ()

@@ -12,6 +12,7 @@ from diffusion.rng import Streams, seed_of
 from diffusion.rng import to_device as copy_to_device
 from diffusion.types import OnStep
 from train.class_names import class_captions
+from train.condition_images import encode_condition_images
 from train.condition_source import ConditionSource, Row
 from train.config import FineTuningConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import BatchSource, ImageSource, TrainingImages, merge_fields, to_device
@@ -139,6 +140,7 @@ class SamplerStep:
         seed, size = (self.training.seed, self.training.batch_size) if validation_size is None else (0, validation_size)
         streams = TrainingStreams(seed, batch, size, self.world.device)
         batch = self.space.encode_batch(batch, seed)
+        batch = encode_condition_images(self.sampler.network, self.space, batch)
         if self.channels_last:
             batch = {name: to_channels_last(value) for name, value in batch.items()}
         with self.autocast():
@@ -280,6 +282,7 @@ class SamplerReports:
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
         conditions = self.source.draw(self.step.training.seed, indices)
         batch = None if conditions is None else to_device(conditions, world.device)
+        batch = encode_condition_images(sampler.network, self.step.space, batch)
         with self.step.autocast():
             network = state.eval_module("network").eval()
             kwargs = {

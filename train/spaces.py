@@ -274,7 +274,7 @@ class LatentSpace(ContinuousSpace):
         if not self.cached:
             return super().source(images, split, data, seed, world, adapt, balance)
         if adapt is not None:
-            raise ValueError("got --cache_latents and --adapt, which changes images anew each time: leave one out")
+            raise ValueError("got --cache_latents, but --adapt or --image_input inpainting change items: leave it out")
         kind = {"moments" if self.sampled else "latents": True}
         table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world, **kind)
         unread = replace(data, cache_images=False, in_memory=False)

@@ -26,6 +26,7 @@ from train.checkpoint import (
 )
 from train.class_names import class_captions, recorded_class_names
 from train.cli.parse import from_dict
+from train.condition_images import encode_condition_images, make_adapt
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.continuous_stage import load_first_stage
@@ -40,7 +41,7 @@ from train.first_stage import find_vqgan_run
 from train.loop import Batch
 from train.lora_merging import AdapterFile, merge_adapter_files
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
-from train.registry import import_callable, load_plugin
+from train.registry import load_plugin
 from train.resumed_settings import find_code
 from train.runs import read_run
 from train.samplers import Control, LearnedSampler
@@ -107,9 +108,8 @@ class TrainedSampler:
 
     @property
     def adapt(self) -> Adapt | None:
-        """The user's function from an item to the fields of a batch (--adapt); None without one."""
-        path = self.sampler.config.adapt
-        return import_callable(path, "--adapt") if path else None
+        """The function from an item to the fields of a batch, such as that of --adapt; None without one."""
+        return make_adapt(self.sampler.config)
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
@@ -216,6 +216,7 @@ class TrainedSampler:
         self.check_options(options)
         batch = None if conditions is None else to_device(conditions, self.device)
         negative = None if negative is None else to_device(negative, self.device)
+        batch, negative = (self.with_encoded_images(fields, shape) for fields in (batch, negative))
         seeds = [seed] * len(indices) if isinstance(seed, int) else seed
         rng = Streams([seed_of(own, "sample", i) for own, i in zip(seeds, indices, strict=True)], self.device)
         network = network or self.sampler.network
@@ -234,6 +235,10 @@ class TrainedSampler:
             )
         outputs = {"image": self.space.decode(x).cpu()} | self.space.extra_arrays(x)
         return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}
+
+    def with_encoded_images(self, batch: Batch | None, shape: tuple[int, int] | None = None) -> Batch | None:
+        """Returns fields of conditions with their images as the image condition reads them."""
+        return encode_condition_images(self.sampler.network, self.space, batch, shape)
 
     def check_options(self, options: SamplingConfig) -> None:
         """Raises ValueError unless these are options of this sampler, such as a train.samplers.absorbing.Sampling."""
@@ -257,6 +262,7 @@ class TrainedSampler:
 
         conditions, rng = source.draw(0, [0]), Streams([0], self.device)
         batch = None if conditions is None else to_device(conditions, self.device)
+        batch = self.with_encoded_images(batch, keywords.get("shape"))
         with suppress(_FirstStepDone), autocast(self.device, self.amp):
             network = network or self.sampler.network
             self.sampler.sample(network, rng, batch=batch, options=options, on_step=stop, **keywords)
@@ -271,7 +277,7 @@ class TrainedSampler:
         rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
         if isinstance(self.space, PixelSpace):
             check_8_bits(batch["image"])
-        batch = self.space.encode_batch(to_device(batch, self.device))
+        batch = self.with_encoded_images(self.space.encode_batch(to_device(batch, self.device)))
         with autocast(self.device, self.amp):
             return self.sampler.log_likelihood(self.sampler.network, batch, rng, nfe)
 

@@ -16,6 +16,7 @@ LABELS = {  # of flags whose names are not the usual terms
     "last_temp": "last temperature",
     "choice_temp": "choice temperature",
     "guidance": "guidance scale",
+    "image_guidance": "image guidance scale",
     "region_guidance": "region guidance scale",
     "top_k": "top-k",
     "top_p": "top-p",
@@ -30,6 +31,7 @@ HINTS = {  # of the main settings, shorter than the help texts of their flags
     "sample_steps": "More take longer.",
     "temp": "Lower: safer, less varied.",
     "guidance": "Higher: more typical.",
+    "image_guidance": "Higher: closer to the source image. Empty: the guidance scale.",
     "region_guidance": "Higher: closer to the layout. Empty: the guidance scale.",
 }
 CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
@@ -79,9 +81,11 @@ class Control(NamedTuple):
         return f"{text} Allowed: {limits}."
 
 
-def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool, regions: bool) -> list[Control]:
+def make_controls(
+    options: SamplingConfig, solvers: list[str], conditional: bool, regions: bool, images: bool
+) -> list[Control]:
     """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
-    conditional models, that of regions only for models conditioned on regions."""
+    conditional models, that of regions and of images only for models conditioned on them."""
     kinds, helps, controls = typing.get_type_hints(type(options)), field_docs(type(options)), []
     ranges = {k: v for base in reversed(type(options).__mro__) for k, v in vars(base).get("RANGES", {}).items()}
     for field in fields(options):
@@ -90,7 +94,7 @@ def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool
         own |= {"value": value, "optional": optional, "interval": ranges.get(name, FINITE)}
         if name in CONDITION_SETTINGS or (name.startswith("guidance") and not conditional):
             continue
-        if name == "region_guidance" and not regions:
+        if (name == "region_guidance" and not regions) or (name == "image_guidance" and not images):
             continue
         if name == "solver":
             controls.append(Control(**own, kind="choice", choices=tuple(solvers)))

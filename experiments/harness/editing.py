@@ -204,6 +204,17 @@ def conditions_for(
     A result's label is the requested one, else that of its image's row of conditions, else null; values of --metadata
     override those of the row. Without any condition, guidance is turned off. ValueError: a condition is missing.
     """
+    source = condition_source_for(trained, inputs, images, labels, options)
+    if source is None:
+        return None, options.without_guidance()
+    return source.draw(0, range(len(images))), options
+
+
+def condition_source_for(
+    trained: TrainedSampler, inputs: InputImages, images: list[int], labels: list[int] | None, options: SamplingConfig
+) -> ConditionSource | None:
+    """Returns the source of the conditions that `conditions_for` returns, with a row for each of `images`; None without
+    any condition."""
     fields, rows = trained.sampler.conditions, inputs.rows
     source = ConditionSource(fields, trained.sampler.n_classes, metadata=trained.metadata_fields).with_rows(rows)
     conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
@@ -211,24 +222,24 @@ def conditions_for(
     if labels is not None:
         conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
     elif not any(conditions) and {*fields} <= {"label"}:
-        return None, options.without_guidance()
+        return None
     elif "label" in fields:
         conditions = [{"label": None, **row} for row in conditions]
-    return source.with_rows(conditions).draw(0, range(len(conditions))), options
+    return source.with_rows(conditions)
 
 
 def draw(
     trained: TrainedSampler,
     options: SamplingConfig,
     seed: int,
-    edit: EditInput,
+    edit: EditInput | None,
     indices: list[int],
     conditions: Batch | None,
     *,
     shape: tuple[int, int] | None = None,
     window_stride: int | None = None,
 ) -> Tensor:
-    """Samples uint8 images (B, C, H, W) from an edit's starting point; equal indices get equal noise."""
+    """Samples uint8 images (B, C, H, W) from an edit's starting point, or from noise; equal indices get equal noise."""
     batch = trained.draw(indices, seed, options, conditions, edit=edit, shape=shape, window_stride=window_stride)
     return batch["image"]
 

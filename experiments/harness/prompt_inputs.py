@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion.types import OnStep
 from experiments.harness.images import image_names
+from experiments.harness.source_images import SourceImages
 from models.conditions.metadata import UNKNOWN
 from models.conditions.text import CaptionEncoder
 from models.prompt_weights import Embed, PromptRules, encode_prompts
@@ -77,6 +78,7 @@ class PromptInputs:
     syntax: str
     names: tuple[str, ...]  # of the pictures of all images; () if none are saved
     provenance: dict[str, str]  # identifies the file
+    sources: tuple[str, ...] = ()  # names of the source images of the items, if they have any
     places: tuple[int, ...] = ()  # of the items in their file, where some of its items are missing here
     file_length: int = 0  # number of items in that file
 
@@ -151,6 +153,7 @@ class PromptInputs:
         record = {"file": self.names[index]} if self.names else {}
         record |= {"model": self.trained.run.name}
         record |= {"prompt": self.items[item].prompt, "negative": self.negatives[item], "seed": seed, "number": number}
+        record |= {"source": self.sources[item]} if self.sources else {}
         metadata = self.items[item].metadata
         return record | settings | ({} if metadata is None else {"metadata": dict(metadata)})
 
@@ -177,26 +180,34 @@ def open_prompts(
     n_seeds: int | None = None,
     label: int | None = None,
     save: int = 0,
+    sources: SourceImages | None = None,
 ) -> PromptInputs:
     """Returns the prompts of the settings, those of a file with `n_seeds` pictures each, or one with `save` pictures.
 
-    Other fields of the model come from where they come from without prompts; metadata that neither the item nor
-    --metadata gives are unknown, unless held-out images give other fields. All ranks must call it.
+    Of several `sources`, each prompt of a file has one, and a single prompt has them in turn. Other fields of the model
+    come from where they come from without prompts; metadata that neither the item nor --metadata gives are unknown,
+    unless held-out images give other fields. All ranks must call it.
     FileNotFoundError, ValueError: the model reads no captions, `options` name a --condition_file, or some items of the
     file cannot be drawn, which are all listed.
     """
     check_reads_prompts(trained, options)
     if settings.prompts is None:
-        items, names = [PromptItem(number=1, prompt=settings.prompt, output="")], image_names(save)
+        items = [PromptItem(number=1, prompt=settings.prompt, output="")] * (len(sources) if sources else 1)
+        names = image_names(save)
     else:
         items = read_prompts(settings.prompts)
         names = [repeated_name(item.output, k) for k in range(n_seeds or 1) for item in items]
+    sources = None if sources is None else sources.for_prompts(len(items))
     if settings.prompts is None:
-        checked = [check_item(items[0], settings, trained, options, metadata_of_all(trained, options))]
+        checked = [check_item(items[0], settings, trained, options, metadata_of_all(trained, options))] * len(items)
     else:
         checked, errors = check_items(items, settings, trained, options)
         report_errors(settings.prompts, errors + reserved_names(names), len(items))
+    if sources is not None:
+        checked = [(own, {**row, **image}, away) for (own, row, away), image in zip(checked, sources.rows, strict=True)]
     inputs = assemble(items, checked, names, settings, trained, options, seed, label)
+    if sources is not None:
+        inputs = dataclasses.replace(inputs, sources=sources.names, provenance=inputs.provenance | sources.provenance)
     report_errors(settings.prompts, try_settings(inputs, options), len(items))
     return inputs
 

@@ -15,6 +15,7 @@ from experiments.metrics.cost import count_launches, count_nfe
 from experiments.metrics.speed_results import COUNTS, Row, timing_row
 from experiments.metrics.throughput import Speed, Workload, launch_counts, measure_speeds, time_repeatedly
 from experiments.metrics.workloads import Trainee, draw_samples, time_decoding, time_full_steps
+from train.condition_images import encode_condition_images
 from train.config import DataConfig, SamplingConfig, TrainingConfig
 from train.distributed import DistContext
 from train.execution import training_dtype
@@ -111,6 +112,7 @@ def report_coding(name: str, trainee: Trainee, seconds: Sequence[float], size: i
 def report_solver_loops(trainee: Trainee, batch: Batch, options: SamplingConfig) -> list[Row]:
     """Measures what a step of each solver on the whole batch costs apart from its network, and its set-up."""
     sampler, device, size = trainee.step.sampler, trainee.step.world.device, len(batch["position"])
+    batch = encode_condition_images(sampler.network, trainee.step.space, batch)
     rows = []
     for name, settings in workloads.solver_loop_options(sampler, options).items():
         cost = workloads.solver_loop_cost(sampler, batch, settings, device)

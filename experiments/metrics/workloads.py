@@ -16,6 +16,7 @@ from diffusion.rng import Streams, seed_of
 from diffusion.solvers import solvers_for
 from experiments.metrics.cost import WARM_UPS, count_launches
 from experiments.metrics.throughput import Workload, time_repeatedly
+from train.condition_images import encode_condition_images
 from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, build_dataset, to_device
 from train.data.transforms import to_uint8
@@ -183,6 +184,7 @@ def draw_samples(trainee: Trainee, batch: Batch, options: SamplingConfig, **kwar
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
     conditions = {name: batch[name] for name in step.sampler.conditions} or None
+    conditions = encode_condition_images(step.sampler.network, step.space, conditions)
     network = trainee.state.eval_module("network").eval()
     with step.autocast(), frozen_weights_cast_once(network):  # as `TrainedSampler.draw`
         return step.sampler.sample(network, rng, batch=conditions, options=options, **kwargs)

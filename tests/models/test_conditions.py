@@ -36,6 +36,15 @@ LAYOUT = {
 RAW = {  # options of each encoder, and a batch of its raw field
     "label": ({}, torch.tensor([0, 1, 2, 0])),
     "image": ({"condition_channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
+    "images": (
+        {"images_channels": 2, "images_width": 4},
+        {
+            "condition_images": torch.randn(B, 3, 2, 6, 8, generator=torch.Generator().manual_seed(2)),
+            "condition_dates": torch.tensor(
+                [[-1.0, -3, -2], [-1, -2, math.nan], [-5, math.nan, math.nan], [-3, -2, -1]]
+            ),
+        },
+    ),
     "layout": ({"layout_classes": 3}, LAYOUT),
     "boxes": ({"boxes_classes": 3}, LAYOUT),
     "location_words": ({"location_words_classes": 3, "location_words_grid": (4, 3)}, LAYOUT),

@@ -16,7 +16,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     """Collates items with the same fields into a batch (B, ...).
 
     - Images: uint8 is converted to float32 in [-1, 1]; float images are in [-1, 1] already. An image is a
-      `tv_tensors.Image`, or a plain tensor in the field "image" or in one whose name ends in "_image".
+      `tv_tensors.Image`, or a plain tensor in the field "image" or in one whose name ends in "_image" or "_images".
     - `tv_tensors.BoundingBoxes` of any format become float32 (n, 4): x0, y0, x1, y1 as fractions of the image's width
       and height; of a rotated box, those of the upright one around it.
     - They, `tv_tensors.KeyPoints`, a `tv_tensors.Mask` (R, H, W), and `Ragged` tensors may differ in the length of
@@ -110,7 +110,7 @@ def box_fractions(boxes: Tensor) -> Tensor:
 def is_image(name: str, value: Tensor) -> bool:
     """Returns whether a tensor is an image, by its type or, for a plain tensor, by the name of its field."""
     if type(value) is Tensor:
-        return name == "image" or name.endswith("_image")
+        return name == "image" or name.endswith(("_image", "_images"))
     from torchvision import tv_tensors
 
     return isinstance(value, tv_tensors.Image)

@@ -17,26 +17,28 @@ from train.data.formats.satellite import (
     FIELDS,
     decode_date,
     decode_polygon,
+    decode_years,
     find_number,
     mean_position,
 )
 from train.data.nouns import with_article
 from train.datasets import check_split, data_root, require_readable
-from train.datasets._pairs import AnnotationFiles, RegionConfig, find_split, pair_split
-from train.datasets._regions import LISTED, RegionDataset, naming, read_text
+from train.datasets._earlier import DatedImage, EarlierConfig, RepeatedImages
+from train.datasets._pairs import AnnotationFiles, find_split, pair_split
+from train.datasets._regions import LISTED, naming, read_text
 
 UNKNOWN = "unknown"  # a country that is not given
 SUFFIX = "_dbl"  # of the names of some numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RegionConfig):
+class Config(EarlierConfig):
     """Options of fMoW; data_dir has the folders train and val, and in them a folder of each class."""
 
     image_dir: str = "{split}"
 
 
-class WorldImages(RegionDataset):
+class WorldImages(RepeatedImages):
     """A `Dataset` of satellite images with classes, captions, the country, and numbers of place, time and view.
 
     lon and lat are the middle of the polygon raw_location, gsd is in metres per pixel of the image file, cloud_cover a
@@ -55,6 +57,9 @@ class WorldImages(RegionDataset):
             raise ValueError(f"{got}, wanted one of {', '.join(classes)}: move it into one")
         self.n_classes, self.class_names = len(classes), classes
         self.labels = np.array([number_of[each] for each in found], np.int64)
+        self.places: dict[tuple[str, str], list[int]] = {}  # indices of the images of a place, of one kind
+        for index, name in enumerate(self.names):
+            self.places.setdefault(place_of(name), []).append(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return super().__getitem__(index) | {"label": int(self.labels[index])}
@@ -76,6 +81,17 @@ class WorldImages(RegionDataset):
             **{each: numbers[each] for each in FIELDS},
         }
 
+    def others(self, index: int) -> list[DatedImage]:
+        years = self.years(index)
+        others = [each for each in self.places[place_of(self.names[index])] if each != index]
+        return [DatedImage(self.names[each], self.years(each) - years) for each in others]
+
+    def years(self, index: int) -> float:
+        """Returns the date of an image in years, NaN if it is not given."""
+        content = self.read(index)
+        with naming(self.root / self.files[index]):
+            return decode_years(content.get("timestamp"))
+
     def read(self, index: int) -> dict[str, Any]:
         """Reads the JSON file of an image; ValueError, with its name, for another structure."""
         text = read_text(self.root / self.files[index], LISTED)
@@ -94,6 +110,12 @@ class WorldImages(RegionDataset):
         """The country codes of all JSON files, sorted."""
         countries = {self.country(self.read(index)) for index in range(len(self))}
         return {"country_code": tuple(sorted(countries - {UNKNOWN}))}
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Returns the folder and the kind of an image: "train/zoo/zoo_3/zoo_3_1_rgb.jpg" -> ("train/zoo/zoo_3", "rgb")."""
+    folder, _, file = name.rpartition("/")
+    return folder, posixpath.splitext(file)[0].rpartition("_")[2]
 
 
 def captions_of(name: str, country: str) -> list[str]:
@@ -121,6 +143,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> WorldImages:
         classes=classes,
         max_pixels=config.max_pixels,
         n_channels=n_channels,
+        condition_images=config.condition_images,
     )
     require_readable(dataset, root)
     return dataset

@@ -23,22 +23,23 @@ from train.data.formats.satellite import (
     FIELDS,
     decode_date,
     decode_polygon,
+    decode_years,
     find_number,
     mean_position,
 )
 from train.data.nouns import with_article
 from train.datasets import check_split, data_root, require_readable
+from train.datasets._earlier import DatedImage, EarlierConfig, RepeatedImages
 from train.datasets._pairs import (
     AnnotationFiles,
     Pairs,
-    RegionConfig,
     describe_unpaired,
     find_split,
     join,
     list_files,
     pair_files,
 )
-from train.datasets._regions import LISTED, RegionDataset, box_fields, naming, read_text
+from train.datasets._regions import LISTED, box_fields, naming, read_text
 from train.datasets.folder import SUFFIXES
 
 DAMAGE = ("building", "no-damage", "minor-damage", "major-damage", "destroyed", "un-classified")  # building: before
@@ -48,7 +49,7 @@ ANGLES = ("off_nadir_angle", "sun_azimuth", "sun_elevation", "target_azimuth")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RegionConfig):
+class Config(EarlierConfig):
     """Options of xBD; data_dir has images, and their JSON files in another folder."""
 
     image_dir: str = "images"
@@ -77,7 +78,7 @@ class Label(NamedTuple):
     damage: list[str]  # of each building, one of DAMAGE
 
 
-class DisasterImages(RegionDataset):
+class DisasterImages(RepeatedImages):
     """A `Dataset` of satellite images: boxes of buildings by damage, captions, numbers of place, time and view.
 
     lon and lat are the mean position of all buildings in the image, or else in the other image of the place, or else
@@ -109,10 +110,20 @@ class DisasterImages(RegionDataset):
 
     def positions_in_other(self, index: int) -> list[np.ndarray]:
         """Returns the positions of the buildings in the other image of the place, [] without its file."""
-        moment, other = ("pre", "post") if parse_name(self.names[index]).moment == "pre" else ("post", "pre")
-        start, _, end = self.files[index].rpartition(f"_{moment}_disaster")
-        file = f"{start}_{other}_disaster{end}"
+        file = other_moment(self.files[index])
         return read_label(self.root, file).positions if (self.root / file).is_file() else []
+
+    def others(self, index: int) -> list[DatedImage]:
+        name, file = other_moment(self.names[index]), other_moment(self.files[index])
+        if not ((self.root / name).is_file() and (self.root / file).is_file()):
+            return []
+        return [DatedImage(name, self.years(file) - self.years(self.files[index]))]
+
+    def years(self, file: str) -> float:
+        """Returns the date in a JSON file in years, NaN if it is not given."""
+        label = read_label(self.root, file)
+        with naming(self.root / file):
+            return decode_years(label.metadata.get("capture_date"))
 
     @property
     def metadata_values(self) -> dict[str, tuple[str, ...]]:
@@ -138,6 +149,13 @@ def parse_name(file: str) -> Name:
         got = f"{file} is not named as the images of xBD"
         raise ValueError(f"{got}, wanted such as santa-rosa-wildfire_00000012_pre_disaster: rename it, or move it away")
     return Name(**match.groupdict())
+
+
+def other_moment(file: str) -> str:
+    """Returns the path of the same file of the other image of the place."""
+    moment, other = ("pre", "post") if parse_name(file).moment == "pre" else ("post", "pre")
+    start, _, end = file.rpartition(f"_{moment}_disaster")
+    return f"{start}_{other}_disaster{end}"
 
 
 def read_label(root: Path, file: str) -> Label:
@@ -184,6 +202,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> DisasterImages:
         split,
         max_pixels=config.max_pixels,
         n_channels=n_channels,
+        condition_images=config.condition_images,
     )
     require_readable(dataset, root)
     return dataset

@@ -20,6 +20,7 @@ from models.conditioning import Condition
 from train.config import SamplerConfig, SamplingConfig
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs, Stateful
+from train.sampling_config import GUIDANCE_SCALES
 from train.spaces import EditInput
 
 Process = ContinuousProcess | DiscreteProcess | Autoregression
@@ -114,7 +115,7 @@ def check_finite(x: Tensor, finite: Tensor, options: SamplingConfig) -> Tensor:
     """Returns samples x (B, ...) if `finite`, a single bool, is True; otherwise NotFiniteError names the settings."""
     if finite:
         return x
-    scales = {"guidance": options.guidance, "region_guidance": options.region_guidance}
+    scales = {name: getattr(options, name) for name in GUIDANCE_SCALES}
     settings = {"sample_steps": options.sample_steps} | scales | options.solver_options
     named = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     raise NotFiniteError(

@@ -25,7 +25,7 @@ from train.config import SamplingConfig
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
-from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
+from train.samplers._conditions import check_image_input, draw_drops, fields_by_condition, raw_conditions
 from train.samplers._foreground import foreground_loss
 from train.samplers._guidance import Chain, check_nulls, guidance_chain
 from train.samplers._transformer import TransformerConfig
@@ -81,6 +81,7 @@ class CodeSampler(LearnedSampler):
         self.config, self.process, self.network = config, process, network
         self.grid, self.n_classes, self.extras = tuple(grid), n_classes, {}
         self.fields_of = fields_by_condition(network.encoders)
+        check_image_input(network.encoders, ("pixels",), "codes")
 
     @property
     def conditions(self) -> tuple[str, ...]:

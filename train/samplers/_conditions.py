@@ -1,12 +1,13 @@
 """Conditions of learned samplers: their flags, encoders and batch fields."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from diffusion.rng import Streams
 from models.conditioning import ConditionConfig, ConditionEncoder, Conditioner
+from models.conditions.image import ImageEncoder
 from models.unet_attention import SELF_ATTENTION
 from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
@@ -83,6 +84,15 @@ def check_tokens_are_read(encoders: Mapping[str, ConditionEncoder], *kinds: str 
     if unread and {*kinds} <= {*SELF_ATTENTION, "none", None}:
         got = f"got conditions {', '.join(unread)}, whose tokens attn_block_type {kinds[0]} ignores"
         raise ValueError(f"{got}: pass --attn_block_type transformer")
+
+
+def check_image_input(encoders: Mapping[str, ConditionEncoder], inputs: Collection[str], kind: str) -> None:
+    """Raises ValueError for an image condition that reads its image in none of the ways `inputs` of a `kind` of
+    sampler."""
+    encoder = encoders["image"] if "image" in encoders else None
+    if isinstance(encoder, ImageEncoder) and encoder.reads not in inputs:
+        wanted = ", ".join(inputs)
+        raise ValueError(f"got image_input {encoder.reads} for a sampler of {kind}, wanted {wanted}: see --image_input")
 
 
 def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset) -> SamplerConfig:

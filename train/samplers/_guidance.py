@@ -1,11 +1,13 @@
-"""Guidance along a chain of conditions: the null, the conditions without regions, all conditions.
+"""Guidance along a chain of conditions: the null, images, other conditions, regions.
 
-With W = --guidance and V = --region_guidance, the prediction is
+With S = --image_guidance, W = --guidance and V = --region_guidance, the prediction is
 
-    d(null) + W (d(others) - d(null)) + V (d(all) - d(others))
+    d(null) + S (d(images) - d(null)) + W (d(others) - d(images)) + V (d(all) - d(others)),
 
-as in Brooks et al. 2023 (InstructPix2Pix), eq. 3, for image and text. Without --region_guidance, and for V = W, it is
-d(null) + W (d(all) - d(null)). Training drops regions independently of other conditions, so it sees all three.
+where each condition of the chain includes those before it. It is eq. 3 of Brooks et al. 2023 (InstructPix2Pix) for an
+image and text. Without --image_guidance or --region_guidance these conditions are among the others, which --guidance
+scales together: d(null) + W (d(all) - d(null)) without both. Training drops images, regions and other conditions
+independently, so it sees the whole chain.
 
 Negative conditions, such as a negative prompt, take the place of the null: what is sampled moves away from them.
 """
@@ -14,9 +16,11 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from models.conditioning import Conditioner
-from train.config import SamplingConfig
 from train.loop import Batch
 from train.samplers._conditions import ConditionsConfig, Raw, drop_flag, raw_conditions
+from train.sampling_config import GUIDANCE_SCALES, SamplingConfig
+
+IMAGES = ("image", "images")  # conditions that --image_guidance scales
 
 
 class Chain(NamedTuple):
@@ -24,6 +28,14 @@ class Chain(NamedTuple):
 
     raw: list[dict[str, Raw]]  # inputs of the encoders, by condition; conditions left out are null
     scales: list[float]
+
+
+class ScaledStep(NamedTuple):
+    """A step of the chain: the conditions that it adds, and its scale, the value of `setting`."""
+
+    setting: str
+    scale: float
+    names: list[str]
 
 
 def guidance_chain(
@@ -37,41 +49,52 @@ def guidance_chain(
 ) -> Chain:
     """Returns the chain for a batch, from the null to all its conditions, whose fields are `fields_of`, by condition.
 
-    With the fields of some or all conditions in `negative`, these begin the chain in place of their null, unless
-    --guidance is 1, which ignores them.
+    The fields of some or all conditions in `negative` take the place of their null, those of regions only at the start
+    of the chain, unless --guidance is 1, which ignores them.
     ValueError: a scale without a condition that it could scale, nulls that training never used, or a `negative` with
     other fields than the conditions have.
     """
-    regions, scale, region_scale = encoders.region_encoders, options.guidance, options.region_guidance
+    steps = scaled_steps(fields_of, encoders.region_encoders, options)
     fields = [field for names in fields_of.values() for field in names]
-    region_fields = [field for name in regions for field in fields_of[name]]
-    if region_scale is not None and not regions:
-        got = f"got region_guidance {region_scale} for a model without conditions of regions"
-        raise ValueError(f"{got}: leave --region_guidance out")
     first = negative_conditions(fields_of, negative)
-    nulls = [field for name, names in fields_of.items() if name not in first for field in names]
-    check_scale(config, f"guidance {scale}", scale, fields, batch, "pass --guidance 1", nulls)
-    check_scale(
-        config,
-        f"region_guidance {region_scale}",
-        region_scale,
-        region_fields,
-        batch,
-        "leave --region_guidance out",
-        region_fields,
-    )
+    first = {} if options.guidance == 1 else first
+    weaker = {name: value for name, value in first.items() if name not in encoders.region_encoders}
+    for i, step in enumerate(steps):
+        replaced, names = weaker if i else first, [name for later in steps[i:] for name in later.names]
+        nulls = [field for name in names if name not in replaced for field in fields_of[name]]
+        remedy = "pass --guidance 1" if step.setting == "guidance" else f"leave --{step.setting} out"
+        check_scale(config, f"{step.setting} {step.scale}", step.scale, fields, batch, remedy, nulls)
     check_nulls(config, fields, batch, n_classes)
-    raw = raw_conditions(fields_of, batch) if batch else {}
-    first = {} if scale == 1 else first
-    if region_scale is None:
-        return Chain([first, raw], [scale])
-    if fields_of.keys() > regions.keys():
-        others = {name: value for name, value in raw.items() if name not in regions}
-        return Chain([first, others, raw], [scale, region_scale])
-    if scale != 1:
-        got = f"got guidance {scale} and region_guidance {region_scale}"
-        raise ValueError(f"{got} for a model of regions alone, which has one scale: pass --guidance 1")
-    return Chain([{}, raw], [region_scale])
+    raw, chain = raw_conditions(fields_of, batch) if batch else {}, [first]
+    for step in steps:
+        weaker = weaker | {name: raw[name] for name in step.names if name in raw}
+        chain.append(weaker)
+    return Chain(chain, [step.scale for step in steps])
+
+
+def scaled_steps(
+    fields_of: Mapping[str, tuple[str, ...]], regions: Collection[str], options: SamplingConfig
+) -> list[ScaledStep]:
+    """Returns the steps of the chain, weakest first.
+
+    ValueError for a scale of images or regions without such conditions, and a --guidance that no condition is left for.
+    """
+    kinds = {"image_guidance": "images", "region_guidance": "regions"}
+    names_of = {"image_guidance": [name for name in fields_of if name in IMAGES], "region_guidance": [*regions]}
+    scales = {setting: getattr(options, setting) for setting in GUIDANCE_SCALES}
+    own = {setting: names for setting, names in names_of.items() if scales[setting] is not None}
+    for setting in (each for each, names in own.items() if not names):
+        got = f"got {setting} {scales[setting]} for a model without conditions of {kinds[setting]}"
+        raise ValueError(f"{got}: leave --{setting} out")
+    others = [name for name in fields_of if not any(name in names for names in own.values())]
+    if others or not own:
+        own["guidance"] = others
+    elif options.guidance != 1:
+        got = " and ".join(f"{setting} {scales[setting]}" for setting in ("guidance", *own))
+        alone = " and ".join(kinds[setting] for setting in own)
+        raise ValueError(f"got {got} for a model of {alone} alone, which --guidance does not scale: pass --guidance 1")
+    order = ("image_guidance", "guidance", "region_guidance")
+    return [ScaledStep(setting, scales[setting], own[setting]) for setting in order if setting in own]
 
 
 def negative_conditions(fields_of: Mapping[str, tuple[str, ...]], negative: Batch | None) -> dict[str, Raw]:

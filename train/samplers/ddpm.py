@@ -24,6 +24,7 @@ from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import (
     ConditionsConfig,
+    check_image_input,
     check_tokens_are_read,
     draw_drops,
     fields_by_condition,
@@ -167,6 +168,8 @@ class GaussianSampler(LearnedSampler):
         self.n_classes = n_classes if config.class_conditional else 0
         self.process = make_process(config, pixels)
         self.network = make_network(config, self.process, shape[0], self.n_classes)
+        if pixels:
+            check_image_input(self.network.encoders, ("pixels", "inpainting"), "pixels")
         self.extras = {}
         if config.time_sampler == "loss_second_moment":
             self.extras["times"] = LossSecondMoment(self.process)

@@ -30,8 +30,8 @@ class Sampling(SamplingConfig):
     guidance_schedule: str = "constant"
 
 
-def by_name(options, conditional=True, regions=True):
-    return {each.name: each for each in make_controls(options, ["ancestral", "mine"], conditional, regions)}
+def by_name(options, conditional=True, regions=True, images=True):
+    return {each.name: each for each in make_controls(options, ["ancestral", "mine"], conditional, regions, images)}
 
 
 def test_every_setting_has_a_control_of_its_type():
@@ -41,6 +41,7 @@ def test_every_setting_has_a_control_of_its_type():
         "solver": ("choice", False),
         "sample_steps": ("integer", True),
         "guidance": ("number", False),
+        "image_guidance": ("number", True),
         "region_guidance": ("number", True),
         "temp": ("number", False),
         "top_k": ("integer", True),
@@ -60,8 +61,9 @@ def test_every_setting_has_a_control_of_its_type():
 
 
 def test_a_model_without_conditions_has_no_guidance():
-    assert not [name for name in by_name(Sampling(), False, False) if "guidance" in name]
+    assert not [name for name in by_name(Sampling(), False, False, False) if "guidance" in name]
     assert by_name(Sampling()).keys() - by_name(Sampling(), regions=False).keys() == {"region_guidance"}
+    assert by_name(Sampling()).keys() - by_name(Sampling(), images=False).keys() == {"image_guidance"}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -6,15 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers import tiny_regions
 from helpers.tiny_regions import save_json, save_picture, wkt
 from train.config import DataConfig
 from train.data.annotations import pack, unpack
 from train.data.collate import collate
-from train.data.formats.satellite import FIELDS, decode_date, decode_polygon, find_number, mean_position
+from train.data.formats.satellite import (
+    FIELDS,
+    decode_date,
+    decode_polygon,
+    decode_years,
+    find_number,
+    mean_position,
+)
 from train.data.loading import ImageSource
-from train.data.transforms import to_item
+from train.data.transforms import View, to_item
 from train.datasets import fmow, xbd
 
 
@@ -186,3 +194,69 @@ def test_images_of_fmow_outside_the_classes_are_refused(tmp_path):
     save_json(root / "train" / "zoo" / "zoo_1" / "zoo_1_0_rgb.json", [])
     with pytest.raises(ValueError, match="zoo_1_0_rgb.json: it is not a JSON object"):
         build(fmow, root)[1]
+
+
+# Earlier images
+
+
+def test_items_of_fmow_have_the_latest_earlier_images(tmp_path):
+    tiny_regions.save_fmow(tmp_path)
+    place = tmp_path / "train" / "zoo" / "zoo_1"
+    dates = {"zoo_1_1_rgb": "2014-08-30", "zoo_1_2_rgb": "2016-01-01", "zoo_1_3_rgb": "2012-08-30", "zoo_1_4_rgb": None}
+    for i, (name, date) in enumerate({**dates, "zoo_1_1_msrgb": "2015-01-01"}.items()):
+        save_picture(place / f"{name}.png", 10 + i)
+        save_json(place / f"{name}.json", {"timestamp": date})
+    dataset = build(fmow, tmp_path, condition_images=3)
+    item = dataset[dataset.names.index("train/zoo/zoo_1/zoo_1_0_rgb.png")]
+    images, years = item["condition_images"], item["condition_dates"]
+    height, width = item["image"].height, item["image"].width
+    assert images.shape == (3, 3, height, width) and images.dtype == torch.uint8
+    assert years[:2].tolist() == pytest.approx([-3, -1], abs=1e-3) and math.isnan(years[2]) and not images[2].any()
+    for k, name in enumerate(("zoo_1_3_rgb", "zoo_1_1_rgb")):
+        picture = dataset[dataset.names.index(f"train/zoo/zoo_1/{name}.png")]["image"]
+        assert torch.equal(images[k], torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    latest = build(fmow, tmp_path, condition_images=1)[dataset.names.index("train/zoo/zoo_1/zoo_1_0_rgb.png")]
+    assert torch.equal(latest["condition_images"][0], images[1])
+    assert "condition_images" not in build(fmow, tmp_path)[0]
+    assert build(fmow, tmp_path).fingerprint() != dataset.fingerprint()
+
+
+def test_an_image_after_a_disaster_has_the_one_before(tmp_path):
+    dataset = build(xbd, tiny_regions.save_xbd(tmp_path), xbd_image="post", condition_images=2)
+    item = dataset[dataset.names.index("images/some-fire_00000001_post_disaster.png")]
+    both = build(xbd, tmp_path)
+    before = both[both.names.index("images/some-fire_00000001_pre_disaster.png")]["image"]
+    assert torch.equal(item["condition_images"][0], torch.from_numpy(np.array(before)).permute(2, 0, 1))
+    assert item["condition_dates"][0] == pytest.approx(-(4 / 12 - 10 / 365.25), abs=1e-4)
+    assert item["condition_dates"][1:].isnan().all()
+    pre = build(xbd, tmp_path, xbd_image="pre", condition_images=2)[0]
+    assert pre["condition_dates"].isnan().all() and not pre["condition_images"].any()
+
+
+def test_earlier_images_are_transformed_with_their_image(tmp_path):
+    dataset = build(xbd, tiny_regions.save_xbd(tmp_path), xbd_image="post", condition_images=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (*tiny_regions.SIZE, 3), np.uint8)
+    save_picture(tmp_path / dataset.names[0].replace("post", "pre"), pixels)
+    raw = dataset[0]
+    item = View(flip=True)(to_item(raw, (4, 4), 3))
+    assert item["condition_images"].shape == (2, 3, 4, 4)
+    earlier = Image.fromarray(raw["condition_images"][0].permute(1, 2, 0).numpy())
+    alone = View(flip=True)(to_item({"image": earlier}, (4, 4), 3))["image"]
+    assert (item["condition_images"][0].int() - alone.int()).abs().max() <= 2  # Pillow's resizing, and torch's
+    batch = collate([item, item])
+    assert batch["condition_images"].shape == (2, 2, 3, 4, 4) and batch["condition_images"].dtype == torch.float32
+    assert batch["condition_images"].min() >= -1 and batch["condition_dates"].shape == (2, 2)
+    assert torch.equal(unpack(pack({"a": item["condition_images"]}))["a"], item["condition_images"])
+
+
+def test_earlier_images_of_other_channels_are_refused(tmp_path):
+    tiny_regions.save_xbd(tmp_path)
+    with pytest.raises(ValueError, match="got condition_images 2 for images of 4 channels, wanted 1 or 3"):
+        xbd.build(xbd.Config(data_dir=str(tmp_path), condition_images=2), "train", n_channels=4)
+
+
+def test_dates_in_years_follow_the_calendar():
+    days = [f"2016-{month:02d}-{day:02d}" for month in range(1, 13) for day in (1, 15, 29)] + ["2017-01-01"]
+    years = [decode_years(day) for day in days]
+    assert all(a < b for a, b in zip(years, years[1:], strict=False)) and years[0] == 2016 and years[-1] == 2017
+    assert math.isnan(decode_years(None))

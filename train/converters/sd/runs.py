@@ -32,6 +32,10 @@ SD_SAMPLING = {
     **{"solver": "ddim", "spacing": "whole_leading", "steps_offset": 1, "last_state": "first", "clip": False},
     **{"sample_steps": 50, "guidance": 7.5, "guidance_rescale_of": "output"},
 }
+IMAGE_FLAGS = {  # by the number of channels beside the latents: InstructPix2Pix, and inpainting, which never drops them
+    4: {"image_input": "latents", "image_guidance": 1.5},
+    5: {"image_input": "inpainting", "image_guidance": 1.0},
+}
 SIZE = 512  # pixels, unless a folder says something else
 LATENT_CHANNELS = 4
 VERSION_2_WIDTH = 1024  # of text tokens, which version 2 pads with id 0
@@ -70,12 +74,13 @@ def sampler_flags(source: Source, typed: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {} if scheduler is None else sampling_settings(scheduler)
     others = (*(["numbers"] if "numbers_preset" in unet else []), *(["image"] if extra else []))
     conditions = {"conditions": ("text", *others)} | ({"condition_channels": extra} if extra else {})
+    images = IMAGE_FLAGS.get(extra, {})
     own = {name: value for name, value in unet.items() if name not in NOT_FLAGS}
     data = {"img_size": 8 * size if isinstance(size, int) else SIZE, "n_channels": 3}
     flags = {"class_conditional": False, "condition_drop": 0.1, "ema": False, "loss_type": "simple"}
     generation = source.configs.get("generation")
     data |= {} if generation is None else generation_settings(generation)
-    return flags | own | conditions | process | SD_SAMPLING | sampling | data | text_flags(source)
+    return flags | own | conditions | process | SD_SAMPLING | images | sampling | data | text_flags(source)
 
 
 def text_flags(source: Source) -> dict[str, Any]:

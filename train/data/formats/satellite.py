@@ -63,6 +63,12 @@ def decode_date(text: str | None) -> dict[str, float]:
     return {"year": float(date.year), "month": float(date.month), "day": float(date.day)}
 
 
+def decode_years(text: str | None) -> float:
+    """Reads a date as a number of years, to the day, such as 2017.39; NaN for None and "", ValueError for no date."""
+    date = decode_date(text)
+    return date["year"] + (date["month"] - 1) / 12 + (date["day"] - 1) / 365.25
+
+
 def find_number(content: Mapping[str, Any], name: str) -> float:
     """Returns a number of a JSON object, NaN if it is null or not there; ValueError for anything else."""
     value = content.get(name)
