@@ -15,6 +15,7 @@ from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
+from train.loggers import require_logger
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -57,6 +58,7 @@ class Config(SecondStageConfig):
 
 def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
+    require_logger(logging.logger)
     with run_context(run, training) as world:
         adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
         images = build_splits(config.data, config.reader, world)
