@@ -25,7 +25,7 @@ MOST_LINES = 6  # of text below an item
 MOST_LABELS = 20  # in one panel, the largest first; the legend has all classes
 WIDEST = 0.7  # of a panel: longer names are cut
 LEAST_SHARE = 0.004  # of a panel: smaller segments get no label
-GAIN = 4  # of the differences between two images, which would be too dark to see
+GAIN = 2  # of the differences between two images, which would be too dark to see
 
 Color = tuple[int, int, int]
 Pixels = np.ndarray  # (H, W, 3) uint8
