@@ -3,7 +3,8 @@
 import sys
 from typing import Any
 
-from train.cli.parse import BaseSettings, one_line_errors, run_script
+from train.cli.errors import one_line_errors
+from train.cli.parse import BaseSettings, run_script
 from train.cli.values import peek_flag
 from train.conversions import ConversionConfig, Layout, NetworkConversion, SamplerConversion, VQGANConversion
 from train.converters.sd.export import ExportConfig, export_run

@@ -16,6 +16,7 @@ from train.config import FineTuningConfig, SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
+from train.loggers import require_logger
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.resumed_settings import read_base_settings, read_resumed_settings
@@ -57,6 +58,7 @@ class Config(SecondStageConfig):
 
 def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
+    require_logger(logging.logger)
     with run_context(run, training) as world:
         adapt = make_adapt(config.sampler)
         images = build_splits(config.data, config.reader, world)

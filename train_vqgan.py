@@ -10,6 +10,7 @@ from train.cli.parse import data_flag_names, run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
 from train.execution import uses_channels_last
+from train.loggers import require_logger
 from train.loop import Timer
 from train.progress import print_next, sampler_command
 from train.resumed_settings import read_resumed_settings
@@ -41,6 +42,7 @@ class Config(VQGANRunConfig):
 def main(config: Config) -> None:
     training, logging = config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
+    require_logger(logging.logger)
     with run_context(run, training) as world:
         resumed = resumed_run(run, training.resume)
         origin = None if resumed is None else read_provenance(resumed)

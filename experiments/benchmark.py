@@ -258,14 +258,14 @@ def fastest_rate(steps: list[Row]) -> float | None:
 
 
 def vqgan_config_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
-    """Returns the config of a sampler's VQGAN: from the --config file if it has a section for it, else the preset."""
-    file, _ = split_config_flag(argv)
+    """Returns the config of a sampler's VQGAN: from the --config files if one has a section for it, else the preset."""
+    files, _ = split_config_flag(argv)
     preset = ROOT / "configs" / f"{data.dataset}.yaml"
-    if file is None or (preset.is_file() and not get_section(read_config_flag(argv), "vqgan")):
-        file = str(preset) if preset.is_file() else None
-    if file is None:  # a data set without a preset: the defaults
+    if preset.is_file() and not get_section(read_config_flag(argv), "vqgan"):
+        files = [str(preset)]
+    if not files:  # a data set without a preset: the defaults
         return VQGANConfig()
-    return parse(VQGANBenchmark, "vqgan", ["--config", file]).network
+    return parse(VQGANBenchmark, "vqgan", ["--config", *files]).network
 
 
 def config_class(argv: list[str]) -> tuple[type, str | None]:

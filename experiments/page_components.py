@@ -30,7 +30,7 @@ from experiments.playground import (
 )
 from models.conditions.metadata import UNKNOWN
 from models.conditions.numbers import parse_number
-from train.cli.parse import is_out_of_memory
+from train.cli.errors import is_out_of_memory
 from train.loop import Batch
 from train.registry import load_plugin, plugin_names
 

@@ -22,7 +22,7 @@ def test_the_flags_of_data_and_stage_one_are_frozen():
     assert cli.flag_names(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range", "patches"),
-        "captions",
+        *("captions", "subset"),
     }
     assert cli.flag_names(DatasetConfig) == {"data_dir", "val_fraction", "split_seed", "max_pixels", "class_names"}
     assert cli.flag_names(VQGANConfig) == {
@@ -46,7 +46,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     assert cli.flag_names(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
         *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),
-        *("FD_measures", "clip_dir"),
+        *("FD_measures", "clip_dir", "logger"),
     }
     assert cli.flag_names(TransformerConfig) == {
         *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),

@@ -44,6 +44,43 @@ def test_every_preset_parses_in_every_script(path, monkeypatch, tmp_path):
         assert parse_config(script, flags, monkeypatch)["dataset"] == dataset
 
 
+DEBUG = sorted((ROOT / "configs" / "debug").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", slow_after(3, PRESETS), ids=lambda p: p.stem)
+def test_debug_presets_follow_every_preset(path, monkeypatch, tmp_path):
+    sampler = yaml.safe_load(path.read_text()).get("sampler", "absorbing")
+    scripts = ["train_sampler.py", "experiments/calc_FID.py", *(["train_vqgan.py"] if sampler != "ddpm" else [])]
+    for script in scripts:
+        alone = parse_config(script, f"--config {path} --logs_root {tmp_path}", monkeypatch)
+        for debug in DEBUG:
+            config = parse_config(script, f"--config {path} {debug} --logs_root {tmp_path}", monkeypatch)
+            assert config["dataset"] == alone["dataset"]
+            if script != "experiments/calc_FID.py":
+                assert config["train_steps"] <= 500 < alone["train_steps"]
+                assert config["subset"] == {"limit": 256, "overfit": 16}.get(debug.stem, 0)
+                assert config["profile"] == (debug.stem == "profile")
+
+
+@pytest.mark.parametrize("script", ["train_vqgan.py", "train_sampler.py"])
+def test_data_and_experiment_compose_to_a_preset(script, monkeypatch, tmp_path):
+    folder = ROOT / "configs"
+    parts = f"--config {folder / 'data' / 'digits.yaml'} {folder / 'experiment' / 'small_codes.yaml'}"
+    whole = f"--config {folder / 'digits.yaml'}"
+    config = parse_config(script, f"{parts} --logs_root {tmp_path}", monkeypatch)
+    assert config == parse_config(script, f"{whole} --logs_root {tmp_path}", monkeypatch)
+
+
+@pytest.mark.parametrize("data", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("experiment", sorted((ROOT / "configs" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
+def test_any_data_compose_with_any_experiment(data, experiment, monkeypatch, tmp_path):
+    flags = f"--config {data} {experiment} --logs_root {tmp_path}"
+    config = parse_config("train_sampler.py", flags, monkeypatch)
+    wanted = yaml.safe_load(data.read_text())
+    assert {key: config[key] for key in wanted} == wanted
+    assert config["lr"] == 1e-3 and config["sampler"] in experiment.read_text()
+
+
 def grid_of(path, monkeypatch, tmp_path):
     """The grid of codes of a preset, from its own VQGAN settings or those of its data set."""
     has_vqgan = "vqgan" in yaml.safe_load(path.read_text())

@@ -43,6 +43,8 @@ class DataConfig:
     captions: Literal["own", "templates"] = "own"
     """own: the captions of the data set, if it has any; templates: sentences made of the classes, others in validation
     than in training."""
+    subset: int = 0
+    """Use only so many images of each split, a fixed random choice, to try something; 0: all."""
     in_memory: bool = False
     """Keep resized images in memory; for data sets of up to a few GB."""
     cache_images: bool = False
@@ -57,6 +59,7 @@ class DataConfig:
     RANGES = {
         **{"img_size": SIZE, "img_width": SIZE, "n_channels": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
         **{"crop_margin": "[0, 65536]", "patches": "[1, 64]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
+        "subset": COUNT_OR_ZERO,
     }
 
     def __post_init__(self):
@@ -194,14 +197,8 @@ class TrainingConfig:
     @property
     def schedule(self) -> dict[str, Any]:
         """The arguments of `train.lr_schedule.learning_rate`, except the step."""
-        return {
-            "lr": self.lr,
-            "steps": self.train_steps,
-            "warmup": self.warmup_iters,
-            "schedule": self.lr_schedule,
-            "decay_steps": self.decay_steps,
-            "end": self.lr_end,
-        }
+        rise = {"lr": self.lr, "steps": self.train_steps, "warmup": self.warmup_iters}
+        return rise | {"schedule": self.lr_schedule, "decay_steps": self.decay_steps, "end": self.lr_end}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +224,8 @@ class LoggingConfig(DistanceLoggingConfig):
     """Steps between images of samples or reconstructions."""
     steps_per_eval: int = 5_000
     """Steps between validations; 0: no validation."""
+    logger: str = ""
+    """Also send metrics and images to a service: wandb, or another file in train/loggers; by default none."""
     profile: bool = False
     """Profile five steps, from the 10th after the start or resume, with PyTorch's profiler; written to profile/."""
 

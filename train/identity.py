@@ -12,7 +12,8 @@ EXECUTION = {
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
     "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
-    "FD_measures", "profile", "perceptual_weights", "condition_file", "layouts", "output_dir", "text_encoder",
+    "FD_measures", "logger", "profile", "perceptual_weights", "condition_file", "layouts", "output_dir",
+    "text_encoder",
 }  # fmt: skip
 PLACES = {
     "ae_load_dir",

@@ -1,4 +1,4 @@
-"""Logging from the main process: TensorBoard, metrics.jsonl, progress and PNG image grids."""
+"""Logging from the main process: TensorBoard, metrics.jsonl, progress, PNG image grids, and a service of --logger."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from train.datasets._channels import PICTURES
 from train.distance_config import is_distance
 from train.distributed import DistContext, is_sharded
 from train.files import fsync, parse_json, write_text
+from train.loggers import MetricWriter
 from train.loop import Outputs, TrainState
 from train.perf import PerfMonitor
 from train.progress import Progress
@@ -75,7 +76,7 @@ class Logger:
     by an interrupted run, are dropped. The running averages are part of the training state (`counters["metrics"]`), so
     that a resumed run writes the same lines. `latest` has the last value of each metric of this session; the progress
     bar shows those that `bar_metrics` maps its labels to. TensorBoard also gets, once in a run, its config.yaml and a
-    layout with training and validation in one chart.
+    layout with training and validation in one chart. `service` gets the curves and images of TensorBoard, too.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class Logger:
         start: int,
         steps: int,
         bar_metrics: Mapping[str, str],
+        service: MetricWriter | None = None,
     ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.world, self.monitor, self.every, self.steps = folder, world, monitor, every, steps
-        self.last_read_step, self.bar_metrics = start, bar_metrics
+        self.last_read_step, self.bar_metrics, self.service = start, bar_metrics, service
         self.latest: dict[str, float] = {}
         if world.is_main:
             earlier = truncate_metrics(folder / "metrics.jsonl", start)
@@ -152,6 +154,8 @@ class Logger:
         curves = {name: value for name, value in values.items() if not name.endswith("_best")}
         for name, value in curves.items():
             self.writer.add_scalar(tensorboard_tag(name), value, step)
+        if self.service is not None and curves:
+            self.service.log_scalars(step, {tensorboard_tag(name): value for name, value in curves.items()})
         validated = [name.removeprefix("val/") for name in curves if name.startswith("val/")]
         if validated and not self.has_layout:
             self.writer.add_custom_scalars({"training and validation": {name: compare(name) for name in validated}})
@@ -174,6 +178,8 @@ class Logger:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         self.writer.add_image(f"val/{name}", np.asarray(picture), step, dataformats="HWC")
+        if self.service is not None:
+            self.service.log_image(step, f"val/{name}", picture)
 
     def log_histogram(self, name: str, step: int, counts: Tensor) -> None:
         """Writes counts (K,) of K categories as a TensorBoard histogram (main process only)."""
@@ -196,6 +202,8 @@ class Logger:
         if self.world.is_main:
             self.progress.close()
             self.writer.close()
+            if self.service is not None:
+                self.service.close()
 
 
 def read_means(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettin
 
 def given_settings(argv: list[str], explicit: dict[str, Any], section: str) -> dict[str, Any]:
     """Returns the settings that choose a run or its plug-ins, from the flags or else from `explicit`, the content of
-    the --config file; None for those that are not given."""
+    the --config files; None for those that are not given."""
     in_file = explicit | get_section(explicit, section)
     keys = IDENTIFYING_FLAGS | {"solver", "resume"}
     return {key: first_given(peek_flag(argv, key), in_file.get(key)) for key in keys}

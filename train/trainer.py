@@ -38,6 +38,7 @@ from train.execution import (
     training_dtype,
     uses_channels_last,
 )
+from train.loggers import open_writer
 from train.logging import Logger
 from train.loop import HOOK_PREFIX, Batch, Hook, Outputs, RunningSums, Stateful, Timer, TrainState, fit
 from train.optim import BadStepRecorder, freeze_all_but, make_optimizer
@@ -188,7 +189,10 @@ def train(
     timer, items_per_step = timer or Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     monitor = PerfMonitor(step, world, timer, items_per_step, training_dtype(training, world.device))
     start, every = state.step, logging.steps_per_log
-    logger = Logger(run, world, monitor, every=every, start=start, steps=steps, bar_metrics=step.bar_metrics)
+    service = open_writer(logging.logger, run, start) if world.is_main else None
+    logger = Logger(
+        run, world, monitor, every=every, start=start, steps=steps, bar_metrics=step.bar_metrics, service=service
+    )
     evaluation = evaluation_hooks(
         logging, make_reports(logger), make_distance_hook(logger) if make_distance_hook else None
     )

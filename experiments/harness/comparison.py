@@ -32,7 +32,8 @@ from experiments.harness.image_sets import (
     open_image_set,
 )
 from models.ranges import FINITE, SIZE, check_ranges
-from train.cli.parse import BaseSettings, flatten_group, one_line_errors, run_script, to_dict
+from train.cli.errors import one_line_errors
+from train.cli.parse import BaseSettings, flatten_group, run_script, to_dict
 from train.cli.values import peek_flag_values
 from train.datasets._channels import PICTURES
 from train.distributed import DistContext

@@ -161,7 +161,7 @@ def model_run(logs_root: str, model: ModelConfig) -> Path:
 
 
 def peek_settings(argv: list[str], section: str, *flags: str) -> dict[str, Any]:
-    """Returns the values of those of the flags that the command line gives, or else the --config file."""
+    """Returns the values of those of the flags that the command line gives, or else the --config files."""
     content = read_config_flag(argv)
     content = content | get_section(content, section)
     values = {flag: peek_flag(argv, flag) or content.get(flag) for flag in flags}

@@ -1,4 +1,5 @@
-"""Draws items of a data set with their boxes, class names, maps and captions, as one picture to look at."""
+"""Contact sheets: items of a data set with their boxes, class names, maps and captions, and pairs of images with their
+differences, each as one picture to look at."""
 
 import colorsys
 import math
@@ -24,6 +25,7 @@ MOST_LINES = 6  # of text below an item
 MOST_LABELS = 20  # in one panel, the largest first; the legend has all classes
 WIDEST = 0.7  # of a panel: longer names are cut
 LEAST_SHARE = 0.004  # of a panel: smaller segments get no label
+GAIN = 2  # of the differences between two images, which would be too dark to see
 
 Color = tuple[int, int, int]
 Pixels = np.ndarray  # (H, W, 3) uint8
@@ -61,6 +63,44 @@ def save_contact_sheet(
         top += height
     with atomic_write(path) as scratch:
         sheet.save(scratch, format="PNG")
+
+
+class PairOfImages(NamedTuple):
+    """Two images of the same size, uint8 (3, H, W), and the text above them."""
+
+    text: str
+    image: Tensor
+    other: Tensor
+
+
+def save_pair_sheet(path: Path, pairs: Sequence[PairOfImages], names: tuple[str, str], *, size: int) -> None:
+    """Saves a PNG of pairs of images, one to a row: both images, whose `names` stand above all rows, and GAIN times
+    their absolute difference. The longer side of an image is `size` pixels."""
+    rows = [draw_pair(pair, size) for pair in pairs]
+    width = max(row.width for row in rows)
+    heading = Image.new("RGB", (width, LINE), "white")
+    for i, name in enumerate((*names, f"{GAIN} x difference")):
+        heading.paste(draw_lines([name], size), (i * (size + GAP), 0))
+    sheet = Image.new("RGB", (width + 2 * GAP, 2 * GAP + LINE + sum(row.height + GAP for row in rows)), "white")
+    top = GAP
+    for row in (heading, *rows):
+        sheet.paste(row, (GAP, top))
+        top += row.height + GAP
+    with atomic_write(path) as scratch:
+        sheet.save(scratch, format="PNG")
+
+
+def draw_pair(pair: PairOfImages, size: int) -> Image.Image:
+    """Draws a pair and its difference side by side, with its text above; small images are enlarged as they are."""
+    difference = (GAIN * (pair.image.int() - pair.other.int()).abs()).clamp(max=255).byte()
+    panels = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in (pair.image, pair.other, difference)]
+    height, width = (max(1, round(side * size / max(pair.image.shape[1:]))) for side in pair.image.shape[1:])
+    smooth = Image.Resampling.NEAREST if width >= pair.image.shape[2] else Image.Resampling.BOX
+    row = Image.new("RGB", (3 * size + 2 * GAP, LINE + height), "white")
+    ImageDraw.Draw(row).text((0, 0), cut_text(pair.text, row.width), "black", ImageFont.load_default(size=TEXT))
+    for i, panel in enumerate(panels):
+        row.paste(panel.resize((width, height), smooth), (i * (size + GAP), LINE))
+    return row
 
 
 def fit_item(item: dict[str, Any], size: int, n_channels: int, data_range: ValueRange | None) -> dict[str, Any]:

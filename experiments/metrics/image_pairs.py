@@ -1,4 +1,4 @@
-"""Metrics of image pairs (PSNR, SSIM, L1), and distances of one image to many, by pixels or by LPIPS."""
+"""Metrics of image pairs (MSE, PSNR, SSIM, L1), and distances of one image to many, by pixels or by LPIPS."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,19 +12,33 @@ from train.datasets._channels import PICTURES
 from train.distributed import DistContext
 from vq.perceptual import Perceptual, load_perceptual
 
-RANGE = 255.0  # of uint8 images
+RANGE = 255.0  # of levels
+LUMA = (65.481, 128.553, 24.966)  # of red, green and blue in [0, 1], above black, which is 16 (ITU-R BT.601)
 WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
 SSIM_CHUNK = 2**21  # image values that SSIM processes at once: it needs about ten times as many, in float64
 SIDE = 64  # pixels of the patches that LPIPS was calibrated on (Zhang et al. 2018, section 3)
 
 
+def luma(images: Tensor) -> Tensor:
+    """Returns Y of BT.601 in studio swing, unrounded, from 16 for black to 235: uint8 (B, 3, H, W) -> float64
+    (B, 1, H, W)."""
+    weights = torch.tensor(LUMA, dtype=torch.float64).view(3, 1, 1) / RANGE
+    return 16 + (images.double() * weights).sum(1, keepdim=True)
+
+
+def mse(real: Tensor, fake: Tensor) -> Tensor:
+    """Returns the mean squared difference of each pair: levels in [0, 255], uint8 or floats (B, C, H, W) twice ->
+    (B,)."""
+    return (real.float() - fake.float()).square().mean((1, 2, 3))
+
+
 def psnr(real: Tensor, fake: Tensor) -> Tensor:
-    """Returns the PSNR of each pair, 10 log10(255^2 / MSE): uint8 (B, C, H, W) twice -> dB (B,); inf if equal."""
-    return 10 * (RANGE**2 / (real.float() - fake.float()).square().mean((1, 2, 3))).log10()
+    """Returns the PSNR of each pair, 10 log10(255^2 / MSE): as `mse` -> dB (B,); inf if equal."""
+    return 10 * (RANGE**2 / mse(real, fake)).log10()
 
 
 def ssim(real: Tensor, fake: Tensor) -> Tensor:
-    """Returns the structural similarity of each pair: uint8 (B, C, H, W) twice -> (B,) in [-1, 1], 1 if equal.
+    """Returns the structural similarity of each pair: as `mse` -> (B,) in [-1, 1], 1 if equal.
 
     Wang et al. 2004, eq. 13, with data range 255, K1 0.01, K2 0.03, an 11x11 Gaussian window and reflection padding,
     averaged over pixels and channels. In float64: float32 loses small variances in bright areas, TF32 even more.

@@ -87,12 +87,27 @@ def as_yaml_strings(value: Any) -> Any:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a YAML config file, or a JSON file in the layout of json_config.py; scalars stay strings."""
     if not path.is_file():
-        presets = sorted(p.name for p in (ROOT / "configs").iterdir())
+        presets = sorted(p.name for p in (ROOT / "configs").iterdir() if p.is_file())
         problem = "is not a file" if path.exists() else "not found"
         raise FileNotFoundError(f"config file {path} {problem}; the presets in configs/ are {', '.join(presets)}")
     if path.suffix != ".json":
         return read_yaml(path, StringLoader)
     return as_yaml_strings(read_json(path))
+
+
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of two config files of which `above` wins, key by key: also its top level over the sections
+    of `below`."""
+    merged = {}
+    for key, value in below.items():
+        is_section = isinstance(value, dict)
+        merged[key] = {name: each for name, each in value.items() if name not in above} if is_section else value
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] |= value
+        elif value is not None or not isinstance(merged.get(key), dict):  # an empty section changes nothing
+            merged[key] = value
+    return merged
 
 
 def get_section(content: dict[str, Any], name: str) -> dict[str, Any]:

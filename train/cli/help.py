@@ -19,7 +19,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple
 
 SHORT_HELP, FULL_HELP = {"--help", "-h"}, {"--help_all", "--help-all"}
-CONFIG_HELP = "Values for any flags; default: configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml."
+CONFIG_HELP = (
+    "Values for any flags; of several files, later ones win; default: configs/<sampler>_<dataset>.yaml or "
+    "configs/<dataset>.yaml."
+)
 LAST_LINE = "--help_all shows every group of flags."
 HINTS = (  # flags of other codebases, and hints, of which the first is given whose own flags all exist
     (

@@ -1,44 +1,42 @@
 """The command line: typed dataclasses become a flat list of flags, with YAML files for values.
 
 Precedence: dataclass default < preset (configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) < config.yaml of the
-run that is resumed, or settings of an earlier stage < --config FILE.yaml, which replaces the preset < flag. The top
-level of a file holds the keys of the data and the sampler's name, its sections (`vqgan:`, `absorbing:`, `calc_FID:`)
-those of one script. Values are parsed like flags.
+run that is resumed, or settings of an earlier stage < --config FILE.yaml ..., which replaces the preset, and of which
+later ones win < flag. The top level of a file holds the keys of the data and the sampler's name, its sections
+(`vqgan:`, `absorbing:`, `calc_FID:`) those of one script. Values are parsed like flags.
 """
 
 import contextlib
 import dataclasses
 import io
 import os
-import re
 import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import tyro
 
-from train.cli.files import check_groups, get_section, read_config, read_run_config, run_folder
+from train.cli.errors import one_line_errors
+from train.cli.files import check_groups, get_section, overlay, read_config, read_run_config, run_folder
 from train.cli.help import answer_help, asks_for_help, reject_foreign_words
 from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_foreign_flag, flags_of, make_default_config
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
 from train.datasets.webdataset.store import is_shell_command
 from train.execution import flush_denormals
-from train.progress import close_bars
+from train.open_files import raise_open_files_limit
 from train.registry import did_you_mean, load_plugin, plugin_names
 
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
 # Read before the other flags can be parsed.
 IDENTIFYING_FLAGS = {"sampler", "dataset", "reader", "quantizer", "logs_root", "load_dir", "ae_load_dir"}
 IMAGE_KEYS = {"img_size", "img_width", "n_channels", "data_range"}  # settings of the data that suit other data too
-OUT_OF_MEMORY = re.compile(
-    "out of memory|allocate memory|not enough memory|ALLOC_FAILED|(calculat|multiplicat)ion over"
-)
 FORMER_DEFAULTS = {"gumbel_decay_steps": 160_000}  # in config.yaml of earlier runs with any quantizer
 C = TypeVar("C")
 Source = Literal["default", "preset", "earlier stage", "run", "config", "flag"]  # of a value, in order of precedence
@@ -70,14 +68,17 @@ class BaseSettings(NamedTuple):
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
-    """Returns the content of the --config file, or {}; the keys that identify the run and its data must be strings."""
-    file, _ = split_config_flag(argv)
-    content = {} if file is None else read_config(Path(file))
-    for values in (content, *(section for section in content.values() if isinstance(section, dict))):
-        for key in IDENTIFYING_FLAGS & values.keys():
-            if not isinstance(values[key], str) and not (values[key] is None and key.endswith("load_dir")):
-                raise ValueError(f"{file}: got {key} {reprlib.repr(values[key])}, wanted a word")
-    return content
+    """Returns the content of the --config files, of which later ones win, or {}; the keys that identify the run and its
+    data must be strings."""
+    merged = {}
+    for file in split_config_flag(argv)[0]:
+        content = read_config(Path(file))
+        for values in (content, *(section for section in content.values() if isinstance(section, dict))):
+            for key in IDENTIFYING_FLAGS & values.keys():
+                if not isinstance(values[key], str) and not (values[key] is None and key.endswith("load_dir")):
+                    raise ValueError(f"{file}: got {key} {reprlib.repr(values[key])}, wanted a word")
+        merged = overlay(merged, content)
+    return merged
 
 
 def resolve_sampler(argv: list[str], base: dict[str, Any] | None = None) -> str:
@@ -180,7 +181,7 @@ def parse_arguments(cls: type[C], words: list[str], *, default: C, source: str |
     The groups of plug-ins are those of `default`.
     """
     files = "by default configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml"
-    description = f"{cls.__doc__}\n\n--config FILE.yaml (or .json) sets values for these flags ({files})."
+    description = f"{cls.__doc__}\n\n--config FILE.yaml ... (or .json) sets values for these flags ({files})."
     try:
         return tyro.cli(
             cls,
@@ -233,27 +234,31 @@ def parse_with_sources(
     else:
         below = base_values(argv, first) if base_values is not None else BaseSettings({})
     base, section = below.values, section or resolve_sampler(argv, below.values)
-    explicit, (file, argv) = read_config_flag(argv), split_config_flag(argv)
+    explicit, (files, argv) = read_config_flag(argv), split_config_flag(argv)
     given = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
     sampler = first_given(peek_flag(argv, "sampler"), given.get("sampler"), base.get("sampler"), SamplerConfig.sampler)
     if of_sampler and get_section(explicit, section).get("sampler", section) != section:
-        raise ValueError(f"{file}: section {section!r} names the sampler {given['sampler']!r}: leave that out")
+        names = " or ".join(files)
+        raise ValueError(f"{names}: section {section!r} names the sampler {given['sampler']!r}: leave that out")
     dataset = first_given(peek_flag(argv, "dataset"), given.get("dataset"), base.get("dataset"), DataConfig.dataset)
-    path = Path(file) if file is not None else preset_path(cls, sampler, dataset)
-    if file is None and not path.exists() and not base.get("reader"):
+    preset = preset_path(cls, sampler, dataset)
+    if not files and not preset.exists() and not base.get("reader"):
         check_data_set(dataset)
-    content = explicit if file is not None else (read_config(path) if path.exists() else {})
+    contents = [(path, read_config(path)) for path in (map(Path, files) if files else [preset] * preset.exists())]
+    content = reduce(overlay, (each for _, each in contents), {})
     in_file = content | get_section(content, section)
-    given = base | in_file if file is not None else in_file | base
+    given = base | in_file if files else in_file | base
     typed = {flag: words for flag in NAMING_FLAGS if (words := peek_flag_values(argv, flag)) is not None}
     config, names = make_default_config(cls, given | {"dataset": dataset, "sampler": sampler} | typed)
     reject_foreign(argv, config, names)
     reject_foreign_words(argv, flag_names(config))
-    in_file = file_values(path, content, config, names, section) if content else {}
+    from_files = [(path, file_values(path, each, config, names, section)) for path, each in contents]
+    in_file = {key: value for _, values in from_files for key, value in values.items()}
     own = {key: value for key, value in base.items() if key in flag_names(config)}
     base_layer = "earlier stage" if run is None else "run"
-    layers = {base_layer: own, "config": in_file} if file is not None else {"preset": in_file, base_layer: own}
-    source = " or ".join(str(each) for each, values in ((path, in_file), (below.source, own)) if values) or str(path)
+    layers = {base_layer: own, "config": in_file} if files else {"preset": in_file, base_layer: own}
+    sources = dict.fromkeys(str(each) for each, values in (*from_files, (below.source, own)) if values)
+    source = " or ".join(sources) or str(preset)
     parsed = merge_layers(layers, config, sampler, argv, source)
     require_code_again(parsed, below)
     return parsed
@@ -382,45 +387,6 @@ def run_main(main: Callable[[C], None], config: C) -> None:
     main(config)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is not enough memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
-
-
-def describe_error(error: Exception) -> str | None:
-    """Returns the message, on one line, of an error that a user can fix; None for other errors of torch."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if is_out_of_memory(error):
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return f"out of memory ({reason}): pass a smaller --batch_size, a smaller network or smaller images"
-    if isinstance(error, RuntimeError):
-        remedies = "--num_workers 0, more memory (in Docker: --shm-size 8g), in training a longer --timeout_minutes"
-        return f"{text} Remedies: {remedies}" if text.startswith("DataLoader ") else None  # a loading process failed
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return text
-
-
-@contextlib.contextmanager
-def one_line_errors(script: str):
-    """Prints errors that a user can fix as one line, and exits with code 2."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        close_bars()
-        message = describe_error(error)
-        if message is None:
-            raise
-        print(f"{script}: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        close_bars()
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 def run_script(
     main: Callable[[C], None],
     cls: type[C],
@@ -433,7 +399,7 @@ def run_script(
 
     Under torchrun only rank 0 prints errors of the command line, which are the same for all; later errors, which may
     concern one machine only, are printed by the first process that has them (`init_distributed`). In main
-    denormal numbers count as zero.
+    denormal numbers count as zero, and the limit of open files is the highest that the system allows.
     """
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     with contextlib.ExitStack() as quiet:
@@ -444,5 +410,6 @@ def run_script(
             parsed = parse_with_sources(cls, section, sys.argv[1:], base_values, read_run_settings)
             if check is not None:
                 check(parsed.config, parsed.sources)
+    raise_open_files_limit()
     with one_line_errors(script if rank == "0" else f"{script} (rank {rank})"), flush_denormals():
         run_main(main, parsed.config)

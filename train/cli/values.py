@@ -31,7 +31,7 @@ def peek_flag_values(argv: list[str], flag: str) -> list[str] | None:
     values, follows = None, False
     for word in argv:
         name, _, given = word.partition("=")
-        if word.startswith("--") or word == "-h":
+        if is_flag(word):
             follows = name.replace("-", "_") == f"__{flag}"
             if follows:
                 values = [given] if "=" in word else []
@@ -40,16 +40,28 @@ def peek_flag_values(argv: list[str], flag: str) -> list[str] | None:
     return values
 
 
-def split_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Splits the command line into the file of --config (or None) and the other arguments."""
-    places = [i for i, word in enumerate(argv) if peek_flag([word, ""], "config") is not None]
-    if not places:
-        return None, argv
-    start = places[0]
-    end = start + (1 if "=" in argv[start] else 2)
-    if len(places) > 1 or end > len(argv):
-        raise ValueError(f"got --config {f'{len(places)} times' if len(places) > 1 else 'alone'}, wanted one file")
-    return peek_flag(argv, "config"), argv[:start] + argv[end:]
+def split_config_flag(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits the command line into the files of --config, as they are typed, and the other arguments.
+
+    The flag takes one or more files and may be repeated. ValueError for one without a file.
+    """
+    files, others, follows = [], [], False
+    for i, word in enumerate(argv):
+        name, _, given = word.partition("=")
+        if is_flag(word):
+            follows = name.replace("-", "_") == "__config"
+        if not (follows and is_flag(word)):
+            (files if follows else others).append(word)
+        elif given:
+            files.append(given)
+        elif all(map(is_flag, argv[i + 1 : i + 2])):
+            raise ValueError("got --config alone, wanted one file or several")
+    return files, others
+
+
+def is_flag(word: str) -> bool:
+    """Returns whether an argument is a flag, rather than a value of one."""
+    return word.startswith("--") or word == "-h"
 
 
 def first_given(*values: Any) -> Any:

@@ -27,7 +27,7 @@ from train.data.annotations import pack
 from train.data.captions import choose_caption, choose_captions
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
-from train.data.patches import PatchedDataset
+from train.data.patches import ImageSubset, PatchedDataset
 from train.data.shuffle import training_order
 from train.data.sides import Sides
 from train.data.templates import TemplateCaptions
@@ -64,8 +64,8 @@ class PositionSampler:
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """Builds one split of the data set that the config names, cut into patches and with captions by template if it says
-    so; `n_channels` is passed to a `build` that accepts it.
+    """Builds one split of the data set that the config names, cut into patches, reduced and with captions by template
+    if it says so; `n_channels` is passed to a `build` that accepts it.
 
     ValueError unless --class_names are one per class.
     """
@@ -83,6 +83,8 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
         raise ValueError(f"got a data set {kind} whose class_names cannot be set: {remedy}") from error
     if data.patches > 1:
         dataset = PatchedDataset(dataset, data.patches, data.n_channels)
+    if 0 < data.subset < len(dataset):
+        dataset = ImageSubset(dataset, fixed_subset(len(dataset), data.subset))
     return dataset if data.captions == "own" else TemplateCaptions(dataset, split)
 
 
@@ -396,8 +398,7 @@ def fixed_subset(n: int, count: int) -> list[int]:
 
     The first ones would not be representative: files are often sorted by class or by writer.
     """
-    indices = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count]
-    return indices.tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count].tolist()
 
 
 class Annotations(Protocol):

@@ -1,10 +1,12 @@
-"""A data set of parts of images: each image is cut into a grid of patches, which are items of their own.
+"""Data sets that are parts of another: patches of its images, or some of the images.
 
-So a few large pictures, such as pairs of satellite images, become many small ones; partner images, masks and boxes are
-cut with their image.
+Each image is cut into a grid of patches, which are items of their own: so a few large pictures, such as pairs of
+satellite images, become many small ones. Partner images, masks and boxes are cut with their image.
 """
 
 import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,42 @@ class PatchedDataset:
 
     def digest(self, fingerprint: str) -> str:
         return hashlib.sha256(f"{fingerprint} patches {self.patches}".encode()).hexdigest()
+
+
+class ImageSubset:
+    """A `Dataset` of the images of `dataset` at some indices, in increasing order."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, np.sort(np.asarray(indices, np.int64))
+        self.n_classes = dataset.n_classes
+        self.labels = None if dataset.labels is None else dataset.labels[self.indices]
+        note = f"of {len(dataset):,} images {len(indices):,} are used, a fixed random choice"
+        self.notes = (*getattr(dataset, "notes", ()), note)
+        for name in (*COPIED, "unpaired", "number_measures"):
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+        if (blocks := getattr(dataset, "blocks", None)) is not None:
+            counts = np.histogram(self.indices, [0, *accumulate(blocks.sizes)])[0]
+            self.blocks = Blocks(tuple(counts[counts > 0].tolist()), blocks.window)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[int(self.indices[index])]
+
+    def read_at_size(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Returns an item to be resized to `size`: its image may have been decoded to fewer pixels."""
+        return read_item(self.dataset, int(self.indices[index]), size)
+
+    def fingerprint(self) -> str:
+        return self.digest(self.dataset.fingerprint())
+
+    def content_fingerprint(self) -> str:
+        return self.digest(content_fingerprint(self.dataset))
+
+    def digest(self, fingerprint: str) -> str:
+        return hashlib.sha256(f"{fingerprint} images {self.indices.tolist()}".encode()).hexdigest()
 
 
 def cut_patch(item: dict[str, Any], patch: int, patches: int, n_channels: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from train.config import TrainingConfig
+from train.open_files import describe_open_files_limit, is_out_of_files
 
 PARENT_CHECK_SECONDS = 1.0  # between looks of a loading process whether its parent still runs
 MEMORY_REMEDY = "pass --num_workers 0, or give more (in Docker: --shm-size 8g)"
@@ -73,6 +74,8 @@ class WorkerSource:
                 if isinstance(value, Tensor):
                     value.share_memory_()
         except RuntimeError as error:
+            if is_out_of_files(error):
+                return ValueError(describe_open_files_limit(error))
             return ValueError(f"loading processes have too little shared memory ({error}): {MEMORY_REMEDY}")
         return batch
 

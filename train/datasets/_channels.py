@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from train.datasets import MAX_PIXELS, UnreadableImage
 from train.datasets._decode import DAMAGED, check_pixels, decode, open_image, to_16_bits, to_supported_mode
+from train.open_files import is_out_of_files
 
 PICTURES = (1, 3)  # channels of ordinary pictures: grey and RGB, each of which can be made of the other
 ALPHA_MODES = {2: "LA", 4: "RGBA"}
@@ -40,6 +41,8 @@ def decode_channels(
             with open(file, "rb") as opened:
                 return decode_channels(opened, n_channels, name or str(file), max_pixels, least_side)
         except OSError as error:
+            if is_out_of_files(error):  # the image may be intact
+                raise
             raise UnreadableImage(f"{name or file}: {error}") from error
     signature = file.read(len(NPY_SIGNATURE))
     file.seek(0)

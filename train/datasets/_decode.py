@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from train.datasets import MAX_PIXELS, UnreadableImage
+from train.open_files import is_out_of_files
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # Pillow knows more, some of which start programs
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -52,6 +53,8 @@ def decode(
     try:
         return decode_upright(file, max_pixels, convert, least_side)
     except DAMAGED as error:
+        if is_out_of_files(error):  # the image may be intact
+            raise
         try:  # the pixels of a PNG may be intact
             return decode_upright(io.BytesIO(without_metadata(file)), max_pixels, convert)
         except DAMAGED:

@@ -112,9 +112,9 @@ def test_a_value_of_the_wrong_type_is_named(case, tmp_path, capfd):
         ("--lr=-inf", ["--lr", "-inf", "finite"]),
         ("--seed 1e30", ["--seed", "whole number"]),
         ("--train_steps 1e6.", ["--train_steps", "1e6.", "whole number"]),
-        ("--config a.yaml --config b.yaml", ["--config 2 times", "one file"]),
+        ("--config --lr 1", ["--config alone", "one file or several"]),
         ("__config a.yaml", ["__config"]),
-        ("--lr 1 --config", ["--config alone", "one file"]),
+        ("--lr 1 --config", ["--config alone", "one file or several"]),
         ("--config .", ["is not a file"]),
         ("--dataset=", ["unknown data set ''"]),
     ],
@@ -141,6 +141,68 @@ def test_a_typed_plugin_overrides_that_of_a_file(command, section, flag, there, 
     script, *flags = command.split()
     config = parse_config(script, " ".join([*flags, f"--config {path} --{flag} {typed}"]), monkeypatch)
     assert config[flag] == typed
+
+
+SEVERAL = {  # texts of files, in order -> settings of train_vqgan.py
+    "key by key": (["vqgan:\n  lr: 1\n  nf: 16\n", "vqgan:\n  lr: 2\n"], {"lr": 2.0, "nf": 16}),
+    "data too": (["img_size: 16\nn_channels: 1\n", "img_size: 32\n"], {"img_size": 32, "n_channels": 1}),
+    "top over an earlier section": (
+        ["vqgan:\n  img_size: 16\n  nf: 16\n", "img_size: 32\n"],
+        {"img_size": 32, "nf": 16},
+    ),
+    "section over an earlier top": (["img_size: 16\n", "vqgan:\n  img_size: 32\n"], {"img_size": 32}),
+    "an empty section": (["vqgan:\n  lr: 2\n", "vqgan:\n"], {"lr": 2.0}),
+    "nothing, where that is a value": (["vqgan:\n  log_dir: a\n", "vqgan:\n  log_dir:\n"], {"log_dir": None}),
+    "a quantizer and its options": (
+        ["vqgan:\n  quantizer: ema\n", "vqgan:\n  revive_below: 2\n"],
+        {"revive_below": 2.0},
+    ),
+    "the first again": (["vqgan:\n  lr: 2\n", "vqgan:\n  lr: 1\n", "vqgan:\n  lr: 2\n"], {"lr": 2.0}),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_later_files_win(case, tmp_path, monkeypatch):
+    texts, wanted = SEVERAL[case]
+    files = [str(write_file(tmp_path, text, f"{texts.index(text)}.yaml")) for text in texts]
+    for flags in (f"--config {' '.join(files)}", " ".join(f"--config={file}" for file in files)):
+        config = parse_config("train_vqgan.py", f"--seed 3 {flags} --grad_clip 2", monkeypatch)
+        assert {key: config[key] for key in wanted} == wanted
+        assert (config["seed"], config["grad_clip"]) == (3, 2.0)
+    config = parse_config("train_vqgan.py", f"--lr 7 --config {' '.join(files)}", monkeypatch)
+    assert config["lr"] == 7
+
+
+def test_a_later_file_may_name_the_sampler(tmp_path, monkeypatch):
+    first = write_file(
+        tmp_path, "sampler: absorbing\nddpm:\n  channels: 24\nabsorbing:\n  bert_n_layers: 3\n", "a.yaml"
+    )
+    later = write_file(tmp_path, "sampler: ddpm\nddpm:\n  heads: 3\n", "b.yaml")
+    config = parse_config("train_sampler.py", f"--config {first} {later} --logs_root {tmp_path}", monkeypatch)
+    assert (config["sampler"], config["channels"], config["heads"]) == ("ddpm", 24, 3)
+    config = parse_config("train_sampler.py", f"--config {later} {first} --logs_root {tmp_path}", monkeypatch)
+    assert (config["sampler"], config["bert_n_layers"]) == ("absorbing", 3)
+    flags = f"--config {first} {later} --logs_root {tmp_path}"
+    assert parse_config("experiments/get_samples.py", flags, monkeypatch)["sampler"] == "ddpm"
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("vqgan:\n  lrr: 1\n", ["unknown key 'lrr'", "'lr'"]),
+        ("img_sise: 1\n", ["unknown key 'img_sise'"]),
+        ("vqgna:\n  lr: 1\n", ["unknown section 'vqgna'"]),
+        ("dataset: [digits]\n", ["dataset", "a word"]),
+        ("vqgan: 3\n", ["section 'vqgan'"]),
+    ],
+)
+def test_an_error_names_the_file_it_is_in(wrong, text, words, tmp_path, capfd):
+    names = ["right.yaml", "right.yaml"]
+    names[wrong] = "wrong.yaml"
+    write_file(tmp_path, "img_size: 16\nvqgan:\n  lr: 1\n", "right.yaml"), write_file(tmp_path, text, "wrong.yaml")
+    message = error_message(capfd, "train_vqgan.py", f"--config {' '.join(str(tmp_path / name) for name in names)}")
+    assert "wrong.yaml" in message and "right.yaml" not in message and all(word in message for word in words), message
 
 
 def test_a_section_cannot_name_another_sampler(tmp_path, capfd, monkeypatch):

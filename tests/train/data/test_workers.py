@@ -11,7 +11,7 @@ from urllib.error import HTTPError
 import pytest
 import torch
 
-from train.cli.parse import one_line_errors
+from train.cli.errors import one_line_errors
 from train.config import TrainingConfig
 from train.data.workers import load_batches
 
