@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from diffusion.solvers import SolverOptions
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SEED, SIZE, check_ranges
+from train.control import ControlConfig, ControlSampling
 from train.datasets import DatasetConfig
 from train.lr_schedule import learning_rate
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -282,7 +283,7 @@ class FirstStageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(ControlSampling):
     """Base class of every learned sampler's Sampling."""
 
     solver: str = "ancestral"
@@ -305,9 +306,6 @@ class SamplingConfig:
 
     EVERYDAY = ("solver", "sample_steps", "guidance")
     RANGES = {"sample_steps": MILLION, "guidance": FINITE, "region_guidance": FINITE}
-
-    def __post_init__(self):
-        check_ranges(self)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -360,7 +358,7 @@ class SamplerTrainingConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningConfig:
+class FineTuningConfig(ControlConfig):
     """Fine-tuning: what of the network of --load_dir learns beside --train_only, and what is saved."""
 
     lora_rank: int = 0
@@ -397,7 +395,7 @@ class FineTuningConfig:
     RANGES = {"lora_rank": "[0, 65536]", "lora_alpha": POSITIVE, "lora_dropout": "[0, 1)"}
 
     def __post_init__(self):
-        check_ranges(self)
+        super().__post_init__()
         own = ("dora", "lora_dropout", "lora_trigger_words", "lora_rank_of")
         given = next((name for name in own if getattr(self, name)), None)
         given = given or ("lora_alpha" if self.lora_alpha is not None else None)
@@ -411,7 +409,7 @@ class FineTuningConfig:
     @property
     def changes_network(self) -> bool:
         """Whether the network gets other layers after the base has been loaded."""
-        return bool(self.lora_rank or self.differential or self.text_new_tokens)
+        return bool(self.lora_rank or self.differential or self.text_new_tokens or self.control)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,16 @@ as in Brooks et al. 2023 (InstructPix2Pix), eq. 3, for image and text. Without -
 d(null) + W (d(all) - d(null)). Training drops regions independently of other conditions, so it sees all three.
 
 Negative conditions, such as a negative prompt, take the place of the null: what is sampled moves away from them.
+
+Hints of control branches are in all conditions of the chain, as in ControlNet (Zhang et al. 2023), so that guidance
+acts on the others. In guess mode the first has none, so that guidance acts on the hint too.
 """
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from models.conditioning import Conditioner
+from models.control import is_hint_field
 from train.config import SamplingConfig
 from train.loop import Batch
 from train.samplers._conditions import ConditionsConfig, Raw, drop_flag, raw_conditions
@@ -43,7 +47,8 @@ def guidance_chain(
     other fields than the conditions have.
     """
     regions, scale, region_scale = encoders.region_encoders, options.guidance, options.region_guidance
-    fields = [field for names in fields_of.values() for field in names]
+    guided = {name: names for name, names in fields_of.items() if name not in encoders.hints or options.control_guess}
+    fields = [field for names in guided.values() for field in names]
     region_fields = [field for name in regions for field in fields_of[name]]
     if region_scale is not None and not regions:
         got = f"got region_guidance {region_scale} for a model without conditions of regions"
@@ -62,16 +67,17 @@ def guidance_chain(
     )
     check_nulls(config, fields, batch, n_classes)
     raw = raw_conditions(fields_of, batch) if batch else {}
-    first = {} if scale == 1 else first
+    hints = {name: raw[name] for name in encoders.hints if name in raw}
+    first = hints | ({} if scale == 1 else first)
     if region_scale is None:
         return Chain([first, raw], [scale])
-    if fields_of.keys() > regions.keys():
+    if fields_of.keys() > {*regions, *encoders.hints}:
         others = {name: value for name, value in raw.items() if name not in regions}
         return Chain([first, others, raw], [scale, region_scale])
     if scale != 1:
         got = f"got guidance {scale} and region_guidance {region_scale}"
         raise ValueError(f"{got} for a model of regions alone, which has one scale: pass --guidance 1")
-    return Chain([{}, raw], [region_scale])
+    return Chain([hints, raw], [region_scale])
 
 
 def negative_conditions(fields_of: Mapping[str, tuple[str, ...]], negative: Batch | None) -> dict[str, Raw]:
@@ -117,8 +123,9 @@ def check_nulls(config: ConditionsConfig, fields: Collection[str], batch: Batch 
 
 
 def untrained_nulls(config: ConditionsConfig, fields: Collection[str]) -> dict[str, str]:
-    """Returns the fields whose nulls training never used, each with the reason."""
-    flags = {name: drop_flag(name) for name in fields}
+    """Returns the fields whose nulls training never used, each with the reason; without its hint a branch adds
+    nothing."""
+    flags = {name: drop_flag(name) for name in fields if not is_hint_field(name)}
     return {
         name: f"but the model was trained with {flag} 0, which leaves the null of {name} untrained"
         for name, flag in flags.items()
