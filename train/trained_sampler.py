@@ -30,6 +30,7 @@ from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.continuous_stage import load_first_stage
+from train.control import refuse_settings
 from train.control_file import add_control_files
 from train.data.captions import choose_caption
 from train.data.hints import with_hints
@@ -134,6 +135,8 @@ class TrainedSampler:
         """Returns rows of conditions, used in turn, with the hints of --hint, which are used in turn too."""
         if not options.hint:
             return list(rows)
+        if not self.sampler.network.control:
+            refuse_settings(options)
         fields = [field for field in self.sampler.conditions if is_hint_field(field)]
         hints = read_hints(options.hint, fields, {} if options.hint_ready else self.hint_kinds, self.data)
         return combine_rows(rows, hints)

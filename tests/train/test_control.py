@@ -37,12 +37,29 @@ def logs(tmp_path_factory):
     return logs
 
 
+@pytest.fixture(scope="module")
+def strong(logs):
+    """A file of the branch of `grey` with more weight of the hint than it learns in 3 steps."""
+    tensors, generator = load_file(logs / "grey/control.safetensors"), torch.Generator().manual_seed(0)
+    for key, value in tensors.items():
+        if "hint." in key or "zero_conv" in key:
+            value += 0.3 * torch.randn(value.shape, generator=generator)
+    with safe_open(logs / "grey/control.safetensors", "pt") as content:
+        save_file(tensors, logs / "strong.safetensors", content.metadata())
+    return logs / "strong.safetensors"
+
+
 def opened(logs, name, **keywords):
     return load(logs / name, amp=False, device="cpu", **keywords)
 
 
 def state_of(run):
     return run.model.sampler.network.state_dict()
+
+
+def near(one, other):
+    """Whether images are equal, up to the rounding of pixels."""
+    return (one.int() - other.int()).abs().max() <= 1
 
 
 HINTS_OF_TWO = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.manual_seed(0))
@@ -92,35 +109,35 @@ def test_a_file_beside_its_base_samples_as_its_run(logs):
     assert both.conditions == run.conditions == ("label", "hint_image")
     assert all(torch.equal(value, state_of(run)[key]) for key, value in state_of(both).items())
     images = [each.sample(2, hint_image=HINTS_OF_TWO, label=3, **SAMPLING) for each in (run, both)]
-    assert torch.equal(*images)
-    assert torch.equal(both.sample(2, label=3, **SAMPLING), run.sample(2, label=3, **SAMPLING))  # held-out hints
+    assert near(*images)
+    assert near(both.sample(2, label=3, **SAMPLING), run.sample(2, label=3, **SAMPLING))  # held-out hints
 
 
-def test_strengths_multiply_what_branches_add(logs):
-    file, given = logs / "grey/control.safetensors", {"hint_image": HINTS_OF_TWO, "label": 3}
+def test_strengths_multiply_what_branches_add(logs, strong):
+    file, given = strong, {"hint_image": HINTS_OF_TWO, "label": 3}
     plain = opened(logs, "base").sample(2, label=3, **SAMPLING)
-    assert torch.equal(opened(logs, "base", control={file: 0.0}).sample(2, **given, **SAMPLING), plain)
-    strong = opened(logs, "base", control={file: 40.0}).sample(2, **given, **SAMPLING)
-    assert not torch.equal(strong, plain)
-    run = opened(logs, "base", control={file: 20.0})
-    assert torch.equal(run.sample(2, **given, **SAMPLING, control_strength=[2.0]), strong)
-    assert torch.equal(run.sample(2, **given, **SAMPLING, control_strength=[2.0] * 5), strong)
+    assert near(opened(logs, "base", control={file: 0.0}).sample(2, **given, **SAMPLING), plain)
+    strong = opened(logs, "base", control={file: 4.0}).sample(2, **given, **SAMPLING)
+    assert not near(strong, plain)
+    run = opened(logs, "base", control={file: 2.0})
+    assert near(run.sample(2, **given, **SAMPLING, control_strength=[2.0]), strong)
+    assert near(run.sample(2, **given, **SAMPLING, control_strength=[2.0] * 5), strong)
     middle = run.sample(2, **given, **SAMPLING, control_strength=[2.0], control_middle_only=True)
-    assert torch.equal(middle, run.sample(2, **given, **SAMPLING, control_strength=[0, 0, 0, 0, 2.0]))
-    assert not torch.equal(middle, strong)
+    assert near(middle, run.sample(2, **given, **SAMPLING, control_strength=[0, 0, 0, 0, 2.0]))
+    assert not near(middle, strong)
 
 
-def test_two_files_have_a_hint_each(logs, tmp_path):
-    file, copy = logs / "grey/control.safetensors", tmp_path / "copy.safetensors"
+def test_two_files_have_a_hint_each(logs, strong, tmp_path):
+    file, copy = strong, tmp_path / "copy.safetensors"
     copy.write_bytes(file.read_bytes())
-    one, two = (opened(logs, "base", control=files) for files in ({file: 40.0}, {file: 20.0, copy: 20.0}))
+    one, two = (opened(logs, "base", control=files) for files in ({file: 2.0}, {file: 1.0, copy: 1.0}))
     assert two.conditions == ("label", "hint_image", "hint_2_image")
     single = one.sample(2, hint_image=HINTS_OF_TWO, label=3, **SAMPLING)
     hints = {"hint_image": HINTS_OF_TWO, "hint_2_image": HINTS_OF_TWO}
     same = two.sample(2, **hints, label=3, **SAMPLING)
-    assert (same.int() - single.int()).abs().max() <= 1  # the sum is rounded
+    assert near(same, single)
     others = two.sample(2, **hints | {"hint_2_image": 255 - HINTS_OF_TWO}, label=3, **SAMPLING)
-    assert not torch.equal(others, same)
+    assert not near(others, same)
     assert len({opened(logs, "base").model.weights, one.model.weights, two.model.weights}) == 3
 
 
@@ -130,8 +147,6 @@ def test_branches_of_other_weights_are_refused(logs, tmp_path):
         opened(logs, "base", ema=False, control={file: 1.0})
     with pytest.raises(FileNotFoundError, match="gone.safetensors not found"):
         opened(logs, "base", control={tmp_path / "gone.safetensors": 1.0})
-    with pytest.raises(ValueError, match="is itself fine-tuned, with a control branch: train that run on by --resume"):
-        train(tmp_path, "next", f"--train_steps 1 --load_dir {logs}/grey --train_only conv_in")
 
 
 @pytest.mark.parametrize(
@@ -154,15 +169,15 @@ def test_damaged_files_are_refused(logs, tmp_path, change, message):
         opened(logs, "base", control={file: 1.0})
 
 
-def test_pictures_become_hints_in_turn(logs, tmp_path):
+def test_pictures_become_hints_in_turn(logs, strong, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i, picture in enumerate(HINTS_OF_TWO):
         Image.fromarray(picture[0].numpy()).save(tmp_path / f"pictures/{i}.png")
-    run = opened(logs, "base", control={logs / "grey/control.safetensors": 40.0})
+    run = opened(logs, "base", control={strong: 1.0})
     expected = run.sample(3, hint_image=HINTS_OF_TWO[[0, 1, 0]], label=3, **SAMPLING)
     for ready in (False, True):  # a grey picture is its own grey hint
         given = {"hint": [str(tmp_path / "pictures")], "hint_ready": ready}
-        assert torch.equal(run.sample(3, **given, label=3, **SAMPLING), expected)
+        assert near(run.sample(3, **given, label=3, **SAMPLING), expected)
     with pytest.raises(ValueError, match="got 2 paths as --hint for 1 control branches, wanted one for each"):
         run.sample(1, hint=[str(tmp_path)] * 2)
     with pytest.raises(FileNotFoundError, match="no pictures in"):
@@ -171,20 +186,20 @@ def test_pictures_become_hints_in_turn(logs, tmp_path):
         opened(logs, "base").sample(1, hint=[str(tmp_path / "pictures")])
 
 
-def test_experiments_sample_with_files_of_branches(logs, tmp_path):
+def test_experiments_sample_with_files_of_branches(logs, strong, tmp_path):
     Image.fromarray(HINTS_OF_TWO[0, 0].numpy()).save(tmp_path / "hint.png")
-    images, file = [], logs / "grey/control.safetensors"
-    for flags in ("", f"--control_files {file}=0", f"--control_files {file}=40", f"--control_files {file}=40 --hint"):
+    images, file = [], strong
+    for flags in ("", f"--control_files {file}=0", f"--control_files {file}", f"--control_files {file} --hint"):
         flags += f" {tmp_path}/hint.png" if flags.endswith("--hint") else ""
         out = tmp_path / f"samples{len(images)}"
         common = f"--logs_root {logs} --sampler ddpm --load_dir base --log_dir {out} --n_samples 2 --sample_steps 2"
         call("experiments/get_samples.py", f"{common} --no_amp --class_sampling data {flags}")
         images.append(np.load(out / "samples.npz")["arr_0"])
     assert not np.array_equal(images[1], images[2]) and not np.array_equal(images[2], images[3])
-    run = opened(logs, "base", control={file: 40.0})
-    labels = np.load(out / "samples.npz")["arr_1"]
-    again = run.sample(2, hint_image=HINTS_OF_TWO[0], label=labels.tolist(), sample_steps=2).permute(0, 2, 3, 1)
-    assert np.array_equal(again.numpy(), images[3])
+    run = opened(logs, "base", control={file: 1.0})
+    labels = np.load(out / "samples.npz")["labels"]
+    again = run.sample(2, hint_image=HINTS_OF_TWO[0], label=labels.tolist(), sample_steps=2)
+    assert near(again.permute(0, 2, 3, 1), torch.from_numpy(images[3]))
 
 
 def one_line(text):
@@ -196,6 +211,7 @@ REFUSED = {
     "--control grey": "got --control grey without trained weights: pass --load_dir RUN",
     "--load_dir base --control grey --lora_rank 2": "got --control grey with --lora_rank: train one after the other",
     "--load_dir base --control grey --load_partial": "which change a whole network",
+    "--load_dir grey --train_only conv_in": "is itself fine-tuned, with a control branch: train that run on by",
     "--load_dir base --hint_widths 4 6": "got hint_widths without --control",
     "--load_dir base --no_control_lock": "got no_control_lock without --control",
     "--load_dir base --control grey --hint_factor 3": "wanted a power of 2",

@@ -130,11 +130,11 @@ def test_windows_of_codes_have_their_part_of_a_hint():
     near = HintConfig(hint_channels=1, hint_widths=(4,), hint_factor=1)  # two convolutions see two pixels around
     add_control(sampler.network, build_branch(sampler.network, near))
     for parameter in sampler.network.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+        torch.nn.init.normal_(parameter, std=1.0)
     sampler.network.eval()
 
     def sample(hint):
-        options = absorbing.Sampling(sample_steps=4, temp=0)
+        options = absorbing.Sampling(sample_steps=4)
         conditions = {"hint_image": hint}
         return sampler.sample(
             sampler.network, Streams([3]), options=options, batch=conditions, shape=(2, 6), window_stride=2
