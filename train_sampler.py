@@ -13,6 +13,7 @@ from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
 from train.condition_images import make_adapt
 from train.config import FineTuningConfig, SecondStageConfig
+from train.data.hints import hint_channels, with_hints
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
@@ -71,15 +72,20 @@ def main(config: Config) -> None:
         check_class_order(names, recorded, resumed_run(run, training.resume) or run)
         check_balance(training.balance_classes, images["train"].labels)
         tuning = config.fine_tuning
+        if tuning.control:
+            tuning = tuning.with_hint(hint_channels(tuning.control, data.n_channels), space.factor)
+            config, adapt = replace(config, fine_tuning=tuning), with_hints(adapt, tuning.hint_kinds)
         base, save_text = find_base(run, training, tuning, logging.logs_root), saves_text_encoder(run, training, tuning)
         network = config.sampler, training, space, len(frequencies), world, tuning, base, save_text
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names)
+        given = names, tuning.hint_kinds
+        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, *given)
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
-        rows = model.with_metadata(model.read_rows(config.sampling.condition_file), config.sampling)
+        rows = model.with_hints(model.read_rows(config.sampling.condition_file), config.sampling)
+        rows = model.with_metadata(rows, config.sampling)
         check_sampling(model, state, config.sampling, rows, images["val"])
         options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
@@ -105,7 +111,7 @@ def main(config: Config) -> None:
         estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
         hooks.append(("logging", 1, estimate))
         save = partial(write_additions, run, config=tuning, base=base, world=world)
-        if tuning.lora_rank or tuning.text_new_tokens:
+        if tuning.lora_rank or tuning.text_new_tokens or tuning.control:
             hooks.append(("checkpoints", logging.steps_per_checkpoint, lambda state, _: save(state)))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading
         train(run, training, logging, state, world, sources["train"], step, make_reports, **keywords)

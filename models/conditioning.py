@@ -17,6 +17,7 @@ from models.regions import Regions, Rule, check_region_fields, check_window, cro
 from models.streams import (
     NDIM,
     Context,
+    Hint,
     Map,
     Stream,
     Tokens,
@@ -52,7 +53,7 @@ class Condition:
             ndim = NDIM.get(type(stream))
             if ndim is None or stream.values.ndim != ndim:
                 got = type(stream).__name__ if ndim is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
-                wanted = "Vector (B, E), Tokens or GatedTokens (B, M, D), Map or DecoderMap (B, C, h, w)"
+                wanted = "Vector (B, E), Tokens or GatedTokens (B, M, D), Map, DecoderMap or Hint (B, C, h, w)"
                 raise ValueError(f"got stream {name}: {got}, wanted {wanted}")
             if isinstance(stream, Tokens):
                 check_tokens(name, stream, self.regions)
@@ -101,8 +102,10 @@ class Condition:
         """Returns the condition of a window of cells of a grid: maps and regions are cropped to it, tokens stay."""
         rows, columns = check_window(top, left, height, width, grid)
         streams = {
-            name: type(stream)(crop_cells(crop_cells(stream.values, -2, top, height, rows), -1, left, width, columns))
-            if isinstance(stream, Map)
+            name: stream._replace(
+                values=crop_cells(crop_cells(stream.values, -2, top, height, rows), -1, left, width, columns)
+            )
+            if isinstance(stream, Map | Hint)
             else stream
             for name, stream in self.streams.items()
         }
@@ -234,7 +237,8 @@ class ConditionEncoder(nn.Module, ABC):
     """Encodes one raw condition of a batch as one stream, with a learned null; see `pool` for a second one.
 
     A file `models/conditions/<name>.py` defines:
-    - the encoder. It returns a Map, a DecoderMap, Tokens or GatedTokens if it says how wide they are, else a Vector;
+    - the encoder. It returns a Map, a DecoderMap, Tokens, GatedTokens or a Hint if it says how wide they are, else a
+      Vector;
     - `Config`, a `ConditionConfig` whose fields become flags; they begin with the condition's name, to avoid clashes;
     - `FIELDS`, the batch fields that the encoder reads; `fields` of the encoder, if they depend on its options;
     - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none).
@@ -247,6 +251,7 @@ class ConditionEncoder(nn.Module, ABC):
     decoder_channels: int = 0  # C of its DecoderMap
     token_width: int = 0  # D of its Tokens
     gated_width: int = 0  # D of its GatedTokens
+    hint_channels: int = 0  # C of its Hint
     pools: bool = False  # True: `pool` makes a Vector of its Tokens, another stream
     describes_regions: bool = False  # True: its tokens have membership, and Tokens are prompts of region attention
 
@@ -326,7 +331,7 @@ class Conditioner(nn.ModuleDict):
     @property
     def makes_vectors(self) -> bool:
         """Whether any encoder returns a vector."""
-        sizes = ("map_channels", "decoder_channels", "token_width", "gated_width")
+        sizes = ("map_channels", "decoder_channels", "token_width", "gated_width", "hint_channels")
         return any(each.pools or not any(getattr(each, size) for size in sizes) for each in self.values())
 
     @property
@@ -338,6 +343,11 @@ class Conditioner(nn.ModuleDict):
     def region_encoders(self) -> dict[str, RegionEncoder]:
         """The encoders that read regions, by name."""
         return {name: encoder for name, encoder in self.items() if isinstance(encoder, RegionEncoder)}
+
+    @property
+    def hints(self) -> list[str]:
+        """The names of the encoders of hints."""
+        return [name for name, encoder in self.items() if encoder.hint_channels]
 
     @property
     def region_limits(self) -> dict[str, int]:

@@ -46,6 +46,13 @@ class DecoderMap(Map):
     __slots__ = ()
 
 
+class Hint(NamedTuple):
+    """An image for a control branch, which nothing else reads; a transformer's encoder of hints replaces its values."""
+
+    values: Tensor  # (B, C, f h, f w) in [0, 1], for x of h x w; encoded, to be added to the embeddings: (B, D, h, w)
+    strengths: Tensor  # (B, 1) or (B, n): factors of what the branch adds, of all or of each of its n outputs
+
+
 class Context(NamedTuple):
     """Input of cross-attention from a grid: all tokens of a condition and their attention mask."""
 
@@ -58,8 +65,8 @@ class Context(NamedTuple):
         return self._replace(mask=self.mask[:, positions]) if per_cell else self
 
 
-Stream = Vector | Tokens | Map
-NDIM = {Vector: 2, Tokens: 3, GatedTokens: 3, Map: 4, DecoderMap: 4}  # of `values`
+Stream = Vector | Tokens | Map | Hint
+NDIM = {Vector: 2, Tokens: 3, GatedTokens: 3, Map: 4, DecoderMap: 4, Hint: 4}  # of `values`
 
 
 def check_tokens(name: str, tokens: Tokens, regions: Regions | None) -> None:
@@ -114,7 +121,7 @@ def cat_streams(streams: Sequence[Stream], count: int) -> Stream:
     """Concatenates streams of one type along the batch; `count` is the largest R."""
     cls = type(streams[0])
     if not issubclass(cls, Tokens):
-        return cls(torch.cat([stream.values for stream in streams]))
+        return cls(*map(torch.cat, zip(*streams, strict=True)))
     longest = max(stream.values.shape[1] for stream in streams)
     padded = [_pad_tokens(stream, longest) for stream in streams]
     if any(stream.membership is not None for stream in streams):

@@ -18,7 +18,7 @@ from models.blocks import init_normal, zero_module
 from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import GrowingEmbedding, TimeEmbedding
 from models.kv_cache import KVCache, LayerCache
-from models.streams import Context, GatedTokens, Map
+from models.streams import Context, GatedTokens, Hint, Map
 from models.transformer_block import (
     AttentionConfig,
     TransformerBlock,
@@ -86,6 +86,7 @@ class Transformer(nn.Module):
         self.time = TimeEmbedding(width, width, time_scale) if self.takes_time else None
         self.map_in = nn.Linear(self.encoders.map_channels, width) if self.encoders.map_channels else None
         self.vector_in = nn.Linear(width, width) if vectors_into == "embeddings" else None
+        self.control = nn.ModuleDict()  # encoders of hints, by the names of these: see `add_control`
         self.dropout = nn.Dropout(embd_dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -155,17 +156,20 @@ class Transformer(nn.Module):
         ids: Tensor,
         drop: Mapping[str, Tensor] | None,
     ) -> Condition:
-        """Returns the condition for a grid; raw fields are encoded, and maps averaged over the cells of the grid."""
+        """Returns the condition for a grid; raw fields are encoded, also hints, and maps averaged over the cells of the
+        grid."""
         if isinstance(condition, Condition):
             return self.encoders.resolve(condition, blank_image(ids, grid), drop)
-        images = [field for field in (condition or {}).values() if isinstance(field, Tensor) and field.ndim == 4]
+        others = {name: field for name, field in (condition or {}).items() if name not in self.control}
+        images = [field for field in others.values() if isinstance(field, Tensor) and field.ndim == 4]
         height, width = map(max, zip(grid, *(image.shape[2:] for image in images), strict=True))  # downsample no image
         encoded = self.encoders(condition, blank_image(ids, (height, width)), drop)
         streams = {
             name: Map(F.adaptive_avg_pool2d(stream.values, grid)) if isinstance(stream, Map) else stream
             for name, stream in encoded.streams.items()
         }
-        return Condition(streams, encoded.regions)
+        hints = {name: encoder.encode(streams[name], grid) for name, encoder in self.control.items()}
+        return Condition({**streams, **hints}, encoded.regions)
 
     def encode_window(
         self, fields: Mapping[str, Any], whole: Condition, ids: Tensor, corner: tuple[int, int], grid: tuple[int, int]
@@ -204,18 +208,17 @@ class Transformer(nn.Module):
         condition: Condition | Mapping[str, Any] | None = None,
         *,
         t: Tensor | None = None,
-        residual: Tensor | None = None,
         drop: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """ids (B, H, W) int64 -> logits (B, H, W, K).
 
         `condition` comes from `encode`, or holds raw fields, which are encoded here with `drop`; None: all null. t (B,)
-        is for networks with a time input. `residual` (B, H, W, D) is added to the embeddings (control branches).
+        is for networks with a time input.
         """
         grid = tuple(ids.shape[1:])
         self.check_grid(grid)
         condition = self.encode_for_grid(grid, condition, ids, drop)
-        x = self.embed(ids, grid, condition, residual)
+        x = self.embed(ids, grid, condition)
         emb = self.embed_vectors(condition, t, len(ids))
         return self.logits(self.run_blocks(x, emb, condition, grid))
 
@@ -231,15 +234,15 @@ class Transformer(nn.Module):
         ids: Tensor,
         grid: tuple[int, int],
         condition: Condition,
-        residual: Tensor | None = None,
         positions: slice | None = None,
     ) -> Tensor:
-        """Sums the embeddings of codes, positions, maps, vectors and the residual: ids (B, *grid) -> (B, *grid, D).
+        """Sums the embeddings of codes, positions, maps, hints and vectors: ids (B, *grid) -> (B, *grid, D).
 
         With `positions`, ids (B, n) are the codes at those positions in raster order -> (B, n, D).
         """
         x = self.code(ids)
-        for term in (self.position, self.embed_maps(condition, grid), residual):  # of the whole grid
+        hints = [weigh_hint(condition.streams[name]) for name in self.control]
+        for term in (self.position, self.embed_maps(condition, grid), *hints):  # of the whole grid
             if term is not None:
                 x = x + (term if positions is None else term.flatten(-3, -2)[..., positions, :])
         if self.vector_in is not None:
@@ -300,6 +303,11 @@ def blank_image(ids: Tensor, size: tuple[int, int]) -> Tensor:
     return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 
+def weigh_hint(hint: Hint) -> Tensor:
+    """Returns an encoded hint times its strength, (B, h, w, D)."""
+    return rearrange(hint.values * hint.strengths[:, :, None, None].to(hint.values.dtype), "b c h w -> b h w c")
+
+
 def with_known_keys(context: Context | None, layer: CrossAttention | None, condition: Condition) -> Context | None:
     """Returns a context whose values (B, M, D) are keys and values, if a condition has those of a layer."""
     known = condition.keys.get(layer)
@@ -323,19 +331,18 @@ class CausalTransformer(Transformer):
         kv_cache: KVCache | None = None,
         *,
         t: Tensor | None = None,
-        residual: Tensor | None = None,
         drop: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """ids (B, H, W) int64 -> logits (B, H, W, K); other arguments as in `Transformer.forward`.
 
         With `kv_cache`, ids (B, m) are the codes before position m, 0 <= m < H W -> logits (B, K) of code m. Codes that
-        earlier calls have cached must not change; they are not read again. Condition and residual are those of the
-        whole grid; the keys of the condition's tokens are computed in each call, unless it has them (`with_keys`).
+        earlier calls have cached must not change; they are not read again. The condition is that of the whole grid;
+        the keys of its tokens are computed in each call, unless it has them (`with_keys`).
         """
         start = ids.new_full((len(ids), 1), self.codes)
         if kv_cache is None:
             before = torch.cat([start, ids.flatten(1)[:, :-1]], 1).view_as(ids)
-            return super().forward(before, condition, t=t, residual=residual, drop=drop)
+            return super().forward(before, condition, t=t, drop=drop)
         grid, positions = kv_cache.grid, slice(kv_cache.length, ids.shape[1] + 1)
         self.check_grid(grid)
         if not positions.start < positions.stop <= grid[0] * grid[1]:
@@ -343,6 +350,6 @@ class CausalTransformer(Transformer):
             raise ValueError(f"{got}: wanted at least as many as are cached, and fewer than the grid has")
         condition = self.encode_for_grid(grid, condition, ids, drop)
         emb = self.embed_vectors(condition, t, len(ids))
-        x = self.embed(torch.cat([start, ids], 1)[:, positions], grid, condition, residual, positions)  # (B, n, D)
+        x = self.embed(torch.cat([start, ids], 1)[:, positions], grid, condition, positions)  # (B, n, D)
         x = self.run_blocks(x, emb, condition, grid, positions, kv_cache.layer_caches(len(self.blocks)))
         return self.logits(x[:, -1])

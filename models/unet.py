@@ -330,6 +330,7 @@ class UNet(UNetEncoder):
             self.gated_blocks.update({side: factory.at_attention(steps, GatedBlock) for side, steps in sides.items()})
         if self.encoders.decoder_channels:
             self.spade_blocks["up"] = factory.spade(self.up_blocks)
+        self.control = nn.ModuleDict()  # control branches, by the names of their hints: see `add_control`
 
     def encode(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
@@ -350,13 +351,15 @@ class UNet(UNetEncoder):
 
         `condition` comes from `encode`, or holds raw fields, which are encoded here with `drop`; None: all null.
         `skip_residuals` are added to the skips, in the order of `down`; an optional last one is added to the output of
-        the middle (control branches).
+        the middle. So are the residuals of the network's own control branches.
         """
         emb, condition = self.embed(x, t, condition, drop)
         h, skips = self.down(x, emb, condition)
         h = self.middle(h, emb, condition)
         if skip_residuals is not None:
             h, skips = add_residuals(h, skips, skip_residuals)
+        for name, branch in self.control.items():
+            h, skips = add_residuals(h, skips, branch(x, t, condition, *condition.streams[name]))
         return self.up(h, skips, emb, condition)
 
     def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:

@@ -44,7 +44,7 @@ def test_each_row_has_a_counterpart_or_a_reason(record_property):
 
 def test_the_summary_counts_each_row_once():
     table = "## A\n\n| theirs | ours | note |\n|---|---|---|\n"
-    lines = ("| `a` | `python b.py --c \"d e\"`, `make f` | |", "| g | not here yet | |", "| h | not here, because i | |")
+    lines = ('| `a` | `python b.py --c "d e"`, `make f` | |', "| g | not here yet | |", "| h | not here, because i | |")
     pending = f"| j | `python k.py` | {PENDING} l |\n\nm | n | o\n"
     rows = comparison_rows(table + "\n".join(lines) + "\n" + pending)
     assert [kind(row) for row in rows] == ["here", "not here yet", "not here, because", "pending"]

@@ -212,9 +212,7 @@ def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
 def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> list[Any]:
     """Converts the values of a field as in items of a data set: decodes images, turns lists of numbers into tensors."""
     if name.endswith("_image"):
-        images = [decode(image_file(path, name, value)) for value in values]
-        channels = 1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3
-        return [to_item({"image": image}, data.size, channels, data.data_range)["image"] for image in images]
+        return read_images([image_file(path, name, value) for value in values], data)
     kinds = {type(value) for value in values}
     if kinds == {int, float}:
         return [float(value) for value in values]
@@ -231,6 +229,13 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
     except (TypeError, ValueError, RuntimeError) as error:
         wanted = "lists of numbers, or lists of lists of numbers with the same length"
         raise ValueError(f"{path}: field {name!r} is not a tensor ({error}), wanted {wanted}") from error
+
+
+def read_images(files: Sequence[Path], data: DataConfig) -> list[Tensor]:
+    """Returns images of files as conditions, cropped as in training: (1, H, W) if all are grey, else (3, H, W)."""
+    images = [decode(file) for file in files]
+    channels = 1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3
+    return [to_item({"image": image}, data.size, channels, data.data_range)["image"] for image in images]
 
 
 def flatten(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SEED, SIZE, check_ranges
+from train.control import ControlConfig
 from train.datasets import DatasetConfig
 from train.distance_config import DistanceLoggingConfig
 from train.lr_schedule import learning_rate
@@ -285,7 +286,7 @@ class SamplerTrainingConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningConfig:
+class FineTuningConfig(ControlConfig):
     """Fine-tuning: what of the network of --load_dir learns beside --train_only, and what is saved."""
 
     lora_rank: int = 0
@@ -322,7 +323,7 @@ class FineTuningConfig:
     RANGES = {"lora_rank": "[0, 65536]", "lora_alpha": POSITIVE, "lora_dropout": "[0, 1)"}
 
     def __post_init__(self):
-        check_ranges(self)
+        super().__post_init__()
         own = ("dora", "lora_dropout", "lora_trigger_words", "lora_rank_of")
         given = next((name for name in own if getattr(self, name)), None)
         given = given or ("lora_alpha" if self.lora_alpha is not None else None)
@@ -336,7 +337,7 @@ class FineTuningConfig:
     @property
     def changes_network(self) -> bool:
         """Whether the network gets other layers after the base has been loaded."""
-        return bool(self.lora_rank or self.differential or self.text_new_tokens)
+        return bool(self.lora_rank or self.differential or self.text_new_tokens or self.control)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,13 @@
-"""Control branches of Stable Diffusion as files: the tensors of a `ControlBranch` in safetensors, its settings as JSON
-in the header."""
+"""Control branches as files: the tensors of a branch in safetensors, its settings as JSON in the header.
 
+A branch that was trained here names the weights of its base by their SHA-256, and the kind of its hints; it is built
+from the network it is for. One that was converted from Stable Diffusion has the settings of its UNet, and where it came
+from.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,12 +15,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from models.conditions.text import CaptionEncoder
-from models.control import ControlBranch, HintConfig
+from models.control import HINT, ControlBranch, HintConfig, HintEncoder, add_control, build_branch, hint_field
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.unet import UNet, UNetConfig
+from train.distributed import DistContext, full_tensor
 from train.files import atomic_write, parse_json, write_errors_as_oserror
+from train.lora_merging import AdapterFile, check_base
 from vq.weights import refuse_nan
 
 CONTROL_FILE = "control.safetensors"  # in the folder of a run, or alone in one
@@ -26,6 +34,16 @@ SETTINGS = {  # of the branch of a UNet, which the header has; it names no code
     *(field.name for field in fields(HintConfig)),
 }
 REMEDY = "pass the file that convert.py --from sd writes of a control branch"
+TRAINED_REMEDY = "pass the control.safetensors of a run of --control, or of convert.py --from sd"
+
+
+@dataclass(frozen=True)
+class BranchFacts:
+    """What a branch was trained on."""
+
+    kind: str  # of its hints
+    base: str  # SHA-256 of the weights of its network
+    step: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,23 @@ def save_control(branch: ControlBranch, settings: Mapping[str, Any], origin: Con
     """Writes a branch that `build_control` built from `settings` to a file, atomically."""
     own = {name: settings[name] for name in sorted(SETTINGS & settings.keys())}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in branch.state_dict().items()}
+    write_file(path, tensors, {"settings": own, "origin": asdict(origin)})
+
+
+def write_branch(run: Path, network: nn.Module, facts: BranchFacts, world: DistContext) -> None:
+    """Writes the branch that a run trains as <run>/control.safetensors, atomically. All ranks must call it."""
+    branch = network.control[HINT]
+    hint = branch.hint_config if isinstance(branch, ControlBranch) else branch.config
+    state = branch.state_dict()
+    tensors = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in state.items()}
+    if world.is_main:
+        write_file(run / CONTROL_FILE, tensors, {"settings": asdict(hint), "trained": asdict(facts)})
+
+
+def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes tensors with a header, atomically; OSError if the file cannot be written."""
     with atomic_write(path) as temporary, write_errors_as_oserror(Path(path)):
-        save_file(tensors, temporary, {HEADER: json.dumps({"settings": own, "origin": asdict(origin)})})
+        save_file(dict(tensors), temporary, {HEADER: json.dumps(header)})
 
 
 def read_control(path: str | Path) -> ControlBranch:
@@ -64,18 +97,24 @@ def read_control(path: str | Path) -> ControlBranch:
     """
     path = Path(path).expanduser()
     settings, _ = read_control_header(path)
-    branch, tensors = build_control(settings), load_file(path)
-    refuse_nan(tensors, path, REMEDY)
-    wanted = {name: tensor.shape for name, tensor in branch.state_dict().items()}
-    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
-        odd = sorted(name for name in {*wanted, *tensors} if wanted.get(name) != getattr(tensors.get(name), "shape", 0))
-        raise ValueError(f"{path} does not fit its own settings, in {', '.join(odd[:3])}: {REMEDY}")
-    branch.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    branch = build_control(settings)
+    fill(branch, path, "its own settings")
     return branch.eval()
 
 
-def read_control_header(path: Path) -> tuple[dict[str, Any], ControlOrigin]:
-    """Reads the settings of a branch and where it came from; errors as in `read_control`."""
+def fill(branch: nn.Module, path: Path, wanted_for: str) -> None:
+    """Fills a branch with the tensors of a file, in float32; ValueError unless they fit what it is `wanted_for`."""
+    tensors = load_file(path)
+    refuse_nan(tensors, path, TRAINED_REMEDY)
+    wanted = {name: tensor.shape for name, tensor in branch.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+        odd = sorted(name for name in {*wanted, *tensors} if wanted.get(name) != getattr(tensors.get(name), "shape", 0))
+        raise ValueError(f"{path} does not fit {wanted_for}, in {', '.join(odd[:3])}: {TRAINED_REMEDY}")
+    branch.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Reads the header of a file; {} for a safetensors file without one, else errors as in `read_control`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {REMEDY}")
     try:
@@ -83,11 +122,72 @@ def read_control_header(path: Path) -> tuple[dict[str, Any], ControlOrigin]:
             header = parse_json((file.metadata() or {}).get(HEADER, "null"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): {REMEDY}") from error
-    settings, origin = (header.get(name) for name in ("settings", "origin")) if isinstance(header, dict) else (None, {})
+    return header if isinstance(header, dict) else {}
+
+
+def read_control_header(path: Path) -> tuple[dict[str, Any], ControlOrigin]:
+    """Reads the settings of a converted branch and where it came from; errors as in `read_control`."""
+    header = read_header(path)
+    settings, origin = header.get("settings"), header.get("origin")
+    if "trained" in header:
+        raise ValueError(f"{path} was trained here, beside another network: pass the run in whose folder it is")
     known = isinstance(settings, dict) and SETTINGS - {"heads", "head_width"} <= settings.keys() <= SETTINGS
     if not known or not all(isinstance(value, int | float | list) for value in settings.values()):
         raise ValueError(f"{path} has no settings of a control branch in its header: {REMEDY}")
     if not isinstance(origin, dict) or origin.keys() != {field.name for field in fields(ControlOrigin)}:
         raise ValueError(f"{path} does not say what it was converted from in its header: {REMEDY}")
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    return lists, ControlOrigin(**origin)
+    return with_tuples(settings), ControlOrigin(**origin)
+
+
+def with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with tuples instead of lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def read_branch(path: str | Path, network: nn.Module) -> tuple[ControlBranch | HintEncoder, BranchFacts | None]:
+    """Reads a branch for a network, and what it was trained on; None of a converted one.
+
+    FileNotFoundError without the file; ValueError for one that is damaged or does not fit the network.
+    """
+    path = Path(path).expanduser()
+    header = read_header(path)
+    if "trained" not in header:
+        settings, _ = read_control_header(path)
+        branch = build_branch(network, HintConfig(**{field.name: settings[field.name] for field in fields(HintConfig)}))
+        fill(branch, path, "the network")
+        if own_heads(network.config) != own_heads(build_control(settings).config):
+            raise ValueError(f"{path} has other attention heads than the network: {TRAINED_REMEDY}")
+        return branch, None
+    settings, trained = header.get("settings"), header["trained"]
+    try:
+        hint, facts = HintConfig(**with_tuples(settings)), BranchFacts(**trained)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header ({error}): {TRAINED_REMEDY}") from error
+    branch = build_branch(network, hint)
+    fill(branch, path, "the network")
+    return branch, facts
+
+
+def own_heads(config: UNetConfig) -> list[int]:
+    """Returns the number of attention heads at each level that has attention."""
+    levels = zip(config.factors, config.widths, strict=True)
+    return [config.num_heads(width) for factor, width in levels if factor in config.attn_factors]
+
+
+def add_control_files(
+    network: nn.Module, files: Sequence[AdapterFile], base: str, weights: str
+) -> tuple[str, dict[str, str]]:
+    """Adds the branches of files to a network whose weights have the SHA-256 `base`, and `weights` with what was merged
+    into them. Returns a SHA-256 that identifies all weights, and the kinds of hints by batch field, "" if not known.
+
+    FileNotFoundError without a file; ValueError for a branch of other weights, or of another network.
+    """
+    identity, kinds = [weights], {}
+    for file in files:
+        branch, facts = read_branch(file.path, network)
+        if facts is not None:
+            check_base(facts.base, base, file.path)
+        name = add_control(network, branch.train(network.training), file.strength)
+        kinds[hint_field(name)] = "" if facts is None else facts.kind
+        identity += [file.content_hash(), file.strength]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest(), kinds

@@ -1,9 +1,9 @@
 """Fine-tuning a loaded network: its base, the layers that are added to it, what learns, and what checkpoints leave out.
 
 In this order: the network is built, the text encoder of --text_encoder and the base are loaded, new words are added,
-softmax attention becomes differential, adapters are added, and the rest is frozen. Checkpoints hold what learns; the
-frozen rest stays in the base, which config.yaml names by its path, step and SHA-256, or in the file of the text
-encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
+softmax attention becomes differential, adapters or a control branch are added, and the rest is frozen. Checkpoints hold
+what learns; the frozen rest stays in the base, which config.yaml names by its path, step and SHA-256, or in the file of
+the text encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 """
 
 import os
@@ -34,6 +34,7 @@ from train.cli.files import recorded_path, run_folder
 from train.cli.parse import flatten_group, from_dict
 from train.cli.values import parse_int
 from train.config import FineTuningConfig, TrainingConfig
+from train.control_file import BranchFacts, write_branch
 from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
@@ -98,9 +99,16 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
     if resumed is not None:
         base = read_base(resumed)
         return replace(base, needed=config.save != "full") if base else None
-    flag = "--lora_rank" if config.lora_rank else f"--differential {config.differential}"
-    flag = flag if config.lora_rank or config.differential else "--text_new_tokens"
-    if (config.lora_rank or config.differential) and training.load_dir is None:
+    flags = {
+        f"--control {config.control}": config.control,
+        "--lora_rank": config.lora_rank,
+        f"--differential {config.differential}": config.differential,
+        "--text_new_tokens": config.text_new_tokens,
+    }
+    flag, *others = [name for name, given in flags.items() if given] or [""]
+    if config.control and others:
+        raise ValueError(f"got {flag} with {others[0]}: train one after the other, each from the same --load_dir RUN")
+    if flag not in ("", "--text_new_tokens") and training.load_dir is None:
         raise ValueError(f"got {flag} without trained weights: pass --load_dir RUN, or leave it out")
     if config.changes_network and (training.load_partial or training.load_optim):
         other = "load_partial" if training.load_partial else "load_optim"
@@ -143,6 +151,9 @@ def read_base_tensors(base: Base, name: str, network: nn.Module) -> dict[str, Te
         got = f"{file} has SHA-256 {found[:12]}..., wanted {base.sha256[:12]}..., that of the frozen weights of a run"
         raise ValueError(f"{got}: put that file back (runs trained with --save full need none)")
     own = read_run(base.run).get("fine_tuning", {})
+    if own.get("control"):
+        got = f"{base.run} is itself fine-tuned, with a control branch"
+        raise ValueError(f"{got}: train that run on by --resume, or pass the run that it was trained from")
     if own.get("lora_rank") or own.get("differential"):
         layers = "adapters" if own.get("lora_rank") else "differential attention"
         remedy = "pass the run that --save merged writes" if own.get("lora_rank") else "train that run on by --resume"
@@ -176,9 +187,11 @@ def fine_tune(
         make_differential(network, config.differential, config.differential_in)
     if config.lora_rank:
         add_adapters(network, config)
+    config.add_branch(network)
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
-    new = frozenset(key for key in added if config.lora_rank or is_selected(key, [NEW_TOKENS]))
-    learned = new if config.lora_rank or train_only else frozenset()
+    alone = config.lora_rank or (config.control and config.control_lock)
+    new = frozenset(key for key in added if alone or config.control or is_selected(key, [NEW_TOKENS]))
+    learned = new if alone or train_only else frozenset()
     freeze_all_but(network, train_only, learned)
     parameters = network.named_parameters(remove_duplicate=False)
     frozen = {key: p.shape for key, p in parameters if not p.requires_grad and config.save != "full"}
@@ -248,9 +261,7 @@ def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
     """Gives a network the layers and the frozen weights of a run; returns the keys that its checkpoints may lack."""
     content = read_run(run)
     text_keys = reopen_text_encoder(run, content.get("origin", {}), network)
-    own = {"fine_tuning": content.get("fine_tuning", {})}
-    config = from_dict(FineTunedRun, own, str(run / "config.yaml")).fine_tuning
-    base = read_base(run)
+    config, base = read_fine_tuning(run), read_base(run)
     if base is None and not config.changes_network:
         return frozenset(f"network.{key}" for key in text_keys)
     base = None if config.save == "full" else base
@@ -265,15 +276,29 @@ class FineTunedRun:
     fine_tuning: FineTuningConfig
 
 
+def read_fine_tuning(run: Path) -> FineTuningConfig:
+    """Returns how the network of a run was fine-tuned."""
+    own = {"fine_tuning": read_run(run).get("fine_tuning", {})}
+    return from_dict(FineTunedRun, own, str(run / "config.yaml")).fine_tuning
+
+
+def read_hint_kinds(run: Path) -> dict[str, str]:
+    """Returns the kind of hint in each batch field that the control branch of a run reads; {} without one."""
+    return read_fine_tuning(run).hint_kinds
+
+
 def write_additions(
     run: Path, state: TrainState, config: FineTuningConfig, base: Base | None, world: DistContext
 ) -> None:
     """Writes what a run adds to its base, averaged if there are averages, as small files: new words, and adapters as
-    <run>/lora.safetensors, which names the weights of the base by their SHA-256. All ranks must call it."""
+    <run>/lora.safetensors or a control branch as <run>/control.safetensors, which name the weights of the base by their
+    SHA-256. A branch whose network learns too is not written. All ranks must call it."""
     average = state.averages.get("network")
     network = average.module if average is not None else state.modules["network"]
     if config.text_new_tokens:
         write_embeddings(run, network, world)
+    if config.control and config.control_lock:
+        write_branch(run, network, BranchFacts(config.control, base.sha256, state.step), world)
     if not config.lora_rank:
         return
     facts = {"base": base.sha256, "trigger_words": config.lora_trigger_words, "step": state.step}

@@ -12,7 +12,7 @@ EXECUTION = {
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
     "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
-    "FD_measures", "logger", "profile", "perceptual_weights", "condition_file", "layouts", "output_dir",
+    "FD_measures", "logger", "profile", "perceptual_weights", "condition_file", "hint", "layouts", "output_dir",
     "text_encoder",
 }  # fmt: skip
 PLACES = {
@@ -28,17 +28,20 @@ NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change", "lora_trigger_words",
     "clip_dir",
 }  # fmt: skip
-NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size", "prompts", "models", "lora", "textual_inversion"}
+NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {
+    "allow", "batch_size", "prompts", "models", "lora", "textual_inversion", "control_files",
+}  # fmt: skip
 OTHER = {  # what a difference of these means, whose values are hashes or long
     "data_fingerprint": "--data_dir: other images",
     "class_frequencies": "other class frequencies",
     "ae_weights": "--ae_load_dir: other weights",
-    "sampler_weights": "--load_dir, --lora or --textual_inversion: other weights",
+    "sampler_weights": "--load_dir, --lora, --textual_inversion or --control_files: other weights",
     "load_weights": "other weights to start from",
     "resumed_weights": "other weights to branch from",
     "perceptual_sha256": "--perceptual_weights: other content",
     "text_sha256": "--text_encoder: other content",
     "condition_sha256": "--condition_file: other content",
+    "hint_sha256": "--hint: other content",
     "layouts_sha256": "--layouts: other content",
     "prompts_sha256": "--prompts: other content",
     "models_sha256": "--models: other weights",

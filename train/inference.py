@@ -48,7 +48,7 @@ from train.trained_sampler import TrainedSampler, load_trained_sampler, read_sto
 class SamplerRun:
     """A trained sampler: `sample` draws images, `log_likelihood` scores them.
 
-    `model` is the same sampler at a lower level, as the experiments use it: batches, edits, control branches.
+    `model` is the same sampler at a lower level, as the experiments use it: batches and edits.
     `settings` are the run's own sampling settings, the defaults of `sample`.
     """
 
@@ -317,6 +317,7 @@ def load(
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
     lora: Mapping[str | Path, float] | None = None,
+    control: Mapping[str | Path, float] | None = None,
 ) -> SamplerRun:
     """Loads the sampler of a run of train_sampler.py, with the first stage it was trained on, if it has one.
 
@@ -333,8 +334,11 @@ def load(
         ae_load_step: its step.
         lora: strengths of files of adapters by path, such as {"lora.safetensors": 0.8}; 1: as trained. They are merged
             into the weights, which must be those that a file names, as for the flag --lora of experiments.
+        control: strengths of files of control branches by path, such as {"edges/control.safetensors": 1.0}. `sample`
+            takes the hint of the first as `hint_image`, that of the second as `hint_2_image`, and so on.
     """
     files = check_adapter_files({} if lora is None else lora)
+    branches = check_adapter_files({} if control is None else control, "control")
     folder = find_run(run, logs_root)
     content = read_run(folder)
     if "sampler" not in content:
@@ -356,6 +360,7 @@ def load(
         ae_load_dir=ae_load_dir,
         ae_load_step=ae_load_step,
         lora=files,
+        control=branches,
     )
     return SamplerRun(model, read_stored_config(folder).sampling)
 

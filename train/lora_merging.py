@@ -32,8 +32,8 @@ class AdapterFile:
         return hashlib.sha256("".join(sha256(self.path / name) for name in PEFT_FILES).encode()).hexdigest()
 
 
-def parse_adapter_files(words: Sequence[str]) -> list[AdapterFile]:
-    """Parses FILE or FILE=STRENGTH; FILE alone, whose name may have an = too, has strength 1."""
+def parse_adapter_files(words: Sequence[str], flag: str = "lora") -> list[AdapterFile]:
+    """Parses FILE or FILE=STRENGTH of a flag; FILE alone, whose name may have an = too, has strength 1."""
     files = []
     for word in words:
         path, equals, end = word.rpartition("=")
@@ -43,21 +43,21 @@ def parse_adapter_files(words: Sequence[str]) -> list[AdapterFile]:
         try:
             files.append(AdapterFile(Path(path).expanduser(), parse_float(end)))
         except ValueError as error:
-            raise ValueError(f"got --lora {word}, wanted FILE or FILE=STRENGTH, such as {path}=0.8") from error
+            raise ValueError(f"got --{flag} {word}, wanted FILE or FILE=STRENGTH, such as {path}=0.8") from error
     return files
 
 
-def check_adapter_files(lora: Mapping[str | Path, float]) -> list[AdapterFile]:
+def check_adapter_files(files: Mapping[str | Path, float], name: str = "lora") -> list[AdapterFile]:
     """Returns the files of a dict of strengths by file; TypeError for anything else, ValueError for infinite ones."""
-    wanted = 'wanted a dict of strengths by file, such as {"lora.safetensors": 0.8}'
-    if not isinstance(lora, Mapping):
-        raise TypeError(f"got lora {lora!r}, {wanted}")
-    for path, strength in lora.items():
+    wanted = f'wanted a dict of strengths by file, such as {{"{name}.safetensors": 0.8}}'
+    if not isinstance(files, Mapping):
+        raise TypeError(f"got {name} {files!r}, {wanted}")
+    for path, strength in files.items():
         if isinstance(strength, bool) or not isinstance(path, str | Path) or not isinstance(strength, int | float):
-            raise TypeError(f"got lora {path!r}: {strength!r}, {wanted}")
+            raise TypeError(f"got {name} {path!r}: {strength!r}, {wanted}")
         if not abs(strength) < float("inf"):
-            raise ValueError(f"got lora {path}: {strength}, wanted a finite strength, such as 0.8")
-    return [AdapterFile(Path(path).expanduser(), float(strength)) for path, strength in lora.items()]
+            raise ValueError(f"got {name} {path}: {strength}, wanted a finite strength, such as 0.8")
+    return [AdapterFile(Path(path).expanduser(), float(strength)) for path, strength in files.items()]
 
 
 def merge_adapter_files(network: nn.Module, files: Sequence[AdapterFile], base: str) -> str:

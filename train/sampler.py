@@ -35,7 +35,7 @@ from train.lr_schedule import learning_rate
 from train.optim import clip_and_step, parse_scales, scale_learning_rates
 from train.progress import print_above
 from train.registry import load_plugin
-from train.samplers import Control, LearnedSampler, NotFiniteError
+from train.samplers import LearnedSampler, NotFiniteError
 from train.samplers._conditions import options_of_conditions
 from train.spaces import Space
 from train.text_encoder_file import load_text_encoder
@@ -100,10 +100,9 @@ class SamplerStep:
         training: TrainingConfig,
         world: DistContext,
         keep_outputs: bool = False,
-        control: Control | None = None,
     ):
         self.sampler, self.space, self.training, self.world = sampler, space, training, world
-        self.keep_outputs, self.control = keep_outputs, control
+        self.keep_outputs = keep_outputs
         self.dtype = training_dtype(training, world.device)
         self.channels_last = uses_channels_last(training, world.device)
         self.bar_metrics = {"loss": "loss", "val": "val/loss"}
@@ -144,7 +143,7 @@ class SamplerStep:
         if self.channels_last:
             batch = {name: to_channels_last(value) for name, value in batch.items()}
         with self.autocast():
-            return self.sampler.loss(network, batch, streams, control=self.control)
+            return self.sampler.loss(network, batch, streams)
 
     @torch.no_grad()
     def observe(self, state: TrainState, outputs: Outputs, finite: Tensor) -> None:
@@ -285,12 +284,7 @@ class SamplerReports:
         batch = encode_condition_images(sampler.network, self.step.space, batch)
         with self.step.autocast():
             network = state.eval_module("network").eval()
-            kwargs = {
-                "batch": batch,
-                "options": self.sampling,
-                "on_step": on_step,
-                "control": self.step.control,
-            }
+            kwargs = {"batch": batch, "options": self.sampling, "on_step": on_step}
             try:
                 x = sampler.sample(network, rng, **kwargs)
             except NotFiniteError as error:  # no reason to end the training

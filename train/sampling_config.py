@@ -4,13 +4,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from diffusion.solvers import SolverOptions
-from models.ranges import FINITE, MILLION, check_ranges
+from models.ranges import FINITE, MILLION
+from train.control import ControlSampling
 
 GUIDANCE_SCALES = ("guidance", "image_guidance", "region_guidance")  # settings; all but the first may be None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(ControlSampling):
     """Base class of every learned sampler's Sampling."""
 
     solver: str = "ancestral"
@@ -36,9 +37,6 @@ class SamplingConfig:
 
     EVERYDAY = ("solver", "sample_steps", "guidance")
     RANGES = {"sample_steps": MILLION, **dict.fromkeys(GUIDANCE_SCALES, FINITE)}
-
-    def __post_init__(self):
-        check_ranges(self)
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -2,9 +2,9 @@
 
 import json
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
+from models.control import is_hint_field
 from train.checkpoint import (
     EMA_WEIGHTS,
     checkpoint_path,
@@ -30,21 +31,25 @@ from train.condition_images import encode_condition_images, make_adapt
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.continuous_stage import load_first_stage
+from train.control import refuse_settings
+from train.control_file import add_control_files
 from train.data.captions import choose_caption
+from train.data.hints import with_hints
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.execution import autocast, frozen_weights_cast_once
-from train.finetuning import reopen_fine_tuned
+from train.finetuning import read_hint_kinds, reopen_fine_tuned
 from train.first_stage import find_vqgan_run
+from train.hint_files import combine_rows, read_hints
 from train.loop import Batch
 from train.lora_merging import AdapterFile, merge_adapter_files
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
 from train.registry import load_plugin
 from train.resumed_settings import find_code
 from train.runs import read_run
-from train.samplers import Control, LearnedSampler
+from train.samplers import LearnedSampler
 from train.samplers._metadata import MetadataFields
 from train.space_opening import reopen_space
 from train.spaces import EditInput, PixelSpace, Space
@@ -78,6 +83,7 @@ class TrainedSampler:
     world: DistContext  # the ranks that share an experiment
     amp: bool  # bfloat16 autocast where the device computes it natively
     class_names: tuple[str, ...] = ()  # by class number, as recorded in training; empty: the classes have no names
+    hint_kinds: Mapping[str, str] = field(default_factory=dict)  # of control branches, by batch field; "": not known
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +114,9 @@ class TrainedSampler:
 
     @property
     def adapt(self) -> Adapt | None:
-        """The function from an item to the fields of a batch, such as that of --adapt; None without one."""
-        return make_adapt(self.sampler.config)
+        """The function from an item to the fields of a batch: the user's (--adapt), then that which adds the hints of
+        control branches; None without either."""
+        return with_hints(make_adapt(self.sampler.config), self.hint_kinds)
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
@@ -125,6 +132,16 @@ class TrainedSampler:
         """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
         words = tuple(MetadataFields.of(self.sampler.network).words)
         return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names, words)
+
+    def with_hints(self, rows: Sequence[Row], options: SamplingConfig) -> list[Row]:
+        """Returns rows of conditions, used in turn, with the hints of --hint, which are used in turn too."""
+        if not options.hint:
+            return list(rows)
+        if not self.sampler.network.control:
+            refuse_settings(options)
+        fields = [field for field in self.sampler.conditions if is_hint_field(field)]
+        hints = read_hints(options.hint, fields, {} if options.hint_ready else self.hint_kinds, self.data)
+        return combine_rows(rows, hints)
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
@@ -163,7 +180,8 @@ class TrainedSampler:
         `skip`, the fields that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for
         a --condition_file or --metadata that cannot be used, and for uniform classes where none are drawn.
         """
-        sampler, rows = self.sampler, self.with_metadata(self.read_rows(options.condition_file), options, skip)
+        rows = self.with_hints(self.read_rows(options.condition_file), options)
+        sampler, rows = self.sampler, self.with_metadata(rows, options, skip)
         missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}
         held_out = self.batches("val") if missing else None
         frequencies = self.class_frequencies
@@ -202,16 +220,15 @@ class TrainedSampler:
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
         on_step: OnStep | None = None,
-        control: Control | None = None,
         negative: Batch | None = None,
     ) -> Batch:
         """Returns {"image": uint8 (B, C, H, W)}, with "codes" (B, h, w) and "label" (B,) where the model has them.
 
         Image i of a seed does not depend on the batch it is drawn in; each image may have a seed of its own.
         `conditions` are raw fields, as the `draw` of a `condition_source` returns them; None: all null. `negative` are
-        fields that guidance moves away from instead of the null. `edit` is known data to begin from, `control` a branch
-        beside the network, `network` replaces the sampler's own. `on_step(i, t, s, x, prediction)` is called after each
-        step, with x in the sampler's space. ValueError for options of another sampler.
+        fields that guidance moves away from instead of the null. `edit` is known data to begin from, `network` replaces
+        the sampler's own. `on_step(i, t, s, x, prediction)` is called after each step, with x in the sampler's space.
+        ValueError for options of another sampler.
         """
         self.check_options(options)
         batch = None if conditions is None else to_device(conditions, self.device)
@@ -230,7 +247,6 @@ class TrainedSampler:
                 window_stride=window_stride,
                 edit=edit,
                 on_step=on_step,
-                control=control,
                 negative=negative,
             )
         outputs = {"image": self.space.decode(x).cpu()} | self.space.extra_arrays(x)
@@ -300,11 +316,13 @@ def load_trained_sampler(
     ae_load_step: int | None = None,
     lora: Sequence[AdapterFile] = (),
     textual_inversion: Sequence[str] = (),
+    control: Sequence[AdapterFile] = (),
 ) -> TrainedSampler:
     """Returns the sampler of a run with its first stage, if it has one: `load_space`, then `load_sampler`."""
     space = load_space(run, logs_roots, device, amp, ae_load_dir=ae_load_dir, ae_load_step=ae_load_step)
     options = {"ema": ema, "amp": amp, "allow": allow, "ema_length": ema_length}
-    return load_sampler(run, step, space, device, lora=lora, textual_inversion=textual_inversion, **options)
+    added = {"lora": lora, "textual_inversion": textual_inversion, "control": control}
+    return load_sampler(run, step, space, device, **options, **added)
 
 
 def load_space(
@@ -352,13 +370,15 @@ def load_sampler(
     ema_length: float | None = None,
     lora: Sequence[AdapterFile] = (),
     textual_inversion: Sequence[str] = (),
+    control: Sequence[AdapterFile] = (),
 ) -> TrainedSampler:
     """Returns the sampler of a run, for the space it was trained in; see `check_allowed` for `allow`.
 
     `ema`: the averaged weights, the plain ones, or, if None, the averaged ones if the run kept them. With `ema_length`
     the weights are an average of that relative length, reconstructed from the EMA snapshots of the run. The adapters of
-    the files `lora` are merged into them, and the words in the files `textual_inversion` added to the vocabulary; see
-    `merge_adapter_files` and `add_files_of_words`.
+    the files `lora` are merged into them (see `merge_adapter_files`), the words in the files `textual_inversion` added
+    to the vocabulary (see `add_files_of_words`), and the branches of the files `control` to the network (see
+    `add_control_files`).
     """
     content = read_run(run)
     step = resolve_step(run, step, "--load_step") if ema_length is None else resolve_snapshot_step(run, step)
@@ -376,15 +396,20 @@ def load_sampler(
         weights = load_weights(run, step, {"network": sampler.network}, ema=averaged, loaded=loaded)
     else:
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, loaded)
+    base, hint_kinds = weights, read_hint_kinds(run)
     if lora:
-        weights = merge_adapter_files(sampler.network, lora, weights)
+        weights = merge_adapter_files(sampler.network, lora, base)
     if textual_inversion:
         weights = add_files_of_words(sampler.network, textual_inversion, weights)
+    if control:
+        weights, kinds = add_control_files(sampler.network, control, base, weights)
+        hint_kinds |= kinds
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()
     world, data, reader = DistContext(device), config.data, config.reader
-    return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, names)
+    facts = names, hint_kinds
+    return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, *facts)
 
 
 def read_stored_config(run: Path) -> StoredSamplerConfig:

@@ -35,7 +35,10 @@ HINTS = {  # of the main settings, shorter than the help texts of their flags
     "region_guidance": "Higher: closer to the layout. Empty: the guidance scale.",
 }
 CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
-CONDITION_SETTINGS = ("condition_file", "metadata", "class_sampling")  # of their source, opened once, with the page
+CONDITION_SETTINGS = (  # of their source, opened once, with the page, and of control branches
+    *("condition_file", "metadata", "class_sampling"),
+    *("hint", "hint_ready", "control_strength", "control_guess", "control_middle_only"),
+)
 LARGE = 1e5  # an upper limit from here on only catches slips of the keyboard
 
 

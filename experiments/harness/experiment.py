@@ -25,6 +25,7 @@ from train.distributed import DistContext
 from train.execution import compile_for_sampling
 from train.files import sha256, sha256_of_network
 from train.first_stage import FirstStage
+from train.hint_files import hint_provenance
 from train.identity import results_identity
 from train.lora_merging import parse_adapter_files
 from train.registry import load_plugin
@@ -66,6 +67,9 @@ class ModelConfig:
     Stable Diffusion, of kohya, LyCORIS, peft or diffusers."""
     textual_inversion: tuple[str, ...] = ()
     """Files of words that prompts may then use: of runs with --text_new_tokens, of diffusers or of the web UI."""
+    control_files: tuple[str, ...] = ()
+    """Files of control branches, FILE or FILE=STRENGTH, whose outputs are added up: of runs with --control or, for runs
+    of Stable Diffusion, of convert.py."""
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
@@ -213,6 +217,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         ae_load_step=model.ae_load_step,
         lora=parse_adapter_files(model.lora),
         textual_inversion=model.textual_inversion,
+        control=parse_adapter_files(model.control_files, "control_files"),
     )
     trained, space = dataclasses.replace(trained, world=world), trained.space
     if output.compile:
@@ -226,6 +231,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         weights = f"EMA reconstructed at relative length {model.ema_length}"
     weights += "".join(f", adapters of {word}" for word in model.lora)
     weights += "".join(f", words of {file}" for file in model.textual_inversion)
+    weights += "".join(f", control branch of {word}" for word in model.control_files)
     first_stage = space.first_stage
     kind = "VQGAN" if first_stage is not None and first_stage.has_codes else "autoencoder"
     on = "pixels" if first_stage is None else f"{kind}: {first_stage.run}"
@@ -302,7 +308,7 @@ def open_results_folder(
     output, sampling = config.output, config_groups(config).get("sampling")
     samples, folder = isinstance(sampling, SamplingConfig), None
     if world.is_main:
-        given = condition_provenance(sampling.condition_file) if samples else {}
+        given = condition_provenance(sampling.condition_file) | hint_provenance(sampling.hint) if samples else {}
         provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
         default = default_results_name(setup.name or name, config.model, loaded)
         folder = choose_results_folder(output.logs_root, output.log_dir, default, config, provenance, setup.identity)

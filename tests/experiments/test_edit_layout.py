@@ -169,7 +169,7 @@ def level(number):
 def painter(layout_logs, monkeypatch):
     """The page's model with a network that paints each class in its level."""
 
-    def paint(self, network, x, t, condition, control=None):
+    def paint(self, network, x, t, condition):
         regions = condition.regions
         front = regions.front(*x.shape[2:], "nearest")  # (B, H, W)
         classes = torch.nn.functional.pad(regions.class_ids, (1, 0))  # front is -1 where there is no region

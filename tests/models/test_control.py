@@ -7,8 +7,8 @@ from torch import nn
 from models.conditioning import Condition, ConditionEncoder
 from models.conditions.image import ImageEncoder
 from models.conditions.label import LabelEncoder
-from models.control import ControlBranch, HintConfig, guess_strengths
-from models.streams import GatedTokens
+from models.control import ControlBranch, HintConfig, HintReader, add_control, guess_strengths, scale_hints
+from models.streams import GatedTokens, Hint
 from models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -146,3 +146,87 @@ def test_hints_are_a_factor_larger_than_x(unet, inputs, factor):
     hint = torch.rand(2, 3, 8 * factor, 4 * factor)
     assert branch.hint(hint).shape == (2, 8, 8, 4)
     assert [residual.shape[1] for residual in branch(x, t, condition, hint)] == [8, 8, 8, 16, 16]
+
+
+# Branches that are parts of the network
+
+
+@pytest.fixture
+def fields(unet, inputs):
+    """x, t, raw fields without a hint, and two hints in [-1, 1]."""
+    generator = torch.Generator().manual_seed(3)
+    image, gated = torch.randn(2, 1, 8, 4, generator=generator), torch.randn(2, 5, 6, generator=generator)
+    hints = [2 * torch.rand(2, 3, 16, 8, generator=generator) - 1 for _ in range(2)]
+    return *inputs[:2], {"label": torch.tensor([0, 2]), "image": image, "gated": gated}, hints
+
+
+@torch.no_grad()
+def test_a_new_branch_of_a_network_changes_nothing_to_the_bit(unet, fields):
+    x, t, raw, (hint, _) = fields
+    plain, keys = unet(x, t, raw), unet.state_dict().keys()
+    assert add_control(unet, ControlBranch(unet, HINT)) == "hint"
+    assert torch.equal(unet(x, t, raw | {"hint": hint}), plain)
+    assert all(key.startswith("control.hint.") for key in unet.state_dict().keys() - keys)
+
+
+@torch.no_grad()
+def test_without_its_hint_a_branch_changes_nothing_to_the_bit(unet, fields):
+    x, t, raw, (hint, _) = fields
+    plain = unet(x, t, raw)
+    add_control(unet, randomize(ControlBranch(unet, HINT)))
+    assert torch.equal(unet(x, t, raw), plain) and not torch.allclose(unet(x, t, raw | {"hint": hint}), plain)
+
+
+@torch.no_grad()
+def test_residuals_of_two_branches_are_added_up(unet, fields):
+    x, t, raw, hints = fields
+    branches = [randomize(ControlBranch(unet, HINT)) for _ in hints]
+    nn.init.normal_(branches[1].middle_zero_conv.weight)
+    condition = unet.encode(raw, x)
+    parts = [branch(x, t, condition, (hint + 1) / 2) for branch, hint in zip(branches, hints, strict=True)]
+    expected = unet(x, t, condition, [sum(each) for each in zip(*parts, strict=True)])
+    half = unet(x, t, condition, [one + 0.5 * other for one, other in zip(*parts, strict=True)])
+    names = [add_control(unet, branch) for branch in branches]
+    raw |= dict(zip(names, hints, strict=True))
+    assert names == ["hint", "hint_2"] and unet.encoders["hint_2"].fields == ("hint_2_image",)
+    torch.testing.assert_close(unet(x, t, raw), expected)
+    weighed = scale_hints(unet.encode(raw, x), {"hint_2": [0.5]})
+    torch.testing.assert_close(unet(x, t, weighed), half)
+    assert not torch.allclose(expected, half)
+
+
+@torch.no_grad()
+def test_strengths_belong_to_each_skip_of_each_example(unet, fields, inputs):
+    x, t, raw, (hint, _) = fields
+    branch = randomize(ControlBranch(unet, HINT))
+    residuals = branch(*inputs[:2], unet.encode(raw, x), hint)
+    strengths = torch.arange(10.0).view(2, 5)
+    for i, residual in enumerate(branch(x, t, unet.encode(raw, x), hint, strengths)):
+        torch.testing.assert_close(residual, strengths[:, i, None, None, None] * residuals[i])
+    with pytest.raises(ValueError, match="got 4 strengths, wanted one, or 5"):
+        branch(x, t, unet.encode(raw, x), hint, strengths[:, 1:])
+
+
+@torch.no_grad()
+def test_conditions_with_hints_are_selected_and_concatenated(unet, fields):
+    x, t, raw, (hint, _) = fields
+    add_control(unet, randomize(ControlBranch(unet, HINT)))
+    condition = unet.encode(raw | {"hint": hint}, x)
+    expected = unet(x, t, condition)
+    torch.testing.assert_close(unet(x[1:], t[1:], condition[1:]), expected[1:])
+    null = unet.encode(raw, x)  # another strength
+    both = unet(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([null, condition]))
+    torch.testing.assert_close(both, torch.cat([unet(x, t, null), expected]))
+
+
+def test_a_hint_is_read_as_its_branch_needs_it():
+    reader, x = HintReader("hint", 3, 2, strength=0.7), torch.zeros(2, 5, 4, 6)
+    grey = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 12)
+    values, strengths = reader(grey, x, drop=torch.tensor([True, False]))  # never dropped
+    assert torch.equal(values, torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 12))
+    assert torch.equal(strengths, torch.full((2, 1), 0.7))
+    assert reader(grey[..., ::2, ::2], x).values.shape == (2, 3, 8, 12)
+    null = reader(None, x)
+    assert isinstance(null, Hint) and null.values.shape == (2, 3, 8, 12) and not null.strengths.any()
+    with pytest.raises(ValueError, match=r"got hint_image \(2, 2, 8, 12\), wanted \(2, 3, h, w\), or one channel"):
+        reader(grey.expand(2, 2, 8, 12), x)

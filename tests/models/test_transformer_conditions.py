@@ -1,4 +1,4 @@
-"""Conditions of transformers: vectors, tokens, maps, the time, and residuals of control branches."""
+"""Conditions of transformers: vectors, tokens, maps, hints and the time."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from models.attention import Attention, CrossAttention
 from models.blocks import FeedForward, init_normal
 from models.conditioning import Condition, ConditionEncoder, Context, Map, Regions, Tokens
 from models.conditions.image import ImageEncoder
+from models.control import HintConfig, HintEncoder, add_control, scale_hints
 from models.kv_cache import KVCache
 from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock
 from models.unet import UNet
@@ -208,7 +209,7 @@ def test_regions_of_batch_mates_change_nothing(kind):
     assert torch.allclose(batched[1:], network(codes(2)[1:], without_regions), rtol=0, atol=1e-10)
 
 
-# Maps, residuals, the time
+# Maps, the time
 
 
 def test_an_image_counts_with_all_its_pixels():
@@ -249,16 +250,6 @@ def test_a_vector_is_added_to_embeddings_instead_of_norms(kind):
 
 
 @NETWORKS
-def test_a_residual_is_added_to_the_embeddings(kind):
-    network, residual = randomize(build_network(kind, {})), torch.randn(B, *GRID, WIDTH).double()
-    output = network(codes(), residual=residual)
-    assert torch.equal(network(codes(), residual=torch.zeros_like(residual)), network(codes()))
-    with torch.no_grad():
-        network.position += residual[1]
-    assert torch.allclose(network(codes())[1], output[1], rtol=0, atol=1e-12)
-
-
-@NETWORKS
 def test_the_time_is_an_option_of_its_own(kind):
     plain, with_time = build_network(kind, {}), build_network(kind, {}, time_scale=1000.0)
     assert (plain.takes_time, with_time.takes_time, UNet.takes_time) == (False, True, True)
@@ -287,11 +278,61 @@ def test_the_time_joins_the_vectors_of_norms(into):
     assert torch.equal(embeddings[0], network.time(t) + vectors if into == "norms" else network.time(t))
 
 
+# Hints
+
+
+def hinted(network):
+    """Adds an encoder of hints whose output is not 0."""
+    add_control(network, HintEncoder(HintConfig(hint_channels=2, hint_widths=(4, 6), hint_factor=2), WIDTH).double())
+    return torch.rand(B, 2, 6, 8, generator=torch.manual_seed(3)).double() * 2 - 1
+
+
+@NETWORKS
+@torch.no_grad()
+def test_a_new_encoder_of_hints_changes_nothing_to_the_bit(kind):
+    network = randomize(build_network(kind))
+    plain, hint = network(codes(), fields()), hinted(network)
+    assert torch.equal(network(codes(), fields() | {"hint": hint}), plain)
+    for parameter in network.control.parameters():
+        nn.init.normal_(parameter)
+    assert torch.equal(network(codes(), fields()), plain)  # without a hint
+    assert not torch.allclose(network(codes(), fields() | {"hint": hint}), plain)
+
+
+@NETWORKS
+@torch.no_grad()
+def test_an_encoded_hint_is_added_to_the_embeddings(kind):
+    network = randomize(build_network(kind, {}))
+    hint = hinted(network)
+    for parameter in network.control.parameters():
+        nn.init.normal_(parameter)
+    condition = network.encode({"hint": hint}, codes())
+    added = network.control["hint"]((hint + 1) / 2).permute(0, 2, 3, 1)
+    torch.testing.assert_close(condition.streams["hint"].values, added.permute(0, 3, 1, 2))
+    half = network(codes(), scale_hints(condition, {"hint": [0.5]}))
+    network.position += 0.5 * added[1]
+    torch.testing.assert_close(network(codes(), {})[1], half[1])
+
+
+def test_a_window_has_its_part_of_an_encoded_hint():
+    network = randomize(build_network(Transformer, {}, attention=AttentionConfig(position="rope")))
+    hint = hinted(network)
+    for parameter in network.control.parameters():
+        nn.init.normal_(parameter)
+    whole = network.encode({"hint": hint}, codes())
+    window = network.encode_window({"hint": hint}, whole, codes()[:, 1:, 1:], (1, 1), GRID)
+    assert torch.equal(window.streams["hint"].values, whole.streams["hint"].values[:, :, 1:, 1:])
+    assert torch.equal(window.streams["hint"].strengths, whole.streams["hint"].strengths)
+
+
 # All conditions together
 
 
 def all_conditions(network):
-    condition = network.encode(fields(), codes())
+    hint = hinted(network)
+    for parameter in network.control.parameters():
+        nn.init.normal_(parameter)
+    condition = network.encode(fields() | {"hint": hint}, codes())
     masks, index = torch.rand(B, 2, 6, 8, generator=torch.manual_seed(4)) < 0.3, torch.arange(2)
     regions, region = (
         Regions(present=torch.ones(B, 2).bool(), masks=masks),
@@ -299,7 +340,7 @@ def all_conditions(network):
     )
     words = condition.streams["words"]._replace(membership=region.unsqueeze(-1) == index, everywhere=region < 0)
     condition = Condition(dict(condition.streams) | {"words": words}, regions)
-    return condition, {"t": torch.tensor([0.2, 0.4, 0.6]), "residual": torch.randn(B, *GRID, WIDTH).double()}
+    return condition, {"t": torch.tensor([0.2, 0.4, 0.6])}
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])

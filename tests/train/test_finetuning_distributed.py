@@ -13,6 +13,7 @@ CASES = {
     "dora": "--lora_rank 2 --dora --lora_targets attention convolutions --lr_scale lora=2",
     "part": "--train_only up_blocks conv_out",
     "differential": "--differential diff_v2 --lora_rank 2",
+    "control": "--control grey --hint_widths 4 6",
 }
 
 
@@ -36,7 +37,7 @@ def logs(tmp_path_factory):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_fine_tune_as_one(logs, two, case, parallel):
-    """The two stop after two steps and resume; their checkpoints and files of adapters are those of one process."""
+    """The two stop after two steps and resume; their checkpoints and files are those of one process."""
     flags = f"--logs_root {logs} {RUN} --load_dir base {CASES[case]}"
     one, other = logs / case, logs / f"{case}_{parallel}"
     if not one.exists():
@@ -46,4 +47,5 @@ def test_two_processes_fine_tune_as_one(logs, two, case, parallel):
     assert_same_losses(one, other)
     assert_same_checkpoints(one, other, 4)
     if case != "part":
-        assert_close(*(load_file(run / "lora.safetensors") for run in (one, other)))
+        name = "control" if case == "control" else "lora"
+        assert_close(*(load_file(run / f"{name}.safetensors") for run in (one, other)))

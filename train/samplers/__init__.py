@@ -6,7 +6,7 @@ returns the LearnedSampler.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,17 +25,12 @@ from train.spaces import EditInput
 
 Process = ContinuousProcess | DiscreteProcess | Autoregression
 ConditionInput = Condition | Mapping[str, Tensor] | None  # a network's condition: encoded, or raw fields
-# (x, t, condition, drop), the network's inputs -> residuals added inside the network: the UNet's skip_residuals, or a
-# map (B, h, w, D) added to a transformer's embeddings. In training the condition is raw fields and `drop` marks the
-# examples that get the null of each condition; in sampling the condition is encoded and drop is None.
-Control = Callable[[Tensor, Tensor, ConditionInput, Mapping[str, Tensor] | None], Tensor | Sequence[Tensor]]
 
 
 class LearnedSampler(ABC):
     """A network and its process. `batch` holds raw fields, which the network's own encoders encode.
 
-    `control` is a branch beside the network, whose outputs are added inside the network in training and sampling. The
-    batch field `loss_weight` multiplies the loss; `diffusion.process.apply_loss_weight` has its shapes.
+    The batch field `loss_weight` multiplies the loss; `diffusion.process.apply_loss_weight` has its shapes.
     """
 
     config: SamplerConfig
@@ -53,9 +48,7 @@ class LearnedSampler(ABC):
         """The batch fields that the network is conditioned on."""
 
     @abstractmethod
-    def loss(
-        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
-    ) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, streams: TrainingStreams) -> Loss:
         """Returns the loss of a batch encoded by the space, with outputs x0, x_t, t, prediction and loss.
 
         `streams(purpose)` returns the batch's random streams. `network` is `self.network` or a wrapper of it.
@@ -73,7 +66,6 @@ class LearnedSampler(ABC):
         window_stride: int | None = None,
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
-        control: Control | None = None,
         negative: Batch | None = None,
     ) -> Tensor:
         """Samples one x for each of the B streams of `rng`, in the sampler's space; ValueError for unsuitable options.

@@ -22,9 +22,10 @@ from diffusion.types import Bound, Denoiser, Loss, OnStep
 from models.conditioning import Condition
 from models.ranges import COUNT, NOT_NEGATIVE
 from train.config import SamplingConfig
+from train.control import weigh_hints
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
+from train.samplers import ConditionInput, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import check_image_input, draw_drops, fields_by_condition, raw_conditions
 from train.samplers._foreground import foreground_loss
 from train.samplers._guidance import Chain, check_nulls, guidance_chain
@@ -80,8 +81,12 @@ class CodeSampler(LearnedSampler):
     ):
         self.config, self.process, self.network = config, process, network
         self.grid, self.n_classes, self.extras = tuple(grid), n_classes, {}
-        self.fields_of = fields_by_condition(network.encoders)
         check_image_input(network.encoders, ("pixels",), "codes")
+
+    @property
+    def fields_of(self) -> dict[str, tuple[str, ...]]:
+        """The batch fields that each condition reads, also of hints of control branches that were added later."""
+        return fields_by_condition(self.network.encoders)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -94,12 +99,14 @@ class CodeSampler(LearnedSampler):
         encoders, fields_of = self.network.encoders, self.fields_of
         return guidance_chain(self.config, encoders, fields_of, batch, options, self.n_classes, negative)
 
-    def encode_chain(self, network: nn.Module, chain: Chain, x: Tensor, windows: Windows = ()) -> Condition:
+    def encode_chain(
+        self, network: nn.Module, chain: Chain, x: Tensor, options: CodeSampling, windows: Windows = ()
+    ) -> Condition:
         """Returns the C conditions of a chain for grids like x (B, H, W): C B of them, B for each, weakest first.
 
         With `windows`, x are canvases, and each window, of the size of the grid, has C B conditions of its own.
         """
-        encoded = [network.encode(raw, x) for raw in chain.raw]
+        encoded = weigh_hints([network.encode(raw, x) for raw in chain.raw], self.network.control, options)
         if windows:
             ids, shape = x[:, : self.grid[0], : self.grid[1]], tuple(x.shape[1:])
             pairs = list(zip(chain.raw, encoded, strict=True))
@@ -115,14 +122,11 @@ class CodeSampler(LearnedSampler):
         x: Tensor,
         t: Tensor,
         condition: ConditionInput,
-        control: Control | None = None,
         **kwargs: object,
     ) -> Tensor:
         """Returns the network's logits at x (B, ...), t (B,); `kwargs` go to its `forward`."""
         if self.network.takes_time:
             kwargs["t"] = to_device(t, x.device)
-        if control is not None:
-            kwargs["residual"] = control(x, to_device(t, x.device), condition, kwargs.get("drop"))
         return network(x, condition, **kwargs)
 
     # Sampling
@@ -138,7 +142,6 @@ class CodeSampler(LearnedSampler):
         window_stride: int | None = None,
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
-        control: Control | None = None,
         negative: Batch | None = None,
     ) -> Tensor:
         """Samples codes (B, *shape) for the B streams of `rng`."""
@@ -146,9 +149,9 @@ class CodeSampler(LearnedSampler):
         needs_windows = self.needs_windows(shape, window_stride)
         x = self.initial_codes(edit, (len(rng), *shape), rng)
         if needs_windows:
-            denoise = self.make_windowed(network, batch, options, x, control, window_stride, negative)
+            denoise = self.make_windowed(network, batch, options, x, window_stride, negative)
         else:
-            denoise = self.make_denoiser(network, batch, options, x, control, negative=negative)
+            denoise = self.make_denoiser(network, batch, options, x, negative=negative)
         solver, solver_kwargs = select_solver(self.process, options)
         process = self.sampling_process(solver, options)
         steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
@@ -174,23 +177,16 @@ class CodeSampler(LearnedSampler):
         batch: Batch | None,
         options: CodeSampling,
         x: Tensor,
-        control: Control | None,
         window_stride: int | None,
         negative: Batch | None = None,
     ) -> Denoiser:
-        """Returns the denoiser of canvases x (B, H, W) by windows of the grid, each under its part of the conditions.
-
-        ValueError for a control branch, whose input belongs to the whole canvas.
-        """
+        """Returns the denoiser of canvases x (B, H, W) by windows of the grid, each under its part of the
+        conditions."""
         shape, encoders = tuple(x.shape[1:]), self.network.encoders
-        if control is not None:
-            raise ValueError(
-                f"got a canvas of {shape} codes in windows of {self.grid} with a control branch, which windows cannot "
-                "take: leave --shape and --window_stride out, or train with --position rope"
-            )
         stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
         windows = window_offsets(shape, self.grid, stride)
-        windows = windows if encoders.map_channels or encoders.region_encoders else ()  # else all have the same
+        differ = encoders.map_channels or encoders.region_encoders or encoders.hints
+        windows = windows if differ else ()  # all have the same conditions
         denoise = self.make_denoiser(network, batch, options, x, windows=windows, negative=negative)
         may_change = {"may_change": lambda x: self.process.may_change(x, 1.0, 0.0)}
         return windowed(denoise, self.grid, stride, **may_change, canvases=len(x) if windows else None)
@@ -216,7 +212,6 @@ class CodeSampler(LearnedSampler):
         batch: Batch | None,
         options: CodeSampling,
         x: Tensor,
-        control: Control | None = None,
         windows: Windows = (),
         negative: Batch | None = None,
     ) -> Denoiser:
@@ -272,16 +267,14 @@ class DiscreteSampler(CodeSampler):
         """Samples x_t (B, H, W) to train on."""
         return self.process.corrupt(x0, t, rng)
 
-    def loss(
-        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
-    ) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, streams: TrainingStreams) -> Loss:
         """Returns the loss of a batch {"codes": (B, h, w)} with the fields of the conditions."""
         x0 = batch["codes"]
         t = to_device(self.times(streams, len(x0)), x0.device)
         x_t = self.corrupt(x0, t, streams("mask"))
         raw = raw_conditions(self.fields_of, batch)
         logits = self.predict(
-            network, x_t, t, raw, control, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
+            network, x_t, t, raw, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
         loss_of = partial(self.process.loss, logits, x0, x_t, t, **self.loss_options)
         loss = foreground_loss(self.config, loss_of, batch, x0.shape[-2:], network.training)
@@ -310,20 +303,19 @@ class DiscreteSampler(CodeSampler):
         batch: Batch | None,
         options: DiscreteSampling,
         x: Tensor,
-        control: Control | None = None,
         windows: Windows = (),
         negative: Batch | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once.
 
-        Guidance depends on the solver's t; the network and the control branch get that of training. On devices other
+        Guidance depends on the solver's t; the network gets that of training. On devices other
         than the CPU equal rows are looked for in the first call only, in which most of them are: the host waits for the
         answer.
         """
         chain = self.guidance_chain(batch, options, negative)
-        conditions, count = self.encode_chain(network, chain, x, windows), len(chain.raw)
+        conditions, count = self.encode_chain(network, chain, x, options, windows), len(chain.raw)
         process = self.sampling_process(select_solver(self.process, options)[0], options)
-        ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
+        ids, uses_time = conditions.row_ids(), self.network.takes_time
         may_repeat = ids is None or len(ids.unique()) < len(ids)
         condition_rows = torch.arange(count * len(x) * max(1, len(windows)), device=x.device).view(-1, count, len(x))
         condition_rows = condition_rows.transpose(0, 1).flatten(1)  # (C, rows): by window, then by canvas
@@ -336,8 +328,8 @@ class DiscreteSampler(CodeSampler):
                 may_repeat = x.device.type == "cpu"
                 first, inverse = unique_rows(x, row_ids, t if uses_time else None)
                 if len(first) < len(x):
-                    return self.predict(network, x[first], t[first.cpu()], condition[first], control)[inverse]
-            return self.predict(network, x, t, condition, control)
+                    return self.predict(network, x[first], t[first.cpu()], condition[first])[inverse]
+            return self.predict(network, x, t, condition)
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
         return guided(denoise, condition_rows.unbind(), chain.scales, **kwargs)

@@ -10,12 +10,16 @@ scales together: d(null) + W (d(all) - d(null)) without both. Training drops ima
 independently, so it sees the whole chain.
 
 Negative conditions, such as a negative prompt, take the place of the null: what is sampled moves away from them.
+
+Hints of control branches are in all conditions of the chain, as in ControlNet (Zhang et al. 2023), so that guidance
+acts on the others. In guess mode the first has none, so that guidance acts on the hint too.
 """
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from models.conditioning import Conditioner
+from models.control import is_hint_field
 from train.loop import Batch
 from train.samplers._conditions import ConditionsConfig, Raw, drop_flag, raw_conditions
 from train.sampling_config import GUIDANCE_SCALES, SamplingConfig
@@ -54,8 +58,9 @@ def guidance_chain(
     ValueError: a scale without a condition that it could scale, nulls that training never used, or a `negative` with
     other fields than the conditions have.
     """
-    steps = scaled_steps(fields_of, encoders.region_encoders, options)
-    fields = [field for names in fields_of.values() for field in names]
+    guided = {name: names for name, names in fields_of.items() if name not in encoders.hints or options.control_guess}
+    steps = scaled_steps(guided, encoders.region_encoders, options)
+    fields = [field for names in guided.values() for field in names]
     first = negative_conditions(fields_of, negative)
     first = {} if options.guidance == 1 else first
     weaker = {name: value for name, value in first.items() if name not in encoders.region_encoders}
@@ -65,7 +70,9 @@ def guidance_chain(
         remedy = "pass --guidance 1" if step.setting == "guidance" else f"leave --{step.setting} out"
         check_scale(config, f"{step.setting} {step.scale}", step.scale, fields, batch, remedy, nulls)
     check_nulls(config, fields, batch, n_classes)
-    raw, chain = raw_conditions(fields_of, batch) if batch else {}, [first]
+    raw = raw_conditions(fields_of, batch) if batch else {}
+    hints = {name: raw[name] for name in encoders.hints if name in raw}
+    weaker, chain = hints | weaker, [hints | first]
     for step in steps:
         weaker = weaker | {name: raw[name] for name in step.names if name in raw}
         chain.append(weaker)
@@ -140,8 +147,9 @@ def check_nulls(config: ConditionsConfig, fields: Collection[str], batch: Batch 
 
 
 def untrained_nulls(config: ConditionsConfig, fields: Collection[str]) -> dict[str, str]:
-    """Returns the fields whose nulls training never used, each with the reason."""
-    flags = {name: drop_flag(name) for name in fields}
+    """Returns the fields whose nulls training never used, each with the reason; without its hint a branch adds
+    nothing."""
+    flags = {name: drop_flag(name) for name in fields if not is_hint_field(name)}
     return {
         name: f"but the model was trained with {flag} 0, which leaves the null of {name} untrained"
         for name, flag in flags.items()

@@ -14,7 +14,6 @@ from diffusion.types import Bound, Denoiser, Loss
 from models.kv_cache import KVCache
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling, Windows
 from train.samplers._conditions import draw_drops, make_encoders, raw_conditions
 from train.samplers._foreground import foreground_loss
@@ -63,14 +62,11 @@ class AutoregressiveSampler(CodeSampler):
         network = make_network(config, codes=codes, grid=grid, encoders=encoders, causal=True)
         super().__init__(config, Autoregression(codes), network, grid=grid, n_classes=n_classes)
 
-    def loss(
-        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
-    ) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, streams: TrainingStreams) -> Loss:
         """Returns the loss of a batch {"codes": (B, h, w)} with the fields of the conditions.
 
         Codes are not corrupted: x_t is x0, and t is 0.
         """
-        refuse_control(control)
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
         raw = raw_conditions(self.fields_of, batch)
@@ -104,7 +100,6 @@ class AutoregressiveSampler(CodeSampler):
         batch: Batch | None,
         options: Sampling,
         x: Tensor,
-        control: Control | None = None,
         windows: Windows = (),
         negative: Batch | None = None,
     ) -> Denoiser:
@@ -113,9 +108,8 @@ class AutoregressiveSampler(CodeSampler):
         A sequence is identified by its row of the C B conditions: example i is row i under the null, B + i under the
         next condition of the chain.
         """
-        refuse_control(control)
         chain, kv_cache = self.guidance_chain(batch, options, negative), KVCache(self.grid)
-        conditions, count = self.encode_chain(network, chain, x), len(chain.raw)
+        conditions, count = self.encode_chain(network, chain, x, options), len(chain.raw)
         sequences, select = torch.arange(count * len(x), device=x.device), LastResult(lambda rows: conditions[rows])
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -131,12 +125,6 @@ class AutoregressiveSampler(CodeSampler):
             t = torch.zeros(len(x0), device=x0.device)
             logits = self.predict(network, x0, t, raw_conditions(self.fields_of, batch))
         return self.process.likelihood(logits, x0)
-
-
-def refuse_control(control: Control | None) -> None:
-    """Raises ValueError for a control branch, which in training would receive the codes to be predicted."""
-    if control is not None:
-        raise ValueError("got a control branch for autoregressive, which would see the codes to predict: use absorbing")
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AutoregressiveSampler:

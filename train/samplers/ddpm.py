@@ -19,9 +19,10 @@ from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy
 from diffusion.types import Bound, Loss, OnStep, Prediction
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
+from train.control import weigh_hints
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import ConditionInput, Control, LearnedSampler, check_finite, select_solver
+from train.samplers import ConditionInput, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import (
     ConditionsConfig,
     check_image_input,
@@ -179,12 +180,16 @@ class GaussianSampler(LearnedSampler):
             kind = auto if config.loss_type == "auto" else config.loss_type
             self.process.check_loss(kind)
             self.loss_options = {"kind": kind, "gamma": config.min_snr_gamma}
-        self.fields_of = fields_by_condition(self.network.encoders)
 
     @property
     def likelihood(self) -> str:
         """What `log_likelihood` computes."""
         return "variational bound" if isinstance(self.process, GaussianDiffusion) else "probability flow"
+
+    @property
+    def fields_of(self) -> dict[str, tuple[str, ...]]:
+        """The batch fields that each condition reads, also of hints of control branches that were added later."""
+        return fields_by_condition(self.network.encoders)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -196,7 +201,6 @@ class GaussianSampler(LearnedSampler):
         x: Tensor,
         t: Tensor,
         condition: ConditionInput,
-        control: Control | None = None,
         **kwargs: object,
     ) -> Tensor:
         """Returns the network's output at x (B, C, H, W), t (B,) on any device; `kwargs` go to its `forward`."""
@@ -205,8 +209,6 @@ class GaussianSampler(LearnedSampler):
         else:
             network_t = self.process.network_times(t)
         x, network_t = self.process.network_input(x, t), to_device(network_t, x.device)
-        if control is not None:
-            kwargs["skip_residuals"] = control(x, network_t, condition, kwargs.get("drop"))
         return network(x, network_t, condition, **kwargs)
 
     def times(self, streams: TrainingStreams, count: int, training: bool) -> WeightedTimes:
@@ -219,16 +221,14 @@ class GaussianSampler(LearnedSampler):
             return self.extras["times"].draw(streams("time", "cpu"))
         return uniform_times(self.process, streams("time", "cpu"))
 
-    def loss(
-        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
-    ) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, streams: TrainingStreams) -> Loss:
         """Returns the loss of {"x0": (B, C, H, W)} with the fields of the conditions, with importance weights of t."""
         x0, (t, weight) = batch["x0"], self.times(streams, len(batch["x0"]), network.training)
         noise = streams.noise(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
         raw = raw_conditions(self.fields_of, batch)
         drop = draw_drops(self.config, self.network.encoders, streams, len(x0))
-        output = self.predict(network, x_t, t, raw, control, drop=drop)
+        output = self.predict(network, x_t, t, raw, drop=drop)
         loss_of = partial(self.process.loss, output, x0, noise, t, **self.loss_options)
         loss = foreground_loss(self.config, loss_of, batch, x0.shape[-2:], network.training)
         weight = to_device(weight, x0.device)
@@ -250,11 +250,9 @@ class GaussianSampler(LearnedSampler):
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         return sigma / (alpha + sigma)
 
-    def make_denoiser(
-        self, network: nn.Module, control: Control | None = None
-    ) -> Callable[[Tensor, Tensor, ConditionInput], Prediction]:
+    def make_denoiser(self, network: nn.Module) -> Callable[[Tensor, Tensor, ConditionInput], Prediction]:
         """Returns the denoiser (x, t, condition) -> Prediction."""
-        return lambda x, t, condition: self.process.to_prediction(self.predict(network, x, t, condition, control), x, t)
+        return lambda x, t, condition: self.process.to_prediction(self.predict(network, x, t, condition), x, t)
 
     def sample(
         self,
@@ -267,7 +265,6 @@ class GaussianSampler(LearnedSampler):
         window_stride: int | None = None,
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
-        control: Control | None = None,
         negative: Batch | None = None,
     ) -> Tensor:
         """Samples x (B, C, H, W) for the B streams of `rng`.
@@ -283,10 +280,10 @@ class GaussianSampler(LearnedSampler):
         process, x = initial_state(whole, edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
-        conditions = [network.encode(raw, x) for raw in chain.raw]
+        conditions = weigh_hints([network.encode(raw, x) for raw in chain.raw], self.network.control, options)
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         guidance["rescale_of"] = options.guidance_rescale_of
-        denoise = self.make_denoiser(network, control)
+        denoise = self.make_denoiser(network)
         denoise = guided(denoise, conditions, chain.scales, **guidance, process=whole)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)

@@ -57,17 +57,12 @@ def test_guidance_evaluates_both_conditions_in_one_call():
     assert not others and labels.tolist() == [1, 4, CLASSES] and (ids == CODES).all()  # the empty canvas has one null
 
 
-def test_a_control_branch_is_given_the_time_of_training():
+def test_networks_with_a_time_are_given_that_of_training():
     """With another schedule in sampling, the same t masks another fraction of the codes than it did in training."""
-    times = []
-
-    def control(x, t, condition, drop):
-        times.extend(t.tolist())
-
-    sampler = make_sampler(schedule="square")
-    sampling = options("halton", reveal="cosine", sample_steps=4)
-    sampler.sample(sampler.network.eval(), Streams([0]), options=sampling, control=control)
-    masked = sampler.process.mask_prob(torch.tensor(times)).tolist()
+    sampler, t = make_sampler(schedule="square"), torch.tensor([1.0, 0.75, 0.5, 0.25])
+    solver, settings = get_solver(sampler.process, "halton"), options("halton", reveal="cosine", sample_steps=4)
+    times = sampler.training_time(t, sampler.sampling_process(solver, settings))
+    masked = sampler.process.mask_prob(times).tolist()
     assert masked == pytest.approx([math.sin(math.pi / 2 * step / 4) for step in (4, 3, 2, 1)])
 
 

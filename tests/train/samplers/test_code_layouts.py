@@ -233,11 +233,3 @@ def read(condition: Condition, kind: type[Tokens]):
     """The tokens of the only image that are no padding."""
     tokens = condition.tokens(kind)
     return tokens.values[0][tokens.mask[0]]
-
-
-def test_a_control_branch_takes_no_windows():
-    sampler = build_sampler("absorbing", "layout")
-    with pytest.raises(ValueError, match=r"in windows of \(4, 4\) with a control branch, which windows cannot take"):
-        sampler.sample(
-            sampler.network, Streams([1]), options=absorbing.Sampling(), shape=CANVAS, control=lambda *args: None
-        )

@@ -8,13 +8,12 @@ import torch
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
 from diffusion.types import Bound, Loss
-from models.conditioning import Condition
 from models.conditions import image
+from models.control import HintConfig, HintEncoder, add_control, build_branch
 from train.config import SamplerConfig, SamplingConfig
 from train.data.streams import TrainingStreams
 from train.registry import load_plugin, plugin_names
 from train.samplers import LearnedSampler, Process
-from train.samplers.autoregressive import AutoregressiveSampler
 
 SMALL = {  # settings of tiny samplers; add those of new samplers here
     "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
@@ -116,40 +115,6 @@ def test_loss_weight_multiplies_the_loss_but_no_metric(sampler_case):
         assert torch.allclose(weighted.per_example, weight * plain.per_example, atol=1e-6)
         for name, metric in plain.metrics.items():
             assert torch.equal(weighted.metrics[name], metric)
-
-
-def test_a_control_branch_is_used_in_training_and_in_sampling(sampler_case):
-    """It receives the network's inputs, and the network receives its outputs."""
-    sampler, module, model_args = sampler_case
-    if isinstance(sampler, AutoregressiveSampler):
-        with pytest.raises(ValueError, match="would see the codes to predict"):
-            sampler.loss(sampler.network, data(model_args), draws(data(model_args)), control=lambda *args: None)
-        return
-    batch, calls, residuals = data(model_args, n=2), [], []
-    name = "residual" if "codes" in model_args else "skip_residuals"
-
-    class Network(torch.nn.Module):
-        encode = sampler.network.encode
-
-        def forward(self, *args, **kwargs):
-            residuals.append(kwargs.pop(name))
-            return sampler.network(*args, **kwargs)
-
-    def control(x, t, condition, drop):
-        assert (drop is None) is isinstance(condition, Condition)  # raw fields in training, with their drop masks
-        calls.append((len(x), len(t)))
-        return "added"
-
-    sampler.loss(Network(), batch, draws(batch), control=control)
-    assert residuals == ["added"] and calls == [(2, 2)]
-    steps, conditions = STEPS.get(module.__name__.rpartition(".")[2], 2), {"label": batch["label"]}
-    options = module.Sampling(sample_steps=steps, guidance=2.0)
-    samples = sampler.sample(Network().eval(), Streams([0, 1]), batch=conditions, options=options, control=control)
-    assert (
-        set(residuals) == {"added"}
-        and len(calls) == len(residuals) > 1
-        and samples.shape == (2, *sample_shape(model_args))
-    )
 
 
 def test_without_classes_no_field_is_needed(sampler_case):
@@ -295,3 +260,54 @@ def test_an_unknown_solver_is_refused_with_the_known_ones(sampler_case):
     sampler, module, _ = sampler_case
     with pytest.raises(ValueError, match="unknown solver 'nothing'.*choose one of"):
         sampler.sample(sampler.network, Streams([0]), options=module.Sampling(solver="nothing"))
+
+
+HINT = HintConfig(hint_channels=1, hint_widths=(4, 6), hint_factor=2)
+
+
+def add_hints(sampler, batch, randomize=False):
+    """Adds a control branch to the network of a sampler; returns the batch with hints."""
+    torch.manual_seed(1)
+    name = add_control(sampler.network, build_branch(sampler.network, HINT))
+    for parameter in sampler.network.control.parameters() if randomize else ():
+        torch.nn.init.normal_(parameter, std=0.3)
+    height, width = batch["codes" if "codes" in batch else "x0"].shape[-2:]
+    hints = torch.rand(len(batch["label"]), 1, 2 * height, 2 * width, generator=torch.manual_seed(2)) * 2 - 1
+    return batch | {f"{name}_image": hints}
+
+
+def test_a_new_control_branch_changes_no_loss_and_learns(sampler_case):
+    sampler, _, model_args = sampler_case
+    batch = data(model_args)
+    plain = sampler.loss(sampler.network, batch, draws(batch)).per_example
+    batch = add_hints(sampler, batch)
+    loss = sampler.loss(sampler.network, batch, draws(batch)).per_example
+    assert sampler.conditions[-1] == "hint_image" and torch.equal(loss, plain)
+    loss.mean().backward()
+    last = sampler.network.control["hint"]
+    zeros = last.convs[-1] if isinstance(last, HintEncoder) else last.zero_convs[0]
+    assert zeros.weight.grad.any()
+    with pytest.raises(ValueError, match="the conditions need hint_image"):
+        sampler.loss(sampler.network, data(model_args), draws(batch))
+
+
+def test_a_control_branch_acts_in_sampling_by_its_strength(sampler_case):
+    sampler, module, model_args = sampler_case
+    options = module.Sampling(sample_steps=STEPS.get(module.__name__.rpartition(".")[2], 2), guidance=2.0)
+    batch = {"label": torch.tensor([0, 1])}
+
+    def sample(**settings):
+        streams, changed = Streams([0, 1]), dataclasses.replace(options, **settings)
+        return sampler.sample(sampler.network.eval(), streams, options=changed, batch=batch)
+
+    plain = sample()
+    with pytest.raises(ValueError, match="got control_strength for a model without a control branch"):
+        sample(control_strength=(0.5,))
+    batch = add_hints(sampler, data(model_args, n=2), randomize=True)
+    assert torch.equal(sample(control_strength=(0.0,)), plain)
+    assert not torch.equal(sample(), plain) and not torch.equal(sample(), sample(control_strength=(-1.0,)))
+    with pytest.raises(ValueError, match="got 2 numbers as control_strength, wanted one"):
+        sample(control_strength=(1.0, 1.0))
+    if "codes" in model_args:
+        with pytest.raises(ValueError, match="got control_middle_only for a transformer"):
+            sample(control_middle_only=True)

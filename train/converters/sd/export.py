@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.control import HINT, ControlBranch
 from models.lora import AdaptedLayer, merge, remove_adapters
 from models.ranges import NOT_NEGATIVE, check_ranges
 from models.text_encoder import ExtendedEmbedding, TextEncoder
 from train.cli.files import run_folder
 from train.config import LoggingConfig
-from train.control_file import CONTROL_FILE, read_control, read_control_header
+from train.control_file import CONTROL_FILE, ControlOrigin, read_control, read_control_header
 from train.converters.sd.autoencoder import SD_SCALE, autoencoder_config, autoencoder_weights
 from train.converters.sd.control import control_config, control_weights
 from train.converters.sd.files import (
@@ -314,9 +315,8 @@ def pipeline_config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def add_control(files: Files, path: Path, layout: Layout) -> None:
-    """Adds the control branch of a file of `save_control`."""
-    (_, origin), branch = read_control_header(path), read_control(path)
+def add_control(files: Files, branch: ControlBranch, origin: ControlOrigin, layout: Layout) -> None:
+    """Adds a control branch."""
     table = control_weights(branch, origin.conv_projections)
     files.parts["control"] = to_layout(table, branch.state_dict(), layout, getattr(torch, origin.dtype))
     files.configs["control"] = origin.config or control_config(branch, origin.conv_projections)
@@ -332,14 +332,19 @@ def export_run(config: ExportConfig) -> None:
     run, layout, files = run_folder(options.logs_root, options.load_dir), NAMES[options.to], Files()
     if layout == "single" and Path(options.output).suffix != ".safetensors":
         raise ValueError(f"got --output {options.output}, wanted a file: pass a name that ends in .safetensors")
-    control = run / CONTROL_FILE
+    control, branch = run / CONTROL_FILE, None
     if (run / "config.yaml").is_file() or not control.is_file():
         device, roots = torch.device("cpu"), (options.logs_root,)
         model = load_trained_sampler(run, options.load_step, device, ema=None, amp=False, logs_roots=roots)
         source_run = find_source_run(run) or run
         files = files_of_run(model, source_run, layout)
         control = control if control.is_file() else source_run / CONTROL_FILE
-    if control.is_file():
-        add_control(files, control, layout)
+        branch = model.sampler.network.control[HINT] if len(model.sampler.network.control) else None
+    if branch is not None:  # trained beside this run's network
+        facts, _ = read_facts(source_run)
+        names = facts["layout"], facts["dtypes"]["unet"], facts["conv_projections"]
+        add_control(files, branch, ControlOrigin(*names, prefixed=True, config=None), layout)
+    elif control.is_file():
+        add_control(files, read_control(control), read_control_header(control)[1], layout)
     files.write(Path(options.output), layout)
     print(options.output, flush=True)
