@@ -1,6 +1,5 @@
 """Draws items of a data set with their boxes, class names, maps and captions, as one picture to look at."""
 
-import colorsys
 import math
 import textwrap
 from collections import Counter
@@ -13,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from experiments.metrics.annotation_counts import UNLABELLED, image_size, numbers
+from train.data.hints import class_color
 from train.data.transforms import ValueRange, as_uint8, grey_to_rgb, to_item
 from train.datasets._channels import PICTURES
 from train.files import atomic_write
 
 GAP, TEXT, LINE = 12, 13, 17  # pixels between tiles; of letters; of a line of text
-GOLDEN = 0.618  # of the colour circle, between the classes of successive numbers
 STRENGTH = 0.55  # of the colours of a map over its image
 MOST_LINES = 6  # of text below an item
 MOST_LABELS = 20  # in one panel, the largest first; the legend has all classes
@@ -241,12 +240,6 @@ def class_counts(item: dict[str, Any]) -> Counter[int]:
 
 def class_name(number: int, names: Sequence[str]) -> str:
     return names[number] if 0 <= number < len(names) else str(number)
-
-
-def class_color(number: int) -> Color:
-    """Returns the colour of a class: successive numbers differ much."""
-    bright = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.85, 1.0 if number % 2 else 0.8)
-    return tuple(round(255 * level) for level in bright)
 
 
 def text_color(background: Color) -> str:
