@@ -12,6 +12,7 @@ from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
+from train.data.hints import HintsConfig, with_hints
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
@@ -22,7 +23,7 @@ from train.resumed_settings import read_base_settings, read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
 from train.samplers._condition_sources import with_condition_fields
-from train.samplers._conditions import options_of_conditions, with_declared_values
+from train.samplers._conditions import options_of_conditions, with_declared_values, with_hint_channels
 from train.spaces import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.text_encoder_file import open_text_cache, text_location, text_provenance
@@ -42,6 +43,7 @@ class Config(SecondStageConfig):
     NOT_EVERYDAY = ("fine_tuning", "sampling")
 
     fine_tuning: FineTuningConfig
+    hints: HintsConfig
 
     @property
     def run(self) -> Path:
@@ -58,10 +60,13 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
     with run_context(run, training) as world:
+        hints = config.hints
         adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
+        adapt = with_hints(adapt, {"condition_image": hints.condition_image}, hints)
+        sampler_config = with_hint_channels(config.sampler, hints.condition_image, config.data.n_channels)
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
-        config = replace(config, data=data, sampler=with_declared_values(config.sampler, *images.values()))
+        config = replace(config, data=data, sampler=with_declared_values(sampler_config, *images.values()))
         resumed = resumed_provenance(run, training.resume)
         space = open_space(config, resumed, images["train"], world)
         frequencies, recorded = class_frequencies(images["train"]), recorded_class_names(resumed, run)
@@ -74,7 +79,8 @@ def main(config: Config) -> None:
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names)
+        opened = run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names
+        model = TrainedSampler(*opened, hints=hints)
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = model.with_metadata(model.read_rows(config.sampling.condition_file), config.sampling)
@@ -94,7 +100,8 @@ def main(config: Config) -> None:
             sources[split] = with_condition_fields(sources[split], sampler.network, seed, cache)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
-        loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
+        workers = space.workers(data) if adapt is None else data.num_workers  # items are read
+        loading = {"workers": workers, "prefetch": data.prefetch, "tokens": space.tokens}
         if loading["workers"] and sampler.noise_shape is not None:
             sources["train"] = WithNoise(sources["train"], training.seed, sampler.noise_shape)
         model_name = f"{config.sampler.sampler} on {space.description}"

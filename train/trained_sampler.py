@@ -30,6 +30,7 @@ from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.continuous_stage import load_first_stage
 from train.data.captions import choose_caption
+from train.data.hints import HintMaker, HintsConfig, hint_channels, with_hint_of_source, with_hints
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
@@ -58,6 +59,7 @@ class StoredSamplerConfig:
     reader: DatasetConfig
     sampler: SamplerConfig
     sampling: SamplingConfig
+    hints: HintsConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class TrainedSampler:
     world: DistContext  # the ranks that share an experiment
     amp: bool  # bfloat16 autocast where the device computes it natively
     class_names: tuple[str, ...] = ()  # by class number, as recorded in training; empty: the classes have no names
+    hints: HintsConfig = HintsConfig()  # images made of the items, which the network is conditioned on
 
     @property
     def device(self) -> torch.device:
@@ -105,9 +108,11 @@ class TrainedSampler:
 
     @property
     def adapt(self) -> Adapt | None:
-        """The user's function from an item to the fields of a batch (--adapt); None without one."""
+        """The function from an item to the fields of a batch: the user's (--adapt), then that which adds hints; None
+        without either."""
         path = self.sampler.config.adapt
-        return import_callable(path, "--adapt") if path else None
+        own = import_callable(path, "--adapt") if path else None
+        return with_hints(own, {"condition_image": self.hints.condition_image}, self.hints)
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
@@ -120,9 +125,14 @@ class TrainedSampler:
         return {name: item[name] for name in names}
 
     def read_rows(self, condition_file: str | None) -> list[Row]:
-        """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
-        words = tuple(MetadataFields.of(self.sampler.network).words)
-        return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names, words)
+        """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`. If the
+        condition_image is a hint, it is made of a row's source_image, if it has one."""
+        words, kind = tuple(MetadataFields.of(self.sampler.network).words), self.hints.condition_image
+        size, n = (self.sampler.n_classes, self.class_names), self.data.n_channels
+        channels = {"condition_image": hint_channels(kind, n), "source_image": n} if kind else {}
+        rows = read_rows(condition_file, self.data, *size, words, channels)
+        maker = HintMaker(kind, self.hints) if kind and "source_image" not in self.sampler.conditions else None
+        return rows if maker is None else [with_hint_of_source(row, "condition_image", maker) for row in rows]
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
@@ -370,7 +380,8 @@ def load_sampler(
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()
     world, data, reader = DistContext(device), config.data, config.reader
-    return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, names)
+    opened = run, step, sampler, space, data, reader, frequencies, weights, world, amp, names
+    return TrainedSampler(*opened, hints=config.hints)
 
 
 def read_stored_config(run: Path) -> StoredSamplerConfig:

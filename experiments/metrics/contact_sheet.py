@@ -70,16 +70,12 @@ def fit_item(item: dict[str, Any], size: int, n_channels: int, data_range: Value
 
 
 def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
-    """Draws a resized item: its name, the image with boxes, the image with its map, a legend, and lines of text.
-
-    Of other images than grey and RGB the mean of the channels is shown.
-    """
-    image = as_uint8(item["image"].as_subclass(Tensor))
-    if len(image) not in PICTURES:
-        image = image.float().mean(0, keepdim=True).to(image.dtype)
-    pixels = grey_to_rgb(image).permute(1, 2, 0).contiguous().numpy()
+    """Draws a resized item: its name, its source image, the image with boxes, that with its map, a legend, and lines of
+    text."""
+    pixels = draw_picture(item["image"])
+    sources = [draw_picture(item["source_image"])] if "source_image" in item else []
     boxes, regions = draw_boxes(pixels, item, names), draw_map(pixels, item, names)
-    panels = [boxes] if regions is None else [boxes, regions]
+    panels = [*map(Image.fromarray, sources), boxes, *([] if regions is None else [regions])]
     width = max(2 * max(pixels.shape[:2]) + GAP, sum(panel.width + GAP for panel in panels))
     below = [draw_legend(class_counts(item), names, width), draw_lines(describe_item(item), width)]
     height = LINE + pixels.shape[0] + sum(each.height for each in below) + 4
@@ -92,6 +88,14 @@ def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
         tile.paste(each, (0, top))
         top += each.height
     return tile
+
+
+def draw_picture(image: Tensor) -> Pixels:
+    """Returns an image (C, H, W) in colours; of other images than grey and RGB the mean of the channels is shown."""
+    image = as_uint8(image.as_subclass(Tensor))
+    if len(image) not in PICTURES:
+        image = image.float().mean(0, keepdim=True).to(image.dtype)
+    return grey_to_rgb(image).permute(1, 2, 0).contiguous().numpy()
 
 
 def draw_boxes(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Image.Image:

@@ -6,9 +6,9 @@ is read by --conditions image, `hint_image` by a control branch.
 
 import colorsys
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ranges import POSITIVE, check_ranges
-from train.data.loading import Adapt, apply_adapt
-from train.data.transforms import as_uint8
+from train.config import DataConfig
+from train.data.collate import collate
+from train.data.loading import Adapt, BatchSource, ImageSource, apply_adapt, merge_fields, sides_of
+from train.data.transforms import View, as_uint8, training_views
+from train.datasets import Dataset
 from train.datasets._regions import UNLABELLED
+from train.loop import Batch
 
 Kind = Literal["edges", "image", "mask", "boxes", "grey", "small"]
 HINTS = get_args(Kind)
@@ -85,8 +89,8 @@ class ItemHints:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         item = item if self.adapt is None else apply_adapt(self.adapt, item)
         if present := sorted(self.makers.keys() & item.keys()):
-            remedy = f"leave the hint out (--condition_image {self.makers[present[0]].kind}), or rename the field"
-            raise ValueError(f"the items have a field {present[0]} already, wanted to make it: {remedy}")
+            got = f"the items have a field {present[0]} already, got the hint {self.makers[present[0]].kind} for it"
+            raise ValueError(f"{got}: leave the hint out, or rename the field")
         return item | self.make(item)
 
     def make(self, item: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -103,6 +107,63 @@ def with_hints(
     """
     makers = {name: HintMaker(kind, options or HintsConfig()) for name, kind in kinds.items() if kind}
     return ItemHints(adapt, makers) if makers else adapt
+
+
+def with_hint_of_source(row: Mapping[str, Any], name: str, maker: HintMaker) -> dict[str, Any]:
+    """Returns a row of conditions whose source_image, a picture, is replaced by the hint `name` made of it.
+
+    Without one it is unchanged. ValueError for a hint that is not made of a picture, and one that the row has already.
+    """
+    if "source_image" not in row:
+        return dict(row)
+    if name in row or maker.kind in ("mask", "boxes"):
+        got = f"and a {name}" if name in row else f"for the hint {maker.kind}, which is not made of a picture"
+        raise ValueError(f"got a source_image {got}: pass the {name} alone")
+    others = {key: value for key, value in row.items() if key != "source_image"}
+    return others | {name: maker({"image": row["source_image"], "source_image": row["source_image"]})}
+
+
+def is_cacheable(adapt: Adapt) -> bool:
+    """Returns whether a function of items only adds hints: batches of cached codes can have them too."""
+    return isinstance(adapt, ItemHints) and adapt.adapt is None
+
+
+class CodeSource(BatchSource, Protocol):
+    """A source of codes or latents that were encoded before, of images in several views."""
+
+    def view_index(self, position: int) -> int:
+        """Returns the view, of all training views, that is at a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class HintedCodes:
+    """A source of codes or latents with the hints of their images, which are read for that and not encoded again."""
+
+    codes: CodeSource
+    images: ImageSource
+    views: Sequence[View]
+    hints: ItemHints
+
+    @classmethod
+    def of(cls, codes: CodeSource, images: Dataset, split: str, data: DataConfig, hints: ItemHints) -> Self:
+        """Returns the codes of a split of a data set with its hints."""
+        data = data if split == "train" else data.without_augmentation
+        source = ImageSource(images, data, margin=data.crop_margin)
+        return cls(codes, source, training_views(data, sides_of(images)), hints)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the item at a position."""
+        return self.codes.item_index(position)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        items = [self.images[self.item_index(each)] for each in positions]
+        views = [self.views[self.codes.view_index(each)] for each in positions]
+        hints = [self.hints.make(view(item)) for view, item in zip(views, items, strict=True)]
+        return merge_fields(collate(hints), self.codes[positions])
 
 
 def make_edges(item: Mapping[str, Any], options: HintsConfig) -> Tensor:

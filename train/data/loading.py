@@ -396,8 +396,7 @@ def fixed_subset(n: int, count: int) -> list[int]:
 
     The first ones would not be representative: files are often sorted by class or by writer.
     """
-    indices = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count]
-    return indices.tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count].tolist()
 
 
 class Annotations(Protocol):
@@ -435,6 +434,9 @@ class TrainingCodes:
         """Returns the index in the data set of the image whose codes are at a position."""
         row = self.order[position] % self.ids.shape[1]
         return row if self.index is None else int(self.index[row])
+
+    def view_index(self, position: int) -> int:
+        return self.order[position] // self.ids.shape[1]
 
     def __getitem__(self, positions: list[int]) -> Batch:
         indices = torch.tensor([self.order[k] for k in positions])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from train.data.collate import collate
 from train.data.formats.satellite import FIELDS, decode_date, decode_polygon, find_number, mean_position
 from train.data.loading import ImageSource
 from train.data.transforms import to_item
-from train.datasets import fmow, xbd
+from train.datasets import SPLITS, fmow, xbd
 
 
 def build(reader, root, split="train", **options):
@@ -116,6 +117,43 @@ def test_both_images_of_a_place_are_in_one_split(tmp_path):
     for moment in ("pre", "post"):
         some = [name for split in ("train", "val") for name in build(xbd, tmp_path, split, xbd_image=moment).names]
         assert len(some) == 10 and all(f"_{moment}_" in name for name in some)
+
+
+def test_the_image_before_comes_with_the_one_after(tmp_path):
+    """Images are known by their red levels: 2 i before, 2 i + 1 after."""
+    tiny_regions.save_xbd(tmp_path)
+    dataset = build(xbd, tmp_path, xbd_image="post", xbd_source=True, val_fraction=0.25)
+    for index, name in enumerate(dataset.names):
+        item, place = dataset[index], int(name[-19])
+        assert (np.asarray(item["image"])[0, 0, 0], np.asarray(item["source_image"])[0, 0, 0]) == (
+            2 * place + 1,
+            2 * place,
+        )
+    plain = build(xbd, tmp_path, xbd_image="post", val_fraction=0.25)
+    assert plain.names == dataset.names and "source_image" not in plain[0]
+    assert plain.fingerprint() != dataset.fingerprint()
+    (tmp_path / "images" / "some-fire_00000001_pre_disaster.png").unlink()
+    (tmp_path / "labels" / "some-fire_00000001_pre_disaster.json").unlink()
+    splits = [build(xbd, tmp_path, each, xbd_image="post", xbd_source=True, val_fraction=0.25) for each in SPLITS]
+    assert sum(map(len, splits)) == 3
+    assert [each for split in splits for each in split.unpaired["images without one before the disaster"]] == [
+        "some-fire_00000001_post_disaster.png"
+    ]
+    for moment in ("pre", "both"):
+        with pytest.raises(ValueError, match=f"got xbd_source for xbd_image {moment}.*--xbd_image post"):
+            xbd.Config(xbd_image=moment, xbd_source=True)
+
+
+def test_no_disaster_is_in_both_splits(tmp_path):
+    tiny_regions.save_xbd(tmp_path, 3)
+    for path in [*tmp_path.glob("*/*")]:
+        for name in ("some-flood", "other-fire"):
+            shutil.copy(path, path.with_name(path.name.replace("some-fire", name)))
+    options = {"xbd_image": "post", "split_by": "disaster", "val_fraction": 0.3}
+    names = {split: build(xbd, tmp_path, split, **options).names for split in SPLITS}
+    disasters = {split: {xbd.parse_name(name).disaster for name in each} for split, each in names.items()}
+    assert len(disasters["val"]) == 1 and not disasters["train"] & disasters["val"]
+    assert (len(names["train"]), len(names["val"])) == (6, 3)
 
 
 def test_folders_of_splits_are_read_too(tmp_path):
