@@ -11,6 +11,7 @@ the polygons have.
 import json
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from train.datasets._pairs import (
     AnnotationFiles,
     Pairs,
     RegionConfig,
+    SplitName,
     describe_unpaired,
     find_split,
     join,
@@ -45,6 +47,7 @@ from train.datasets.folder import SUFFIXES
 DAMAGE = ("building", "no-damage", "minor-damage", "major-damage", "destroyed", "un-classified")  # building: before
 MOMENTS = {"pre": "before", "post": "after"}
 NAME = re.compile(r"(?P<place>(?P<disaster>.+)_\d+)_(?P<moment>pre|post)_disaster")
+Row = tuple[str, str]  # an image and its JSON file
 ANGLES = ("off_nadir_angle", "sun_azimuth", "sun_elevation", "target_azimuth")
 
 
@@ -60,7 +63,8 @@ class Config(RegionConfig):
     xbd_source: bool = False
     """xbd_image post: give the image before the disaster as source_image, such as for --condition_image image."""
     split_by: Literal["place", "disaster"] = "place"
-    """What is never in both splits. disaster: validation shows disasters of which no image is trained on."""
+    """What is never in both splits. disaster: validation shows disasters of which no image is trained on, with no more
+    than val_fraction of the images, or the smallest disaster."""
 
     EVERYDAY = ("image_dir", "label_dir", "xbd_image", "xbd_source")
 
@@ -190,10 +194,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> DisasterImages:
     images = list_files(root, folders[0], SUFFIXES, "--image_dir")
     labels = list_files(root, folders[1], (".json",), "--label_dir")
     pairs = pair_files(images, labels, AnnotationFiles(config.label_dir, "--label_dir", (".json",), "JSON file"))
-    rows = select_rows(pairs, config.xbd_image)
-    groups = {image: getattr(parse_name(image), config.split_by) for image, _ in rows}
-    chosen = {*word.select(sorted({*groups.values()}), split, config.val_fraction, config.split_seed)}
-    rows = [row for row in rows if groups[row[0]] in chosen]
+    rows = select_split(select_rows(pairs, config.xbd_image), word, split, config)
     unpaired, before = dict(pairs.unpaired), {}
     if config.xbd_source:
         rows, before, unpaired["images without one before the disaster"] = with_images_before(rows, images)
@@ -213,9 +214,7 @@ def build(config: Config, split: str, n_channels: int = 3) -> DisasterImages:
     return dataset
 
 
-def with_images_before(
-    rows: Sequence[tuple[str, str]], images: Sequence[str]
-) -> tuple[list[tuple[str, str]], dict[str, str], tuple[str, ...]]:
+def with_images_before(rows: Sequence[Row], images: Sequence[str]) -> tuple[list[Row], dict[str, str], tuple[str, ...]]:
     """Returns the rows whose place has an image before the disaster among `images`, this image by that of the row, and
     the images of the other rows; ValueError if no place has one."""
     of_place = {name.place: image for image in images if (name := parse_name(image)).moment == "pre"}
@@ -226,7 +225,38 @@ def with_images_before(
     return [row for row in rows if before[row[0]]], before, alone
 
 
-def select_rows(pairs: Pairs, images: str) -> Sequence[tuple[str, str]]:
+def select_split(rows: Sequence[Row], word: SplitName, split: str, config: Config) -> list[Row]:
+    """Returns the rows of a split; ValueError for --split_by disaster on data with a folder for each split."""
+    names = [parse_name(image) for image, _ in rows]
+    if config.split_by == "place":
+        places = sorted({name.place for name in names})
+        chosen = {*word.select(places, split, config.val_fraction, config.split_seed)}
+        return [row for row, name in zip(rows, names, strict=True) if name.place in chosen]
+    if not word.held_out:
+        got = f"got split_by disaster, and {config.image_dir} is a folder for each split"
+        raise ValueError(f"{got}: pass --split_by place")
+    val = choose_disasters([name.disaster for name in names], config.val_fraction, config.split_seed)
+    return [row for row, name in zip(rows, names, strict=True) if (name.disaster in val) == (split == "val")]
+
+
+def choose_disasters(disasters: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Returns the disasters to hold out, given that of each image.
+
+    In a random order, each is held out if no more than `fraction` of the images are; if none fits, the smallest is.
+    ValueError for a single disaster.
+    """
+    counts = Counter(disasters)
+    if len(counts) < 2:
+        raise ValueError(f"got split_by disaster for images of {disasters[0]} alone: pass --split_by place")
+    chosen, total = set[str](), 0
+    for index in np.random.default_rng(seed).permutation(len(counts)):
+        name = sorted(counts)[index]
+        if total + counts[name] <= fraction * len(disasters) and len(chosen) < len(counts) - 1:
+            chosen, total = chosen | {name}, total + counts[name]
+    return chosen or {min(sorted(counts), key=counts.__getitem__)}
+
+
+def select_rows(pairs: Pairs, images: str) -> Sequence[Row]:
     """Returns the images to read with their JSON files, sorted; ValueError if there is none."""
     rows = sorted(zip(pairs.images, pairs.annotations, strict=True))
     rows = [row for row in rows if images in ("both", parse_name(row[0]).moment)]

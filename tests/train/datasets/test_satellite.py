@@ -149,11 +149,26 @@ def test_no_disaster_is_in_both_splits(tmp_path):
     for path in [*tmp_path.glob("*/*")]:
         for name in ("some-flood", "other-fire"):
             shutil.copy(path, path.with_name(path.name.replace("some-fire", name)))
-    options = {"xbd_image": "post", "split_by": "disaster", "val_fraction": 0.3}
+    options = {"xbd_image": "post", "split_by": "disaster", "val_fraction": 0.4}
     names = {split: build(xbd, tmp_path, split, **options).names for split in SPLITS}
     disasters = {split: {xbd.parse_name(name).disaster for name in each} for split, each in names.items()}
     assert len(disasters["val"]) == 1 and not disasters["train"] & disasters["val"]
     assert (len(names["train"]), len(names["val"])) == (6, 3)
+    folders = {"image_dir": "{split}/images", "label_dir": "{split}/labels"}
+    for split in ("train", "test"):
+        tiny_regions.save_xbd(tmp_path / "folders" / split)
+    with pytest.raises(ValueError, match="split_by disaster, and .* is a folder for each split"):
+        build(xbd, tmp_path / "folders", split_by="disaster", **folders)
+
+
+def test_held_out_disasters_have_a_fraction_of_the_images():
+    disasters = [name for name, count in (("fire", 74), ("flood", 8), ("volcano", 5)) for _ in range(count)]
+    assert all(xbd.choose_disasters(disasters, 0.2, seed) == {"flood", "volcano"} for seed in range(5))
+    assert {*(xbd.choose_disasters(disasters, 0.1, seed).pop() for seed in range(9))} == {"flood", "volcano"}
+    assert xbd.choose_disasters(disasters, 0.01, 0) == {"volcano"}  # none fits: the smallest
+    assert len(xbd.choose_disasters(["a", "b"], 0.99, 0)) == 1
+    with pytest.raises(ValueError, match="split_by disaster for images of fire alone"):
+        xbd.choose_disasters(["fire", "fire"], 0.5, 0)
 
 
 def test_folders_of_splits_are_read_too(tmp_path):
