@@ -11,9 +11,8 @@ from experiments.metrics.training_distance import sample_distance
 from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
-from train.condition_images import make_adapt
 from train.config import FineTuningConfig, SecondStageConfig
-from train.data.hints import hint_channels, with_hints
+from train.data.hints import HintsConfig, hint_channels
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
 from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
@@ -24,7 +23,7 @@ from train.resumed_settings import read_base_settings, read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
 from train.sampler import SamplerReports, SamplerStep, WithNoise, build_state, check_sampling
 from train.samplers._condition_sources import with_condition_fields
-from train.samplers._conditions import options_of_conditions, with_declared_values
+from train.samplers._conditions import options_of_conditions, with_declared_values, with_hint_channels
 from train.space_opening import open_space
 from train.start import DurationEstimate, check_warmup, print_start
 from train.text_encoder_file import open_text_cache, text_location, text_provenance
@@ -44,6 +43,7 @@ class Config(SecondStageConfig):
     NOT_EVERYDAY = ("fine_tuning", "sampling")
 
     fine_tuning: FineTuningConfig
+    hints: HintsConfig
 
     @property
     def run(self) -> Path:
@@ -61,10 +61,11 @@ def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
     require_logger(logging.logger)
     with run_context(run, training) as world:
-        adapt = make_adapt(config.sampler)
+        hints = config.hints
+        sampler_config = with_hint_channels(config.sampler, hints.condition_image, config.data.n_channels)
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
-        config = replace(config, data=data, sampler=with_declared_values(config.sampler, *images.values()))
+        config = replace(config, data=data, sampler=with_declared_values(sampler_config, *images.values()))
         resumed = resumed_provenance(run, training.resume)
         space = open_space(config, resumed, images["train"], world)
         frequencies, recorded = class_frequencies(images["train"]), recorded_class_names(resumed, run)
@@ -74,14 +75,15 @@ def main(config: Config) -> None:
         tuning = config.fine_tuning
         if tuning.control:
             tuning = tuning.with_hint(hint_channels(tuning.control, data.n_channels), space.factor)
-            config, adapt = replace(config, fine_tuning=tuning), with_hints(adapt, tuning.hint_kinds)
+            config = replace(config, fine_tuning=tuning)
         base, save_text = find_base(run, training, tuning, logging.logs_root), saves_text_encoder(run, training, tuning)
         network = config.sampler, training, space, len(frequencies), world, tuning, base, save_text
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-        given = names, tuning.hint_kinds
+        given = names, tuning.hint_kinds, hints
         model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, *given)
+        adapt = model.adapt
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = model.with_hints(model.read_rows(config.sampling.condition_file), config.sampling)
@@ -102,7 +104,8 @@ def main(config: Config) -> None:
             sources[split] = with_condition_fields(sources[split], sampler.network, seed, cache)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
-        loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
+        workers = space.workers(data) if adapt is None else data.num_workers  # items are read
+        loading = {"workers": workers, "prefetch": data.prefetch, "tokens": space.tokens}
         if loading["workers"] and sampler.noise_shape is not None:
             sources["train"] = WithNoise(sources["train"], training.seed, sampler.noise_shape)
         model_name = f"{config.sampler.sampler} on {space.description}"

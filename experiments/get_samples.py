@@ -11,7 +11,14 @@ import torch
 from diffusion.types import OnStep
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
-from experiments.harness.images import STRIP_IMAGES, SampleWriter, image_names, save_denoising_strips, save_grid
+from experiments.harness.images import (
+    STRIP_IMAGES,
+    SampleWriter,
+    image_names,
+    save_denoising_strips,
+    save_grid,
+    save_held_out_images,
+)
 from experiments.harness.layout_inputs import LayoutInputs, open_layouts
 from experiments.harness.prompt_inputs import PromptInputs, PromptsConfig, open_prompts
 from experiments.harness.prompt_models import PromptsOfModels, open_prompts_of_models
@@ -46,6 +53,9 @@ class SamplesConfig(PromptsConfig):
     """Class of all images, by name or number; if omitted, classes are drawn: see --class_sampling."""
     save_individually: bool = False
     """Also save each image as images/<number>.png, or .npy of other channels than grey and RGB."""
+    save_held_out: bool = False
+    """Also save the held-out images that the conditions of the images are from, as held_out/<number>.png, and further
+    images of these items in folders named like their fields, such as condition_image/<number>.png."""
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
@@ -62,6 +72,11 @@ class SamplesConfig(PromptsConfig):
             raise ValueError(f"got --source and --{other}: pass one of them")
         if self.models is not None and self.label is not None:
             raise ValueError(f"got models and label {self.label}, which is of one of them: leave one of them out")
+        if self.save_held_out and (not self.save_individually or self.has_prompts or self.layouts is not None):
+            got = (
+                "got save_held_out, which is for images saved individually whose conditions are those of held-out ones"
+            )
+            raise ValueError(f"{got}: pass --save_individually, without prompts and layouts, or leave it out")
         if self.n_seeds is not None and self.layouts is None and self.prompts is None:
             got = f"got n_seeds {self.n_seeds} without layouts"
             raise ValueError(f"{got}: pass --layouts FILE, --prompts FILE, or --n_samples N")
@@ -108,7 +123,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         source, provenance = source_of(sources, model, sampling), sources.provenance
     else:
         source, provenance = model.condition_source(sampling), {}
-    draw = images_of_class(model, settings.label, config.output.seed, sampling, source, inputs)
+    draw = images_of_class(model, settings.label, config.output.seed, sampling, source, inputs, settings.save_held_out)
     return ExperimentSetup((settings, draw, inputs), provenance, source=source)
 
 
@@ -137,6 +152,8 @@ def measure(
                 pictures.add(batch["image"])
     if settings.save_process:
         save_denoising_strips(folder / "process.png", model, list(range(min(count, STRIP_IMAGES))), draw)
+    if settings.save_held_out:
+        save_held_out_images(folder, model, torch.cat(writer.others["held_out"]).tolist(), names)
     labels = writer.others.get("labels")
     captions = model.captions(None if labels is None else torch.cat(labels)[: len(writer.first)])
     save_grid(folder / "samples.png", writer.first, captions=captions)
@@ -165,14 +182,17 @@ def images_of_class(
     options: SamplingConfig,
     source: ConditionSource,
     inputs: LayoutInputs | None = None,
+    needs_held_out: bool = False,
 ) -> Callable[..., Batch]:
     """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
     Conditions come from `source`; those other than the class do not depend on it. Where they are those of held-out
     items, a batch has their indices in the validation split as "held_out" (B,); where they are layouts, their numbers
-    as "layout" (B,). All ranks must call it.
+    as "layout" (B,). All ranks must call it. ValueError if `needs_held_out`, and they are not those of held-out items.
     """
     source = source if label is None else source.with_values(label=label)
+    if needs_held_out and source.held_out_items([0]) is None:
+        raise ValueError("got --save_held_out, but no condition comes with held-out images: leave it out")
 
     def draw(indices: list[int], on_step: OnStep | None = None) -> Batch:
         batch = trained.draw(indices, seed, options, source.draw(seed, indices), on_step=on_step)

@@ -99,7 +99,7 @@ def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm)
     origin = ours.pop("origin")  # like that of a run started with --load_dir
     assert origin.keys() == {"class_frequencies", "class_names", "load_weights"}
     assert {group: list(keys) for group, keys in ours.items()} == {g: list(k) for g, k in other.items() if g in ours}
-    assert list(ours) == [group for group in other if group not in ("origin", "fine_tuning")]
+    assert list(ours) == [group for group in other if group not in ("origin", "fine_tuning", "hints")]
     step = max((trained_ddpm / "ddpm_digits" / "checkpoints").glob("step_*"))
     assert {path.name for path in checkpoint_path(run, 7).iterdir()} == {path.name for path in step.iterdir()}
     assert (run / "checkpoints" / "latest").read_text() == "step_00000007\n"

@@ -7,6 +7,7 @@ from models.conditions import boxes, layout, numbers
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, FineTuningConfig, LoggingConfig, TrainingConfig
+from train.data.hints import HintsConfig
 from train.datasets import DatasetConfig
 from train.registry import plugin_names
 from train.samplers import absorbing, ddpm
@@ -120,6 +121,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora", "lora_trigger_words", "lr_scale", "save"),
         *("differential", "differential_in", "lora_rank_of", "text_new_tokens"),
     }
+    assert cli.flag_names(HintsConfig) == {"condition_image", "edge_sigma", "edge_thresholds", "small_factor"}
 
 
 def test_the_flags_of_boxes_and_layouts_are_frozen():
@@ -134,6 +136,6 @@ def test_the_flags_of_boxes_and_layouts_are_frozen():
 def test_registries_list_plugin_files():
     assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(plugin_names("train.datasets"))
     regions = {"coco", "visual_genome", "nuimages", "celebamask", "panoptic_folder", "semantic", "yolo", "layout_lines"}
-    assert regions | {"captions", "xbd", "fmow"} <= set(plugin_names("train.datasets"))
+    assert regions | {"captions", "xbd", "fmow", "pairs"} <= set(plugin_names("train.datasets"))
     assert plugin_names("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
     assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

@@ -116,14 +116,16 @@ def read_rows(
     n_classes: int = 0,
     class_names: Sequence[str] = (),
     words: Sequence[str] = (),
+    channels: Mapping[str, int] | None = None,
 ) -> list[Row]:
     """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
-    A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
-    of lists of numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite
-    numbers, else strings, as captions and the fields in `words` always are. Of a sampler with classes, a label that is
-    a string is a class name, or else a number, and all labels of a CSV are strings. Raises FileNotFoundError or
-    ValueError if the file cannot be used.
+    A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training, and
+    has the `channels` of its field or, without, 1 if all images of the field are grey, else 3. A list of lists of
+    numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite numbers, else
+    strings, as captions and the fields in `words` always are. Of a sampler with classes, a label that is a string is a
+    class name, or else a number, and all labels of a CSV are strings. Raises FileNotFoundError or ValueError if the
+    file cannot be used.
     """
     if condition_file is None:
         return []
@@ -132,7 +134,7 @@ def read_rows(
         raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
     rows = parse_rows(path, texts=("caption", *words, *(("label",) if n_classes else ())))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    read = {name: read_column(path, name, values, data) for name, values in columns.items()}
+    read = {name: read_column(path, name, values, data, (channels or {}).get(name)) for name, values in columns.items()}
     if n_classes and "label" in read:
         read["label"] = [number_of(path, each, n_classes, class_names) for each in read["label"]]
     return [{name: values[number] for name, values in read.items()} for number in range(len(rows))]
@@ -209,10 +211,10 @@ def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
     return words
 
 
-def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> list[Any]:
+def read_column(path: Path, name: str, values: list[Any], data: DataConfig, channels: int | None = None) -> list[Any]:
     """Converts the values of a field as in items of a data set: decodes images, turns lists of numbers into tensors."""
     if name.endswith("_image"):
-        return read_images([image_file(path, name, value) for value in values], data)
+        return read_images([image_file(path, name, value) for value in values], data, channels)
     kinds = {type(value) for value in values}
     if kinds == {int, float}:
         return [float(value) for value in values]
@@ -231,10 +233,11 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
         raise ValueError(f"{path}: field {name!r} is not a tensor ({error}), wanted {wanted}") from error
 
 
-def read_images(files: Sequence[Path], data: DataConfig) -> list[Tensor]:
-    """Returns images of files as conditions, cropped as in training: (1, H, W) if all are grey, else (3, H, W)."""
+def read_images(files: Sequence[Path], data: DataConfig, channels: int | None = None) -> list[Tensor]:
+    """Returns images of files as conditions, cropped as in training: (C, H, W) with C = `channels` or, without, 1 if
+    all are grey, else 3."""
     images = [decode(file) for file in files]
-    channels = 1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3
+    channels = channels or (1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3)
     return [to_item({"image": image}, data.size, channels, data.data_range)["image"] for image in images]
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from train.condition_source import Row, read_images
 from train.config import DataConfig
-from train.data.hints import HintMaker
+from train.data.hints import HintMaker, HintsConfig
 from train.data.transforms import to_item
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES
 from train.files import sha256
 
 
-def read_hints(paths: Sequence[str], fields: Sequence[str], kinds: Mapping[str, str], data: DataConfig) -> list[Row]:
+def read_hints(
+    paths: Sequence[str], fields: Sequence[str], kinds: Mapping[str, str], data: DataConfig, options: HintsConfig
+) -> list[Row]:
     """Returns rows of the batch fields of hints, from one file or folder of pictures for each; shorter folders repeat.
 
     Hints of the `kinds`, by field, are made from the pictures; without any kind, the pictures are hints. ValueError for
@@ -29,12 +31,12 @@ def read_hints(paths: Sequence[str], fields: Sequence[str], kinds: Mapping[str, 
     columns: dict[str, list[Tensor]] = {}
     for path, field in zip(paths, fields, strict=True):
         files = picture_files(path)
-        columns[field] = make_hints(files, kinds[field], data) if kinds else read_images(files, data)
+        columns[field] = make_hints(files, kinds[field], data, options) if kinds else read_images(files, data)
     count = max(map(len, columns.values()))
     return [{field: images[i % len(images)] for field, images in columns.items()} for i in range(count)]
 
 
-def make_hints(files: Sequence[Path], kind: str, data: DataConfig) -> list[Tensor]:
+def make_hints(files: Sequence[Path], kind: str, data: DataConfig, options: HintsConfig) -> list[Tensor]:
     """Makes hints of a kind from pictures, cropped as in training; of kind "image" the pictures are the sources."""
     if kind == "":
         got = "got --hint for a control branch whose kind of hints is not known"
@@ -42,7 +44,7 @@ def make_hints(files: Sequence[Path], kind: str, data: DataConfig) -> list[Tenso
     hints = []
     for file in files:
         image = to_item({"image": decode(file)}, data.size, data.n_channels, data.data_range)["image"]
-        hints.append(HintMaker(kind)({"image": image, "source_image": image}))
+        hints.append(HintMaker(kind, options)({"image": image, "source_image": image}))
     return hints
 
 

@@ -189,7 +189,7 @@ def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings
     if run is None:
         return first_stage_data(argv, section)
     content, config = read_settings(cls, run)
-    groups = {name: getattr(config, name) for name in ("sampler", "first", "data", "reader")}
+    groups = {name: getattr(config, name) for name in ("sampler", "first", "data", "reader", "hints")}
     sampler = config.sampler.sampler
     given = given_settings(argv, explicit, sampler)
     first = flatten_group(config.first)
@@ -208,7 +208,8 @@ def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings
         stage = ["--ae_load_dir", first["ae_load_dir"]] if "ae_load_dir" in first else []
         data |= first_stage_data(["--sampler", sampler, *stage, *argv], sampler).values
     dropped = replaced_settings(groups, given) | {"adapt"}  # which changes items, not what the network is
-    values = {key: value for key, value in (flatten_group(config.sampler) | first | data).items() if key not in dropped}
+    settings = flatten_group(config.sampler) | flatten_group(config.hints) | first | data
+    values = {key: value for key, value in settings.items() if key not in dropped}
     code = {key: value for key, value in find_code([config.sampler, config.reader]).items() if key in values}
     return BaseSettings({key: value for key, value in values.items() if key not in code}, run / "config.yaml", code)
 

@@ -13,6 +13,7 @@ from train.config import DataConfig
 from train.data.captions import choose_captions
 from train.data.code_file import CodeTable
 from train.data.collate import collate
+from train.data.hints import HintedCodes, is_cacheable
 from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, merge_fields
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
@@ -214,13 +215,18 @@ class TrainingLatents:
     def __len__(self) -> int:
         return len(self.images)
 
-    def row(self, position: int) -> int:
-        """Returns the row of the image at a position, or of the next readable one."""
+    def item_index(self, position: int) -> int:
+        """Returns the index in the data set of the image at a position, or of the next readable one."""
         candidates = self.images.candidates(self.images.order[position])
-        return next(self.rows[image] for image in candidates if image in self.rows)
+        return next(image for image in candidates if image in self.rows)
+
+    def view_index(self, position: int) -> int:
+        """Returns the view, of all training views, of the image at a position."""
+        return self.images.view_index(position)
 
     def __getitem__(self, positions: list[int]) -> Batch:
-        views, rows = [self.images.view_index(each) for each in positions], [self.row(each) for each in positions]
+        views = [self.view_index(each) for each in positions]
+        rows = [self.rows[self.item_index(each)] for each in positions]
         batch: Batch = {"latents": self.table.ids[torch.tensor(views), torch.tensor(rows)]}
         batch["position"] = torch.tensor(positions)
         if self.labels is not None:
@@ -273,13 +279,15 @@ class LatentSpace(ContinuousSpace):
         """Returns the training images, or their latents from the cache or newly encoded."""
         if not self.cached:
             return super().source(images, split, data, seed, world, adapt, balance)
-        if adapt is not None:
-            raise ValueError("got --cache_latents, but --adapt or --image_input inpainting change items: leave it out")
+        if not (adapt is None or is_cacheable(adapt)):
+            got = "got --cache_latents and --adapt, or --image_input inpainting"
+            raise ValueError(f"{got}, which changes images anew each time: leave one out")
         kind = {"moments" if self.sampled else "latents": True}
         table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world, **kind)
         unread = replace(data, cache_images=False, in_memory=False)
         ordered = super().source(images, split, unread, seed, world, None, balance)
-        return TrainingLatents(ordered, table, images.labels if images.n_classes else None)
+        latents = TrainingLatents(ordered, table, images.labels if images.n_classes else None)
+        return latents if adapt is None else HintedCodes.of(latents, images, split, data, adapt)
 
     def workers(self, data: DataConfig) -> int:
         return 0 if self.cached else data.num_workers
@@ -349,14 +357,17 @@ class CodeSpace:
         world: DistContext,
         adapt: Adapt | None = None,
         balance: float = 0.0,
-    ) -> TrainingCodes:
+    ) -> BatchSource:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
+        if not (adapt is None or is_cacheable(adapt)):
+            raise ValueError("got --adapt for codes, which are cached: leave it out")
         table = self.first_stage.encode_dataset(images, split, data, encoding_batch(data), world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
         first = split == "val"
-        return TrainingCodes(
+        codes = TrainingCodes(
             table.ids, labels, seed, table.annotations, balance, first_caption=first, index=table.index
         )
+        return codes if adapt is None else HintedCodes.of(codes, images, split, data, adapt)
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no loading

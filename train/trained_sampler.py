@@ -34,7 +34,7 @@ from train.continuous_stage import load_first_stage
 from train.control import refuse_settings
 from train.control_file import add_control_files
 from train.data.captions import choose_caption
-from train.data.hints import with_hints
+from train.data.hints import HintMaker, HintsConfig, hint_channels, with_hint_of_source, with_hints
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
@@ -66,6 +66,7 @@ class StoredSamplerConfig:
     reader: DatasetConfig
     sampler: SamplerConfig
     sampling: SamplingConfig
+    hints: HintsConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class TrainedSampler:
     amp: bool  # bfloat16 autocast where the device computes it natively
     class_names: tuple[str, ...] = ()  # by class number, as recorded in training; empty: the classes have no names
     hint_kinds: Mapping[str, str] = field(default_factory=dict)  # of control branches, by batch field; "": not known
+    hints: HintsConfig = HintsConfig()  # how hints are made, and which the image condition reads
 
     @property
     def device(self) -> torch.device:
@@ -114,9 +116,9 @@ class TrainedSampler:
 
     @property
     def adapt(self) -> Adapt | None:
-        """The function from an item to the fields of a batch: the user's (--adapt), then that which adds the hints of
-        control branches; None without either."""
-        return with_hints(make_adapt(self.sampler.config), self.hint_kinds)
+        """The function from an item to the fields of a batch: the user's (--adapt), then that which adds hints; None
+        without either."""
+        return with_hints(make_adapt(self.sampler.config), self.hints.kinds | self.hint_kinds, self.hints)
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
@@ -129,9 +131,14 @@ class TrainedSampler:
         return {name: item[name] for name in names}
 
     def read_rows(self, condition_file: str | None) -> list[Row]:
-        """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`."""
-        words = tuple(MetadataFields.of(self.sampler.network).words)
-        return read_rows(condition_file, self.data, self.sampler.n_classes, self.class_names, words)
+        """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`. If the
+        condition_image is a hint, it is made of a row's source_image, if it has one."""
+        words, kind = tuple(MetadataFields.of(self.sampler.network).words), self.hints.condition_image
+        size, n = (self.sampler.n_classes, self.class_names), self.data.n_channels
+        channels = {"condition_image": hint_channels(kind, n), "source_image": n} if kind else {}
+        rows = read_rows(condition_file, self.data, *size, words, channels)
+        maker = HintMaker(kind, self.hints) if kind and "source_image" not in self.sampler.conditions else None
+        return rows if maker is None else [with_hint_of_source(row, "condition_image", maker) for row in rows]
 
     def with_hints(self, rows: Sequence[Row], options: SamplingConfig) -> list[Row]:
         """Returns rows of conditions, used in turn, with the hints of --hint, which are used in turn too."""
@@ -140,7 +147,8 @@ class TrainedSampler:
         if not self.sampler.network.control:
             refuse_settings(options)
         fields = [field for field in self.sampler.conditions if is_hint_field(field)]
-        hints = read_hints(options.hint, fields, {} if options.hint_ready else self.hint_kinds, self.data)
+        kinds = {} if options.hint_ready else self.hint_kinds
+        hints = read_hints(options.hint, fields, kinds, self.data, self.hints)
         return combine_rows(rows, hints)
 
     @property
@@ -408,7 +416,7 @@ def load_sampler(
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()
     world, data, reader = DistContext(device), config.data, config.reader
-    facts = names, hint_kinds
+    facts = names, hint_kinds, config.hints
     return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, *facts)
 
 

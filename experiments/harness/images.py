@@ -4,7 +4,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from diffusion.rng import seed_of
 from experiments.harness.experiment import ModelConfig, OutputConfig, default_results_name
 from train.cli.files import run_folder
 from train.config import DataConfig
-from train.data.transforms import grey_to_rgb, to_picture
+from train.data.loading import ImageSource, apply_adapt, temporary_seed
+from train.data.transforms import View, as_uint8, grey_to_rgb, to_picture
 from train.datasets._channels import PICTURES
 from train.files import atomic_write, read_arrays
 from train.logging import grid_image
@@ -130,6 +132,20 @@ def save_image(path: Path, image: np.ndarray) -> None:
         Image.fromarray(image).save(path)
     else:
         np.save(path.with_suffix(".npy"), image)
+
+
+def save_held_out_images(folder: Path, model: TrainedSampler, items: Sequence[int], names: Sequence[str]) -> None:
+    """Saves items of the validation split, as the model is trained on them: the images in `folder`/held_out, and those
+    of other fields, such as hints, in folders named like the fields. The files have the `names` of the samples."""
+    source = ImageSource(model.dataset("val"), replace(model.data.without_augmentation, cache_images=False))
+    for index, name in zip(items, names, strict=True):
+        item = View()(source[index])  # a copy: the function may change it
+        with temporary_seed(seed_of(0, "adapt", index)):
+            item = item if model.adapt is None else apply_adapt(model.adapt, item)
+        for field, image in item.items():
+            if field == "image" or field.endswith("_image"):
+                pixels = grey_to_rgb(as_uint8(image.as_subclass(Tensor))).permute(1, 2, 0).contiguous().numpy()
+                save_image(folder / ("held_out" if field == "image" else field) / Path(name).name, pixels)
 
 
 def samples_path(check: CheckConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:

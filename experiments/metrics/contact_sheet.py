@@ -1,7 +1,6 @@
 """Contact sheets: items of a data set with their boxes, class names, maps and captions, and pairs of images with their
 differences, each as one picture to look at."""
 
-import colorsys
 import math
 import textwrap
 from collections import Counter
@@ -14,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from experiments.metrics.annotation_counts import UNLABELLED, image_size, numbers
+from train.data.hints import class_color
 from train.data.transforms import ValueRange, as_uint8, grey_to_rgb, to_item
 from train.datasets._channels import PICTURES
 from train.files import atomic_write
 
 GAP, TEXT, LINE = 12, 13, 17  # pixels between tiles; of letters; of a line of text
-GOLDEN = 0.618  # of the colour circle, between the classes of successive numbers
 STRENGTH = 0.55  # of the colours of a map over its image
 MOST_LINES = 6  # of text below an item
 MOST_LABELS = 20  # in one panel, the largest first; the legend has all classes
@@ -111,16 +110,12 @@ def fit_item(item: dict[str, Any], size: int, n_channels: int, data_range: Value
 
 
 def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
-    """Draws a resized item: its name, the image with boxes, the image with its map, a legend, and lines of text.
-
-    Of other images than grey and RGB the mean of the channels is shown.
-    """
-    image = as_uint8(item["image"].as_subclass(Tensor))
-    if len(image) not in PICTURES:
-        image = image.float().mean(0, keepdim=True).to(image.dtype)
-    pixels = grey_to_rgb(image).permute(1, 2, 0).contiguous().numpy()
+    """Draws a resized item: its name, its source image, the image with boxes, that with its map, a legend, and lines of
+    text."""
+    pixels = draw_picture(item["image"])
+    sources = [draw_picture(item["source_image"])] if "source_image" in item else []
     boxes, regions = draw_boxes(pixels, item, names), draw_map(pixels, item, names)
-    panels = [boxes] if regions is None else [boxes, regions]
+    panels = [*map(Image.fromarray, sources), boxes, *([] if regions is None else [regions])]
     width = max(2 * max(pixels.shape[:2]) + GAP, sum(panel.width + GAP for panel in panels))
     below = [draw_legend(class_counts(item), names, width), draw_lines(describe_item(item), width)]
     height = LINE + pixels.shape[0] + sum(each.height for each in below) + 4
@@ -133,6 +128,14 @@ def draw_tile(item: dict[str, Any], names: Sequence[str]) -> Image.Image:
         tile.paste(each, (0, top))
         top += each.height
     return tile
+
+
+def draw_picture(image: Tensor) -> Pixels:
+    """Returns an image (C, H, W) in colours; of other images than grey and RGB the mean of the channels is shown."""
+    image = as_uint8(image.as_subclass(Tensor))
+    if len(image) not in PICTURES:
+        image = image.float().mean(0, keepdim=True).to(image.dtype)
+    return grey_to_rgb(image).permute(1, 2, 0).contiguous().numpy()
 
 
 def draw_boxes(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Image.Image:
@@ -281,12 +284,6 @@ def class_counts(item: dict[str, Any]) -> Counter[int]:
 
 def class_name(number: int, names: Sequence[str]) -> str:
     return names[number] if 0 <= number < len(names) else str(number)
-
-
-def class_color(number: int) -> Color:
-    """Returns the colour of a class: successive numbers differ much."""
-    bright = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.85, 1.0 if number % 2 else 0.8)
-    return tuple(round(255 * level) for level in bright)
 
 
 def text_color(background: Color) -> str:

@@ -243,6 +243,14 @@ def test_boxes_and_maps_are_drawn_where_they_are(tmp_path):
     assert (sheet[-17:] < 255).any()  # the camera is named at the end
 
 
+def test_the_source_of_a_pair_is_drawn_before_it(tmp_path):
+    target = np.full((16, 16, 3), (200, 0, 0), np.uint8)
+    item = {"image": target, "source_image": Image.fromarray(255 - target)}
+    save_contact_sheet(tmp_path / "sheet.png", [item], (), size=64, n_channels=3)
+    panels = read_picture(tmp_path / "sheet.png")[12 + 17 :, 12:]
+    assert panels[32, 32].tolist() == [55, 255, 255] and panels[32, 64 + 12 + 32].tolist() == [200, 0, 0]
+
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("kind", ["grey", "many channels", "no regions", "masks", "long"])
 def test_every_kind_of_item_can_be_drawn(tmp_path, kind, n):

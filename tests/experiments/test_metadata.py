@@ -11,6 +11,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import DDPM, call
 from models.conditions.metadata import MetadataEncoder
 from train.config import DataConfig, SamplingConfig
+from train.data.hints import HintsConfig
 from train.datasets.shapes import Shapes
 from train.samplers._metadata import find_metadata
 from train.trained_sampler import TrainedSampler
@@ -111,7 +112,8 @@ def test_metadata_come_with_the_conditions_of_held_out_images():
 
 def test_words_of_a_table_may_look_like_numbers(tmp_path):
     network = MetadataEncoder({"place": ("7", "007")}, 4)
-    model = SimpleNamespace(sampler=SimpleNamespace(network=network, n_classes=0), data=DataConfig(), class_names=())
+    sampler = SimpleNamespace(network=network, n_classes=0, conditions=("place", "lon"))
+    model = SimpleNamespace(sampler=sampler, data=DataConfig(), class_names=(), hints=HintsConfig())
     (tmp_path / "rows.csv").write_text("place,lon\n007,1\n7,2.5\n")
     rows = TrainedSampler.read_rows(model, str(tmp_path / "rows.csv"))
     assert rows == [{"place": "007", "lon": 1.0}, {"place": "7", "lon": 2.5}]

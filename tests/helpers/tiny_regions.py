@@ -150,6 +150,15 @@ def save_captions(root: Path) -> Path:
     return root
 
 
+def save_pairs(root: Path) -> Path:
+    """Writes targets and, of the same names in another folder, the sources that they are made of: their negatives."""
+    for name in "abcd":
+        target = np.random.default_rng(ord(name)).integers(0, 256, (*SIZE, 3), np.uint8)
+        save_picture(root / "target" / f"{name}.png", target)
+        save_picture(root / "source" / f"{name}.png", 255 - target)
+    return root
+
+
 def save_xbd(root: Path, count: int = 4) -> Path:
     """Both images of some places, of half the pixels that the polygons count in: a building, and none in the last."""
     for place in range(count):
@@ -205,6 +214,7 @@ WRITERS = {
     "coco": save_coco,
     "layout_lines": save_layout_lines,
     "nuimages": save_nuimages,
+    "pairs": save_pairs,
     "panoptic_folder": save_panoptic_folder,
     "semantic": save_semantic,
     "xbd": save_xbd,

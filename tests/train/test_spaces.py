@@ -13,6 +13,7 @@ from helpers.tiny_runs import UNET, call
 from helpers.toy_encoding import BrokenDataset
 from train import spaces
 from train.data.code_file import CodeTable
+from train.data.hints import with_hints
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import to_float
 from train.distributed import DistContext
@@ -151,6 +152,26 @@ def test_cached_latents_keep_annotations_in_their_view(cached_space, data):
     assert_same_fields(cached, plain)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_cached_latents_and_codes_have_the_hints_of_images(cached, first_stage, cached_space, data):
+    """The grey hint of a grey image is the image, whose latents or codes, in the same view, come with it."""
+    dataset, data = annotated_dataset(5, 16), dataclasses.replace(data, shift=1, horizontal_flip=True)
+    adapt = with_hints(None, {"hint_image": "grey", "condition_image": "edges"})
+    space = cached_space if cached else spaces.CodeSpace(first_stage)
+    for split, count in (("train", 90), ("val", 5)):
+        source = space.source(dataset, split, data, 3, DistContext(CPU), adapt)
+        batch = source[[*range(count)]]
+        assert len(source) == (5 if cached else count) and batch["hint_image"].shape == (count, 1, 16, 16)
+        encode, field = (first_stage.encode_latents, "latents") if cached else (first_stage.encode, "codes")
+        torch.testing.assert_close(encode(batch["hint_image"]), batch[field], rtol=1e-5, atol=1e-5)
+        assert batch["hint_image"].unique(dim=0).shape[0] > 4 and batch["condition_image"].unique().tolist() == [-1, 1]
+        assert torch.equal(batch["label"], torch.tensor([source.item_index(k) for k in range(count)]))
+    plain = spaces.PixelSpace(data).source(dataset, "train", data, 3, DistContext(CPU), adapt)[[*range(9)]]
+    if cached:
+        again = space.source(dataset, "train", data, 3, DistContext(CPU), adapt)[[*range(9)]]
+        assert all(torch.equal(again[name], plain[name]) for name in ("hint_image", "condition_image"))
+
+
 def test_latents_and_codes_have_files_of_their_own(first_stage, tmp_path, digits, data):
     stage, world = dataclasses.replace(first_stage, run=tmp_path), DistContext(CPU)
     codes = stage.encode_dataset(digits, "val", data, 50, world)
@@ -159,9 +180,14 @@ def test_latents_and_codes_have_files_of_their_own(first_stage, tmp_path, digits
     assert len({path.stem for path in (tmp_path / "codes").iterdir() if path.suffix != ".lock"}) == 2
 
 
-def test_cached_latents_beside_adapt_are_refused(cached_space, digits, data):
+def test_latents_that_cannot_be_cached_are_refused(cached_space, first_stage, digits, data):
     with pytest.raises(ValueError, match="--cache_latents and --adapt"):
         cached_space.source(digits, "train", data, 3, DistContext(CPU), lambda item: item)
+    with pytest.raises(ValueError, match="--cache_latents and --adapt"):
+        adapt = with_hints(lambda item: item, {"hint_image": "grey"})
+        cached_space.source(digits, "train", data, 3, DistContext(CPU), adapt)
+    with pytest.raises(ValueError, match="--adapt for codes"):
+        spaces.CodeSpace(first_stage).source(digits, "train", data, 3, DistContext(CPU), adapt)
 
 
 def test_masked_codes_are_shown_as_grey_squares(first_stage):

@@ -437,6 +437,9 @@ class TrainingCodes:
         row = self.order[position] % self.ids.shape[1]
         return row if self.index is None else int(self.index[row])
 
+    def view_index(self, position: int) -> int:
+        return self.order[position] // self.ids.shape[1]
+
     def __getitem__(self, positions: list[int]) -> Batch:
         indices = torch.tensor([self.order[k] for k in positions])
         view, row = indices // self.ids.shape[1], indices % self.ids.shape[1]

@@ -109,6 +109,7 @@ class AnnotationFiles(NamedTuple):
     noun: str  # of one file
     endings: tuple[str, str] = ("", "")  # of the names of images and annotations before their suffixes, left out to
     # compare them, such as _leftImg8bit and _gtFine_labelTrainIds
+    image_flag: str = "--image_dir"  # that sets the folder of the images
 
 
 def pair_split(config: RegionConfig, root: Path, split: str, files: AnnotationFiles, *, keep: bool = False) -> Pairs:
@@ -169,7 +170,7 @@ def pair_files(images: Sequence[str], annotations: Sequence[str], files: Annotat
     if not common:
         raise ValueError(
             f"no image has the name of a {files.noun}: got {images[0]} and {annotations[0]}, wanted the same names but "
-            f"for the suffix: check --image_dir and {files.flag}"
+            f"for the suffix: check {files.image_flag} and {files.flag}"
         )
     unpaired = {
         f"images without a {files.noun}": tuple(name for key, name in image_of.items() if key not in annotation_of),

@@ -16,6 +16,7 @@ from train.data.formats.categories import Categories, decode_categories
 from train.data.formats.coco import box_of_mask
 from train.data.formats.panoptic import Encoding, PanopticMap, check_encoding
 from train.data.sides import Sides
+from train.data.transforms import to_pixels
 from train.datasets import (
     MAX_PIXELS,
     Ragged,
@@ -162,6 +163,21 @@ def read_map(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIX
             )
         image = image.resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(image)
+
+
+def read_source(target: Path, path: Path, size: tuple[int, int], n_channels: int, max_pixels: int) -> Any:
+    """Reads the image that belongs to `target`, of this size (height, width): a PIL image or `tv_tensors.Image`.
+
+    UnreadableImage for a broken file, and for one of another size.
+    """
+    source = decode_channels(path, n_channels, max_pixels=max_pixels)
+    if image_size(source) != size:
+        (height, width), (wanted_height, wanted_width) = image_size(source), size
+        raise UnreadableImage(
+            f"{path} has {width} x {height} pixels, and its partner {target} {wanted_width} x {wanted_height}: wanted "
+            "one size: resize one of them"
+        )
+    return to_pixels(source, n_channels, None)
 
 
 def read_colors(path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -3,13 +3,15 @@
 images/santa-rosa-wildfire_00000012_pre_disaster.png    labels/santa-rosa-wildfire_00000012_pre_disaster.json
 images/santa-rosa-wildfire_00000012_post_disaster.png   labels/santa-rosa-wildfire_00000012_post_disaster.json
 
-Both images of a place are in the same split. Images may be smaller than the 1,024 pixels of the release, whose units
+Both images of a place are in the same split. With --xbd_source, the image before the disaster comes with the one after
+it, as its source_image. Images may be smaller than the 1,024 pixels of the release, whose units
 the polygons have.
 """
 
 import json
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +35,20 @@ from train.datasets._earlier import DatedImage, EarlierConfig, RepeatedImages
 from train.datasets._pairs import (
     AnnotationFiles,
     Pairs,
+    SplitName,
     describe_unpaired,
     find_split,
     join,
     list_files,
     pair_files,
 )
-from train.datasets._regions import LISTED, box_fields, naming, read_text
+from train.datasets._regions import LISTED, box_fields, naming, read_source, read_text
 from train.datasets.folder import SUFFIXES
 
 DAMAGE = ("building", "no-damage", "minor-damage", "major-damage", "destroyed", "un-classified")  # building: before
 MOMENTS = {"pre": "before", "post": "after"}
 NAME = re.compile(r"(?P<place>(?P<disaster>.+)_\d+)_(?P<moment>pre|post)_disaster")
+Row = tuple[str, str]  # an image and its JSON file
 ANGLES = ("off_nadir_angle", "sun_azimuth", "sun_elevation", "target_azimuth")
 
 
@@ -57,8 +61,19 @@ class Config(EarlierConfig):
     """Folder of the JSON files, relative to data_dir; may contain {split}, as image_dir."""
     xbd_image: Literal["pre", "post", "both"] = "both"
     """Images to read: those before the disaster, those after it, or both, as items of their own."""
+    xbd_source: bool = False
+    """xbd_image post: give the image before the disaster as source_image, such as for --condition_image image."""
+    split_by: Literal["place", "disaster"] = "place"
+    """What is never in both splits. disaster: validation shows disasters of which no image is trained on, with no more
+    than val_fraction of the images, or the smallest disaster."""
 
-    EVERYDAY = ("image_dir", "label_dir", "xbd_image")
+    EVERYDAY = ("image_dir", "label_dir", "xbd_image", "xbd_source")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.xbd_source and self.xbd_image != "post":
+            got = f"got xbd_source for xbd_image {self.xbd_image}"
+            raise ValueError(f"{got}, wanted images after the disaster: pass --xbd_image post, or --no_xbd_source")
 
 
 class Name(NamedTuple):
@@ -87,6 +102,10 @@ class DisasterImages(RepeatedImages):
 
     number_fields: dict[str, NumberField] = FIELDS
 
+    def __init__(self, *args: Any, before: Sequence[str] = (), **options: Any):
+        """`before` are the images before the disaster, relative to the folder of the data, if items have them."""
+        super().__init__(*args, sources=before, **options)
+
     def annotations(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         path = self.root / self.files[index]
         name, label = parse_name(self.names[index]), read_label(self.root, self.files[index])
@@ -99,7 +118,12 @@ class DisasterImages(RepeatedImages):
             numbers |= decode_date(label.metadata.get("capture_date"))
             numbers |= mean_position(label.positions or self.positions_in_other(index))
             kind = str(label.metadata["disaster_type"])
+        source = {}
+        if self.sources:
+            paths = self.root / self.names[index], self.root / self.sources[index]
+            source["source_image"] = read_source(*paths, size, self.n_channels, self.max_pixels)
         return {
+            **source,
             **box_fields(boxes, [DAMAGE.index(each) for each in label.damage], size),
             "captions": captions_of(name.moment, kind),
             "disaster": name.disaster,
@@ -188,18 +212,19 @@ def build(config: Config, split: str, n_channels: int = 3) -> DisasterImages:
     images = list_files(root, folders[0], SUFFIXES, "--image_dir")
     labels = list_files(root, folders[1], (".json",), "--label_dir")
     pairs = pair_files(images, labels, AnnotationFiles(config.label_dir, "--label_dir", (".json",), "JSON file"))
-    rows = select_rows(pairs, config.xbd_image)
-    places = sorted({parse_name(image).place for image, _ in rows})
-    chosen = {*word.select(places, split, config.val_fraction, config.split_seed)}
-    rows = [row for row in rows if parse_name(row[0]).place in chosen]
-    notes = word.describe(root, config.image_dir, split, config.val_fraction), *describe_unpaired(pairs.unpaired)
+    rows = select_split(select_rows(pairs, config.xbd_image), word, split, config)
+    unpaired, before = dict(pairs.unpaired), {}
+    if config.xbd_source:
+        rows, before, unpaired["images without one before the disaster"] = with_images_before(rows, images)
+    notes = word.describe(root, config.image_dir, split, config.val_fraction), *describe_unpaired(unpaired)
     joined = ([join(folder, row[i]) for row in rows] for i, folder in enumerate(folders))
     categories = Categories(tuple(range(len(DAMAGE))), DAMAGE, (True,) * len(DAMAGE))
     dataset = DisasterImages(
         root,
-        Pairs(*joined, pairs.unpaired, notes),
+        Pairs(*joined, unpaired, notes),
         categories,
         split,
+        before=[join(folders[0], before[row[0]]) for row in rows] if before else (),
         max_pixels=config.max_pixels,
         n_channels=n_channels,
         condition_images=config.condition_images,
@@ -208,7 +233,49 @@ def build(config: Config, split: str, n_channels: int = 3) -> DisasterImages:
     return dataset
 
 
-def select_rows(pairs: Pairs, images: str) -> Sequence[tuple[str, str]]:
+def with_images_before(rows: Sequence[Row], images: Sequence[str]) -> tuple[list[Row], dict[str, str], tuple[str, ...]]:
+    """Returns the rows whose place has an image before the disaster among `images`, this image by that of the row, and
+    the images of the other rows; ValueError if no place has one."""
+    of_place = {name.place: image for image in images if (name := parse_name(image)).moment == "pre"}
+    before = {image: of_place.get(parse_name(image).place, "") for image, _ in rows}
+    if not any(before.values()):
+        raise ValueError("got xbd_source, and no image has one before the disaster: pass --no_xbd_source")
+    alone = tuple(image for image, source in before.items() if not source)
+    return [row for row in rows if before[row[0]]], before, alone
+
+
+def select_split(rows: Sequence[Row], word: SplitName, split: str, config: Config) -> list[Row]:
+    """Returns the rows of a split; ValueError for --split_by disaster on data with a folder for each split."""
+    names = [parse_name(image) for image, _ in rows]
+    if config.split_by == "place":
+        places = sorted({name.place for name in names})
+        chosen = {*word.select(places, split, config.val_fraction, config.split_seed)}
+        return [row for row, name in zip(rows, names, strict=True) if name.place in chosen]
+    if not word.held_out:
+        got = f"got split_by disaster, and {config.image_dir} is a folder for each split"
+        raise ValueError(f"{got}: pass --split_by place")
+    val = choose_disasters([name.disaster for name in names], config.val_fraction, config.split_seed)
+    return [row for row, name in zip(rows, names, strict=True) if (name.disaster in val) == (split == "val")]
+
+
+def choose_disasters(disasters: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Returns the disasters to hold out, given that of each image.
+
+    In a random order, each is held out if no more than `fraction` of the images are; if none fits, the smallest is.
+    ValueError for a single disaster.
+    """
+    counts = Counter(disasters)
+    if len(counts) < 2:
+        raise ValueError(f"got split_by disaster for images of {disasters[0]} alone: pass --split_by place")
+    chosen, total = set[str](), 0
+    for index in np.random.default_rng(seed).permutation(len(counts)):
+        name = sorted(counts)[index]
+        if total + counts[name] <= fraction * len(disasters) and len(chosen) < len(counts) - 1:
+            chosen, total = chosen | {name}, total + counts[name]
+    return chosen or {min(sorted(counts), key=counts.__getitem__)}
+
+
+def select_rows(pairs: Pairs, images: str) -> Sequence[Row]:
     """Returns the images to read with their JSON files, sorted; ValueError if there is none."""
     rows = sorted(zip(pairs.images, pairs.annotations, strict=True))
     rows = [row for row in rows if images in ("both", parse_name(row[0]).moment)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from models.conditions.image import ImageEncoder
 from models.unet_attention import SELF_ATTENTION
 from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
+from train.data.hints import Kind, hint_channels
 from train.datasets import Dataset
 from train.loop import Batch, Field
 from train.registry import load_plugin
@@ -110,6 +112,22 @@ def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset
     return replace(config, condition_options=options)
 
 
+def with_hint_channels(config: SamplerConfig, kind: Kind | Literal[""], image_channels: int) -> SamplerConfig:
+    """Returns the config whose condition image has the channels of a hint of images of `image_channels`, unchanged for
+    the kind "". ValueError for a sampler without that condition, and other channels that were set."""
+    if not kind:
+        return config
+    if not isinstance(config, ConditionsConfig) or "image" not in config.conditions:
+        raise ValueError(f"got condition_image {kind}, which no condition reads: pass --conditions image")
+    channels, options = hint_channels(kind, image_channels), config.condition_options
+    if options.image_input != "pixels":  # the channels are those of latents
+        return config
+    if options.condition_channels not in (channels, type(options)().condition_channels):
+        got = f"got condition_channels {options.condition_channels} for condition_image {kind}"
+        raise ValueError(f"{got}, which has {channels}: leave --condition_channels out")
+    return replace(config, condition_options=replace(options, condition_channels=channels))
+
+
 def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:
     """Returns the batch fields that each condition reads, keyed by condition name."""
     return {
@@ -128,7 +146,8 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
     if missing:
         raise ValueError(
             f"got a batch with the fields {', '.join(batch) or 'none'}, but the conditions need {', '.join(missing)}: "
-            "add them to the items of the data set, or (ddpm) in the function of --adapt"
+            "add them to the items of the data set, or (ddpm) in the function of --adapt; a condition_image is made by "
+            "--condition_image edges, grey or another hint"
         )
     raw = {}
     for name, fields in fields_of.items():

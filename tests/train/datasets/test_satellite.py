@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from train.data.formats.satellite import (
 )
 from train.data.loading import ImageSource
 from train.data.transforms import View, to_item
-from train.datasets import fmow, xbd
+from train.datasets import SPLITS, fmow, xbd
 
 
 def build(reader, root, split="train", **options):
@@ -124,6 +125,58 @@ def test_both_images_of_a_place_are_in_one_split(tmp_path):
     for moment in ("pre", "post"):
         some = [name for split in ("train", "val") for name in build(xbd, tmp_path, split, xbd_image=moment).names]
         assert len(some) == 10 and all(f"_{moment}_" in name for name in some)
+
+
+def test_the_image_before_comes_with_the_one_after(tmp_path):
+    """Images are known by their red levels: 2 i before, 2 i + 1 after."""
+    tiny_regions.save_xbd(tmp_path)
+    dataset = build(xbd, tmp_path, xbd_image="post", xbd_source=True, val_fraction=0.25)
+    for index, name in enumerate(dataset.names):
+        item, place = dataset[index], int(name[-19])
+        assert (np.asarray(item["image"])[0, 0, 0], np.asarray(item["source_image"])[0, 0, 0]) == (
+            2 * place + 1,
+            2 * place,
+        )
+    plain = build(xbd, tmp_path, xbd_image="post", val_fraction=0.25)
+    assert plain.names == dataset.names and "source_image" not in plain[0]
+    assert plain.fingerprint() != dataset.fingerprint()
+    (tmp_path / "images" / "some-fire_00000001_pre_disaster.png").unlink()
+    (tmp_path / "labels" / "some-fire_00000001_pre_disaster.json").unlink()
+    splits = [build(xbd, tmp_path, each, xbd_image="post", xbd_source=True, val_fraction=0.25) for each in SPLITS]
+    assert sum(map(len, splits)) == 3
+    assert [each for split in splits for each in split.unpaired["images without one before the disaster"]] == [
+        "some-fire_00000001_post_disaster.png"
+    ]
+    for moment in ("pre", "both"):
+        with pytest.raises(ValueError, match=f"got xbd_source for xbd_image {moment}.*--xbd_image post"):
+            xbd.Config(xbd_image=moment, xbd_source=True)
+
+
+def test_no_disaster_is_in_both_splits(tmp_path):
+    tiny_regions.save_xbd(tmp_path, 3)
+    for path in [*tmp_path.glob("*/*")]:
+        for name in ("some-flood", "other-fire"):
+            shutil.copy(path, path.with_name(path.name.replace("some-fire", name)))
+    options = {"xbd_image": "post", "split_by": "disaster", "val_fraction": 0.4}
+    names = {split: build(xbd, tmp_path, split, **options).names for split in SPLITS}
+    disasters = {split: {xbd.parse_name(name).disaster for name in each} for split, each in names.items()}
+    assert len(disasters["val"]) == 1 and not disasters["train"] & disasters["val"]
+    assert (len(names["train"]), len(names["val"])) == (6, 3)
+    folders = {"image_dir": "{split}/images", "label_dir": "{split}/labels"}
+    for split in ("train", "test"):
+        tiny_regions.save_xbd(tmp_path / "folders" / split)
+    with pytest.raises(ValueError, match="split_by disaster, and .* is a folder for each split"):
+        build(xbd, tmp_path / "folders", split_by="disaster", **folders)
+
+
+def test_held_out_disasters_have_a_fraction_of_the_images():
+    disasters = [name for name, count in (("fire", 74), ("flood", 8), ("volcano", 5)) for _ in range(count)]
+    assert all(xbd.choose_disasters(disasters, 0.2, seed) == {"flood", "volcano"} for seed in range(5))
+    assert {*(xbd.choose_disasters(disasters, 0.1, seed).pop() for seed in range(9))} == {"flood", "volcano"}
+    assert xbd.choose_disasters(disasters, 0.01, 0) == {"volcano"}  # none fits: the smallest
+    assert len(xbd.choose_disasters(["a", "b"], 0.99, 0)) == 1
+    with pytest.raises(ValueError, match="split_by disaster for images of fire alone"):
+        xbd.choose_disasters(["fire", "fire"], 0.5, 0)
 
 
 def test_folders_of_splits_are_read_too(tmp_path):
