@@ -16,7 +16,7 @@ from helpers.tiny_sd import (
     write_pipeline,
     write_single_file,
 )
-from train.control_file import read_control, read_control_header, save_control
+from train.control_file import read_branch, read_control, read_control_header, save_control
 from train.converters.sd.export import files_of_run
 from train.converters.sd.files import read_source
 from train.files import new_folders
@@ -172,6 +172,35 @@ def test_a_single_file_has_a_name_that_readers_know(tmp_path, capsys):
     with pytest.raises(SystemExit):
         export("sd", tmp_path, "one", tmp_path / "back.ckpt")
     assert "pass a name that ends in .safetensors" in capsys.readouterr().err
+
+
+def test_a_trained_control_branch_is_written_as_a_controlnet(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    write_single_file(tmp_path / "single.safetensors")
+    convert(tmp_path / "single.safetensors", tmp_path, "one", f"{FLAGS[1]} --img_size 32 --no_amp")
+    data = "--dataset shapes --shapes_count 20 --img_size 32 --captions templates --no_amp"
+    flags = f"--sampler ddpm {data} --load_dir one --log_dir tuned --logs_root {tmp_path} --control grey"
+    training = "--train_steps 2 --batch_size 2 --warmup_iters 0 --lr 1e-3 --sample_steps 2 --hint_widths 4 6 8 10"
+    call("train_sampler.py", f"{flags} --hint_channels 3 {training}")
+    folder = export("diffusers", tmp_path, "tuned", tmp_path / "folder")
+    roots = {"ema": None, "amp": False, "logs_roots": (str(tmp_path),)}
+    network = load_trained_sampler(tmp_path / "tuned", None, CPU, **roots).sampler.network
+    x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([301])
+    hint, condition = torch.rand(1, 3, 32, 32), network.encode({"text": ["a dog"]}, x)
+    public = diffusers.ControlNetModel.from_pretrained(folder / "controlnet")
+    with torch.no_grad():
+        down, middle = public(x, t, condition.streams["text"].values, hint, return_dict=False)
+        ours = network.control["hint"](x, t.float(), condition, hint)
+    assert max(residual.abs().max() for residual in ours) > 1e-4
+    for theirs, own in zip((*down, middle), ours, strict=True):
+        assert (theirs - own).abs().max() < 1e-3 * own.abs().max() + 1e-5  # the files are float16
+    output = export("sd", tmp_path, "tuned", tmp_path / "back.safetensors")
+    convert(output, tmp_path, "again", f"{FLAGS[1]} --img_size 32 --no_amp")
+    base = load_trained_sampler(tmp_path / "again", None, CPU, **roots).sampler.network
+    branch, facts = read_branch(tmp_path / "again/control.safetensors", base)
+    assert facts is None and branch.hint_config == network.control["hint"].hint_config
+    for theirs, own in zip(branch(x, t.float(), condition, hint), ours, strict=True):
+        assert (theirs - own).abs().max() < 1e-3 * own.abs().max() + 1e-5
 
 
 def test_a_second_control_branch_does_not_replace_the_first(tmp_path, capsys):

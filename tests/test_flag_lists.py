@@ -7,6 +7,7 @@ from models.conditions import boxes, layout, numbers
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, FineTuningConfig, LoggingConfig, TrainingConfig
+from train.control import ControlSampling
 from train.data.hints import HintsConfig
 from train.datasets import DatasetConfig
 from train.registry import plugin_names
@@ -79,12 +80,14 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
         *("foreground", "foreground_weight", "foreground_norm"),
     }
-    assert cli.flag_names(absorbing.Sampling) == {
+    control = {"hint", "hint_ready", "control_strength", "control_guess", "control_middle_only"}
+    assert cli.flag_names(ControlSampling) == control
+    assert cli.flag_names(absorbing.Sampling) - control == {
         *("solver", "sample_steps", "guidance", "condition_file", "metadata", "class_sampling", "guidance_schedule"),
         *("guidance_interval", "image_guidance", "region_guidance", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
-    assert cli.flag_names(ddpm.Sampling) == {
+    assert cli.flag_names(ddpm.Sampling) - control == {
         *(
             "solver",
             "sample_steps",
@@ -120,6 +123,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     assert cli.flag_names(FineTuningConfig) == {
         *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora", "lora_trigger_words", "lr_scale", "save"),
         *("differential", "differential_in", "lora_rank_of", "text_new_tokens"),
+        *("control", "control_lock", "hint_channels", "hint_widths", "hint_factor"),
     }
     assert cli.flag_names(HintsConfig) == {"condition_image", "edge_sigma", "edge_thresholds", "small_factor"}
 

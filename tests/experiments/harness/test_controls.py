@@ -78,7 +78,7 @@ def test_every_sampler_setting_has_a_control_with_help(sampler):
 def test_initial_control_values_are_those_of_the_options(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     values = {name: parse_value(each, each.value) for name, each in by_name(options).items()}
-    assert values | {"condition_file": None, "metadata": (), "class_sampling": "data"} == vars(options)
+    assert values | {name: getattr(SamplingConfig(), name) for name in CONDITION_SETTINGS} == vars(options)
 
 
 def test_control_contents_are_converted_to_field_values():
