@@ -167,14 +167,16 @@ def collect(name: str, count: int, make: Callable[[list[int]], Batch], batches: 
     return Images(*(torch.cat([part[key] for part in parts]) for key in ("image", "hint")))
 
 
-def compare_hints(images: Images, maker: HintMaker) -> dict[str, float]:
-    """Compares the hints of images with those that they belong to: the agreement of edges, or the mean PSNR in dB."""
+def compare_hints(images: Images, maker: HintMaker) -> dict[str, float | None]:
+    """Compares the hints of images with those that they belong to: the agreement of edges, or the mean PSNR in dB of
+    those that differ."""
     own = torch.stack([maker({"image": image}).as_subclass(Tensor) for image in images.images])
     if maker.kind == "edges":
         counts = count_edges(images.hints[:, 0] > 127, own[:, 0] > 127)
         return {"precision": counts.precision, "recall": counts.recall, "f1": counts.f1}
     values = psnr(images.hints, own)
-    return {"psnr": values[values.isfinite()].mean().item(), "equal": int(values.isinf().sum())}
+    finite = values[values.isfinite()]
+    return {"psnr": finite.mean().item() if len(finite) else None, "equal": len(values) - len(finite)}
 
 
 def save_picture(path: Path, sets: dict[str, Images]) -> None:
