@@ -28,6 +28,7 @@ SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a seco
 CONCEPTS = {
     "diffusion.flow": "a process",
     "diffusion.sd_solvers": "solvers, a plug-in",
+    "experiments.metrics.edges": "a metric",
     "models.differential": "differential attention on a loaded network",
     "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
     "train.converters.sd.tiny": "one part of a layout of 1,300 lines: TAESD's files",

@@ -1,4 +1,4 @@
-"""A folder in which the commands of docs/coming_from.md run: data, weights and trained runs by the names of the page."""
+"""A folder in which the commands of docs/coming_from.md run: data, weights and runs by the names of the page."""
 
 import json
 import re

@@ -73,6 +73,7 @@ class ProcessConfig(SamplerConfig):
     RANGES = {
         "total_steps": "[2, 1000000]", "first_beta": "(0, 1)", "last_beta": "(0, 1)", "min_snr_gamma": POSITIVE,
         "sigma_data": POSITIVE, "time_mean": FINITE, "time_deviation": POSITIVE, "time_shift": POSITIVE,
+        "time_scale": POSITIVE,
     }  # fmt: skip
 
     def __post_init__(self):
