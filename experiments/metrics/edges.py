@@ -13,13 +13,13 @@ class EdgeCounts(NamedTuple):
 
     asked: int
     found: int  # of `asked`, near an edge of the image
-    shown: int
-    right: int  # of `shown`, near an edge that was asked for
+    present: int
+    right: int  # of `present`, near an edge that was asked for
 
     @property
     def precision(self) -> float:
         """The share of the edges of the images that were asked for; NaN without edges."""
-        return self.right / self.shown if self.shown else float("nan")
+        return self.right / self.present if self.present else float("nan")
 
     @property
     def recall(self) -> float:
@@ -33,15 +33,15 @@ class EdgeCounts(NamedTuple):
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def count_edges(asked: Tensor, shown: Tensor, tolerance: int = TOLERANCE) -> EdgeCounts:
+def count_edges(asked: Tensor, present: Tensor, tolerance: int = TOLERANCE) -> EdgeCounts:
     """Compares edges (B, H, W) bool with those that were asked for (Martin et al. 2004, with a square neighbourhood).
 
     Counts are summed over the images, so that one with few edges weighs little. ValueError for other shapes.
     """
-    if asked.shape != shown.shape or asked.ndim != 3:
-        raise ValueError(f"got edges {tuple(asked.shape)} and {tuple(shown.shape)}, wanted (B, H, W) twice")
-    found, right = asked & widen(shown, tolerance), shown & widen(asked, tolerance)
-    return EdgeCounts(*(int(each.sum()) for each in (asked, found, shown, right)))
+    if asked.shape != present.shape or asked.ndim != 3:
+        raise ValueError(f"got edges {tuple(asked.shape)} and {tuple(present.shape)}, wanted (B, H, W) twice")
+    found, right = asked & widen(present, tolerance), present & widen(asked, tolerance)
+    return EdgeCounts(*(int(each.sum()) for each in (asked, found, present, right)))
 
 
 def widen(edges: Tensor, tolerance: int) -> Tensor:

@@ -39,8 +39,8 @@ def test_exchanging_the_sets_exchanges_precision_and_recall():
 
 
 def test_counts_are_summed_over_the_images():
-    asked, shown = torch.cat([line(1), line(1)]), torch.cat([line(1), torch.zeros(1, 8, 8, dtype=torch.bool)])
-    assert count_edges(asked, shown).recall == 0.5 and count_edges(asked, shown).precision == 1
+    asked, present = torch.cat([line(1), line(1)]), torch.cat([line(1), torch.zeros(1, 8, 8, dtype=torch.bool)])
+    assert count_edges(asked, present).recall == 0.5 and count_edges(asked, present).precision == 1
 
 
 def test_no_edges_at_all_have_no_figure():
