@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from helpers.tiny_runs import call
@@ -17,7 +18,7 @@ from helpers.tiny_sd import (
     write_single_file,
 )
 from train.control_file import read_branch, read_control, read_control_header, save_control
-from train.converters.sd.export import files_of_run
+from train.converters.sd.export import files_of_run, find_source_run, pipeline_config
 from train.converters.sd.files import read_source
 from train.files import new_folders
 from train.trained_sampler import load_trained_sampler
@@ -129,12 +130,20 @@ def test_a_folder_comes_back_from_a_single_file(tmp_path):
         assert_same_tensors(tensors, again.parts[part])
 
 
-def test_a_scale_that_a_single_file_cannot_hold_is_refused(tmp_path, capsys):
-    write_pipeline(tmp_path / "folder")
+@pytest.mark.parametrize(
+    "scale, shift, message",
+    [
+        (0.2, None, "scaling_factor 0.2 and shift_factor 0.0; a single file means 0.18215"),
+        (0.18215, 0.1, "scaling_factor 0.18215 and shift_factor 0.1"),
+    ],
+)
+def test_scales_that_a_single_file_cannot_hold_are_refused(tmp_path, capsys, scale, shift, message):
+    latents = {"scaling_factor": scale, "shift_factor": shift}
+    write_pipeline(tmp_path / "folder", autoencoder=CONFIGS["autoencoder"] | latents)
     convert(tmp_path / "folder", tmp_path, "one")
     with pytest.raises(SystemExit):
         export("sd", tmp_path, "one", tmp_path / "single.safetensors")
-    assert "scaling_factor 0.2 and shift_factor 0.0; a single file means 0.18215" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "single.safetensors").exists()
 
 
@@ -251,3 +260,33 @@ def test_new_folders_are_kept_whole_or_deleted(tmp_path):
     with pytest.raises(ValueError, match="one is not empty: leave it"), new_folders(two, one, remedy="leave it"):
         two.mkdir()
     assert (one / "file").exists() and not two.exists()
+
+
+def test_the_source_is_found_through_predecessors(tmp_path):
+    """By --load_dir, the base of a fine-tuned run, and the run that a merged one was; not by --load_partial."""
+    base = {"path": "tuned", "step": 1, "file": "model.safetensors", "sha256": "0"}
+    for name, content in {
+        "sd": {},
+        "tuned": {"training": {"load_dir": "sd"}},
+        "adapted": {"origin": {"base": base}, "training": {"load_dir": "elsewhere"}},
+        "merged": {"origin": {"merged_from": "adapted"}},
+        "part": {"training": {"load_dir": "sd", "load_partial": True}},
+        "a": {"training": {"load_dir": "b"}},
+        "b": {"training": {"load_dir": "a"}},
+        "lost": {"training": {"load_dir": "gone"}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(content))
+    assert find_source_run(tmp_path / "merged") is None
+    (tmp_path / "sd" / "source").mkdir()
+    (tmp_path / "sd" / "source" / "facts.json").write_text("{}")
+    for name in ("sd", "tuned", "adapted", "merged"):
+        assert find_source_run(tmp_path / name) == tmp_path / "sd", name
+    for name in ("part", "a", "lost"):
+        assert find_source_run(tmp_path / name) is None, name
+
+
+@pytest.mark.parametrize("channels, name", [(4, ""), (8, "InstructPix2Pix"), (9, "Inpaint")])
+def test_the_pipeline_follows_from_the_input_channels(channels, name):
+    configs = {"unet": {"in_channels": channels}, "scheduler": {"_class_name": "DDIMScheduler"}}
+    assert pipeline_config(configs)["_class_name"] == f"StableDiffusion{name}Pipeline"

@@ -208,6 +208,7 @@ def test_sampling_settings_are_of_results_but_not_batch_size(samples, tmp_path):
     open_run(tmp_path, samples, {}, results_identity)
     (tmp_path / "samples.npz").touch()
     same = {"load_dir": "absorbing_digits", "allow": ("my.Class",), "device": "cpu"}
+    same |= {"lora": ("style.safetensors",), "textual_inversion": ("toy.pt",)}  # by their content
     output = replace(samples.output, batch_size=7)
     moved = replace(with_settings(samples, **same), output=output)
     open_run(tmp_path, moved, {}, results_identity)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from models.lora import merge
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.inference import load
-from train.lora_merging import AdapterFile, check_adapter_files, merge_adapter_files, parse_adapter_files
+from train.lora_merging import AdapterFile, check_adapter_files, check_base, merge_adapter_files, parse_adapter_files
 
 UNET_LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
 TEXT_LAYER = "text_model.encoder.layers.0.self_attn.v_proj"
@@ -145,6 +146,21 @@ def test_the_result_is_identified_by_files_and_strengths(tmp_path):
         for base, strength in (("a", 1.0), ("b", 1.0), ("a", 0.5)):
             hashes.add(merge_adapter_files(small_unet("transformer"), [AdapterFile(folder, strength)], base))
     assert len(hashes) == 6  # peft's settings count too
+
+
+def test_adapters_are_for_the_weights_that_they_name(tmp_path):
+    check_base("a" * 64, "a" * 64, tmp_path)
+    check_base("", "a" * 64, tmp_path)  # they name none
+    with pytest.raises(ValueError, match=r"was trained on weights with SHA-256 bbbbbbbbbbbb\.\.\., got aaaaaaaaaaaa"):
+        check_base("b" * 64, "a" * 64, tmp_path)
+
+
+def test_files_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a=1").write_text("")
+    expected = [AdapterFile(tmp_path / "a=1"), AdapterFile(tmp_path / "b", 0.5)]
+    assert parse_adapter_files(["~/a=1", "~/b=0.5"]) == expected
+    assert check_adapter_files({"~/a=1": 1, Path("~/b"): 0.5}) == expected
 
 
 def test_words_are_files_with_strengths(tmp_path):

@@ -75,6 +75,7 @@ def test_large_moments_have_8_bits():
     for p in (large, small):
         p.grad = torch.full_like(p, GRADIENT)
     optimizer.step()
+    assert optimizer.param_groups[0]["betas"] == BETAS
     expected = START * (1 - LR * DECAY) - LR
     for p, dtype in ((large, torch.uint8), (small, torch.float32)):
         assert optimizer.state[p]["state1"].dtype == optimizer.state[p]["state2"].dtype == dtype
@@ -100,6 +101,7 @@ def test_8_bit_moments_resume_to_the_bit_in_any_format(saved_as, tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     resumed = copy.deepcopy(network).to(memory_format=torch.channels_last)
     other = make_optimizer("adamw8bit", resumed.parameters(), lr=LR)
+    assert resumed.weight.is_contiguous()  # its kernels on CUDA take flat memory
     load_optimizer(other, torch.load(tmp_path / "state.pt", weights_only=True), tmp_path / "state.pt")
     for i in range(3):
         gradient = network.weight.detach() * (i - 1)

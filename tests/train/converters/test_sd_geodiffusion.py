@@ -98,6 +98,13 @@ def test_a_folder_is_written_back_to_the_bit(logs, tmp_path):
         assert all(torch.equal(back.parts[part][name], value) for name, value in tensors.items())
 
 
+def test_added_words_are_not_for_a_single_file(logs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("convert.py", f"--to sd --load_dir geo --logs_root {logs} --output {tmp_path / 'one.safetensors'}")
+    assert "added words, such as <l{0..11}>, which a single file cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "one.safetensors").exists()
+
+
 # Generation
 
 
