@@ -65,8 +65,7 @@ class ImagesEncoder(ConditionEncoder):
         dates = dates.view(B, N, -1).mT[..., None, None]  # (B, E, N, 1, 1)
         present = present[:, None, :, None, None]
         hidden = F.silu(self.image_in(images) + dates) * present
-        hidden = F.silu(self.over_time(hidden)) * present
-        total = (self.out(hidden) * present).sum(2)
+        total = (self.out(F.silu(self.over_time(hidden))) * present).sum(2)
         return Map(total if drop is None else torch.where(drop[:, None, None, None], null, total))
 
     def sort(self, raw: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

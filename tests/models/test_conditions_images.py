@@ -73,13 +73,19 @@ def test_the_order_of_images_does_not_matter_but_their_dates_do():
 def test_absent_images_and_batch_mates_change_nothing():
     encoder, raw = build(), batch([[-2.0, -1]])
     out = encoder(raw, x(1)).values
-    padded = batch([[NAN, -2.0, NAN, -1, -7], [-1, -2, -3, -4, -5]], seed=2)
+    padded = batch([[NAN, -2.0, NAN, -1, -1.5], [-1, -2, -3, -4, -5]], seed=2)
     padded["condition_images"][0, [1, 3]] = raw["condition_images"][0]
     padded["condition_images_mask"] = torch.tensor([[True] * 4 + [False], [True] * 5])
     assert torch.allclose(encoder(padded, x()).values[:1], out, atol=1e-6)
     assert (
         encoder(padded | {"condition_images_mask": torch.ones(2, 5).bool()}, x()).values[:1] - out
     ).abs().max() > 0.01
+
+
+def test_neighbours_in_time_are_read_together():
+    encoder, raw = build(), batch([[-2.0, -1]])
+    parts = [encoder({name: value[:, i : i + 1] for name, value in raw.items()}, x(1)).values for i in range(2)]
+    assert (encoder(raw, x(1)).values - sum(parts)).abs().max() > 1e-3
 
 
 def test_without_an_image_the_map_is_0_and_not_the_null():
