@@ -72,12 +72,16 @@ def test_checkpoints_hold_the_branch_alone(logs, file):
     assert any(value.any() for key, value in saved.items() if "zero_conv" in key)  # it has learned
 
 
-def test_the_base_is_unchanged_to_the_bit(logs):
-    base, controlled = state_of(opened(logs, "base")), state_of(opened(logs, "grey"))
-    assert all(torch.equal(controlled[key], value) for key, value in base.items())
-    assert {key for key in controlled if key not in base} == {
-        key.removeprefix("network.") for key in weights(logs / "grey", 3)
-    }
+def test_the_base_is_unchanged_to_the_bit(logs, tmp_path):
+    train(tmp_path, "full", f"--train_steps 3 --load_dir {logs}/base {CONTROL} --save full")
+    base, apart = weights(logs / "base", 3, "ema.safetensors"), weights(logs / "grey", 3)
+    for file in ("model.safetensors", "ema.safetensors"):
+        saved = weights(tmp_path / "full", 3, file)
+        assert saved.keys() == base.keys() | apart.keys()
+        assert all(torch.equal(saved[key], value) for key, value in base.items())
+    loaded = state_of(opened(logs, "grey"))
+    assert {f"network.{key}" for key in loaded} == saved.keys()
+    assert all(torch.equal(loaded[key.removeprefix("network.")], value) for key, value in base.items())
 
 
 @pytest.mark.parametrize("flags", [CONTROL, f"{CONTROL} --no_control_lock", f"{CONTROL} --train_only conv_out"])
