@@ -60,6 +60,7 @@ def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
     with run_context(run, training) as world:
         adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
+        adapt = with_hints(adapt, config.fine_tuning.hint_kinds)
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data, sampler=with_declared_values(config.sampler, *images.values()))
@@ -72,7 +73,7 @@ def main(config: Config) -> None:
         tuning = config.fine_tuning
         if tuning.control:
             tuning = tuning.with_hint(hint_channels(tuning.control, data.n_channels), space.factor)
-            config, adapt = replace(config, fine_tuning=tuning), with_hints(adapt, tuning.hint_kinds)
+            config = replace(config, fine_tuning=tuning)
         base, save_text = find_base(run, training, tuning, logging.logs_root), saves_text_encoder(run, training, tuning)
         network = config.sampler, training, space, len(frequencies), world, tuning, base, save_text
         sampler, state = build_state(*network)

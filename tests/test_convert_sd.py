@@ -54,8 +54,7 @@ def test_a_converted_branch_guides_a_converted_run(single, tmp_path):
     call("convert.py", f"--from sd --weights {tmp_path}/both.safetensors --logs_root {tmp_path} --log_dir both {EPS}")
     file, hints = tmp_path / "both/control.safetensors", torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     plain, run, none = (
-        load(single / "logs/sd", amp=False, device="cpu", control=control)
-        for control in ({}, {file: 1.0}, {file: 0.0})
+        load(single / "logs/sd", amp=False, device="cpu", control=control) for control in ({}, {file: 1.0}, {file: 0.0})
     )
     given = {"caption": "dog", "sample_steps": 2, "guidance": 2.0}
     images = [each.sample(2, **given, hint_image=hints).int() for each in (run, none)]

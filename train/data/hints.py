@@ -109,6 +109,20 @@ def with_hints(
     return ItemHints(adapt, makers) if makers else adapt
 
 
+def with_hint_of_source(row: Mapping[str, Any], name: str, maker: HintMaker) -> dict[str, Any]:
+    """Returns a row of conditions whose source_image, a picture, is replaced by the hint `name` made of it.
+
+    Without one it is unchanged. ValueError for a hint that is not made of a picture, and one that the row has already.
+    """
+    if "source_image" not in row:
+        return dict(row)
+    if name in row or maker.kind in ("mask", "boxes"):
+        got = f"and a {name}" if name in row else f"for the hint {maker.kind}, which is not made of a picture"
+        raise ValueError(f"got a source_image {got}: pass the {name} alone")
+    others = {key: value for key, value in row.items() if key != "source_image"}
+    return others | {name: maker({"image": row["source_image"], "source_image": row["source_image"]})}
+
+
 def is_cacheable(adapt: Adapt) -> bool:
     """Returns whether a function of items only adds hints: batches of cached codes can have them too."""
     return isinstance(adapt, ItemHints) and adapt.adapt is None
