@@ -4,6 +4,7 @@ A branch is a part of its network, `network.control`, beside an encoder that pas
 condition. Of a transformer over codes it is an encoder of the hint, whose output is added to the embeddings.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ def hint_field(name: str) -> str:
 
 def is_hint_field(field: str) -> bool:
     """Returns whether a batch field is that of a hint."""
-    return field.startswith(HINT) and field.endswith("_image")
+    return re.fullmatch(rf"{HINT}(_\d+)?_image", field) is not None
 
 
 def build_branch(network: nn.Module, config: HintConfig) -> ControlBranch | HintEncoder:

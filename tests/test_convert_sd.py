@@ -7,9 +7,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers.tiny_runs import call
+from helpers.tiny_runs import ROOT, call
 from helpers.tiny_sd import CONFIGS, assert_same_tensors, write_pipeline, write_single_file
 from train.converters.sd.files import read_source
+from train.inference import load
+
+EPS = "--heads 4 --prediction eps --img_size 32"
 
 
 def convert(weights, logs, flags=""):
@@ -20,7 +23,7 @@ def convert(weights, logs, flags=""):
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     write_single_file(folder / "tiny.safetensors")
-    convert(folder / "tiny.safetensors", folder / "logs", "--heads 4 --prediction eps --img_size 32")
+    convert(folder / "tiny.safetensors", folder / "logs", EPS)
     return folder
 
 
@@ -44,6 +47,25 @@ def test_a_converted_run_samples_from_prompts(single):
     flags = f"--load_dir {single}/logs/sd --logs_root {single}/logs --n_samples 2 --sample_steps 2 --no_amp"
     call("experiments/get_samples.py", f"{flags} --prompt dog --log_dir samples")
     assert (single / "logs/samples/samples.png").is_file()
+
+
+def test_a_converted_branch_guides_a_converted_run(single, tmp_path):
+    write_single_file(tmp_path / "both.safetensors", control=True)
+    call("convert.py", f"--from sd --weights {tmp_path}/both.safetensors --logs_root {tmp_path} --log_dir both {EPS}")
+    file, hints = tmp_path / "both/control.safetensors", torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    plain, run, none = (
+        load(single / "logs/sd", amp=False, device="cpu", control=control) for control in ({}, {file: 1.0}, {file: 0.0})
+    )
+    given = {"caption": "dog", "sample_steps": 2, "guidance": 2.0}
+    images = [each.sample(2, **given, hint_image=hints).int() for each in (run, none)]
+    assert (images[0] - images[1]).abs().max() > 1
+    assert (plain.sample(2, **given).int() - images[1]).abs().max() <= 1
+    guess = run.sample(2, **given | {"caption": ""}, hint_image=hints, control_guess=True)
+    assert guess.shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="whose kind of hints is not known: pass pictures of hints, and --hint_ready"):
+        run.sample(1, **given, hint=[str(ROOT / "assets/digits.png")])
+    ready = run.sample(1, **given, hint=[str(ROOT / "assets/digits.png")], hint_ready=True)
+    assert ready.shape == (1, 3, 32, 32)
 
 
 def test_a_single_file_is_written_back_to_the_bit(single):

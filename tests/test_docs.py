@@ -128,6 +128,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{"--clip_dir": "weights of CLIP", "webdataset": "shards", "convert.py": "released weights"},
     "demo.py": "a browser",
     **{"ddpm_shapes": "a run of layouts", "--text_encoder": "a trained encoder"},
+    "control.safetensors": "files below its own logs",
     **dict.fromkeys(
         ("sd15", "taef2", "configs/sd_", "--load_dir toy", "--load_dir sat", "--load_dir instruct", "logs/geo"),
         "released weights",

@@ -100,7 +100,7 @@ class ControlSampling:
         if self.hint_ready and not self.hint:
             raise ValueError("got hint_ready without pictures: pass --hint FILE, or leave --hint_ready out")
 
-    def strengths(self, outputs: int) -> list[float]:
+    def branch_strengths(self, outputs: int) -> list[float]:
         """Returns the strength of each output of a branch with so many, the middle last; ValueError for another number
         of strengths, and for a branch without a middle."""
         count = len(self.control_strength)
@@ -124,7 +124,7 @@ def weigh_hints(conditions: Sequence[Condition], control: nn.ModuleDict, options
     if not control:
         refuse_settings(options)
         return list(conditions)
-    strengths = {name: options.strengths(branch.outputs) for name, branch in control.items()}
+    strengths = {name: options.branch_strengths(branch.outputs) for name, branch in control.items()}
     first, *others = (scale_hints(condition, strengths) for condition in conditions)
     first = scale_hints(first, dict.fromkeys(strengths, [0.0])) if options.control_guess else first
     return [first, *others]
@@ -135,4 +135,4 @@ def refuse_settings(options: ControlSampling) -> None:
     given = [field.name for field in fields(ControlSampling) if getattr(options, field.name) != field.default]
     if given:
         got = f"got {given[0]} for a model without a control branch"
-        raise ValueError(f"{got}: leave --{given[0]} out, or pass --control_files FILE")
+        raise ValueError(f"{got}: leave --{given[0]} out, or sample with --control_files FILE")

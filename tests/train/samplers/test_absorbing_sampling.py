@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import train.control
 import train.samplers
 import train.trained_sampler
 from diffusion.absorbing import AbsorbingDiffusion
@@ -333,7 +334,8 @@ def test_on_step_receives_the_logits():
 
 def test_every_option_is_used_by_the_sampler():
     """No option is silently ignored."""
-    source = "".join(map(inspect.getsource, (absorbing, _codes, train.samplers, train.trained_sampler)))
+    modules = absorbing, _codes, train.samplers, train.trained_sampler, train.control
+    source = "".join(map(inspect.getsource, modules))
     for field in dataclasses.fields(absorbing.Sampling):
         named = f"options.{field.name}" in source or f"self.{field.name}" in source
         assert named or field.name in absorbing.Sampling.option_names(), field.name

@@ -150,7 +150,7 @@ def test_each_window_has_its_part_of_the_chain(condition):
         parts.append(by_formula(*chain, 3.0, 1.5))
     stack = torch.stack(parts).flatten(0, 1)  # by window, then by canvas
     expected = windowed(lambda x, t, rows: stack[rows], GRID, stride, canvases=2)(x, t)
-    out = sampler.make_windowed(network, BATCH, options, x, None, stride)(x, t)
+    out = sampler.make_windowed(network, BATCH, options, x, stride)(x, t)
     assert torch.allclose(out, expected, rtol=0, atol=1e-4)
 
 
@@ -393,7 +393,7 @@ def test_windows_take_negative_conditions():
     sampler, x, t = build("absorbing", "layout"), torch.full((2, *CANVAS), CODES), torch.ones(2)
     options = absorbing.Sampling(guidance=3.0)
     out = [
-        sampler.make_windowed(sampler.network, BATCH, options, x, None, 2, negative)(x, t)
+        sampler.make_windowed(sampler.network, BATCH, options, x, 2, negative)(x, t)
         for negative in (None, NULL, NEGATIVE)
     ]
     assert torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2])
