@@ -115,15 +115,15 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 
 
 def read_captioned(folder: Path, model: TrainedSampler) -> tuple[int, CaptionedAt, dict[str, str]]:
-    """Reads what get_samples.py wrote with prompts: the number of images, a function from indices to them, and their
-    hash."""
+    """Reads what get_samples.py wrote with prompts: the number of images, a function from indices to them, and hashes
+    that identify them and their prompts."""
     file, results = folder / "samples.npz", load_results(folder) or {}
     images = read_samples(file, model.data.n_channels)["image"]
     prompts = [each.get("prompt") for each in results.get("images", [])]
     if len(prompts) != len(images):
         got = f"got {len(images)} images and {len(prompts)} prompts in {folder}"
         raise ValueError(f"{got}: pass the results of get_samples.py with --prompt or --prompts")
-    hashes = {"samples_sha256": sha256(file)}
+    hashes = {"samples_sha256": sha256(file), "prompts_sha256": sha256(folder / "results.json")}
     return len(images), lambda indices: Captioned(images[indices], [prompts[i] for i in indices]), hashes
 
 

@@ -341,12 +341,12 @@ def read_results(batches: ResumableBatches) -> dict[str, Any] | None:
 
 
 def hash_files(paths: dict[str, str | None]) -> dict[str, str]:
-    """Returns the SHA-256 of each input file that exists, or network's folder with a config.json, by flag: results are
-    identified by content, not by path."""
-    files = {name: Path(path) for name, path in paths.items() if path is not None}
-    networks = {name: path for name, path in files.items() if (path / "config.json").is_file()}
+    """Returns the SHA-256 of each input that exists, a file or the folder of a network with its config.json, by flag:
+    results are identified by content, not by path."""
+    files = {name: Path(path).expanduser() for name, path in paths.items() if path is not None}
+    folders = {name: path for name, path in files.items() if (path / "config.json").is_file()}
     hashes = {name: sha256(path) for name, path in files.items() if path.is_file()}
-    return hashes | {name: sha256_of_network(path) for name, path in networks.items()}
+    return hashes | {name: sha256_of_network(path) for name, path in folders.items()}
 
 
 def run_experiment(

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from train.files import parse_unique_json, read_arrays
+from train.files import parse_unique_json, read_arrays, sha256_of_network
 
 WANTED = "wanted what the test wrote"
 
@@ -107,3 +107,17 @@ def test_a_key_twice_is_refused_with_its_place(text, place):
     """Braces in texts end no object."""
     with pytest.raises(ValueError, match=f"^{place}: got the key '[ax]' twice in an object that ends there: leave one"):
         parse_unique_json(text, first_line=5)
+
+
+def test_the_hash_of_a_network_is_that_of_its_files(tmp_path):
+    """Weights of another format beside safetensors are not read, nor is what is no part of the network."""
+
+    def write(**contents):
+        for name, content in contents.items():
+            (tmp_path / name.replace("__", ".")).write_text(content)
+        return sha256_of_network(tmp_path)
+
+    hashes = [write(config__json="{}", model__bin="a"), write(model__bin="b"), write(model__safetensors="c")]
+    hashes += [write(merges__txt="a b"), write(config__json="[]"), write(more__json="{}")]
+    assert len({*hashes}) == 6
+    assert write(model__bin="d", picture__png="e") == hashes[-1]

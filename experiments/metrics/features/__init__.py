@@ -44,7 +44,7 @@ def load_features(name: str, device: torch.device, weights: str | None = None, c
         flag, own = ("--clip_dir", "clip") if key == "clip_dir" else ("--inception_weights", "inception")
         raise ValueError(f"{flag} goes with --features {own}, got --features {name}")
     extract = module.build(device, **given)
-    clip_hash = None if clip_dir is None else sha256_of_network(Path(clip_dir))
+    clip_hash = None if clip_dir is None else sha256_of_network(Path(clip_dir).expanduser())
     return Features(name, module, lambda images: extract(grey_to_rgb(images)), clip_hash)
 
 

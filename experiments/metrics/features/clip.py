@@ -81,9 +81,8 @@ def load_part(
         kind = dict(parse_json((folder / "config.json").read_text())).get("model_type")
         if kind not in classes:
             raise ValueError(f"it holds {kind}, wanted {' or '.join(classes)}")
-        with torch.random.fork_rng(devices=[]):
-            load = getattr(transformers, classes[kind]).from_pretrained
-            network, info = load(folder, local_files_only=True, output_loading_info=True)
+        load = getattr(transformers, classes[kind]).from_pretrained
+        network, info = load(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be read ({error}): {WANTED}") from error
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):  # drawn at random otherwise

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from experiments.metrics import training_distance
 from experiments.metrics.cmmd import cmmd
 from experiments.metrics.features import pixels
 from experiments.metrics.frechet import Statistics, frechet_distance
@@ -156,8 +157,11 @@ def test_samples_that_are_not_finite_do_not_end_the_training(tmp_path, capsys):
     assert logged[0]["FD(pixels)/4_samples"] > 0
 
 
-def test_each_measure_is_that_of_the_same_samples(tmp_path):
-    """At each step the noise and the conditions are the same, and features are in the order of the samples."""
+def test_each_measure_is_that_of_the_same_samples(tmp_path, monkeypatch):
+    """At each step the noise and the conditions are the same, and features are in the order of the samples, which
+    decides which of them are in the random subsets of the kernel distance."""
+    monkeypatch.setattr(training_distance, "SUBSETS", 3)
+    monkeypatch.setattr(training_distance, "SUBSET_SIZE", 2)
     calls = []
 
     def draw(indices, seed, sampling, conditions, **options):
@@ -177,7 +181,7 @@ def test_each_measure_is_that_of_the_same_samples(tmp_path):
         == logged[1]
         == {
             "CMMD(pixels)/5_samples": pytest.approx(cmmd(samples, real), rel=1e-6),
-            "KD(pixels)/5_samples": pytest.approx(kernel_distance(samples, real, 100, 1000).mean, rel=1e-6),
+            "KD(pixels)/5_samples": pytest.approx(kernel_distance(samples, real, 3, 2).mean, rel=1e-6),
             "FD(pixels)/5_samples": pytest.approx(
                 frechet_distance(Statistics().update(samples), Statistics().update(real))
             ),
