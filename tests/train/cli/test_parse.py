@@ -157,6 +157,14 @@ SEVERAL = {  # texts of files, in order -> settings of train_vqgan.py
         ["vqgan:\n  quantizer: ema\n", "vqgan:\n  revive_below: 2\n"],
         {"revive_below": 2.0},
     ),
+    "another quantizer": (
+        ["vqgan:\n  quantizer: gumbel\n", "vqgan:\n  quantizer: ema\n  revive_below: 2\n"],
+        {"quantizer": "ema", "revive_below": 2.0},
+    ),
+    "another reader": (
+        ["vqgan:\n  reader: folder\n", "reader: digits\ndigits_rotation: 30\n"],
+        {"reader": "digits", "digits_rotation": 30.0},
+    ),
     "the first again": (["vqgan:\n  lr: 2\n", "vqgan:\n  lr: 1\n", "vqgan:\n  lr: 2\n"], {"lr": 2.0}),
 }
 
