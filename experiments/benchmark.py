@@ -50,10 +50,12 @@ from train.cli.files import get_section
 from train.cli.parse import parse, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig
+from train.data.hints import HintsConfig, with_hints
 from train.datasets import DatasetConfig
 from train.distributed import DistContext
 from train.execution import set_deterministic, set_tf32
 from train.registry import import_callable
+from train.samplers._conditions import with_hint_channels
 from vq.config import VQGANConfig, VQGANLossConfig
 
 
@@ -85,6 +87,7 @@ class SamplerBenchmark(SecondStageConfig):
     )
     NOT_EVERYDAY = ("first", "reader", "logging", "train_steps", "lr", "guidance", "temp")
 
+    hints: HintsConfig
     benchmark: BenchmarkConfig
     figures: FiguresConfig
 
@@ -192,8 +195,10 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> list[Row]:
     )
     path = config.sampler.adapt
     adapt = import_callable(path, "--adapt") if path else None
+    adapt = with_hints(adapt, {"condition_image": config.hints.condition_image}, config.hints)
+    sampler_config = with_hint_channels(config.sampler, config.hints.condition_image, data.n_channels)
     source = None if images is None else workloads.image_batches(images, data, training.seed, adapt)
-    trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, world)
+    trainees = workloads.sampler_trainees(sampler_config, training, space, n_classes, world)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
     batch = workloads.random_batch(space, n_classes, size, data, world.device)
     batch = workloads.with_conditions(batch, trainees[0].step.sampler.conditions, source, world.device)
