@@ -51,9 +51,11 @@ from train.cli.parse import parse, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag, peek_flag_values, split_config_flag
 from train.condition_images import make_adapt
 from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig
+from train.data.hints import HintsConfig, with_hints
 from train.datasets import DatasetConfig
 from train.distributed import DistContext
 from train.execution import set_deterministic, set_tf32
+from train.samplers._conditions import with_hint_channels
 from vq.config import VQGANConfig, VQGANLossConfig
 
 
@@ -85,6 +87,7 @@ class SamplerBenchmark(SecondStageConfig):
     )
     NOT_EVERYDAY = ("first", "reader", "logging", "train_steps", "lr", "guidance", "temp")
 
+    hints: HintsConfig
     benchmark: BenchmarkConfig
     figures: FiguresConfig
 
@@ -190,9 +193,10 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> list[Row]:
     space = workloads.random_space(
         name, vqgan_dir, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
     )
-    adapt = make_adapt(config.sampler)
+    adapt = with_hints(make_adapt(config.sampler), config.hints.kinds, config.hints)
+    sampler_config = with_hint_channels(config.sampler, config.hints.condition_image, data.n_channels)
     source = None if images is None else workloads.image_batches(images, data, training.seed, adapt)
-    trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, world)
+    trainees = workloads.sampler_trainees(sampler_config, training, space, n_classes, world)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
     batch = workloads.random_batch(space, n_classes, size, data, world.device)
     batch = workloads.with_conditions(batch, trainees[0].step.sampler.conditions, source, world.device)

@@ -18,7 +18,7 @@ def pair_item(size=(32, 24)):
     y, x = np.mgrid[: size[0], : size[1]]
     image = PICTURE[: size[0], : size[1]] // 8 + (160 * ((y - 14) ** 2 + (x - 9) ** 2 < 50))[..., None].astype(np.uint8)
     boxes = torch.tensor([[2.0, 7.0, 17.0, 22.5], [-3.0, -3.0, 5.0, 5.0]])
-    masks = torch.from_numpy(np.stack([image[..., 0] > 120, (y > 20) & (x < 8)]).astype(np.uint8))
+    masks = torch.from_numpy(np.stack([image[..., 0] > 120, (y > 18) & (x < 8)]).astype(np.uint8))
     return {
         "image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
         "source_image": tv_tensors.Image(255 - torch.from_numpy(image).permute(2, 0, 1)),
@@ -94,6 +94,7 @@ def test_the_colours_of_boxes_and_masks_are_those_of_classes():
     assert boxes[:, 15, 10].tolist() == boxes[:, 7, 17].tolist() == [0, 0, 0]
     assert boxes[:, 4, 0].tolist() == list(class_color(4)) and boxes[:, 0, 0].tolist() == [0, 0, 0]  # its edge: outside
     masks = item["masks"].as_subclass(torch.Tensor) > 0
+    assert (masks[0] & masks[1]).any()
     wanted = torch.tensor(class_color(4))[:, None].expand(3, int(masks[1].sum()))
     assert torch.equal(mask.as_subclass(torch.Tensor)[:, masks[1]].long(), wanted)  # the later is in front
     assert not mask[:, ~(masks[0] | masks[1])].any()
