@@ -18,7 +18,7 @@ MAY_IMPORT = {
 SLOW = {  # packages imported inside functions: optional ones, and those slower than torch or that load its compiler
     *("torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "torchmetrics", "torch_fidelity", "lpips"),
     *("natten", "gradio", "starlette", "webdataset", "diffusers", "peft", "h5py", "bitsandbytes", "transformers"),
-    "wandb",
+    *("wandb", "skimage"),
 }
 SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a second), tensorboard
     *("torch._dynamo", "torch.nn.attention.flex_attention", "torch.utils.tensorboard"),

@@ -29,7 +29,6 @@ HINTS = get_args(Kind)
 GOLDEN = 0.618  # of the colour circle, between the classes of successive numbers
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 OUTLINE = 1 / 64  # width of the outline of a box, over the shorter side of the image
-NEARLY = 1 + 1e-6  # a strength so much lower is still a maximum: rounding must not depend on the direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,21 +181,13 @@ def find_edges(grey: np.ndarray, sigma: float, low: float, high: float) -> np.nd
     """Finds edges (Canny 1986) of brightness (H, W) float64 in [0, 1]: (H, W) bool.
 
     They are the maxima of the gradient, that of the image blurred with `sigma`, along its direction; pixels above `low`
-    count if they are connected, by sides or corners, with one above `high`.
+    count if they are connected, by sides or corners, with one above `high`. ValueError without scikit-image.
     """
-    from scipy import ndimage
-
-    blurred = ndimage.gaussian_filter(grey, sigma, mode="nearest")
-    dy, dx = (ndimage.sobel(blurred, axis, mode="nearest") for axis in (0, 1))
-    strength = np.hypot(dx, dy)
-    longest = np.maximum(np.maximum(np.abs(dx), np.abs(dy)), np.finfo(float).tiny)
-    step, place = np.stack([dy, dx]) / longest, np.indices(grey.shape)  # to the edge of a square of 3x3 pixels
-    beside = [ndimage.map_coordinates(strength, place + each, order=1, mode="nearest") for each in (step, -step)]
-    weak = (strength * NEARLY >= np.maximum(*beside)) & (strength >= low)
-    parts, count = ndimage.label(weak, np.ones((3, 3)))
-    strong = np.zeros(count + 1, bool)
-    strong[parts[weak & (strength >= high)]] = True
-    return strong[parts]
+    try:
+        from skimage.feature import canny
+    except ImportError as error:
+        raise ValueError("got the hint edges, which needs scikit-image: pip install scikit-image") from error
+    return canny(grey, sigma, low, high, mode="nearest")
 
 
 def make_image(item: Mapping[str, Any], options: HintsConfig) -> Tensor:
