@@ -23,7 +23,6 @@ from experiments.harness.ablation_cells import (
     Models,
     PlannedCell,
     missing_cells,
-    open_cell,
     plan_cells,
 )
 from experiments.harness.ablation_file import Axis, read_ablation
@@ -153,10 +152,9 @@ def draw_cells(
     names = dict.fromkeys(plan.cell.model for plan in missing)
     with Progress("drawing", len(missing), "cell") as bar:
         for name in sorted(names, key=lambda name: name != models.name):  # that in memory first
-            trained = models.open(name)
             for plan in (plan for plan in missing if plan.cell.model == name):
                 try:
-                    arrays = draw_cell(open_cell(trained, plan.cell.settings, seed), n_images, batch_size)
+                    arrays = draw_cell(models.open_cell(plan.cell, seed), n_images, batch_size)
                 except NotFiniteError as error:
                     failed[plan.digest] = str(error)
                 else:
@@ -195,7 +193,7 @@ class Judge:
     """Measures cells of models of one data set."""
 
     def __init__(self, measures: Sequence[str], features: str, facts: ModelFacts, cache: Path, world: DistContext):
-        self.measures, self.n_channels = measures, facts.data.n_channels
+        self.measures, self.n_channels, self.n_classes = measures, facts.data.n_channels, facts.n_classes
         self.classifier = classifier_for(facts.data) if "classes" in measures else None
         if "distance" in measures:
             self.features = choose_features(features, facts.data, world.device)
@@ -209,8 +207,10 @@ class Judge:
         values: dict[str, float | None] = {name: float(arrays[name]) for name in ("seconds", "evaluations")}
         if "classes" in self.measures:
             values["classes"] = None
-            if self.classifier is not None and "labels" in arrays:
-                right = predict_classes(self.classifier, images) == torch.from_numpy(arrays["labels"])
+            labels = torch.from_numpy(arrays.get("labels", np.full(len(images), self.n_classes)))
+            asked = labels < self.n_classes  # not the null class
+            if self.classifier is not None and asked.any():
+                right = predict_classes(self.classifier, images[asked]) == labels[asked]
                 values["classes"] = right.double().mean().item()
         if "distance" in self.measures:
             batches = ({"features": self.features.extract(part)} for part in images.split(50))
@@ -225,12 +225,12 @@ def open_judges(
     measures: Sequence[str], features: str, facts: Mapping[str, ModelFacts], logs_root: str, world: DistContext
 ) -> dict[str, Judge]:
     """Returns what measures the cells of each model; models of one data set share it."""
+    keys = {name: repr((each.data, each.reader, each.n_classes)) for name, each in facts.items()}
     judges: dict[str, Judge] = {}
-    for each in facts.values():
-        key = repr((each.data, each.reader))
+    for name, key in keys.items():
         if key not in judges:
-            judges[key] = Judge(measures, features, each, statistics_cache(logs_root), world)
-    return {name: judges[repr((each.data, each.reader))] for name, each in facts.items()}
+            judges[key] = Judge(measures, features, facts[name], statistics_cache(logs_root), world)
+    return {name: judges[key] for name, key in keys.items()}
 
 
 def check_measures(measures: Sequence[str], plans: Sequence[PlannedCell], judges: Mapping[str, Judge]) -> None:

@@ -181,10 +181,12 @@ def test_less_strength_changes_less(ablate, runs, noisy_picture):
 
 
 def test_measures_are_those_of_the_images(ablate, runs):
-    content = {"models": runs, "axes": {"label": [3, 8]}, "n_images": 12}
+    content = {"models": runs, "axes": {"label": [3, 8, None]}, "n_images": 12}
     folder = ablate(**content, measures=["classes", "distance", "seconds", "evaluations"], features="pixels")
     classifier = classifier_for(DataConfig(dataset="digits"))
-    for row in read_rows(folder):
+    rows = read_rows(folder)
+    assert [row["classes"] for row in rows if row["at"]["label"] == "label none"] == [None, None]
+    for row in (row for row in rows if row["at"]["label"] != "label none"):
         arrays = np.load(folder / row["file"])
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)[:, :1]
         label = int(row["at"]["label"].split()[1])
@@ -194,7 +196,9 @@ def test_measures_are_those_of_the_images(ablate, runs):
         assert row["seconds"] > 0 and (row["evaluations"] == 4) == (row["model"] == "pixels")  # as many as steps
     with (folder / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["label"] for line in lines] == ["label 3", "label 8"] * 2 and float(lines[0]["distance"]) > 0
+    assert [line["label"] for line in lines] == ["label 3", "label 8", "label none"] * 2 and float(
+        lines[0]["distance"]
+    ) > 0
 
 
 def test_mse_does_not_wrap_at_8_bits(ablate, runs, tmp_path):
