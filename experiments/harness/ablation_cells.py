@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.harness.ablation_file import INPUTS, Ablation, Axis, Cell, Settings, conversion_of
 from experiments.harness.editing import encode_images, read_image, redraw_input
-from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.experiment import ModelConfig, OutputConfig, data_provenance, load_model
 from experiments.harness.prompt_inputs import PromptInputs, PromptsConfig, open_prompts
 from experiments.harness.prompt_models import digest_of
 from train.class_names import class_index
@@ -88,12 +88,12 @@ class CellInputs:
         return self.options, self.shape, self.image is None, self.strength, frozenset(self.given), *missing
 
     def identity(self, n_images: int) -> dict[str, Any]:
-        """Returns all that determines the images, as JSON has it: content rather than paths."""
+        """Returns all that determines the images beside the model, as JSON has it: content rather than paths."""
         options = flatten_group(self.options) | {"condition_file": None}
         options |= condition_provenance(self.options.condition_file)
         redrawn = None if self.image is None else [hash_image(self.image), self.strength]
         own = {"options": options, "given": dict(self.given), "seed": self.seed, "shape": self.shape, "image": redrawn}
-        return own | self.trained.provenance | {"amp": self.trained.amp, "n_images": n_images, "version": VERSION}
+        return own | {"amp": self.trained.amp, "n_images": n_images, "version": VERSION}
 
 
 def hash_image(image: Tensor) -> str:
@@ -107,7 +107,7 @@ class ModelFacts(NamedTuple):
 
     run: Path
     step: int
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # of its weights and its data
     data: DataConfig
     reader: DatasetConfig
     n_classes: int
@@ -130,10 +130,12 @@ class Models:
         if name != self.name:
             self.name, self.trained, self.sources = None, None, {}  # before the next one takes memory
             entry = dict(self.entries[name])
-            model = load_model(self.config(name, entry.pop("run"), entry), self.output, self.world)
+            config = self.config(name, entry.pop("run"), entry)
+            model = load_model(config, self.output, self.world)
+            provenance = model.provenance | data_provenance(config, model)
+            data, reader, n_classes = model.data, model.reader, model.sampler.n_classes
+            self.facts[name] = ModelFacts(model.run, model.step, provenance, data, reader, n_classes)
             self.name, self.trained = name, model
-            known = model.data, model.reader, model.sampler.n_classes
-            self.facts[name] = ModelFacts(model.run, model.step, model.provenance, *known)
         return self.trained
 
     def open_cell(self, cell: Cell, seed: int) -> CellInputs:
@@ -260,7 +262,7 @@ def plan_cell(
     """Returns a cell with its file, or with the reason why the model cannot draw it; `tried` are kinds that it can."""
     try:
         inputs = models.open_cell(cell, seed)
-        digest = digest_of(inputs.identity(n_images))
+        digest = digest_of(models.facts[cell.model].provenance | inputs.identity(n_images))
         if inputs.kind not in tried and not cell_path(folder, digest).is_file():
             inputs.dry_run()
             tried.add(inputs.kind)
