@@ -137,9 +137,8 @@ def main(config: Config) -> None:
         results = {"models": describe_models(models.facts), "n_images": own.n_images, "seed": output.seed}
         write_results(folder, results | {GRID: ablation.content(), "cells": rows})
         write_table(folder / "results.csv", rows)
-        cells = {
-            plan.cell.place: sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)
-        }
+        pictures = [sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)]
+        cells = {plan.cell.place: picture for plan, picture in zip(plans, pictures, strict=True)}
         save_sheet(folder / "sheet.png", ablation.axes, cells, redrawn_images(plans), own.sheet_size)
     print(report(rows, own.measures, len(missing) - len(failed), folder))
 
@@ -200,11 +199,11 @@ class Judge:
             real = build_dataset(facts.data, facts.reader, "train")
             self.real = real_statistics(real, facts.data, self.features, None, cache, 50, world)
 
-    def measure(self, arrays: Mapping[str, np.ndarray], image: Tensor | None) -> dict[str, float | None]:
+    def measure(self, arrays: Mapping[str, np.ndarray], image: Tensor | None) -> dict[str, float | str | None]:
         """Returns the measures of a cell, None where it has none; `image` is the one that it redraws."""
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
         images = images[:, :1] if self.n_channels == 1 else images  # grey ones are saved as RGB
-        values: dict[str, float | None] = {name: float(arrays[name]) for name in ("seconds", "evaluations")}
+        values: dict[str, float | str | None] = {name: float(arrays[name]) for name in ("seconds", "evaluations")}
         if "classes" in self.measures:
             values["classes"] = None
             labels = torch.from_numpy(arrays.get("labels", np.full(len(images), self.n_classes)))
@@ -250,10 +249,9 @@ def measure_cells(
         row: Row = {"at": {axis.name: label for axis, label in zip(axes, plan.cell.labels, strict=True)}}
         row |= {"model": plan.cell.model, "reason": plan.reason, "file": None}
         if not plan.reason:
-            path = plan.path(folder)
-            row |= {"file": str(path.relative_to(folder))} | judges[plan.cell.model].measure(
-                read_cell(path), plan.image
-            )
+            path, judge = plan.path(folder), judges[plan.cell.model]
+            row["file"] = str(path.relative_to(folder))
+            row |= judge.measure(read_cell(path), plan.image)
         rows.append(row)
     return rows
 

@@ -150,6 +150,14 @@ def test_cells_that_no_model_can_draw_are_refused_before_any(ablate, runs, drawn
         assert not drawn and not (tmp_path / name).exists()
 
 
+def test_samples_that_are_not_finite_leave_their_cell_empty(ablate, runs, drawn):
+    content = {"models": {"x": runs["pixels"]}, "settings": {"clip": False}, "axes": {"guidance": [1.0, 3e38]}}
+    finite, infinite = read_rows(ablate(**content))
+    assert finite["file"] and not infinite["file"] and "gave values that are not finite" in infinite["reason"]
+    ablate(**content)
+    assert [options.guidance for _, options in drawn] == [1.0, 3e38, 3e38]  # it is tried again
+
+
 @pytest.fixture
 def noisy_picture(tmp_path):
     path = tmp_path / "noise.png"
