@@ -23,7 +23,6 @@ from experiments.harness.ablation_cells import (
     Models,
     PlannedCell,
     missing_cells,
-    open_cell,
     plan_cells,
 )
 from experiments.harness.ablation_file import Axis, read_ablation
@@ -138,9 +137,8 @@ def main(config: Config) -> None:
         results = {"models": describe_models(models.facts), "n_images": own.n_images, "seed": output.seed}
         write_results(folder, results | {GRID: ablation.content(), "cells": rows})
         write_table(folder / "results.csv", rows)
-        cells = {
-            plan.cell.place: sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)
-        }
+        pictures = [sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)]
+        cells = {plan.cell.place: picture for plan, picture in zip(plans, pictures, strict=True)}
         save_sheet(folder / "sheet.png", ablation.axes, cells, redrawn_images(plans), own.sheet_size)
     print(report(rows, own.measures, len(missing) - len(failed), folder))
 
@@ -153,10 +151,9 @@ def draw_cells(
     names = dict.fromkeys(plan.cell.model for plan in missing)
     with Progress("drawing", len(missing), "cell") as bar:
         for name in sorted(names, key=lambda name: name != models.name):  # that in memory first
-            trained = models.open(name)
             for plan in (plan for plan in missing if plan.cell.model == name):
                 try:
-                    arrays = draw_cell(open_cell(trained, plan.cell.settings, seed), n_images, batch_size)
+                    arrays = draw_cell(models.open_cell(plan.cell, seed), n_images, batch_size)
                 except NotFiniteError as error:
                     failed[plan.digest] = str(error)
                 else:
@@ -195,22 +192,24 @@ class Judge:
     """Measures cells of models of one data set."""
 
     def __init__(self, measures: Sequence[str], features: str, facts: ModelFacts, cache: Path, world: DistContext):
-        self.measures, self.n_channels = measures, facts.data.n_channels
+        self.measures, self.n_channels, self.n_classes = measures, facts.data.n_channels, facts.n_classes
         self.classifier = classifier_for(facts.data) if "classes" in measures else None
         if "distance" in measures:
             self.features = choose_features(features, facts.data, world.device)
             real = build_dataset(facts.data, facts.reader, "train")
             self.real = real_statistics(real, facts.data, self.features, None, cache, 50, world)
 
-    def measure(self, arrays: Mapping[str, np.ndarray], image: Tensor | None) -> dict[str, float | None]:
+    def measure(self, arrays: Mapping[str, np.ndarray], image: Tensor | None) -> dict[str, float | str | None]:
         """Returns the measures of a cell, None where it has none; `image` is the one that it redraws."""
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
         images = images[:, :1] if self.n_channels == 1 else images  # grey ones are saved as RGB
-        values: dict[str, float | None] = {name: float(arrays[name]) for name in ("seconds", "evaluations")}
+        values: dict[str, float | str | None] = {name: float(arrays[name]) for name in ("seconds", "evaluations")}
         if "classes" in self.measures:
             values["classes"] = None
-            if self.classifier is not None and "labels" in arrays:
-                right = predict_classes(self.classifier, images) == torch.from_numpy(arrays["labels"])
+            labels = torch.from_numpy(arrays.get("labels", np.full(len(images), self.n_classes)))
+            asked = labels < self.n_classes  # not the null class
+            if self.classifier is not None and asked.any():
+                right = predict_classes(self.classifier, images[asked]) == labels[asked]
                 values["classes"] = right.double().mean().item()
         if "distance" in self.measures:
             batches = ({"features": self.features.extract(part)} for part in images.split(50))
@@ -225,12 +224,12 @@ def open_judges(
     measures: Sequence[str], features: str, facts: Mapping[str, ModelFacts], logs_root: str, world: DistContext
 ) -> dict[str, Judge]:
     """Returns what measures the cells of each model; models of one data set share it."""
+    keys = {name: repr((each.data, each.reader, each.n_classes)) for name, each in facts.items()}
     judges: dict[str, Judge] = {}
-    for each in facts.values():
-        key = repr((each.data, each.reader))
+    for name, key in keys.items():
         if key not in judges:
-            judges[key] = Judge(measures, features, each, statistics_cache(logs_root), world)
-    return {name: judges[repr((each.data, each.reader))] for name, each in facts.items()}
+            judges[key] = Judge(measures, features, facts[name], statistics_cache(logs_root), world)
+    return {name: judges[key] for name, key in keys.items()}
 
 
 def check_measures(measures: Sequence[str], plans: Sequence[PlannedCell], judges: Mapping[str, Judge]) -> None:
@@ -250,10 +249,9 @@ def measure_cells(
         row: Row = {"at": {axis.name: label for axis, label in zip(axes, plan.cell.labels, strict=True)}}
         row |= {"model": plan.cell.model, "reason": plan.reason, "file": None}
         if not plan.reason:
-            path = plan.path(folder)
-            row |= {"file": str(path.relative_to(folder))} | judges[plan.cell.model].measure(
-                read_cell(path), plan.image
-            )
+            path, judge = plan.path(folder), judges[plan.cell.model]
+            row["file"] = str(path.relative_to(folder))
+            row |= judge.measure(read_cell(path), plan.image)
         rows.append(row)
     return rows
 

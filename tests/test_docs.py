@@ -138,7 +138,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{
         "experiments/benchmark": "minutes of measuring",
         **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),
-        **dict.fromkeys(("digits_captions", "digits_numbers"), "minutes of training"),
+        **dict.fromkeys(("digits_captions", "digits_numbers", "ablation/finetuning"), "minutes of training"),
         "edit_layout.py": "a model of boxes",
         "calc_pairs.py": "images of the same names",
         "vqgan_plus": "a large network's time",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.harness.ablation_file import INPUTS, Ablation, Axis, Cell, Settings, conversion_of
 from experiments.harness.editing import encode_images, read_image, redraw_input
-from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.experiment import ModelConfig, OutputConfig, data_provenance, load_model
 from experiments.harness.prompt_inputs import PromptInputs, PromptsConfig, open_prompts
 from experiments.harness.prompt_models import digest_of
 from train.class_names import class_index
@@ -88,12 +88,12 @@ class CellInputs:
         return self.options, self.shape, self.image is None, self.strength, frozenset(self.given), *missing
 
     def identity(self, n_images: int) -> dict[str, Any]:
-        """Returns all that determines the images, as JSON has it: content rather than paths."""
+        """Returns all that determines the images beside the model, as JSON has it: content rather than paths."""
         options = flatten_group(self.options) | {"condition_file": None}
         options |= condition_provenance(self.options.condition_file)
         redrawn = None if self.image is None else [hash_image(self.image), self.strength]
         own = {"options": options, "given": dict(self.given), "seed": self.seed, "shape": self.shape, "image": redrawn}
-        return own | self.trained.provenance | {"amp": self.trained.amp, "n_images": n_images, "version": VERSION}
+        return own | {"amp": self.trained.amp, "n_images": n_images, "version": VERSION}
 
 
 def hash_image(image: Tensor) -> str:
@@ -107,13 +107,14 @@ class ModelFacts(NamedTuple):
 
     run: Path
     step: int
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # of its weights and its data
     data: DataConfig
     reader: DatasetConfig
+    n_classes: int
 
 
 class Models:
-    """Opens the models of an ablation; memory holds the last one."""
+    """Opens the models of an ablation; memory holds the last one, with the sources of its conditions."""
 
     def __init__(
         self, entries: Mapping[str, Settings], output: OutputConfig, allow: tuple[str, ...], world: DistContext
@@ -122,16 +123,24 @@ class Models:
         self.facts: dict[str, ModelFacts] = {}  # of those that were opened, by name
         self.name: str | None = None
         self.trained: TrainedSampler | None = None
+        self.sources: dict[tuple[Any, ...], ConditionSource] = {}
 
     def open(self, name: str) -> TrainedSampler:
         """Loads a model, unless it is the last one. FileNotFoundError, ValueError: it cannot be loaded."""
         if name != self.name:
-            self.name = self.trained = None  # before the next one takes memory
+            self.name, self.trained, self.sources = None, None, {}  # before the next one takes memory
             entry = dict(self.entries[name])
-            model = load_model(self.config(name, entry.pop("run"), entry), self.output, self.world)
+            config = self.config(name, entry.pop("run"), entry)
+            model = load_model(config, self.output, self.world)
+            provenance = model.provenance | data_provenance(config, model)
+            data, reader, n_classes = model.data, model.reader, model.sampler.n_classes
+            self.facts[name] = ModelFacts(model.run, model.step, provenance, data, reader, n_classes)
             self.name, self.trained = name, model
-            self.facts[name] = ModelFacts(model.run, model.step, model.provenance, model.data, model.reader)
         return self.trained
+
+    def open_cell(self, cell: Cell, seed: int) -> CellInputs:
+        """Returns what a cell is drawn from; see `open_cell`."""
+        return open_cell(self.open(cell.model), cell.settings, seed, self.sources)
 
     def config(self, name: str, run: str, entry: Settings) -> ModelConfig:
         """Returns the settings of a model as those of its flags."""
@@ -149,9 +158,12 @@ class Models:
         return ModelConfig(sampler=sampler, dataset=dataset, load_dir=str(folder), allow=self.allow, **values)
 
 
-def open_cell(trained: TrainedSampler, settings: Settings, seed: int) -> CellInputs:
+def open_cell(
+    trained: TrainedSampler, settings: Settings, seed: int, sources: dict[tuple[Any, ...], ConditionSource]
+) -> CellInputs:
     """Returns what a model draws a cell from; `seed` is that of cells that have none of their own.
 
+    `sources` are those of the model's conditions so far, which may read data sets; new ones are added.
     FileNotFoundError without a file that the settings name. ValueError for settings that the model does not have.
     """
     base = dataclasses.replace(read_stored_config(trained.run).sampling, condition_file=None, metadata=())
@@ -163,7 +175,7 @@ def open_cell(trained: TrainedSampler, settings: Settings, seed: int) -> CellInp
     seed = settings.get("seed", seed)
     if "label" in given:
         given["label"] = class_index(given["label"], trained.sampler.n_classes, trained.class_names)
-    source, prompts = open_conditions(trained, options, given, seed)
+    source, prompts = open_conditions(trained, options, given, seed, sources)
     size = settings.get("size", trained.data.size)
     size = size if isinstance(size, tuple) else (size, size)
     shape = None if size == trained.data.size else canvas_shape(trained, size)
@@ -174,13 +186,20 @@ def open_cell(trained: TrainedSampler, settings: Settings, seed: int) -> CellInp
 
 
 def open_conditions(
-    trained: TrainedSampler, options: SamplingConfig, given: Mapping[str, Any], seed: int
+    trained: TrainedSampler,
+    options: SamplingConfig,
+    given: Mapping[str, Any],
+    seed: int,
+    sources: dict[tuple[Any, ...], ConditionSource],
 ) -> tuple[ConditionSource, PromptInputs | None]:
     """Returns the source of a cell's conditions, with the label and the prompt that are given, and its prompts."""
     label = {"label": given["label"]} if "label" in given else {}
     words = {name: given[name] for name in ("prompt", "negative", "prompt_syntax") if name in given}
     if not words:
-        source = trained.condition_source(options, skip=label)
+        key = options.condition_file, options.metadata, options.class_sampling, *label
+        if key not in sources:
+            sources[key] = trained.condition_source(options, skip=label)
+        source = sources[key]
         return (source.with_values(**label) if label else source), None
     prompts = open_prompts(PromptsConfig(**words), trained, options, seed)
     return (prompts.source.with_values(**label) if label else prompts.source), prompts
@@ -229,20 +248,21 @@ def plan_cells(ablation: Ablation, models: Models, n_images: int, seed: int, fol
     plans: dict[tuple[int, ...], PlannedCell] = {}
     cells = ablation.cells()
     for name in dict.fromkeys(cell.model for cell in cells):
-        trained, tried = models.open(name), set()
+        models.open(name)
+        tried: set[tuple[Any, ...]] = set()
         for cell in (cell for cell in cells if cell.model == name):
-            plans[cell.place] = plan_cell(cell, trained, n_images, seed, folder, tried)
+            plans[cell.place] = plan_cell(cell, models, n_images, seed, folder, tried)
     check_drawable(list(plans.values()), ablation.axes)
     return [plans[cell.place] for cell in cells]
 
 
 def plan_cell(
-    cell: Cell, trained: TrainedSampler, n_images: int, seed: int, folder: Path, tried: set[tuple[Any, ...]]
+    cell: Cell, models: Models, n_images: int, seed: int, folder: Path, tried: set[tuple[Any, ...]]
 ) -> PlannedCell:
     """Returns a cell with its file, or with the reason why the model cannot draw it; `tried` are kinds that it can."""
     try:
-        inputs = open_cell(trained, cell.settings, seed)
-        digest = digest_of(inputs.identity(n_images))
+        inputs = models.open_cell(cell, seed)
+        digest = digest_of(models.facts[cell.model].provenance | inputs.identity(n_images))
         if inputs.kind not in tried and not cell_path(folder, digest).is_file():
             inputs.dry_run()
             tried.add(inputs.kind)

@@ -190,7 +190,7 @@ def check_model(settings: Settings, models: Collection[str]) -> None:
 
 
 def check_keys(content: Settings, names: Collection[str], where: str) -> None:
-    """Raises ValueError for an unnames key, with the nearest one."""
+    """Raises ValueError for an unknown key, with the nearest one."""
     for key in content:
         if key not in names:
             place = f" in {where}" if where else ""

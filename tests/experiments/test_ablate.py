@@ -64,19 +64,16 @@ def images_of(folder, **at):
     return np.load(folder / row["file"])["arr_0"]
 
 
-AXES = {"sample_steps": [2, 3], "guidance": [1, 2]}
-
-
 def test_a_cell_does_not_depend_on_its_neighbours(ablate, runs):
-    grid = ablate(models=runs, settings={"label": 3}, axes=AXES, n_images=3)
-    assert len({path.name for path in (grid / "cells").iterdir()}) == len(read_rows(grid)) == 8
-    alone = {"settings": {"label": 3, "guidance": 2}, "axes": {"sample_steps": [3]}, "n_images": 3}
+    settings = {"label": 3, "guidance": 2}
+    grid = ablate(models=runs, settings=settings, axes={"sample_steps": [2, 3]}, n_images=3)
+    assert len({path.name for path in (grid / "cells").iterdir()}) == len(read_rows(grid)) == 4
+    alone = {"settings": settings, "axes": {"sample_steps": [3]}, "n_images": 3}
     for model, run in runs.items():
         one = ablate(f"one_{model}", models={"x": run}, **alone)
         (row,) = read_rows(one)
-        at = {"model": model, "sample_steps": "steps 3", "guidance": "guidance scale 2"}
         assert row["file"] in [each["file"] for each in read_rows(grid)]  # the same name: nothing else determines it
-        assert np.array_equal(images_of(grid, **at), np.load(one / row["file"])["arr_0"])
+        assert np.array_equal(images_of(grid, model=model, sample_steps="steps 3"), np.load(one / row["file"])["arr_0"])
 
 
 def test_all_cells_start_from_the_same_noise(ablate, runs, monkeypatch):
@@ -87,9 +84,9 @@ def test_all_cells_start_from_the_same_noise(ablate, runs, monkeypatch):
         return noise[-1]
 
     monkeypatch.setattr(ContinuousProcess, "prior", record)
-    axes = {"solver": ["ddim", "dpmpp_2m"], "label": [1, 2], "sample_steps": [2, 3], "seed": [0, 5]}
-    ablate(models={"x": runs["pixels"]}, axes=axes, n_images=2)
-    first, other = (torch.stack(noise[-16:])[i::2] for i in (0, 1))  # after those of dry runs: by seed, the last axis
+    ways = {"a": {"solver": "ddim", "label": 1}, "b": {"label": 2, "sample_steps": 3}, "c": {"guidance": 2}}
+    ablate(models={"x": runs["pixels"]}, axes={"way": ways, "seed": [0, 5]}, n_images=2)
+    first, other = (torch.stack(noise[-6:])[i::2] for i in (0, 1))  # after those of dry runs: by seed, the last axis
     assert (first == first[0]).all() and (other == other[0]).all() and not torch.equal(first[0], other[0])
 
 
@@ -123,7 +120,7 @@ def test_other_settings_are_never_mixed_with_old_cells(ablate, runs, drawn):
     folder = ablate(**pixels | {"axes": {"sample_steps": [3, 4]}})
     assert [options.sample_steps for _, options in drawn] == [2, 3, 4]
     assert [row["at"]["sample_steps"] for row in read_rows(folder)] == ["steps 3", "steps 4"]
-    for changed, count in ((pixels | {"n_images": 3}, 2), (pixels | {"seed": 1}, 2), (pixels, 0)):
+    for changed, count in ((pixels | {"seed": 1}, 2), (pixels, 0)):
         before = len(drawn)
         ablate(**changed)
         assert len(drawn) - before == count
@@ -145,11 +142,20 @@ def test_cells_that_no_model_can_draw_are_refused_before_any(ablate, runs, drawn
         ("b", {"solver": ["ddim", "heun"], "eta": [0.5]}, "1 of 2 cells"),
         ("c", {"sample_steps": [2, 0]}, "got sample_steps 0, wanted at least 1"),
         ("d", {"label": [3, 10]}, "got label 10, wanted a class from 0 to 9"),
+        ("e", {"size": [7]}, "size 7"),
     ):
         with pytest.raises(SystemExit) as stop:
             ablate(name, models={"x": runs["pixels"]}, axes=axes)
         assert stop.value.code == 2 and words in capsys.readouterr().err
         assert not drawn and not (tmp_path / name).exists()
+
+
+def test_samples_that_are_not_finite_leave_their_cell_empty(ablate, runs, drawn):
+    content = {"models": {"x": runs["pixels"]}, "settings": {"clip": False}, "axes": {"guidance": [1.0, 3e38]}}
+    finite, infinite = read_rows(ablate(**content))
+    assert finite["file"] and not infinite["file"] and "gave values that are not finite" in infinite["reason"]
+    ablate(**content)
+    assert [options.guidance for _, options in drawn] == [1.0, 3e38, 3e38]  # it is tried again
 
 
 @pytest.fixture
@@ -181,20 +187,22 @@ def test_less_strength_changes_less(ablate, runs, noisy_picture):
 
 
 def test_measures_are_those_of_the_images(ablate, runs):
-    content = {"models": runs, "axes": {"label": [3, 8]}, "n_images": 12}
+    content = {"models": runs, "axes": {"label": [8, None]}, "n_images": 6}
     folder = ablate(**content, measures=["classes", "distance", "seconds", "evaluations"], features="pixels")
     classifier = classifier_for(DataConfig(dataset="digits"))
-    for row in read_rows(folder):
+    rows = read_rows(folder)
+    assert [row["classes"] for row in rows if row["at"]["label"] == "label none"] == [None, None]
+    for row in (row for row in rows if row["at"]["label"] != "label none"):
         arrays = np.load(folder / row["file"])
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)[:, :1]
-        label = int(row["at"]["label"].split()[1])
-        assert (arrays["labels"] == label).all() and images.shape[0] == 12
-        assert row["classes"] == (predict_classes(classifier, images) == label).double().mean().item()
+        assert (arrays["labels"] == 8).all() and images.shape[0] == 6
+        assert row["classes"] == (predict_classes(classifier, images) == 8).double().mean().item()
         assert row["distance"] > 0 and row["distance_of"] == "FD(pixels)"
         assert row["seconds"] > 0 and (row["evaluations"] == 4) == (row["model"] == "pixels")  # as many as steps
     with (folder / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["label"] for line in lines] == ["label 3", "label 8"] * 2 and float(lines[0]["distance"]) > 0
+    assert [line["label"] for line in lines] == ["label 8", "label none"] * 2
+    assert float(lines[0]["distance"]) == rows[0]["distance"]
 
 
 def test_mse_does_not_wrap_at_8_bits(ablate, runs, tmp_path):
@@ -213,7 +221,9 @@ def test_sizes_are_drawn(ablate, runs):
 
 
 def test_flags_override_the_file(ablate, runs):
-    folder = ablate("a", "--n_images 3 --seed 4", models={"x": runs["pixels"]}, axes=AXES, n_images=2, seed=1)
+    folder = ablate(
+        "a", "--n_images 3 --seed 4", models={"x": runs["pixels"]}, axes={"guidance": [1, 2]}, n_images=2, seed=1
+    )
     results = json.loads((folder / "results.json").read_text())
     assert results["n_images"] == 3 and results["seed"] == 4 and results["models"]["x"]["step"] == 3
     assert yaml.safe_load((folder / "config.yaml").read_text())["grid"]["axes"]["guidance"].keys() == {

@@ -26,7 +26,7 @@ def stored_settings(monkeypatch):
 
 def open_at(stored_settings, name="ddpm", model=None, **settings):
     stored_settings.model = model or MODELS[name]
-    return open_cell(stored_settings.model, settings, 0)
+    return open_cell(stored_settings.model, settings, 0, {})
 
 
 @pytest.mark.parametrize("name", MODELS)
