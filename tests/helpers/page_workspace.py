@@ -1,4 +1,4 @@
-"""A folder in which the commands of docs/coming_from.md run: data, weights and trained runs by the names of the page."""
+"""A folder in which the commands of docs/coming_from.md run: data, weights and trained runs by the page's names."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments.metrics.layout import crop_classifier, scene_network
+from experiments.metrics.layout import crop_classifier, obedience, scene_network
 from helpers import tiny_regions, tiny_sd
 from helpers.tiny_runs import ROOT, UNET, call
 from helpers.unleashing_layout import build_vqgan, sampler_weights, to_unleashing_weights
@@ -50,9 +50,11 @@ CONVERSIONS = {  # flags of convert.py, by a word of its command
     **{"--to": "", "control": "", "v1-5": SD_FILE, "vqgan_ema": "--img_size 16 --num_workers 0 --no_amp"},
     "absorbing_ema": "--bert_n_head 3 --num_workers 0 --no_amp",
 }
+RECIPES = ((crop_classifier, "RECIPE"), (scene_network, "RECIPE"), (obedience, "CAS_RECIPE"))  # of judges
 FOR_WORDS = {  # flags of train_sampler.py, by a word of its command
     "neighborhood": "--kernel_sizes 3 --dilations 1",
     "shapes": "--shapes_count 40",
+    "text": "--text_width 16 --text_layers 1 --text_heads 2",
     "configs/mnist_unet.json": "--head_width 8",
     "--steps_per_FD": "--steps_per_FD 2 --FD_samples 8 --FD_features pixels",
 }
@@ -216,8 +218,8 @@ class Workspace:
         more = [*small_flags(script, flags), *folder_flags(script, flags, name or f"row_{self.count}")]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
-            for module in (crop_classifier, scene_network):
-                patch.setattr(module, "RECIPE", module.RECIPE._replace(steps=2))
+            for module, recipe in RECIPES:
+                patch.setattr(module, recipe, getattr(module, recipe)._replace(steps=2))
             call(script, [*flags, *more], validation_images=4)
 
     def make(self, word: str) -> None:
