@@ -113,9 +113,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
             prompts = open_prompts_of_models(settings, model, sampling, seed, settings.n_seeds, *roots)
         if settings.save_process:
             prompts.check_steps(range(min(len(prompts), STRIP_IMAGES)))
-        source = prompts.source
-        settings = settings, prompts.draw, prompts
-        return ExperimentSetup(settings, prompts.provenance, source=source, draws=source is not None)
+        arguments, source = (settings, prompts.draw, prompts), prompts.source
+        return ExperimentSetup(arguments, prompts.provenance, source=source, draws=source is not None)
     if settings.layouts is not None:
         inputs = open_layouts(settings.layouts, model, sampling)
         source, provenance = inputs.source, inputs.provenance

@@ -44,9 +44,9 @@ def test_each_row_has_a_counterpart_or_a_reason(record_property):
 
 def test_the_summary_counts_each_row_once():
     table = "## A\n\n| theirs | ours | note |\n|---|---|---|\n"
-    lines = ('| `a` | `python b.py --c "d e"`, `make f` | |', "| g | not here yet | |", "| h | not here, because i | |")
+    here, later = '| `a` | `python b.py --c "d e"`, `make f` | |\n', "| g | not here yet | |\n"
     pending = f"| j | `python k.py` | {PENDING} l |\n\nm | n | o\n"
-    rows = comparison_rows(table + "\n".join(lines) + "\n" + pending)
+    rows = comparison_rows(table + here + later + "| h | not here, because i | |\n" + pending)
     assert [kind(row) for row in rows] == ["here", "not here yet", "not here, because", "pending"]
     assert rows[0].commands == ('python b.py --c "d e"',) and rows[0].id == "a-1-b" and rows[1].id == "a-2"
     assert "1 of 4 rows covered, by 1 commands (1 pending, 1 not here yet, 1 not here, because ...)" in summary(rows)

@@ -1,4 +1,4 @@
-"""A folder in which the commands of docs/coming_from.md run: data, weights and runs by the names of the page."""
+"""A folder in which the commands of docs/coming_from.md run: data, weights and trained runs by the page's names."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments.metrics.layout import crop_classifier, scene_network
+from experiments.metrics.layout import crop_classifier, obedience, scene_network
 from helpers import tiny_regions, tiny_sd
 from helpers.tiny_runs import ROOT, UNET, call
 from helpers.unleashing_layout import build_vqgan, sampler_weights, to_unleashing_weights
@@ -47,16 +47,27 @@ SMALL = {  # flags for a second's work, by script
 PHOTOS = "photos"  # the folder of data sets that a user names in datasets.yaml
 SD_FILE = "--heads 4 --prediction eps --img_size 32 --no_amp"  # what the tiny file of weights does not say
 CONVERSIONS = {  # flags of convert.py, by a word of its command
-    **{"--to": "", "control": "", "v1-5": SD_FILE, "vqgan_ema": "--img_size 16 --num_workers 0 --no_amp"},
+    **{
+        "--to": "",
+        "control": "",
+        "v1-5": SD_FILE,
+        "instruct": SD_FILE,
+        "vqgan_ema": "--img_size 16 --num_workers 0 --no_amp",
+    },
     "absorbing_ema": "--bert_n_head 3 --num_workers 0 --no_amp",
 }
+RECIPES = ((crop_classifier, "RECIPE"), (scene_network, "RECIPE"), (obedience, "CAS_RECIPE"))  # of judges
 FOR_WORDS = {  # flags of train_sampler.py, by a word of its command
     "neighborhood": "--kernel_sizes 3 --dilations 1",
     "shapes": "--shapes_count 40",
+    "text": "--text_width 16 --text_layers 1 --text_heads 2",
     "configs/mnist_unet.json": "--head_width 8",
     "--steps_per_FD": "--steps_per_FD 2 --FD_samples 8 --FD_features pixels",
 }
-NEEDED = {"ffhq": PHOTOS, "churches": PHOTOS, "configs/sd_curriculum.yaml": "sd15"}  # what a word needs beside itself
+NEEDED = {  # what a word needs beside itself
+    **{"ffhq": (PHOTOS,), "churches": (PHOTOS,), "configs/sd_curriculum.yaml": ("sd15",)},
+    "configs/ablation/digits.yaml": ("absorbing_digits", "ddpm_digits"),
+}
 NOT_READ = {  # flags whose value a command writes, or is no file or run
     *("--log_dir", "--output", "--output_dir", "--out", "--crops", "--conditions", "--dataset"),
 }
@@ -138,6 +149,23 @@ def save_sat(folder: Path) -> None:
     tiny_sd.write_folder(folder, parts, tiny_sd.CONFIGS | {"unet": unet})
 
 
+def save_instruct(path: Path) -> None:
+    """Writes a file of torch whose UNet has eight input channels."""
+    tensors = tiny_sd.write_single_file(path.with_suffix(".safetensors"))
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name]], 1)
+    torch.save({"state_dict": tensors}, path)
+
+
+def save_fill50k(folder: Path) -> None:
+    """Writes pairs of images with prompts in a list."""
+    rows = [{"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": f"a circle {i}"} for i in range(12)]
+    for i, row in enumerate(rows):
+        for place in ("source", "target"):
+            tiny_regions.save_picture(folder / row[place], i)
+    (folder / "prompt.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 def save_visual_genome(folder: Path) -> None:
     """Writes Visual Genome as sg2im prepares it."""
     h5py = pytest.importorskip("h5py")
@@ -162,7 +190,7 @@ MADE: dict[str, Callable[[Path], object] | str] = {  # how to make what a name o
     **{"lines": save_lines, "maps": save_maps, "segmented": save_segmented, "mine": tiny_regions.save_panoptic_folder},
     **{"coco": tiny_regions.save_coco, "nuimages": tiny_regions.save_nuimages, "xbd": tiny_regions.save_xbd},
     **{"CelebAMask-HQ": tiny_regions.save_celebamask, "fmow": tiny_regions.save_fmow},
-    "vg": save_visual_genome,
+    **{"vg": save_visual_genome, "fill50k": save_fill50k, "instruct-pix2pix-00-22000.ckpt": save_instruct},
     "batch.json": lambda path: save_prompts(path, model_name="satellite", metadata=METADATA, output="a.png"),
     "samples.json": lambda path: save_prompts(path, output_path="a.png", **SETTINGS),
     "prompts.txt": lambda path: path.write_text("a dog\na cat negative=blurry\n"),
@@ -188,6 +216,11 @@ MADE: dict[str, Callable[[Path], object] | str] = {  # how to make what a name o
     "sd15": "convert.py --from sd --weights v1-5-pruned-emaonly.safetensors",
     "sd21": "convert.py --from sd --weights stable-diffusion-2-1",
     "sd_512": "train_sampler.py --sampler ddpm --config configs/sd_curriculum.yaml --data_dir pictures",
+    "instruct": "convert.py --from sd --weights instruct-pix2pix-00-22000.ckpt",
+    "samples_sd15": "experiments/get_samples.py --sampler ddpm --load_dir sd15 --prompt dog",
+    "vqgan_digits": "train_vqgan.py --dataset digits --shift 0",
+    "absorbing_digits": "train_sampler.py --sampler absorbing --dataset digits --ae_load_dir vqgan_digits",
+    "ddpm_digits": "train_sampler.py --sampler ddpm --dataset digits",
     "sat": "convert.py --from sd --weights diffusionsat",
     "geo": "convert.py --from sd --weights geodiffusion-nuimages-time-weather-512x512",
 }
@@ -216,8 +249,8 @@ class Workspace:
         more = [*small_flags(script, flags), *folder_flags(script, flags, name or f"row_{self.count}")]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
-            for module in (crop_classifier, scene_network):
-                patch.setattr(module, "RECIPE", module.RECIPE._replace(steps=2))
+            for module, recipe in RECIPES:
+                patch.setattr(module, recipe, getattr(module, recipe)._replace(steps=2))
             call(script, [*flags, *more], validation_images=4)
 
     def make(self, word: str) -> None:
@@ -240,7 +273,7 @@ def inputs(flags: list[str]) -> list[str]:
     """Returns the names of `MADE` that a command reads, in its order."""
     read = [word for i, word in enumerate(flags) if i == 0 or flags[i - 1] not in NOT_READ or is_resumed(flags)]
     parts = [part for word in read for part in re.split("[/=]", word)]
-    parts += [NEEDED[word] for word in flags if word in NEEDED]
+    parts += [part for word in flags for part in NEEDED.get(word, ())]
     return [part for part in dict.fromkeys(parts) if part in MADE]
 
 
