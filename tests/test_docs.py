@@ -261,9 +261,12 @@ def test_links_and_anchors_resolve(page):
 def test_files_named_exist(page):
     folders = [ROOT / name for name in (*PACKAGES, "configs", "tests", "docs")]
     names = {path.name for path in [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]}
-    written = files_written(page.read_text())
+    text = page.read_text()
+    if page.stem == "coming_from":
+        text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.MULTILINE)  # files of others are in the first column
+    written = files_written(text)
     names |= {path.name for path in written}
-    words = {word for span in spans(own_text(page.read_text())) for word in span.split()}
+    words = {word for span in spans(own_text(text)) for word in span.split()}
     for word in sorted(word for word in words if re.fullmatch(r"[\w./-]+", word)):
         if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
             continue

@@ -89,7 +89,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         presets = sorted(p.name for p in (ROOT / "configs").iterdir() if p.is_file())
         problem = "is not a file" if path.exists() else "not found"
-        raise FileNotFoundError(f"config file {path} {problem}; the presets in configs/ are {', '.join(presets)}")
+        names = ", ".join(name.removesuffix(".yaml") for name in presets)
+        raise FileNotFoundError(f"config file {path} {problem}; the presets configs/NAME.yaml are {names}")
     if path.suffix != ".json":
         return read_yaml(path, StringLoader)
     return as_yaml_strings(read_json(path))
