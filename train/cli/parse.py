@@ -238,13 +238,14 @@ def parse_with_sources(
     given = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
     sampler = first_given(peek_flag(argv, "sampler"), given.get("sampler"), base.get("sampler"), SamplerConfig.sampler)
     if of_sampler and get_section(explicit, section).get("sampler", section) != section:
-        names = " or ".join(files)
-        raise ValueError(f"{names}: section {section!r} names the sampler {given['sampler']!r}: leave that out")
+        got = f"section {section!r} names the sampler {given['sampler']!r}"
+        raise ValueError(f"{' or '.join(files)}: {got}: leave that out")
     dataset = first_given(peek_flag(argv, "dataset"), given.get("dataset"), base.get("dataset"), DataConfig.dataset)
     preset = preset_path(cls, sampler, dataset)
     if not files and not preset.exists() and not base.get("reader"):
         check_data_set(dataset)
-    contents = [(path, read_config(path)) for path in (map(Path, files) if files else [preset] * preset.exists())]
+    paths = [Path(file) for file in files] or ([preset] if preset.exists() else [])
+    contents = [(path, read_config(path)) for path in paths]
     content = reduce(overlay, (each for _, each in contents), {})
     in_file = content | get_section(content, section)
     given = base | in_file if files else in_file | base
