@@ -12,10 +12,10 @@ from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
-from train.data.hints import hint_channels, with_hints
+from train.data.hints import HintsConfig, hint_channels, with_hints
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
+from train.finetuning import find_base, hint_makers, saves_text_encoder, write_additions, write_merged_run
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
 from train.registry import import_callable
@@ -79,8 +79,8 @@ def main(config: Config) -> None:
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-        given = names, tuning.hint_kinds
-        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, *given)
+        opened = run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names
+        model = TrainedSampler(*opened, hint_makers=hint_makers(tuning, HintsConfig()))
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = model.with_hints(model.read_rows(config.sampling.condition_file), config.sampling)
