@@ -15,7 +15,7 @@ from train.config import FineTuningConfig, SecondStageConfig
 from train.data.hints import HintsConfig, hint_channels
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base, saves_text_encoder, write_additions, write_merged_run
+from train.finetuning import find_base, hint_makers, saves_text_encoder, write_additions, write_merged_run
 from train.loggers import require_logger
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
@@ -81,8 +81,8 @@ def main(config: Config) -> None:
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-        given = names, tuning.hint_kinds, hints
-        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, *given)
+        opened = run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names
+        model = TrainedSampler(*opened, hint_makers=hint_makers(tuning, hints), hints=hints)
         adapt = model.adapt
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
@@ -113,7 +113,7 @@ def main(config: Config) -> None:
         timer = Timer()
         estimate = DurationEstimate(training, data, config.reader, world, timer, config.sampler.sampler)
         hooks.append(("logging", 1, estimate))
-        save = partial(write_additions, run, config=tuning, base=base, world=world)
+        save = partial(write_additions, run, config=tuning, base=base, world=world, hints=hints)
         if tuning.lora_rank or tuning.text_new_tokens or tuning.control:
             hooks.append(("checkpoints", logging.steps_per_checkpoint, lambda state, _: save(state)))
         keywords = {"hooks": hooks, "make_distance_hook": make_distance_hook, "timer": timer} | loading

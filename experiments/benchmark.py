@@ -193,7 +193,8 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> list[Row]:
     space = workloads.random_space(
         name, vqgan_dir, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
     )
-    adapt = with_hints(make_adapt(config.sampler), config.hints.kinds, config.hints)
+    adapt = make_adapt(config.sampler)
+    adapt = with_hints(adapt, {"condition_image": config.hints.condition_image}, config.hints)
     sampler_config = with_hint_channels(config.sampler, config.hints.condition_image, data.n_channels)
     source = None if images is None else workloads.image_batches(images, data, training.seed, adapt)
     trainees = workloads.sampler_trainees(sampler_config, training, space, n_classes, world)

@@ -21,7 +21,6 @@ from experiments.harness.prompt_models import load_run
 from experiments.harness.report import progress, table, three_digits
 from experiments.metrics.edges import count_edges
 from experiments.metrics.image_pairs import psnr
-from models.control import is_hint_field
 from models.ranges import check_ranges
 from train.cli.files import run_folder
 from train.config import SamplingConfig
@@ -80,11 +79,11 @@ class Images(NamedTuple):
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Loads the base. ValueError: a model without hints, or with several, and hints that no image shows."""
-    field, kind = find_hint(model)
+    field, maker = find_hint(model)
     given = next((name for name in ("condition_file", "hint") if getattr(config.sampling, name)), None)
     if given is not None:
         raise ValueError(f"got {given}, but the hints of held-out images are checked: leave --{given} out")
-    maker, base, provenance = HintMaker(kind, model.hints), None, {}
+    base, provenance = None, {}
     if config.hints.base is not None:
         folder = run_folder(config.output.logs_root, config.hints.base)
         base, _ = load_run(folder, model, config.output.logs_root, config.model.allow)
@@ -95,19 +94,18 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     return ExperimentSetup((config.hints, config.sampling, field, maker, base), provenance)
 
 
-def find_hint(model: TrainedSampler) -> tuple[str, str]:
-    """Returns the batch field of a model's hint, and its kind."""
-    kinds = model.hints.kinds | model.hint_kinds
-    unknown = [name for name in model.sampler.conditions if is_hint_field(name) and not kinds.get(name)]
-    if len(kinds) != 1 or unknown:
-        got = f"a hint {unknown[0]} whose kind is not known" if unknown else f"{len(kinds)} kinds of hints"
-        wanted = "wanted one: train with --control edges, or --conditions image --condition_image edges"
+def find_hint(model: TrainedSampler) -> tuple[str, HintMaker]:
+    """Returns the batch field of a model's hint, and what makes it."""
+    makers = model.makers
+    if len(makers) != 1 or None in makers.values():
+        got = f"{len(makers)} kinds of hints" if len(makers) != 1 else "hints that are made in a way that is not known"
+        wanted = "wanted one kind: train with --control edges, or --conditions image --condition_image edges"
         raise ValueError(f"{model.run} has {got}, {wanted}")
-    ((field, kind),) = kinds.items()
-    if kind not in OF_IMAGES:
-        got = f"got hints of the kind {kind}, which are not made of an image alone"
+    ((field, maker),) = makers.items()
+    if maker.kind not in OF_IMAGES:
+        got = f"got hints of the kind {maker.kind}, which are not made of an image alone"
         raise ValueError(f"{got}: wanted {', '.join(OF_IMAGES)}; calc_pairs.py compares samples with real images")
-    return field, kind
+    return field, maker
 
 
 def measure(

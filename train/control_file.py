@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from models.conditions.text import CaptionEncoder
 from models.control import HINT, ControlBranch, HintConfig, HintEncoder, add_control, build_branch, hint_field
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.unet import UNet, UNetConfig
+from train.data.hints import HINTS, HintMaker, HintsConfig
 from train.distributed import DistContext, full_tensor
 from train.files import atomic_write, parse_json, write_errors_as_oserror
 from train.lora_merging import AdapterFile, check_base
@@ -34,6 +35,7 @@ SETTINGS = {  # of the branch of a UNet, which the header has; it names no code
     *(field.name for field in fields(HintConfig)),
 }
 REMEDY = "pass the file that convert.py --from sd writes of a control branch"
+CONDITION = "condition_image"  # the option of hints that is not of branches
 TRAINED_REMEDY = "pass the control.safetensors of a run of --control, or of convert.py --from sd"
 
 
@@ -42,8 +44,22 @@ class BranchFacts:
     """What a branch was trained on."""
 
     kind: str  # of its hints
+    hint_options: dict[str, Any]  # of HintsConfig, by name
     base: str  # SHA-256 of the weights of its network
     step: int
+
+    @classmethod
+    def of(cls, maker: HintMaker, base: str, step: int) -> Self:
+        """Returns the facts of a branch with the hints of a maker."""
+        options = {name: value for name, value in asdict(maker.options).items() if name != CONDITION}
+        return cls(maker.kind, options, base, step)
+
+    @property
+    def maker(self) -> HintMaker:
+        """What makes hints of items as in training; ValueError for options and kinds that there are not."""
+        if self.kind not in HINTS:
+            raise ValueError(f"got hints of kind {self.kind!r}, there are: {', '.join(HINTS)}")
+        return HintMaker(self.kind, HintsConfig(**with_tuples(self.hint_options)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,8 @@ def read_branch(path: str | Path, network: nn.Module) -> tuple[ControlBranch | H
     settings, trained = header.get("settings"), header["trained"]
     try:
         hint, facts = HintConfig(**with_tuples(settings)), BranchFacts(**trained)
-    except (TypeError, AttributeError) as error:
+        facts.maker  # noqa: B018 (validates the options)
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} has a damaged header ({error}): {TRAINED_REMEDY}") from error
     branch = build_branch(network, hint)
     fill(branch, path, "the network")
@@ -176,18 +193,18 @@ def own_heads(config: UNetConfig) -> list[int]:
 
 def add_control_files(
     network: nn.Module, files: Sequence[AdapterFile], base: str, weights: str
-) -> tuple[str, dict[str, str]]:
+) -> tuple[str, dict[str, HintMaker | None]]:
     """Adds the branches of files to a network whose weights have the SHA-256 `base`, and `weights` with what was merged
-    into them. Returns a SHA-256 that identifies all weights, and the kinds of hints by batch field, "" if not known.
+    into them. Returns a SHA-256 that identifies all weights, and what makes hints, by batch field, None if not known.
 
     FileNotFoundError without a file; ValueError for a branch of other weights, or of another network.
     """
-    identity, kinds = [weights], {}
+    identity, makers = [weights], {}
     for file in files:
         branch, facts = read_branch(file.path, network)
         if facts is not None:
             check_base(facts.base, base, file.path)
         name = add_control(network, branch.train(network.training), file.strength)
-        kinds[hint_field(name)] = "" if facts is None else facts.kind
+        makers[hint_field(name)] = None if facts is None else facts.maker
         identity += [file.content_hash(), file.strength]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest(), kinds
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest(), makers

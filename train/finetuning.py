@@ -35,6 +35,7 @@ from train.cli.parse import flatten_group, from_dict
 from train.cli.values import parse_int
 from train.config import FineTuningConfig, TrainingConfig
 from train.control_file import BranchFacts, write_branch
+from train.data.hints import HintMaker, HintsConfig
 from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
@@ -282,23 +283,30 @@ def read_fine_tuning(run: Path) -> FineTuningConfig:
     return from_dict(FineTunedRun, own, str(run / "config.yaml")).fine_tuning
 
 
-def read_hint_kinds(run: Path) -> dict[str, str]:
-    """Returns the kind of hint in each batch field that the control branch of a run reads; {} without one."""
-    return read_fine_tuning(run).hint_kinds
+def hint_makers(config: FineTuningConfig, hints: HintsConfig) -> dict[str, HintMaker | None]:
+    """Returns what makes the hint of --control, with these options, by batch field; {} without a branch."""
+    return {name: HintMaker(kind, hints) for name, kind in config.hint_kinds.items()}
 
 
 def write_additions(
-    run: Path, state: TrainState, config: FineTuningConfig, base: Base | None, world: DistContext
+    run: Path,
+    state: TrainState,
+    config: FineTuningConfig,
+    base: Base | None,
+    world: DistContext,
+    hints: HintsConfig = HintsConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Writes what a run adds to its base, averaged if there are averages, as small files: new words, and adapters as
     <run>/lora.safetensors or a control branch as <run>/control.safetensors, which name the weights of the base by their
-    SHA-256. A branch whose network learns too is not written. All ranks must call it."""
+    SHA-256. A branch whose network learns too is not written. `hints` are the options that its hints were made with.
+    All ranks must call it."""
     average = state.averages.get("network")
     network = average.module if average is not None else state.modules["network"]
     if config.text_new_tokens:
         write_embeddings(run, network, world)
     if config.control and config.control_lock:
-        write_branch(run, network, BranchFacts(config.control, base.sha256, state.step), world)
+        facts = BranchFacts.of(HintMaker(config.control, hints), base.sha256, state.step)
+        write_branch(run, network, facts, world)
     if not config.lora_rank:
         return
     facts = {"base": base.sha256, "trigger_words": config.lora_trigger_words, "step": state.step}

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from models.control import is_hint_field
 from train.condition_source import Row, read_images
 from train.config import DataConfig
-from train.data.hints import HintMaker, HintsConfig
+from train.control import ControlSampling, refuse_settings
+from train.data.hints import HintMaker
 from train.data.transforms import to_item
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES
@@ -18,33 +20,39 @@ from train.files import sha256
 
 
 def read_hints(
-    paths: Sequence[str], fields: Sequence[str], kinds: Mapping[str, str], data: DataConfig, options: HintsConfig
+    options: ControlSampling, conditions: Sequence[str], makers: Mapping[str, HintMaker | None], data: DataConfig
 ) -> list[Row]:
-    """Returns rows of the batch fields of hints, from one file or folder of pictures for each; shorter folders repeat.
+    """Returns rows of the hints among the batch fields `conditions`, from one file or folder of --hint for each;
+    shorter folders repeat. [] without --hint.
 
-    Hints of the `kinds`, by field, are made from the pictures; without any kind, the pictures are hints. ValueError for
-    another number of paths, and for kinds that are not known or need more than a picture.
+    Hints are made from the pictures by `makers`, by field; with --hint_ready, the pictures are hints. ValueError for
+    another number of paths, and for hints that are made in a way that is not known, None, or of more than a picture.
     """
+    paths, fields = options.hint, [field for field in conditions if is_hint_field(field)]
+    if not paths:
+        return []
+    if not fields:
+        refuse_settings(options)
     if len(paths) != len(fields):
         got = f"got {len(paths)} paths as --hint for {len(fields)} control branches"
         raise ValueError(f"{got}, wanted one for each: pass --hint PATH ..., or --control_files FILE ...")
     columns: dict[str, list[Tensor]] = {}
     for path, field in zip(paths, fields, strict=True):
         files = picture_files(path)
-        columns[field] = make_hints(files, kinds[field], data, options) if kinds else read_images(files, data)
+        columns[field] = read_images(files, data) if options.hint_ready else make_hints(files, makers[field], data)
     count = max(map(len, columns.values()))
     return [{field: images[i % len(images)] for field, images in columns.items()} for i in range(count)]
 
 
-def make_hints(files: Sequence[Path], kind: str, data: DataConfig, options: HintsConfig) -> list[Tensor]:
-    """Makes hints of a kind from pictures, cropped as in training; of kind "image" the pictures are the sources."""
-    if kind == "":
+def make_hints(files: Sequence[Path], maker: HintMaker | None, data: DataConfig) -> list[Tensor]:
+    """Makes hints from pictures, cropped as in training; those of kind "image" are made of them as sources."""
+    if maker is None:
         got = "got --hint for a control branch whose kind of hints is not known"
         raise ValueError(f"{got}: pass pictures of hints, and --hint_ready")
     hints = []
     for file in files:
         image = to_item({"image": decode(file)}, data.size, data.n_channels, data.data_range)["image"]
-        hints.append(HintMaker(kind, options)({"image": image, "source_image": image}))
+        hints.append(maker({"image": image, "source_image": image}))
     return hints
 
 
@@ -61,6 +69,8 @@ def picture_files(path: str) -> list[Path]:
 
 def combine_rows(rows: Sequence[Row], hints: Sequence[Row]) -> list[Row]:
     """Returns rows with the hints of other rows, as many as the longer of the two has; both are used in turn."""
+    if not hints:
+        return list(rows)
     count = max(len(rows), len(hints))
     return [{**row, **hint} for row, hint in islice(zip(cycle(rows or [{}]), cycle(hints), strict=False), count)]
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
-from models.control import is_hint_field
 from train.checkpoint import (
     EMA_WEIGHTS,
     checkpoint_path,
@@ -31,16 +30,15 @@ from train.condition_images import encode_condition_images, make_adapt
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.continuous_stage import load_first_stage
-from train.control import refuse_settings
 from train.control_file import add_control_files
 from train.data.captions import choose_caption
-from train.data.hints import HintMaker, HintsConfig, hint_channels, with_hint_of_source, with_hints
+from train.data.hints import HintMaker, HintsConfig, ItemHints, hint_channels, with_hint_of_source
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
 from train.execution import autocast, frozen_weights_cast_once
-from train.finetuning import read_hint_kinds, reopen_fine_tuned
+from train.finetuning import hint_makers, read_fine_tuning, reopen_fine_tuned
 from train.first_stage import find_vqgan_run
 from train.hint_files import combine_rows, read_hints
 from train.loop import Batch
@@ -84,8 +82,8 @@ class TrainedSampler:
     world: DistContext  # the ranks that share an experiment
     amp: bool  # bfloat16 autocast where the device computes it natively
     class_names: tuple[str, ...] = ()  # by class number, as recorded in training; empty: the classes have no names
-    hint_kinds: Mapping[str, str] = field(default_factory=dict)  # of control branches, by batch field; "": not known
-    hints: HintsConfig = HintsConfig()  # how hints are made, and which the image condition reads
+    hint_makers: Mapping[str, HintMaker | None] = field(default_factory=dict)  # of control branches, by batch field
+    hints: HintsConfig = HintsConfig()  # which hint the image condition reads, and how it is made
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +116,14 @@ class TrainedSampler:
     def adapt(self) -> Adapt | None:
         """The function from an item to the fields of a batch: the user's (--adapt), then that which adds hints; None
         without either."""
-        return with_hints(make_adapt(self.sampler.config), self.hints.kinds | self.hint_kinds, self.hints)
+        own, makers = make_adapt(self.sampler.config), {name: each for name, each in self.makers.items() if each}
+        return ItemHints(own, makers) if makers else own
+
+    @property
+    def makers(self) -> dict[str, HintMaker | None]:
+        """What makes the hints of items, by batch field; None: not known."""
+        kind = self.hints.condition_image
+        return ({"condition_image": HintMaker(kind, self.hints)} if kind else {}) | self.hint_makers
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
@@ -142,14 +147,7 @@ class TrainedSampler:
 
     def with_hints(self, rows: Sequence[Row], options: SamplingConfig) -> list[Row]:
         """Returns rows of conditions, used in turn, with the hints of --hint, which are used in turn too."""
-        if not options.hint:
-            return list(rows)
-        if not self.sampler.network.control:
-            refuse_settings(options)
-        fields = [field for field in self.sampler.conditions if is_hint_field(field)]
-        kinds = {} if options.hint_ready else self.hint_kinds
-        hints = read_hints(options.hint, fields, kinds, self.data, self.hints)
-        return combine_rows(rows, hints)
+        return combine_rows(rows, read_hints(options, self.sampler.conditions, self.hint_makers, self.data))
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
@@ -404,20 +402,20 @@ def load_sampler(
         weights = load_weights(run, step, {"network": sampler.network}, ema=averaged, loaded=loaded)
     else:
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length, loaded)
-    base, hint_kinds = weights, read_hint_kinds(run)
+    base, makers = weights, hint_makers(read_fine_tuning(run), config.hints)
     if lora:
         weights = merge_adapter_files(sampler.network, lora, base)
     if textual_inversion:
         weights = add_files_of_words(sampler.network, textual_inversion, weights)
     if control:
-        weights, kinds = add_control_files(sampler.network, control, base, weights)
-        hint_kinds |= kinds
+        weights, others = add_control_files(sampler.network, control, base, weights)
+        makers |= others
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
     names = recorded_class_names(origin, run) if sampler.n_classes else ()
     world, data, reader = DistContext(device), config.data, config.reader
-    facts = names, hint_kinds, config.hints
-    return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, *facts)
+    facts = {"hint_makers": makers, "hints": config.hints}
+    return TrainedSampler(run, step, sampler, space, data, reader, frequencies, weights, world, amp, names, **facts)
 
 
 def read_stored_config(run: Path) -> StoredSamplerConfig:

@@ -61,7 +61,7 @@ def test_a_real_sampler_of_condition_images_is_measured_in_db(logs):
 def test_models_without_a_hint_and_other_sizes_are_refused(logs, capsys):
     with pytest.raises(SystemExit) as error:
         check(logs, "base", "")
-    assert error.value.code == 2 and "has 0 kinds of hints, wanted one" in capsys.readouterr().err
+    assert error.value.code == 2 and "has 0 kinds of hints, wanted one kind" in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         check(logs, "image", "--base control --condition_file rows.json")
     assert error.value.code == 2 and "leave --condition_file out" in capsys.readouterr().err

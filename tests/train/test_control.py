@@ -14,7 +14,7 @@ from helpers.tiny_runs import DDPM, call
 from models.control import HintConfig
 from train.config import FineTuningConfig, TrainingConfig
 from train.control_file import HEADER
-from train.data.hints import HINTS
+from train.data.hints import HINTS, HintMaker, HintsConfig
 from train.finetuning import find_base
 from train.inference import load
 
@@ -159,6 +159,11 @@ def test_branches_of_other_weights_are_refused(logs, tmp_path):
         (lambda header: header["settings"].update(hint_widths=[4, 8]), "does not fit the network, in hint.convs"),
         (lambda header: header["settings"].update(code="os.system"), "has a damaged header"),
         (lambda header: header["trained"].pop("base"), "has a damaged header"),
+        (lambda header: header["trained"].update(kind="depth"), "got hints of kind 'depth', there are: edges"),
+        (
+            lambda header: header["trained"]["hint_options"].update(edge_sigma=-1),
+            "has a damaged header .got edge_sigma",
+        ),
         (lambda header: header.update(settings=None), "has a damaged header"),
         (lambda header: header.clear(), "no settings of a control branch"),
     ],
@@ -204,6 +209,20 @@ def test_experiments_sample_with_files_of_branches(logs, strong, tmp_path):
     labels = np.load(out / "samples.npz")["labels"]
     again = run.sample(2, hint_image=HINTS_OF_TWO[0], label=labels.tolist(), sample_steps=2)
     assert near(again.permute(0, 2, 3, 1), torch.from_numpy(images[3]))
+
+
+def test_a_file_says_how_its_hints_are_made(logs, tmp_path):
+    source, file = logs / "grey/control.safetensors", tmp_path / "edges.safetensors"
+    with safe_open(source, "pt") as content:
+        header = json.loads(content.metadata()[HEADER])
+    assert header["trained"]["kind"] == "grey" and header["trained"]["hint_options"]["small_factor"] == 4
+    header["trained"] |= {"kind": "edges", "hint_options": {"edge_sigma": 2.0, "edge_thresholds": [0.2, 0.3]}}
+    save_file(load_file(source), file, {HEADER: json.dumps(header)})
+    model = opened(logs, "base", control={source: 1.0, file: 1.0}).model
+    options = HintsConfig(edge_sigma=2.0, edge_thresholds=(0.2, 0.3))
+    assert model.hint_makers == {"hint_image": HintMaker("grey"), "hint_2_image": HintMaker("edges", options)}
+    batch = model.batches("val")[[0, 1]]
+    assert torch.equal(batch["hint_image"], batch["image"]) and batch["hint_2_image"].unique().tolist() == [-1, 1]
 
 
 def one_line(text):

@@ -56,11 +56,6 @@ class HintsConfig:
                 f"got edge_thresholds {low} {high}, wanted the lower first: pass --edge_thresholds 0.1 0.2"
             )
 
-    @property
-    def kinds(self) -> dict[str, Kind]:
-        """The kind of the hint in the batch field of --conditions image; {} if it is none."""
-        return {"condition_image": self.condition_image} if self.condition_image else {}
-
 
 def hint_channels(kind: Kind, image_channels: int) -> int:
     """Returns the channels of a hint of images of so many channels."""

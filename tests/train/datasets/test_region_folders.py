@@ -39,7 +39,9 @@ def test_items_are_resized_mirrored_and_batched(name, tmp_path):
     reader = importlib.import_module(f"train.datasets.{name}")
     dataset = build(reader, tiny_regions.WRITERS[name](tmp_path))
     assert dataset.n_classes == 0 and dataset.labels is None
-    assert len(dataset.region_classes) == len(dataset.region_things) and (dataset.region_classes or name in ("captions", "pairs"))
+    assert len(dataset.region_classes) == len(dataset.region_things) and (
+        dataset.region_classes or name in ("captions", "pairs")
+    )
     items = [View(flip=True)(to_item(dataset[i], (4, 4), 3)) for i in range(len(dataset))]
     batch = collate(items)  # with items without a region
     assert batch["image"].shape == (len(dataset), 3, 4, 4) and batch["file_name"] == dataset.names
