@@ -123,8 +123,9 @@ SMALL = {  # by script: flags for runs of a few seconds
 }
 ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
-    **{"--clip_dir": "weights of CLIP", "webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
+    **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
     **{"ddpm_shapes": "a run of layouts", "--text_encoder": "a trained encoder"},
+    "--clip_dir": "weights of CLIP",
     **dict.fromkeys(
         ("sd15", "taef2", "configs/sd_", "--load_dir toy", "--load_dir sat", "logs/geo"), "released weights"
     ),
