@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from train.files import parse_json
@@ -83,7 +84,7 @@ def load_part(
             raise ValueError(f"it holds {kind}, wanted {' or '.join(classes)}")
         load = getattr(transformers, classes[kind]).from_pretrained
         network, info = load(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read ({error}): {WANTED}") from error
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):  # drawn at random otherwise
         raise ValueError(f"{folder} has no {lost[0]} that fits, of {len(lost)} such tensors: {WANTED}")

@@ -150,6 +150,9 @@ def test_folders_without_a_model_are_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="cannot be read"):
         clip.build("cpu", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        clip.build("cpu", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="it holds bert, wanted clip or clip_vision_model"):
         clip.build("cpu", tmp_path)
