@@ -11,6 +11,7 @@ from helpers.tiny_runs import ROOT, parse_config
 PAGE = ROOT / "docs" / "coming_from.md"
 ROWS = comparison_rows(PAGE.read_text())
 CASES = [pytest.param(row, id=row.id) for row in ROWS if row.commands]
+PACKAGES = {"sd_curriculum": "bitsandbytes", "--logger wandb": "wandb"}  # optional ones, by a word of a command
 KINDS = ("here", "pending", "not here yet", "not here, because")
 
 
@@ -75,7 +76,8 @@ def test_commands_of_a_row_run(row, workspace):
     skip_pending(row)
     if "demo.py" in row.ours:
         pytest.skip("needs a browser")
-    if "sd_curriculum" in row.ours:
-        pytest.importorskip("bitsandbytes")
+    for word, package in PACKAGES.items():
+        if word in row.ours:
+            pytest.importorskip(package)
     for command in row.commands:
         workspace.run(command)

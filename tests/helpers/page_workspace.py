@@ -17,7 +17,9 @@ from helpers import tiny_regions, tiny_sd
 from helpers.tiny_runs import ROOT, UNET, call
 from helpers.unleashing_layout import build_vqgan, sampler_weights, to_unleashing_weights
 
-TRAINING = "--train_steps 2 --batch_size 4 --accumulate 1 --steps_per_eval 0 --num_workers 0 --no_amp"
+TRAINING = (
+    "--train_steps 2 --lr_schedule constant --batch_size 4 --accumulate 1 --steps_per_eval 0 --num_workers 0 --no_amp"
+)
 VQGAN = (
     f"{TRAINING} --nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --img_size 16 --ndf 4 --disc_layers 1 "
     "--perceptual_net none"
@@ -40,6 +42,8 @@ SMALL = {  # flags for a second's work, by script
     "calc_VQGAN_FID.py": f"--n_images 4 --lpips_net none {DISTANCE}",
     "calc_nearest_neighbours.py": f"{SAMPLING} --rerank pixels --features pixels",
     "calc_approximate_ELBO.py": "--n_images 2 --calls 2 --train_steps 2 --steps_per_eval 2 --no_amp",
+    "ablate.py": "--n_images 1 --measures seconds --no_amp",
+    "calc_pairs.py": "--lpips none",
     "calc_layout.py": "--min_judge 0 --n_images 8",
     "compare_samplers.py": "--n_samples 4 --solvers ddpm:4 dpmpp_2m:2 --features pixels --no_amp",
     "check_data.py": "--check_items 4 --sheet_items 2",
@@ -287,7 +291,7 @@ def small_flags(script: str, flags: list[str]) -> list[str]:
     elif name == "convert.py":
         small = next((small for word, small in CONVERSIONS.items() if word in text), "--no_amp")
     else:
-        small = SMALL.get(name, "")
+        small = SMALL.get(name, "").replace("--features pixels", "" if "--features" in flags else "--features pixels")
     if name != "convert.py" and "--data_dir" not in flags and {"ffhq", "churches"} & {*flags}:
         small += f" --data_dir {PHOTOS}"
     return small.split()
