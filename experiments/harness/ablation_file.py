@@ -190,11 +190,12 @@ def check_model(settings: Settings, models: Collection[str]) -> None:
 
 
 def check_keys(content: Settings, names: Collection[str], where: str) -> None:
-    """Raises ValueError for an unknown key, with the nearest one."""
+    """Raises ValueError for an unknown key, with the nearest of the names, or all of them."""
     for key in content:
         if key not in names:
             place = f" in {where}" if where else ""
-            raise ValueError(f"got the key {key!r}{place}{did_you_mean(str(key), names)}, wanted {', '.join(names)}")
+            wanted = did_you_mean(str(key), names) or f", wanted {', '.join(names)}"
+            raise ValueError(f"got the key {key!r}{place}{wanted}")
 
 
 def as_mapping(value: Any, where: str) -> dict[str, Any]:
@@ -300,7 +301,7 @@ def translate_sd_all(content: Settings) -> tuple[dict[str, Any], tuple[str, ...]
     data, logging, config = (as_mapping(content.get(key), key) for key in ("data", "logging", "ablation_config"))
     for key, section in (("data", data), ("logging", logging), ("ablation_config", config)):
         check_keys(section, SD_ALL[key], key)
-    notes = []
+    config, notes = dict(config), []
     if isinstance(config.get("prompt"), dict):
         check_keys(config["prompt"], ("source_prompt", "target_prompt"), "prompt")
         config["prompt"] = config["prompt"].get("target_prompt")
