@@ -129,7 +129,7 @@ def test_files_of_words_are_a_flag_of_sampling(several, logs, capfd):
     call("experiments/get_samples.py", f"{flags} --load_dir base --log_dir without --prompt <a>")
     assert not np.array_equal(drawn[0], np.load(logs / "without" / "samples.npz")["arr_0"])
     for words, message in (
-        (files["words"], "--load_dir, --lora or --textual_inversion: other weights"),
+        (files["words"], "--load_dir, --lora, --textual_inversion or --control_files: other weights"),
         (f"{files['words']} {files['words']}", "got the new word '<cat-toy>', which is in the vocabulary"),
         (logs / "none.pt", "none.pt not found"),
     ):
