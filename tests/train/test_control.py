@@ -98,7 +98,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(logs, tmp_path, flags):
     learned = {"network.conv_out.weight", "network.conv_out.bias"} if "train_only" in flags else set()
     others = {key for key in one if not key.startswith("network.control.")}
     assert others == learned or "no_control_lock" in flags and others == weights(logs / "base", 3).keys()
-    assert (tmp_path / "whole" / "control.safetensors").is_file() is ("no_control_lock" not in flags)
+    assert (tmp_path / "whole" / "control.safetensors").is_file() is (flags == CONTROL)  # it is for its base alone
 
 
 def test_the_settings_of_the_hint_are_saved_and_taken_over(logs, tmp_path, capsys):
