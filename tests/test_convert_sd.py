@@ -66,6 +66,12 @@ def test_a_converted_branch_guides_a_converted_run(single, tmp_path):
         run.sample(1, **given, hint=[str(ROOT / "assets/digits.png")])
     ready = run.sample(1, **given, hint=[str(ROOT / "assets/digits.png")], hint_ready=True)
     assert ready.shape == (1, 3, 32, 32)
+    flags = f"--load_dir {single}/logs/sd --logs_root {tmp_path} --n_samples 2 --sample_steps 2 --no_amp --guidance 2"
+    flags += f" --control_files {file} --hint {ROOT}/assets/digits.png --hint_ready --log_dir"
+    call("experiments/get_samples.py", f"{flags} prompted --prompt dog")
+    (tmp_path / "prompts.txt").write_text("dog\ncat\n")
+    call("experiments/get_samples.py", f"{flags} listed --prompts {tmp_path}/prompts.txt".replace("--n_samples 2", ""))
+    assert (tmp_path / "prompted/samples.png").is_file() and (tmp_path / "listed/samples.png").is_file()
 
 
 def test_a_single_file_is_written_back_to_the_bit(single):

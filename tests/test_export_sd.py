@@ -183,6 +183,7 @@ def test_a_single_file_has_a_name_that_readers_know(tmp_path, capsys):
     assert "pass a name that ends in .safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_trained_control_branch_is_written_as_a_controlnet(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     write_single_file(tmp_path / "single.safetensors")

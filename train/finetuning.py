@@ -298,13 +298,13 @@ def write_additions(
 ) -> None:
     """Writes what a run adds to its base, averaged if there are averages, as small files: new words, and adapters as
     <run>/lora.safetensors or a control branch as <run>/control.safetensors, which name the weights of the base by their
-    SHA-256. A branch whose network learns too is not written. `hints` are the options that its hints were made with.
-    All ranks must call it."""
+    SHA-256. A branch beside which other parts learn is not written. `hints` are the options that its hints were made
+    with. All ranks must call it."""
     average = state.averages.get("network")
     network = average.module if average is not None else state.modules["network"]
     if config.text_new_tokens:
         write_embeddings(run, network, world)
-    if config.control and config.control_lock:
+    if config.control and only_branch_learns(state.modules["network"]):
         facts = BranchFacts.of(HintMaker(config.control, hints), base.sha256, state.step)
         write_branch(run, network, facts, world)
     if not config.lora_rank:
@@ -313,6 +313,11 @@ def write_additions(
     tensors = adapter_tensors(network, ADAPTER)  # gathers sharded ones
     if world.is_main:
         save_tensors(network, ADAPTER, tensors, run / ADAPTERS, **facts)
+
+
+def only_branch_learns(network: nn.Module) -> bool:
+    """Returns whether nothing but its control branch learns of a network, so that the branch fits its base."""
+    return all(key.startswith("control.") for key, p in network.named_parameters() if p.requires_grad)
 
 
 def write_merged_run(run: Path, state: TrainState) -> Path:

@@ -1,8 +1,8 @@
 """The pictures of --hint: hints of control branches, or images that hints are made from."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ def picture_files(path: str) -> list[Path]:
 
 
 def combine_rows(rows: Sequence[Row], hints: Sequence[Row]) -> list[Row]:
-    """Returns rows with the hints of other rows, as many as the longer of the two has; both are used in turn."""
+    """Returns rows with hints, both of which are used in turn; as many rows as it takes until they repeat together."""
     if not hints:
         return list(rows)
-    count = max(len(rows), len(hints))
-    return [{**row, **hint} for row, hint in islice(zip(cycle(rows or [{}]), cycle(hints), strict=False), count)]
+    rows = rows or [{}]
+    return [{**rows[i % len(rows)], **hints[i % len(hints)]} for i in range(math.lcm(len(rows), len(hints)))]
 
 
 def hint_provenance(paths: Sequence[str]) -> dict[str, Any]:

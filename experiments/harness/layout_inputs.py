@@ -90,7 +90,7 @@ def held_out_layouts(trained: TrainedSampler, options: SamplingConfig, count: in
 
 def source_of(layouts: Sequence[Layout], trained: TrainedSampler, options: SamplingConfig) -> ConditionSource:
     """Returns the source of the conditions of images that have these layouts in turn, and the metadata in `options`."""
-    rows = trained.with_metadata([layout.row for layout in layouts], options)
+    rows = trained.with_hints(trained.with_metadata([layout.row for layout in layouts], options), options)
     return trained.condition_source(options, skip=rows[0]).with_rows(rows)
 
 

@@ -245,7 +245,7 @@ def assemble(
     label: int | None = None,
 ) -> PromptInputs:
     """Returns items that `check_items` found no error in, with the source of their conditions; all ranks call it."""
-    rows = complete_rows([row for _, row, _ in checked], trained, options)
+    rows = trained.with_hints(complete_rows([row for _, row, _ in checked], trained, options), options)
     source = trained.condition_source(dataclasses.replace(options, metadata=()), skip=rows[0]).with_rows(rows)
     return PromptInputs(
         trained,

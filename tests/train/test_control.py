@@ -16,6 +16,7 @@ from train.config import FineTuningConfig, TrainingConfig
 from train.control_file import HEADER
 from train.data.hints import HINTS, HintMaker, HintsConfig
 from train.finetuning import find_base
+from train.hint_files import combine_rows
 from train.inference import load
 
 RUN = f"{DDPM} --dataset digits --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
@@ -97,7 +98,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(logs, tmp_path, flags):
     learned = {"network.conv_out.weight", "network.conv_out.bias"} if "train_only" in flags else set()
     others = {key for key in one if not key.startswith("network.control.")}
     assert others == learned or "no_control_lock" in flags and others == weights(logs / "base", 3).keys()
-    assert (tmp_path / "whole" / "control.safetensors").is_file() is ("no_control_lock" not in flags)
+    assert (tmp_path / "whole" / "control.safetensors").is_file() is (flags == CONTROL)  # it is for its base alone
 
 
 def test_the_settings_of_the_hint_are_saved_and_taken_over(logs, tmp_path, capsys):
@@ -193,6 +194,13 @@ def test_pictures_become_hints_in_turn(logs, strong, tmp_path):
         run.sample(1, hint=[str(logs)])
     with pytest.raises(ValueError, match="got hint for a model without a control branch: leave --hint out"):
         opened(logs, "base").sample(1, hint=[str(tmp_path / "pictures")])
+
+
+def test_rows_and_hints_are_both_used_in_turn():
+    rows, hints = [{"label": i} for i in range(2)], [{"hint_image": i} for i in range(3)]
+    both = combine_rows(rows, hints)
+    assert [(row["label"], row["hint_image"]) for row in both] == [(0, 0), (1, 1), (0, 2), (1, 0), (0, 1), (1, 2)]
+    assert combine_rows(rows, []) == rows and combine_rows([], hints) == hints
 
 
 def test_experiments_sample_with_files_of_branches(logs, strong, tmp_path):
