@@ -17,6 +17,7 @@ from experiments.metrics.classifier import classifier_for, predict_classes
 from helpers.tiny_runs import call
 from train.config import DataConfig
 from train.inference import load
+from train.samplers import NotFiniteError
 from train.trained_sampler import TrainedSampler
 
 
@@ -150,12 +151,21 @@ def test_cells_that_no_model_can_draw_are_refused_before_any(ablate, runs, drawn
         assert not drawn and not (tmp_path / name).exists()
 
 
-def test_samples_that_are_not_finite_leave_their_cell_empty(ablate, runs, drawn):
-    content = {"models": {"x": runs["pixels"]}, "settings": {"clip": False}, "axes": {"guidance": [1.0, 3e38]}}
-    finite, infinite = read_rows(ablate(**content))
-    assert finite["file"] and not infinite["file"] and "gave values that are not finite" in infinite["reason"]
+def test_samples_that_are_not_finite_leave_their_cell_empty(ablate, runs, drawn, monkeypatch):
+    recorded = TrainedSampler.draw
+
+    def diverge(model, indices, seed, options, conditions, **keywords):
+        batch = recorded(model, indices, seed, options, conditions, **keywords)
+        if options.guidance == 2:
+            raise NotFiniteError("values that are not finite", batch["image"])
+        return batch
+
+    monkeypatch.setattr(TrainedSampler, "draw", diverge)
+    content = {"models": {"x": runs["pixels"]}, "axes": {"guidance": [2, 1]}}
+    infinite, finite = read_rows(ablate(**content))
+    assert finite["file"] and not infinite["file"] and infinite["reason"] == "values that are not finite"
     ablate(**content)
-    assert [options.guidance for _, options in drawn] == [1.0, 3e38, 3e38]  # it is tried again
+    assert [options.guidance for _, options in drawn] == [2, 1, 2]  # it is tried again
 
 
 @pytest.fixture
