@@ -38,8 +38,9 @@ from train.config import ROOT
 from train.data.loading import build_dataset
 from train.progress import Progress
 from train.runs import run_lock
+from train.sampler_loading import load_trained_sampler
 from train.samplers.ddpm import Sampling
-from train.trained_sampler import TrainedSampler, load_trained_sampler
+from train.trained_sampler import TrainedSampler
 
 DIGITS = range(10)
 NEW, OTHERS = 9, tuple(range(9))  # the digit that is learned, and those of the base

@@ -16,8 +16,8 @@ from helpers.tiny_runs import call, run
 from train.checkpoint import checkpoint_path, read_tensors
 from train.config import DataConfig
 from train.converters import guided
+from train.sampler_loading import load_sampler
 from train.spaces import PixelSpace
-from train.trained_sampler import load_sampler
 
 FIXTURE = Path(os.environ.get("GUIDED_FIXTURES", ""))
 HAS_FIXTURE = pytest.mark.skipif(

@@ -16,8 +16,8 @@ from train.checkpoint import checkpoint_path
 from train.conversions._runs import load_converted
 from train.converters import unleashing
 from train.first_stage import load_vqgan_stage
+from train.sampler_loading import load_sampler
 from train.spaces import CodeSpace
-from train.trained_sampler import load_sampler
 
 FIXTURE = Path(os.environ.get("UT_FIXTURES", ""))
 CPU = torch.device("cpu")

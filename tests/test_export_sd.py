@@ -21,7 +21,7 @@ from train.control_file import read_branch, read_control, read_control_header, s
 from train.converters.sd.export import files_of_run, find_source_run, pipeline_config
 from train.converters.sd.files import read_source
 from train.files import new_folders
-from train.trained_sampler import load_trained_sampler
+from train.sampler_loading import load_trained_sampler
 
 FLAGS = {1: "--heads 4 --prediction eps", 2: "--heads 4 --prediction v"}
 CPU = torch.device("cpu")

@@ -39,10 +39,11 @@ from train.python_values import (
 )
 from train.registry import did_you_mean
 from train.runs import read_run
+from train.sampler_loading import load_trained_sampler, read_stored_config
 from train.sampling_config import GUIDANCE_SCALES
 from train.spaces import CodeSpace, LatentSpace
 from train.textual_inversion import find_text_encoder, read_embeddings
-from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
+from train.trained_sampler import TrainedSampler
 
 
 class SamplerRun:

@@ -30,8 +30,9 @@ from train.distributed import DistContext
 from train.loop import Batch
 from train.python_values import convert_value, setting_names, with_settings
 from train.runs import read_run
+from train.sampler_loading import read_stored_config
 from train.spaces import EditInput
-from train.trained_sampler import TrainedSampler, read_stored_config
+from train.trained_sampler import TrainedSampler
 
 VERSION = 1  # of what a cell's file holds: increase it whenever the same settings give other images
 CELLS = "cells"  # folder of their files

@@ -30,7 +30,8 @@ from train.identity import results_identity
 from train.lora_merging import parse_adapter_files
 from train.registry import load_plugin
 from train.runs import is_new, open_run, read_provenance, read_run, run_lock
-from train.trained_sampler import TrainedSampler, load_trained_sampler
+from train.sampler_loading import load_trained_sampler
+from train.trained_sampler import TrainedSampler
 
 TrainedModel = TrainedSampler | FirstStage
 EARLIER_FINGERPRINTS = ("images", "image_files")  # of the data, in folders of earlier versions

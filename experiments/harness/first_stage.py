@@ -12,7 +12,7 @@ from train.cli.files import run_folder
 from train.continuous_stage import GROUP, load_first_stage
 from train.first_stage import FirstStage, StoredVQGANConfig, VQGANStage, load_vqgan_stage
 from train.runs import read_run
-from train.trained_sampler import check_allowed
+from train.sampler_loading import check_allowed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,8 @@ from train.distributed import DistContext
 from train.files import UNREADABLE_ARRAYS
 from train.registry import plugin_names
 from train.runs import read_run
-from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
+from train.sampler_loading import load_trained_sampler, read_stored_config
+from train.trained_sampler import TrainedSampler
 
 Size = tuple[int, int]  # height and width in pixels
 MIXED_SIZE = (299, 299)  # of two sets that both have images of several sizes: what Inception takes

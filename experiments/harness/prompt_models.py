@@ -41,7 +41,8 @@ from train.files import sha256
 from train.loop import Batch
 from train.prompt_files import PromptItem, prompts_provenance, read_prompts, report_errors
 from train.registry import did_you_mean
-from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
+from train.sampler_loading import load_trained_sampler, read_stored_config
+from train.trained_sampler import TrainedSampler
 
 DIFFUSERS = "diffusers:"  # begins a folder that holds a pipeline
 INSTALL = "pip install diffusers transformers"

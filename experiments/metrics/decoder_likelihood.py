@@ -33,7 +33,8 @@ from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
 from train.runs import open_or_resume, open_run, read_provenance, read_run, run_lock
-from train.trained_sampler import TrainedSampler, check_allowed
+from train.sampler_loading import check_allowed
+from train.trained_sampler import TrainedSampler
 from train.trainer import build_train_state, train
 from vq.likelihood import Reconstruction, build_head, reconstruct
 

@@ -12,7 +12,7 @@ from train.cli.parse import first_stage_data, parse_with_sources
 from train.datasets.webdataset import Config
 from train.datasets.webdataset.shards import list_shards
 from train.datasets.webdataset.store import ShardStore, expand_pattern, is_shell_command
-from train.trained_sampler import check_allowed
+from train.sampler_loading import check_allowed
 
 pytest.importorskip("webdataset", reason="needs the optional package webdataset")
 

@@ -21,8 +21,8 @@ from train.config import DataConfig
 from train.ema import EMA
 from train.logging import truncate_metrics
 from train.loop import TrainState
+from train.sampler_loading import load_sampler
 from train.spaces import PixelSpace
-from train.trained_sampler import load_sampler
 
 FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
 STAGE_1 = f"--no_amp {VQGAN} {GAN} --shift 1"  # as the fixture `trained`

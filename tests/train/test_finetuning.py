@@ -24,7 +24,7 @@ from train.lora_files import read_facts
 from train.lora_merging import parse_adapter_files
 from train.optim import clip_and_step, is_selected, make_optimizer, parse_scales, scale_learning_rates
 from train.posthoc_ema import open_snapshot
-from train.trained_sampler import load_trained_sampler
+from train.sampler_loading import load_trained_sampler
 
 RUN = f"{DDPM} --dataset digits --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
 PARTS = "up_blocks conv_out"

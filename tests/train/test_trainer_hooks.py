@@ -13,8 +13,8 @@ from diffusion.gaussian import cosine
 from helpers.tiny_runs import DDPM, SAMPLER, call
 from train.datasets import DatasetConfig
 from train.registry import import_callable
+from train.sampler_loading import check_allowed
 from train.samplers import ddpm
-from train.trained_sampler import check_allowed
 
 WATCH = """
 recorded = []

@@ -55,8 +55,9 @@ from train.converters.sd.unet import unet_config, unet_weights
 from train.files import write_text
 from train.finetuning import MERGED_FROM, read_base
 from train.runs import read_run
+from train.sampler_loading import load_trained_sampler
 from train.textual_inversion import EMBEDDINGS
-from train.trained_sampler import TrainedSampler, load_trained_sampler
+from train.trained_sampler import TrainedSampler
 from vq.autoencoder_kl import AutoencoderKL
 
 FOLDER, OTHERS, FACTS = "source", "rest.safetensors", "facts.json"

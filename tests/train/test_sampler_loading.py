@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
-from train import trained_sampler
+from train import sampler_loading
 from train.cli.parse import flatten_group
 from train.identity import results_identity
-from train.trained_sampler import load_space
+from train.sampler_loading import load_space
 
 
 def test_a_vqgan_that_is_found_needs_no_other_places(tmp_path, monkeypatch):
@@ -21,9 +21,9 @@ def test_a_vqgan_that_is_found_needs_no_other_places(tmp_path, monkeypatch):
     (tmp_path / "logs" / "vqgan" / "config.yaml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        trained_sampler, "load_first_stage", lambda run, *_, **__: SimpleNamespace(weights="w", run=run)
+        sampler_loading, "load_first_stage", lambda run, *_, **__: SimpleNamespace(weights="w", run=run)
     )
-    monkeypatch.setattr(trained_sampler, "reopen_space", lambda content, first_stage: first_stage.run)
+    monkeypatch.setattr(sampler_loading, "reopen_space", lambda content, first_stage: first_stage.run)
 
     def find(name, other):
         content = {"origin": {"ae_weights": "w", "ae_load_dir": name}, "first": {"ae_load_dir": other}}
