@@ -14,14 +14,8 @@ from train.registry import load_plugin, plugin_names
 
 PACKAGES = ("train.datasets", "train.samplers", "vq.quantizers", "models.conditions")
 COMMANDS = [path for path in sorted(Path(experiments.__path__[0]).glob("*.py")) if "__main__" in path.read_text()]
-MODULES = [
-    "train.config",
-    "train.data.hints",
-    "vq.config",
-    "demo",
-    "convert",
-    *(f"experiments.{path.stem}" for path in COMMANDS),
-]
+MODULES = ["train.config", "train.data.hints", "vq.config", "demo", "convert"]
+MODULES += [f"experiments.{path.stem}" for path in COMMANDS]
 CHECKED_TOGETHER = {"guidance_interval": "[0, 1]"}  # by check_interval: the order of its numbers counts too
 MODULES += [f"{package}.{name}" for package in PACKAGES for name in plugin_names(package)]
 

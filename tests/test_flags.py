@@ -139,11 +139,7 @@ REFUSED = {  # script and flags -> words that the message must contain
     ),
     "variant": ("experiments/compare_attention.py", "--variants ful", ["ful", "full, neighborhood"]),
     "sampler": ("train_sampler.py", "--sampler absorbin", ["absorbin", "'absorbing'"]),
-    "config file": (
-        "train_vqgan.py",
-        "--config nowhere.yaml",
-        ["nowhere.yaml", "configs/NAME.yaml are", "digits_captions, "],
-    ),
+    "config file": ("train_vqgan.py", "--config nowhere.yaml", ["nowhere.yaml", "NAME.yaml", "digits_captions"]),
     "no run": ("train_sampler.py", "--ae_load_dir nothing", ["nothing", "vqgan_digits"]),
     "step": ("train_sampler.py", "--ae_load_step 7", ["7", "there are 5", "--ae_load_step"]),
     "sampler step": ("experiments/calc_FID.py", "--load_step 9", ["9", "there are 3", "--load_step"]),
