@@ -5,33 +5,27 @@ from collections import Counter
 import pytest
 
 from helpers.page_workspace import Workspace, words
-from helpers.pages import PENDING, comparison_rows
+from helpers.pages import comparison_rows
 from helpers.tiny_runs import ROOT, parse_config
 
 PAGE = ROOT / "docs" / "coming_from.md"
 ROWS = comparison_rows(PAGE.read_text())
 CASES = [pytest.param(row, id=row.id) for row in ROWS if row.commands]
 PACKAGES = {"sd_curriculum": "bitsandbytes", "--logger wandb": "wandb"}  # optional ones, by a word of a command
-KINDS = ("here", "pending", "not here yet", "not here, because")
+KINDS = ("here", "not here yet", "not here, because")
 
 
 def kind(row) -> str:
     """Which of `KINDS` a row is."""
-    refused = next((each for each in KINDS[2:] if row.ours.startswith(each)), None)
-    return "pending" if row.pending else refused or "here"
+    return next((each for each in KINDS[1:] if row.ours.startswith(each)), "here")
 
 
 def summary(rows) -> str:
     """How many rows have a counterpart of ours, of how many, with how many commands, and what the others are."""
     counts = Counter(map(kind, rows))
-    commands = sum(len(row.commands) for row in rows if not row.pending)
+    commands = sum(len(row.commands) for row in rows)
     others = ", ".join(f"{counts[each]} {each}" for each in KINDS[1:])
     return f"{PAGE.name}: {counts['here']} of {len(rows)} rows covered, by {commands} commands ({others} ...)"
-
-
-def skip_pending(row) -> None:
-    if row.pending:
-        pytest.skip(f"pending: {row.commands[0]} is not built yet")
 
 
 def test_each_row_has_a_counterpart_or_a_reason(record_property):
@@ -46,16 +40,14 @@ def test_each_row_has_a_counterpart_or_a_reason(record_property):
 def test_the_summary_counts_each_row_once():
     table = "## A\n\n| theirs | ours | note |\n|---|---|---|\n"
     here, later = '| `a` | `python b.py --c "d e"`, `make f` | |\n', "| g | not here yet | |\n"
-    pending = f"| j | `python k.py` | {PENDING} l |\n\nm | n | o\n"
-    rows = comparison_rows(table + here + later + "| h | not here, because i | |\n" + pending)
-    assert [kind(row) for row in rows] == ["here", "not here yet", "not here, because", "pending"]
+    rows = comparison_rows(table + here + later + "| h | not here, because i | |\n\nm | n | o\n")
+    assert [kind(row) for row in rows] == ["here", "not here yet", "not here, because"]
     assert rows[0].commands == ('python b.py --c "d e"',) and rows[0].id == "a-1-b" and rows[1].id == "a-2"
-    assert "1 of 4 rows covered, by 1 commands (1 pending, 1 not here yet, 1 not here, because ...)" in summary(rows)
+    assert "1 of 3 rows covered, by 1 commands (1 not here yet, 1 not here, because ...)" in summary(rows)
 
 
 @pytest.mark.parametrize("row", CASES)
 def test_commands_of_a_row_parse(row, monkeypatch, tmp_path):
-    skip_pending(row)
     for command in row.commands:
         script, *flags = words(command)
         assert (ROOT / script).is_file()
@@ -73,7 +65,6 @@ def workspace(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("row", CASES)
 def test_commands_of_a_row_run(row, workspace):
-    skip_pending(row)
     if "demo.py" in row.ours:
         pytest.skip("needs a browser")
     for word, package in PACKAGES.items():

@@ -12,7 +12,6 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```", re.M | re.S)
 SHELL = ("", "sh", "bash", "shell", "console")
 THEIRS = "| theirs |"  # begins a table that compares another system with ours, whose rows are theirs | ours | note
-PENDING = "<!-- pending -->"  # in a row of such a table whose commands are not built yet
 
 
 class Command(NamedTuple):
@@ -32,7 +31,6 @@ class ComparisonRow(NamedTuple):
     theirs: str
     ours: str
     commands: tuple[str, ...]  # the code spans of `ours` that run a script
-    pending: bool
 
 
 def comparison_rows(text: str) -> list[ComparisonRow]:
@@ -44,22 +42,22 @@ def comparison_rows(text: str) -> list[ComparisonRow]:
         inside = line.startswith(THEIRS) or inside and line.startswith("|")
         if not inside or line.startswith((THEIRS, "|---")):
             continue
-        theirs, ours, note = (cell.strip() for cell in line.strip().strip("|").split("|"))
+        theirs, ours, _ = (cell.strip() for cell in line.strip().strip("|").split("|"))
         number += 1
         commands = tuple(span for span in spans(ours) if re.match(r"(python|torchrun) .*\.py\b", span))
         script = re.search(r"(\w+)\.py", commands[0])[1] if commands else ""
         id_ = "-".join(filter(None, (section, str(number), script)))
-        rows.append(ComparisonRow(id_, theirs, ours, commands, PENDING in note))
+        rows.append(ComparisonRow(id_, theirs, ours, commands))
     return rows
 
 
 def own_text(text: str) -> str:
-    """The text without what names things of other systems, or of later versions, in tables that compare."""
+    """The text without what names things of other systems in tables that compare."""
     lines, inside = [], False
     for line in text.splitlines():
         inside = line.startswith(THEIRS) or inside and line.startswith("|")
         if inside:
-            line = "" if PENDING in line else "|" + line.split("|", 2)[2]
+            line = "|" + line.split("|", 2)[2]
         lines.append(line)
     return "\n".join(lines) + "\n"
 
