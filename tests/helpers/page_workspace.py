@@ -182,6 +182,14 @@ def save_visual_genome(folder: Path) -> None:
     tiny_regions.save_visual_genome(folder, save)
 
 
+def save_clip(folder: Path) -> None:
+    """Writes a folder of CLIP."""
+    pytest.importorskip("transformers")
+    from helpers import tiny_clip
+
+    tiny_clip.save_clip(folder, tiny_clip.make_clip())
+
+
 def save_prompts(path: Path, **item: object) -> None:
     path.write_text(json.dumps([{"prompt": "a street", **item}]))
 
@@ -195,6 +203,7 @@ MADE: dict[str, Callable[[Path], object] | str] = {  # how to make what a name o
     **{"coco": tiny_regions.save_coco, "nuimages": tiny_regions.save_nuimages, "xbd": tiny_regions.save_xbd},
     **{"CelebAMask-HQ": tiny_regions.save_celebamask, "fmow": tiny_regions.save_fmow},
     **{"vg": save_visual_genome, "fill50k": save_fill50k, "instruct-pix2pix-00-22000.ckpt": save_instruct},
+    "clip": save_clip,
     "batch.json": lambda path: save_prompts(path, model_name="satellite", metadata=METADATA, output="a.png"),
     "samples.json": lambda path: save_prompts(path, output_path="a.png", **SETTINGS),
     "prompts.txt": lambda path: path.write_text("a dog\na cat negative=blurry\n"),
