@@ -102,7 +102,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         raise ValueError(f"{model.run} reads no captions: pass a run with --conditions text")
     if settings.samples is not None:
         count, captioned_at, provenance = read_captioned(Path(settings.samples).expanduser(), model)
-        return ExperimentSetup((settings, count, captioned_at, False), provenance)
+        return ExperimentSetup((settings, count, captioned_at, False), provenance, draws=False)
     source = model.condition_source(sampling)
 
     def draw(indices: list[int]) -> Captioned:
