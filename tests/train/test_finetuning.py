@@ -225,13 +225,14 @@ def test_a_merged_run_is_a_plain_one_that_computes_the_same(logs, tmp_path):
 
 
 def test_a_merged_run_keeps_differential_attention(logs, tmp_path):
-    flags = "--differential diff_v2 --differential_in both --save merged"
+    flags = "--differential diff_v2 --differential_in both --train_only time --save merged"
     call_in(logs, tmp_path, "lora", f"--train_steps 2 --load_dir {logs}/base {LORA} {flags}")
     wanted, merged = merged_state(tmp_path, "lora"), network_state(tmp_path, "lora_merged")
     assert merged.keys() == wanted.keys() and any(key.endswith(".gate") for key in merged)
     assert all(torch.allclose(merged[key], value, atol=1e-6) for key, value in wanted.items())
     content = yaml.safe_load((tmp_path / "lora_merged" / "config.yaml").read_text())
     assert "base" not in content["origin"] and content["training"]["load_dir"] is None
+    assert content["training"]["train_only"] == []  # all of it learns where it is trained on
 
 
 def test_a_run_with_other_layers_is_no_base(logs, tmp_path):
