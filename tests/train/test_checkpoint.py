@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train import checkpoint
-from train.checkpoint import checkpoint_path, load_checkpoint, load_weights, resolve_step, save_checkpoint, saved_steps
+from train.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    load_into_module,
+    load_weights,
+    resolve_step,
+    save_checkpoint,
+    saved_steps,
+)
 from train.ema import EMA
 from train.files import sha256
 from train.loop import TrainState
@@ -150,3 +159,12 @@ def test_the_default_step_is_the_newest_and_errors_list_steps(tmp_path):
     assert resolve_step(tmp_path, 20, "--load_step") == 20
     with pytest.raises(FileNotFoundError, match="there are 3, 20, 100"):
         resolve_step(tmp_path, 21, "--load_step")
+
+
+def test_a_missing_key_is_named_beside_keys_that_may_be_missing():
+    network = nn.Linear(3, 2)
+    file = {"network.weight": torch.zeros(2, 3)}
+    load_into_module(network, file, "network", Path("file"), {"network.bias"})
+    assert not network.weight.any() and network.bias.any()  # what was loaded before stays
+    with pytest.raises(ValueError, match=r"1 keys differ\): bias"):
+        load_into_module(network, file, "network", Path("file"), {"network.other"})
