@@ -7,6 +7,7 @@ drawn.
 import csv
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,12 @@ def sheet_cell(plan: PlannedCell, row: Row, measures: Sequence[str], folder: Pat
 
 def redrawn_images(plans: Sequence[PlannedCell]) -> dict[str, Tensor]:
     """Returns the images that cells redraw, by name."""
-    return {Path(plan.cell.settings["image"]).name: plan.image for plan in plans if plan.image is not None}
+    found = {(plan.cell.settings["image"], *plan.image.shape): plan.image for plan in plans if plan.image is not None}
+    names = Counter(Path(path).name for path, *_ in found)
+    return {
+        Path(path).name if names[Path(path).name] == 1 else f"{path} {height}x{width}": image
+        for (path, _, height, width), image in found.items()
+    }
 
 
 def report(rows: Sequence[Row], measures: Sequence[str], n_drawn: int, folder: Path) -> str:

@@ -26,6 +26,7 @@ from train.files import sha256
 from train.trained_sampler import TrainedSampler
 
 WEIGHT = 2.5  # of the cosine in the score
+SAME = 1 - 1e-6  # cosine of the features of equal captions, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,10 @@ def measure(
     scores = {}
     for kind, each in kinds.items():
         scores[kind] = summarize(clip_scores(each["image"], each["caption"]))
-        scores[f"{kind}_other_captions"] = summarize(clip_scores(each["image"], each["caption"].roll(1, 0)))
+        others = each["caption"].roll(1, 0)
+        differ = F.cosine_similarity(each["caption"].double(), others.double()) < SAME
+        if differ.any():  # not all images are of one prompt
+            scores[f"{kind}_other_captions"] = summarize(clip_scores(each["image"], others)[differ])
     cut = int(kinds["generated"]["cut"].sum())
     return {"metric": "CLIPScore", "weight": WEIGHT, **scores, "captions_cut": cut, "run": batches.run}
 

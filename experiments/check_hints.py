@@ -80,18 +80,28 @@ class Images(NamedTuple):
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Loads the base. ValueError: a model without hints, or with several, and hints that no image shows."""
     field, maker = find_hint(model)
-    given = next((name for name in ("condition_file", "hint") if getattr(config.sampling, name)), None)
-    if given is not None:
-        raise ValueError(f"got {given}, but the hints of held-out images are checked: leave --{given} out")
+    if config.sampling.condition_file is not None:
+        raise ValueError("got condition_file, but the hints of held-out images are checked: leave --condition_file out")
     base, provenance = None, {}
     if config.hints.base is not None:
         folder = run_folder(config.output.logs_root, config.hints.base)
         base, _ = load_run(folder, model, config.output.logs_root, config.model.allow)
-        if base.data.shape != model.data.shape or field in base.sampler.conditions:
-            got = f"got the base {folder}, which reads {field} or has images of another size"
+        other = base.sampler.config.sampler != model.sampler.config.sampler or base.data.shape != model.data.shape
+        if other or field in base.sampler.conditions:
+            got = f"got the base {folder}, which reads {field}, is of another sampler or has images of another size"
             raise ValueError(f"{got}: pass a run without hints on the same data")
+        options = base_options(config.sampling, base)
+        base.dry_run(options, base.condition_source(options))
         provenance = {"base_weights": base.weights}
-    return ExperimentSetup((config.hints, config.sampling, field, maker, base), provenance)
+    sampling = dataclasses.replace(config.sampling, hint=(), hint_ready=False)  # of the run's own previews
+    return ExperimentSetup((config.hints, sampling, field, maker, base), provenance)
+
+
+def base_options(options: SamplingConfig, base: TrainedSampler) -> SamplingConfig:
+    """Returns the settings for a base: without those of hints, and guidance of conditions that it does not have."""
+    plain = {each.name: each.default for each in dataclasses.fields(ControlSampling)}
+    options = dataclasses.replace(options, **plain, image_guidance=None)
+    return options if base.sampler.conditions else options.without_guidance()
 
 
 def find_hint(model: TrainedSampler) -> tuple[str, HintMaker]:
@@ -138,9 +148,8 @@ def measure(
         images = as_uint8(items["image"]) if stage is None else stage.reconstruct(items["image"])
         return {"image": images.cpu(), "hint": as_uint8(items[field])}
 
-    plain = {each.name: each.default for each in dataclasses.fields(ControlSampling)}
     drawn = {SAMPLES: draw_from(model, sampling)}
-    drawn |= {} if base is None else {BASE: draw_from(base, dataclasses.replace(sampling, **plain))}
+    drawn |= {} if base is None else {BASE: draw_from(base, base_options(sampling, base))}
     drawn[REAL] = reconstruct
     sets = {kind: collect(kind, settings.n_samples, make, batches) for kind, make in drawn.items()}
     sets[OTHERS] = sets[REAL]._replace(hints=sets[REAL].hints.roll(1, 0))

@@ -32,6 +32,7 @@ from experiments.harness.layout_edits import (
     read_layout_names,
 )
 from models.conditioning import Conditioner
+from models.conditions.image import MASK
 from models.conditions.metadata import UNKNOWN
 from train.checkpoint import resolve_step, saved_steps
 from train.condition_source import ConditionSource
@@ -258,6 +259,8 @@ class Playground:
         data = self.trained.data
         if data.n_channels not in PICTURES:
             raise ValueError(f"a model of {data.n_channels} channels takes no pictures: use experiments/inpaint.py")
+        if MASK in self.trained.sampler.conditions:
+            raise ValueError("this model reads masks: use experiments/inpaint.py --image FILE --mask FILE")
         image, pixel_mask = preprocess(picture, mask, data.size, data.n_channels, data.data_range)
         if not pixel_mask.any():
             raise ValueError("nothing is masked: brush over the region to inpaint")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
+from models.control import is_hint_field
 from train.class_names import class_index
 from train.config import DataConfig
 from train.data.collate import collate
@@ -95,7 +96,8 @@ class ConditionSource:
     def where_to_pass(self, names: Sequence[str]) -> str:
         """Returns the flags that give fields of these names, for an error message."""
         words = [f"{name}=..." for name in names if name in self.metadata]
-        return "a --condition_file" + (f", or as --metadata {' '.join(words)}" if words else "")
+        hints = ", or as --hint PICTURE" if any(map(is_hint_field, names)) else ""
+        return "a --condition_file" + hints + (f", or as --metadata {' '.join(words)}" if words else "")
 
 
 def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:

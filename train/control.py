@@ -117,7 +117,7 @@ class ControlSampling:
 
 def weigh_hints(conditions: Sequence[Condition], control: nn.ModuleDict, options: ControlSampling) -> list[Condition]:
     """Returns the encoded conditions of a guidance chain with the strengths of the options for the hints of the
-    branches `control` of the network; in guess mode the first condition has no hint.
+    branches `control` of the network.
 
     ValueError for strengths that do not fit the branches, and for settings of branches of a network without any.
     """
@@ -125,9 +125,7 @@ def weigh_hints(conditions: Sequence[Condition], control: nn.ModuleDict, options
         refuse_settings(options)
         return list(conditions)
     strengths = {name: options.branch_strengths(branch.outputs) for name, branch in control.items()}
-    first, *others = (scale_hints(condition, strengths) for condition in conditions)
-    first = scale_hints(first, dict.fromkeys(strengths, [0.0])) if options.control_guess else first
-    return [first, *others]
+    return [scale_hints(condition, strengths) for condition in conditions]
 
 
 def refuse_settings(options: ControlSampling) -> None:

@@ -43,7 +43,7 @@ from train.lora_files import adapter_tensors, save_tensors
 from train.optim import NEW_TOKENS, freeze_all_but, is_selected
 from train.runs import read_run, resumed_run, run_lock, write_config
 from train.text_encoder_file import reopen_text_encoder
-from train.textual_inversion import add_new_words, parse_words, write_embeddings
+from train.textual_inversion import EMBEDDINGS, add_new_words, parse_words, write_embeddings
 
 ADAPTER = "lora"  # the name of the adapters that learn
 ADAPTERS = "lora.safetensors"  # their file
@@ -117,6 +117,10 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
     if training.load_dir is None or training.load_partial:
         return None
     source = run_folder(logs_root, training.load_dir)
+    if config.control and (source / "config.yaml").is_file() and read_fine_tuning(source).text_new_tokens:
+        got = f"got --control {config.control} beside {source}, which has new words"
+        remedy = f"sample with --textual_inversion {source / EMBEDDINGS} --control_files FILE"
+        raise ValueError(f"{got}: train it beside the run that these were trained from, and {remedy}")
     if not (config.changes_network or training.train_only or leaves_out_weights(source)):
         return None
     step = resolve_step(source, training.load_step, "--load_step")

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from models.control import is_hint_field
 from train.condition_source import Row, read_images
 from train.config import DataConfig
 from train.control import ControlSampling, refuse_settings
-from train.data.hints import HintMaker
+from train.data.hints import NOT_OF_PICTURES, HintMaker
 from train.data.transforms import to_item
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES
@@ -20,35 +19,35 @@ from train.files import sha256
 
 
 def read_hints(
-    options: ControlSampling, conditions: Sequence[str], makers: Mapping[str, HintMaker | None], data: DataConfig
+    options: ControlSampling, channels: Mapping[str, int], makers: Mapping[str, HintMaker | None], data: DataConfig
 ) -> list[Row]:
-    """Returns rows of the hints among the batch fields `conditions`, from one file or folder of --hint for each;
+    """Returns rows of hints, from one file or folder of --hint for each batch field of `channels`, those of its hints;
     shorter folders repeat. [] without --hint.
 
     Hints are made from the pictures by `makers`, by field; with --hint_ready, the pictures are hints. ValueError for
     another number of paths, and for hints that are made in a way that is not known, None, or of more than a picture.
     """
-    paths, fields = options.hint, [field for field in conditions if is_hint_field(field)]
+    paths = options.hint
     if not paths:
         return []
-    if not fields:
+    if not channels:
         refuse_settings(options)
-    if len(paths) != len(fields):
-        got = f"got {len(paths)} paths as --hint for {len(fields)} control branches"
+    if len(paths) != len(channels):
+        got = f"got {len(paths)} paths as --hint for {len(channels)} control branches"
         raise ValueError(f"{got}, wanted one for each: pass --hint PATH ..., or --control_files FILE ...")
     columns: dict[str, list[Tensor]] = {}
-    for path, field in zip(paths, fields, strict=True):
-        files = picture_files(path)
-        columns[field] = read_images(files, data) if options.hint_ready else make_hints(files, makers[field], data)
+    for path, (field, count) in zip(paths, channels.items(), strict=True):
+        files, ready = picture_files(path), options.hint_ready
+        columns[field] = read_images(files, data, count) if ready else make_hints(files, makers[field], data)
     count = max(map(len, columns.values()))
     return [{field: images[i % len(images)] for field, images in columns.items()} for i in range(count)]
 
 
 def make_hints(files: Sequence[Path], maker: HintMaker | None, data: DataConfig) -> list[Tensor]:
     """Makes hints from pictures, cropped as in training; those of kind "image" are made of them as sources."""
-    if maker is None:
-        got = "got --hint for a control branch whose kind of hints is not known"
-        raise ValueError(f"{got}: pass pictures of hints, and --hint_ready")
+    if maker is None or maker.kind in NOT_OF_PICTURES:
+        kind = "whose kind is not known" if maker is None else f"of the kind {maker.kind}, which no picture has"
+        raise ValueError(f"got --hint for hints {kind}: pass pictures of hints, and --hint_ready")
     hints = []
     for file in files:
         image = to_item({"image": decode(file)}, data.size, data.n_channels, data.data_range)["image"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
+from models.control import hint_field
 from train.class_names import class_captions
 from train.condition_images import encode_condition_images, make_adapt
 from train.condition_source import ConditionSource, Row, read_rows
@@ -106,13 +107,20 @@ class TrainedSampler:
         words, kind = tuple(MetadataFields.of(self.sampler.network).words), self.hints.condition_image
         size, n = (self.sampler.n_classes, self.class_names), self.data.n_channels
         channels = {"condition_image": hint_channels(kind, n), "source_image": n} if kind else {}
+        channels |= self.channels_of_hints
         rows = read_rows(condition_file, self.data, *size, words, channels)
         maker = HintMaker(kind, self.hints) if kind and "source_image" not in self.sampler.conditions else None
         return rows if maker is None else [with_hint_of_source(row, "condition_image", maker) for row in rows]
 
     def with_hints(self, rows: Sequence[Row], options: SamplingConfig) -> list[Row]:
         """Returns rows of conditions, used in turn, with the hints of --hint, which are used in turn too."""
-        return combine_rows(rows, read_hints(options, self.sampler.conditions, self.hint_makers, self.data))
+        return combine_rows(rows, read_hints(options, self.channels_of_hints, self.hint_makers, self.data))
+
+    @property
+    def channels_of_hints(self) -> dict[str, int]:
+        """The channels of the hints of control branches, by batch field."""
+        encoders = self.sampler.network.encoders
+        return {hint_field(name): encoders[name].hint_channels for name in encoders.hints}
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:

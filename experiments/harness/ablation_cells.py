@@ -27,6 +27,7 @@ from train.config import DataConfig, SamplingConfig
 from train.data.transforms import as_uint8, range_for_image, to_item
 from train.datasets import DatasetConfig
 from train.distributed import DistContext
+from train.hint_files import hint_provenance
 from train.loop import Batch
 from train.python_values import convert_value, setting_names, with_settings
 from train.runs import read_run
@@ -90,8 +91,8 @@ class CellInputs:
 
     def identity(self, n_images: int) -> dict[str, Any]:
         """Returns all that determines the images beside the model, as JSON has it: content rather than paths."""
-        options = flatten_group(self.options) | {"condition_file": None}
-        options |= condition_provenance(self.options.condition_file)
+        options = flatten_group(self.options) | {"condition_file": None, "hint": []}
+        options |= condition_provenance(self.options.condition_file) | hint_provenance(self.options.hint)
         redrawn = None if self.image is None else [hash_image(self.image), self.strength]
         own = {"options": options, "given": dict(self.given), "seed": self.seed, "shape": self.shape, "image": redrawn}
         return own | {"amp": self.trained.amp, "n_images": n_images, "version": VERSION}
@@ -134,6 +135,7 @@ class Models:
             config = self.config(name, entry.pop("run"), entry)
             model = load_model(config, self.output, self.world)
             provenance = model.provenance | data_provenance(config, model)
+            provenance |= {} if config.tile is None else {"tiles": [config.tile, config.overlap]}
             data, reader, n_classes = model.data, model.reader, model.sampler.n_classes
             self.facts[name] = ModelFacts(model.run, model.step, provenance, data, reader, n_classes)
             self.name, self.trained = name, model
@@ -167,7 +169,8 @@ def open_cell(
     `sources` are those of the model's conditions so far, which may read data sets; new ones are added.
     FileNotFoundError without a file that the settings name. ValueError for settings that the model does not have.
     """
-    base = dataclasses.replace(read_stored_config(trained.run).sampling, condition_file=None, metadata=())
+    of_previews = {"condition_file": None, "metadata": (), "hint": (), "hint_ready": False}
+    base = dataclasses.replace(read_stored_config(trained.run).sampling, **of_previews)
     own = {name: value for name, value in settings.items() if name not in INPUTS}
     if foreign := sorted(own.keys() - setting_names(base)):
         raise ValueError(f"got {', '.join(foreign)}, which the sampler {trained.sampler.config.sampler} does not have")
@@ -197,13 +200,19 @@ def open_conditions(
     label = {"label": given["label"]} if "label" in given else {}
     words = {name: given[name] for name in ("prompt", "negative", "prompt_syntax") if name in given}
     if not words:
-        key = options.condition_file, options.metadata, options.class_sampling, *label
+        key = source_key(options, label)
         if key not in sources:
             sources[key] = trained.condition_source(options, skip=label)
         source = sources[key]
         return (source.with_values(**label) if label else source), None
     prompts = open_prompts(PromptsConfig(**words), trained, options, seed)
     return (prompts.source.with_values(**label) if label else prompts.source), prompts
+
+
+def source_key(options: SamplingConfig, label: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what the source of the conditions of a cell without a prompt depends on, beside the model."""
+    own = options.condition_file, options.metadata, options.class_sampling, options.hint, options.hint_ready
+    return *own, *label
 
 
 def canvas_shape(trained: TrainedSampler, size: tuple[int, int]) -> tuple[int, int]:

@@ -269,6 +269,8 @@ def parse_axis(name: str, value: Any) -> Axis:
     elif isinstance(value, list) and value:
         name = setting_name(name, "axes")
         points = [Point(format_label(name, each), {name: check_input(name, each)}) for each in value]
+        if name == "image" and repeated(point.label for point in points) is not None:
+            points = [point._replace(label=str(each)) for point, each in zip(points, value, strict=True)]
     else:
         raise ValueError(f"got {value!r} as the axis {name}, wanted a list of values, or settings by label")
     if (twice := repeated(point.label for point in points)) is not None:
@@ -314,6 +316,7 @@ def translate_sd_all(content: Settings) -> tuple[dict[str, Any], tuple[str, ...]
     config |= translate_size(config.pop("height", None), config.pop("width", None))
     if "ref_image" in data:
         config["image"] = data["ref_image"]
+        notes.append("strength is the share of noise here, 0.7 if it is left out; in diffusers that of the steps, 0.8")
     axes = {key: each for key, each in config.items() if isinstance(each, list)}
     settings = {key: each for key, each in config.items() if key not in axes}
     native = {"models": translate_models(content.get("models")), "settings": settings, "axes": axes}

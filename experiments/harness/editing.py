@@ -219,6 +219,8 @@ def condition_source_for(
     source = ConditionSource(fields, trained.sampler.n_classes, metadata=trained.metadata_fields).with_rows(rows)
     conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
     conditions = trained.with_metadata(conditions, options)
+    if hints := trained.with_hints([], options):
+        conditions = [{**row, **hints[image % len(hints)]} for image, row in zip(images, conditions, strict=True)]
     if labels is not None:
         conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
     elif not any(conditions) and {*fields} <= {"label"}:

@@ -121,4 +121,4 @@ def prompt_source(
         with naming(f"layout {layout.name}"):
             rows.append({"caption": prompt.write({**layout.row, **given}, vocabulary.classes)})
     plain = dataclasses.replace(options, metadata=())
-    return trained.condition_source(plain, skip=("caption",)).with_rows(rows)
+    return trained.condition_source(plain, skip=("caption",)).with_rows(trained.with_hints(rows, options))

@@ -219,7 +219,9 @@ def load_run(
     """Returns the newest model of a run, averaged if the run kept averages, and its own sampling settings."""
     roots = (str(run.parent), logs_root)
     model = load_trained_sampler(run, None, trained.device, ema=None, amp=trained.amp, logs_roots=roots, allow=allow)
-    options = dataclasses.replace(read_stored_config(run).sampling, condition_file=None, metadata=())
+    options = dataclasses.replace(
+        read_stored_config(run).sampling, condition_file=None, metadata=(), hint=(), hint_ready=False
+    )
     return dataclasses.replace(model, world=trained.world), options
 
 

@@ -8,6 +8,7 @@ from models.conditions.image import MASK
 from train.condition_images import IMAGE, find_image_encoder
 from train.condition_source import ConditionSource, Row
 from train.config import SamplingConfig
+from train.data.hints import with_hint_of_source
 from train.data.transforms import range_for_image, to_item
 from train.datasets._channels import decode_channels
 from train.datasets.folder import SUFFIXES, walk_files
@@ -35,7 +36,7 @@ class SourceImages:
 
 
 def open_source_images(path: str, trained: TrainedSampler, options: SamplingConfig) -> SourceImages:
-    """Reads source images, resized and cropped as in training.
+    """Reads source images, resized and cropped as in training, and makes the hints of them that the sampler reads.
 
     FileNotFoundError, ValueError: there are none, they cannot be read, the sampler has no image condition or fills in
     masks, or `options` name a --condition_file.
@@ -50,7 +51,8 @@ def open_source_images(path: str, trained: TrainedSampler, options: SamplingConf
         got = f"got a source for {trained.run}, which fills in masks"
         raise ValueError(f"{got}: use experiments/inpaint.py --image FILE --mask FILE")
     files, encoder = list_sources(Path(path).expanduser()), find_image_encoder(trained.sampler.network)
-    channels = encoder.image_channels if encoder.reads == "pixels" else trained.data.n_channels
+    reads_pixels = encoder.reads == "pixels" and not trained.hints.condition_image
+    channels = encoder.image_channels if reads_pixels else trained.data.n_channels
     digests = "/".join(sha256(file) for file in files)
     return SourceImages(
         tuple(read_source(file, channels, trained) for file in files),
@@ -62,7 +64,7 @@ def open_source_images(path: str, trained: TrainedSampler, options: SamplingConf
 def source_of(sources: SourceImages, trained: TrainedSampler, options: SamplingConfig) -> ConditionSource:
     """Returns the source of the conditions of images that have these source images in turn, and the metadata in
     `options`. All ranks must call it."""
-    rows = trained.with_metadata(sources.rows, options)
+    rows = trained.with_hints(trained.with_metadata(sources.rows, options), options)
     return trained.condition_source(options, skip=rows[0]).with_rows(rows)
 
 
@@ -79,6 +81,10 @@ def list_sources(path: Path) -> list[Path]:
 
 
 def read_source(file: Path, channels: int, trained: TrainedSampler) -> Row:
-    """Reads an image of `channels` channels as a row of conditions; ValueError if it cannot be read."""
-    image, data = decode_channels(file, channels), trained.data
-    return {IMAGE: to_item({"image": image}, data.size, channels, range_for_image(image, data.data_range))["image"]}
+    """Reads an image of `channels` channels, or makes the hint of it, as a row of conditions.
+
+    ValueError if it cannot be read, or has no such hint.
+    """
+    image, data, maker = decode_channels(file, channels), trained.data, trained.makers.get(IMAGE)
+    image = to_item({"image": image}, data.size, channels, range_for_image(image, data.data_range))["image"]
+    return {IMAGE: image} if maker is None else with_hint_of_source({"source_image": image}, IMAGE, maker)

@@ -188,6 +188,9 @@ def test_pictures_become_hints_in_turn(logs, strong, tmp_path):
     for ready in (False, True):  # a grey picture is its own grey hint
         given = {"hint": [str(tmp_path / "pictures")], "hint_ready": ready}
         assert near(run.sample(3, **given, label=3, **SAMPLING), expected)
+    Image.fromarray(HINTS_OF_TWO[0, 0].numpy()).convert("RGB").save(tmp_path / "colour.png")  # for a grey hint
+    colour = run.sample(1, hint=[str(tmp_path / "colour.png")], hint_ready=True, label=3, **SAMPLING)
+    assert near(colour, expected[:1])
     with pytest.raises(ValueError, match="got 2 paths as --hint for 1 control branches, wanted one for each"):
         run.sample(1, hint=[str(tmp_path)] * 2)
     with pytest.raises(FileNotFoundError, match="no pictures in"):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from experiments.harness.source_images import open_source_images
 from helpers import tiny_regions
 from helpers.tiny_runs import DDPM, SAMPLER, call, parse_config
 from models.conditions.image import ImageEncoder
@@ -17,6 +18,7 @@ from train.data.hints import HintMaker
 from train.data.transforms import to_float, to_item
 from train.inference import load
 from train.runs import read_run
+from train.sampler_loading import read_stored_config
 
 HINTED = f"{DDPM} --conditions image --condition_image edges --edge_thresholds 0.05 0.1 --edge_sigma 0.5 --no_amp"
 
@@ -137,3 +139,14 @@ def test_pairs_train_from_their_source_images(tmp_path, monkeypatch):
     call("train_sampler.py", f"{flags} --logs_root {tmp_path} --train_steps 2 --horizontal_flip --log_dir paired")
     content = yaml.safe_load(Path(tmp_path, "paired", "config.yaml").read_text())
     assert content["sampler"]["condition_channels"] == 3 and {raw.shape[1] for raw in seen if raw is not None} == {3}
+
+
+def test_a_source_picture_becomes_the_hint(logs, tmp_path):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, 8:] = 255
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    model = load(logs / "edges", device="cpu", amp=False).model
+    (row,) = open_source_images(str(tmp_path / "a.png"), model, read_stored_config(model.run).sampling).rows
+    image = to_item({"image": Image.open(tmp_path / "a.png")}, (8, 8), 1)["image"]
+    assert torch.equal(row["condition_image"], HintMaker("edges", model.hints)({"image": image}))
+    assert {*row["condition_image"].unique().tolist()} == {0, 255}

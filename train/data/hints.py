@@ -27,6 +27,7 @@ from train.loop import Batch
 Kind = Literal["edges", "image", "mask", "boxes", "grey", "small"]
 HINTS = get_args(Kind)
 GOLDEN = 0.618  # of the colour circle, between the classes of successive numbers
+NOT_OF_PICTURES = ("mask", "boxes")  # hints that are made of annotations
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 OUTLINE = 1 / 64  # width of the outline of a box, over the shorter side of the image
 
@@ -115,7 +116,7 @@ def with_hint_of_source(row: Mapping[str, Any], name: str, maker: HintMaker) -> 
     """
     if "source_image" not in row:
         return dict(row)
-    if name in row or maker.kind in ("mask", "boxes"):
+    if name in row or maker.kind in NOT_OF_PICTURES:
         got = f"and a {name}" if name in row else f"for the hint {maker.kind}, which is not made of a picture"
         raise ValueError(f"got a source_image {got}: pass the {name} alone")
     others = {key: value for key, value in row.items() if key != "source_image"}

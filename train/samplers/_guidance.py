@@ -12,7 +12,7 @@ independently, so it sees the whole chain.
 Negative conditions, such as a negative prompt, take the place of the null: what is sampled moves away from them.
 
 Hints of control branches are in all conditions of the chain, as in ControlNet (Zhang et al. 2023), so that guidance
-acts on the others. In guess mode the first has none, so that guidance acts on the hint too.
+acts on the others. In guess mode --guidance scales them like other conditions.
 """
 
 from collections.abc import Collection, Mapping
@@ -71,7 +71,7 @@ def guidance_chain(
         check_scale(config, f"{step.setting} {step.scale}", step.scale, fields, batch, remedy, nulls)
     check_nulls(config, fields, batch, n_classes)
     raw = raw_conditions(fields_of, batch) if batch else {}
-    hints = {name: raw[name] for name in encoders.hints if name in raw}
+    hints = {} if options.control_guess else {name: raw[name] for name in encoders.hints if name in raw}
     weaker, chain = hints | weaker, [hints | first]
     for step in steps:
         weaker = weaker | {name: raw[name] for name in step.names if name in raw}

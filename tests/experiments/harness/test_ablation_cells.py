@@ -1,5 +1,6 @@
 """What the cells of an ablation are drawn from, on tiny models with random weights."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from PIL import Image
 
 from experiments.harness import ablation_cells
-from experiments.harness.ablation_cells import PlannedCell, canvas_shape, check_drawable, open_cell, read_at_size
+from experiments.harness.ablation_cells import (
+    PlannedCell,
+    canvas_shape,
+    check_drawable,
+    open_cell,
+    read_at_size,
+    source_key,
+)
 from experiments.harness.ablation_file import Axis, Cell, Point
 from helpers.prompted import MODELS, draw, make_model, options_of
 
@@ -53,6 +61,18 @@ def test_the_null_class_is_a_label(stored_settings):
     for label, number in ((None, 3), (2, 2), ("1", 1)):
         cell = open_at(stored_settings, model=model, prompt="a", label=label)
         assert cell.draw([0, 5])["label"].tolist() == [number] * 2
+
+
+def test_hints_of_cells_are_their_own(stored_settings, tmp_path):
+    """Cells share sources of conditions if they have one hint; it counts by its content, not by its path."""
+    cell, cells = open_at(stored_settings, prompt="a"), {}
+    for name, level in (("a", 0), ("b", 99), ("c", 0)):
+        Image.new("L", (4, 4), level).save(tmp_path / f"{name}.png")
+        options = dataclasses.replace(cell.options, hint=(str(tmp_path / f"{name}.png"),))
+        cells[name] = dataclasses.replace(cell, options=options)
+    assert len({source_key(each.options, {}) for each in cells.values()}) == 3
+    a, b, c = (each.identity(1) for each in cells.values())
+    assert a == c != b
 
 
 def test_everything_that_changes_the_images_is_in_the_identity(stored_settings, tmp_path):

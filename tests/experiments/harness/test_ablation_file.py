@@ -87,7 +87,7 @@ def test_a_file_of_sd_all_declares_the_same_as_ours(tmp_path, monkeypatch):
     course, ours = (read_ablation(name, FLAGS) for name in ("course.yaml", "ours.yaml"))
     assert course.content() == ours.content() and course.cells() == ours.cells()
     assert course.flags == {"log_dir": str(tmp_path / "out" / "guidance")} and not ours.notes
-    assert [note.split()[0] for note in course.notes] == ["source_prompt", "guidance", "log_file"]
+    assert [note.split()[0] for note in course.notes] == ["source_prompt", "guidance", "log_file", "strength"]
 
 
 def test_each_list_of_sd_all_is_an_axis():

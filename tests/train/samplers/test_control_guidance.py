@@ -145,3 +145,15 @@ def test_windows_of_codes_have_their_part_of_a_hint():
     other[..., 4:] = -hint[..., 4:]
     one, changed = sample(hint), sample(other)
     assert torch.equal(one[..., :2], changed[..., :2]) and not torch.equal(one, changed)
+
+
+def test_in_guess_mode_guidance_scales_the_hint_beside_an_image():
+    """--image_guidance leads to the image without the hint, --guidance from there to the hint."""
+    sampler = build_sampler(n_classes=0, conditions=("image",))
+    raw = batch(0) | {"condition_image": torch.rand(2, 3, 4, 4) * 2 - 1}
+    for guess, second in ((False, {"hint", "image"}), (True, {"image"})):
+        settings = ddpm.Sampling(guidance=3.0 if guess else 1.0, image_guidance=1.5, control_guess=guess)
+        fields = sampler.network.encoders, sampler.fields_of
+        chain = ddpm.guidance_chain(sampler.config, *fields, raw, settings, 0)
+        assert [{*each} for each in chain.raw][1:] == [second, {"hint", "image"}][: len(chain.raw) - 1]
+        assert ("hint" in chain.raw[0]) != guess and chain.scales[0] == 1.5
