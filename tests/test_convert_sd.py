@@ -1,6 +1,7 @@
 """Conversion of Stable Diffusion: runs sample and are written back to the bit."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_runs import ROOT, call
 from helpers.tiny_sd import CONFIGS, assert_same_tensors, write_pipeline, write_single_file
+from train.converters.sd import runs
 from train.converters.sd.files import read_source
 from train.inference import load
 
@@ -171,3 +173,12 @@ def test_a_run_that_is_there_stays_as_it_is(pipeline, capsys):
         convert(pipeline / "tiny", pipeline / "logs", "--ae_load_dir sd_ae")
     assert "logs/sd is not empty: pass another --log_dir, or delete it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (pipeline / "logs").rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(("width", "padding"), [(768, "end"), (1024, "zero")])
+def test_captions_are_padded_as_in_each_version(width, padding, monkeypatch):
+    """The tokenizer of version 1 pads with the end token, that of version 2 with id 0."""
+    monkeypatch.setattr(runs, "infer_text", lambda text, config: {"width": width})
+    monkeypatch.setattr(runs, "split_text", lambda tensors: tensors)
+    source = SimpleNamespace(parts={"text": {}}, configs={})
+    assert runs.text_flags(source) == {"text_null": "empty", "text_padding": padding}
