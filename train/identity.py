@@ -29,7 +29,7 @@ NOT_IDENTITY = EXECUTION | PLACES | {
     "clip_dir",
 }  # fmt: skip
 NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {
-    "allow", "batch_size", "prompts", "models", "lora", "textual_inversion", "control_files", "clip_dir",
+    "allow", "batch_size", "prompts", "models", "lora", "textual_inversion", "control_files",
 }  # fmt: skip
 OTHER = {  # what a difference of these means, whose values are hashes or long
     "data_fingerprint": "--data_dir: other images",
