@@ -64,7 +64,7 @@ def test_a_converted_branch_guides_a_converted_run(single, tmp_path):
     assert (plain.sample(2, **given).int() - images[1]).abs().max() <= 1
     guess = run.sample(2, **given | {"caption": ""}, hint_image=hints, control_guess=True)
     assert guess.shape == (2, 3, 32, 32)
-    with pytest.raises(ValueError, match="whose kind of hints is not known: pass pictures of hints, and --hint_ready"):
+    with pytest.raises(ValueError, match="whose kind is not known: pass pictures of hints, and --hint_ready"):
         run.sample(1, **given, hint=[str(ROOT / "assets/digits.png")])
     ready = run.sample(1, **given, hint=[str(ROOT / "assets/digits.png")], hint_ready=True)
     assert ready.shape == (1, 3, 32, 32)

@@ -113,7 +113,8 @@ def test_metadata_come_with_the_conditions_of_held_out_images():
 def test_words_of_a_table_may_look_like_numbers(tmp_path):
     network = MetadataEncoder({"place": ("7", "007")}, 4)
     sampler = SimpleNamespace(network=network, n_classes=0, conditions=("place", "lon"))
-    model = SimpleNamespace(sampler=sampler, data=DataConfig(), class_names=(), hints=HintsConfig())
+    facts = {"class_names": (), "hints": HintsConfig(), "channels_of_hints": {}}
+    model = SimpleNamespace(sampler=sampler, data=DataConfig(), **facts)
     (tmp_path / "rows.csv").write_text("place,lon\n007,1\n7,2.5\n")
     rows = TrainedSampler.read_rows(model, str(tmp_path / "rows.csv"))
     assert rows == [{"place": "007", "lon": 1.0}, {"place": "7", "lon": 2.5}]
