@@ -349,7 +349,7 @@ def folder_flags(words: Sequence[str]) -> list[str]:
     """Returns the command line with flags in place of the two folders that it may begin with."""
     names = ("samples", "reference")
     count = next((i for i, word in enumerate(words[:2]) if word.startswith("-")), min(2, len(words)))
-    return [*(f"--{name}={word}" for name, word in zip(names, words[:count], strict=False)), *words[count:]]
+    return [*(f"--{name}={word}" for name, word in zip(names[:count], words[:count], strict=True)), *words[count:]]
 
 
 if __name__ == "__main__":

@@ -109,8 +109,10 @@ def test_a_hint_alone_is_guided_in_guess_mode_only(monkeypatch):
 
 def test_a_hint_needs_no_trained_null(monkeypatch):
     sampler = build_sampler(condition_drop=0.0)
-    recorded(sampler, monkeypatch, batch(), guidance=2.0)
-    recorded(sampler, monkeypatch, batch(), guidance=2.0, control_guess=True)
+    for guess, half in ((False, 1.0), (True, 0.0)):
+        (condition,) = recorded(sampler, monkeypatch, batch(), guidance=2.0, control_guess=guess)
+        strengths = condition.streams["hint"].strengths
+        assert (strengths[:2] == half).all() and strengths[2:].all()
 
 
 def test_a_negative_condition_leaves_the_hint(monkeypatch):
