@@ -66,6 +66,6 @@ def test_the_bound():
     with on_fake_device(built, "cuda:0") as device:
         x0 = batch_on(device)["x0"]
         condition = built.network.encode({}, x0)
-        denoise = built.make_denoiser(built.network)
+        denoise = built.conditional_denoiser(built.network)
         bound = bits_per_dimension(lambda x, t: denoise(x, t, condition), built.process, x0, Streams([1, 2], device))
         assert all_on(device, *bound)

@@ -1,7 +1,7 @@
 """A trained sampler as experiments use it: loaded from its run, drawn from with one seed per image, and scored."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
-from diffusion.types import Bound, OnStep
+from diffusion.types import Bound, Denoiser, OnStep
 from models.control import hint_field
 from train.class_names import class_captions
 from train.condition_images import encode_condition_images, make_adapt
@@ -230,6 +230,26 @@ class TrainedSampler:
             )
         outputs = {"image": self.space.decode(x).cpu()} | self.space.extra_arrays(x)
         return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Runs the sampler's network as `draw` does: without gradients, in bfloat16 where `amp` asks for it."""
+        with torch.no_grad(), autocast(self.device, self.amp), frozen_weights_cast_once(self.sampler.network):
+            yield
+
+    def make_denoiser(
+        self, x: Tensor, options: SamplingConfig, conditions: Batch | None, *, negative: Batch | None = None
+    ) -> Denoiser:
+        """Returns the guided denoiser of x (B, ...) in the sampler's space, under `conditions` as `draw` takes them.
+
+        It is for inversion and editing; make and call it in `with model.inference():`.
+        """
+        self.check_options(options)
+        batch, negative = (
+            None if fields is None else self.with_encoded_images(to_device(fields, self.device), tuple(x.shape[-2:]))
+            for fields in (conditions, negative)
+        )
+        return self.sampler.make_denoiser(self.sampler.network, batch, options, x, negative=negative)
 
     def with_encoded_images(self, batch: Batch | None, shape: tuple[int, int] | None = None) -> Batch | None:
         """Returns fields of conditions with their images as the image condition reads them."""

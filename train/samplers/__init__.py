@@ -15,7 +15,7 @@ from diffusion.autoregressive import Autoregression
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, get_solver
-from diffusion.types import Bound, Loss, OnStep
+from diffusion.types import Bound, Denoiser, Loss, OnStep
 from models.conditioning import Condition
 from train.config import SamplerConfig, SamplingConfig
 from train.data.streams import TrainingStreams
@@ -75,6 +75,18 @@ class LearnedSampler(ABC):
         from. `negative` holds fields of conditions, of some or all of them, that guidance moves away from in place of
         their null; without guidance they are ignored.
         """
+
+    @abstractmethod
+    def make_denoiser(
+        self,
+        network: nn.Module,
+        batch: Batch | None,
+        options: SamplingConfig,
+        x: Tensor,
+        *,
+        negative: Batch | None = None,
+    ) -> Denoiser:
+        """Returns the denoiser that `sample` uses, for x (B, ...) and the conditions of a batch, with guidance."""
 
     @abstractmethod
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:

@@ -15,8 +15,9 @@ from diffusion.likelihood import bits_per_dimension, flow_bound
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, to_device
 from diffusion.solvers import solver_options_for
+from diffusion.spacing import from_strength
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
-from diffusion.types import Bound, Loss, OnStep, Prediction
+from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
 from train.control import weigh_hints
@@ -250,9 +251,38 @@ class GaussianSampler(LearnedSampler):
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         return sigma / (alpha + sigma)
 
-    def make_denoiser(self, network: nn.Module) -> Callable[[Tensor, Tensor, ConditionInput], Prediction]:
+    def conditional_denoiser(self, network: nn.Module) -> Callable[[Tensor, Tensor, ConditionInput], Prediction]:
         """Returns the denoiser (x, t, condition) -> Prediction."""
         return lambda x, t, condition: self.process.to_prediction(self.predict(network, x, t, condition), x, t)
+
+    def make_denoiser(
+        self,
+        network: nn.Module,
+        batch: Batch | None,
+        options: Sampling,
+        x: Tensor,
+        *,
+        negative: Batch | None = None,
+    ) -> Denoiser:
+        """Returns the denoiser of x (B, C, H, W) and a batch's conditions, with the guidance, and the clipping, of the
+        options."""
+        encoders = self.network.encoders
+        chain = guidance_chain(self.config, encoders, self.fields_of, batch, options, self.n_classes, negative)
+        conditions = weigh_hints([network.encode(raw, x) for raw in chain.raw], self.network.control, options)
+        guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
+        guidance |= {"rescale_of": options.guidance_rescale_of}
+        guidance |= {"process": sampling_process(self.process, self.config.process, options)}
+        denoise = guided(self.conditional_denoiser(network), conditions, chain.scales, **guidance)
+        if self.pixels and (options.clip or options.dynamic_threshold is not None):
+            denoise = thresholded(denoise, self.process, options.dynamic_threshold)
+        return denoise
+
+    def sampling_steps(self, options: Sampling, strength: float = 1.0) -> tuple[ContinuousProcess, list[float]]:
+        """Returns the process from noise of `strength` on (see `from_strength`), and the decreasing times of its
+        steps, of which the last is that of the result."""
+        whole = sampling_process(self.process, self.config.process, options)
+        process = from_strength(whole, strength)
+        return process, solver_times(whole, process, options, math.prod(self.shape[1:]))
 
     def sample(
         self,
@@ -274,19 +304,11 @@ class GaussianSampler(LearnedSampler):
         """
         if window_stride is not None:
             raise ValueError(f"got window_stride {window_stride}: a UNet samples any canvas in one piece, leave it out")
-        encoders = self.network.encoders
-        chain = guidance_chain(self.config, encoders, self.fields_of, batch, options, self.n_classes, negative)
         whole = sampling_process(self.process, self.config.process, options)
         process, x = initial_state(whole, edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
-        conditions = weigh_hints([network.encode(raw, x) for raw in chain.raw], self.network.control, options)
-        guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
-        guidance["rescale_of"] = options.guidance_rescale_of
-        denoise = self.make_denoiser(network)
-        denoise = guided(denoise, conditions, chain.scales, **guidance, process=whole)
-        if self.pixels and (options.clip or options.dynamic_threshold is not None):
-            denoise = thresholded(denoise, self.process, options.dynamic_threshold)
+        denoise = self.make_denoiser(network, batch, options, x, negative=negative)
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
         solver, solver_kwargs = select_solver(self.process, options)
@@ -306,7 +328,8 @@ class GaussianSampler(LearnedSampler):
             raise ValueError("latents are continuous and have no likelihood in bits: use a model of pixels")
         check_nulls(self.config, self.conditions, batch, self.n_classes)
         x0 = batch["x0"]
-        condition, denoise = network.encode(raw_conditions(self.fields_of, batch), x0), self.make_denoiser(network)
+        condition = network.encode(raw_conditions(self.fields_of, batch), x0)
+        denoise = self.conditional_denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:
             return denoise(x, t, condition)
