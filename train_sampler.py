@@ -76,7 +76,8 @@ def main(config: Config) -> None:
         if tuning.control:
             tuning = tuning.with_hint(hint_channels(tuning.control, data.n_channels), space.factor)
             config = replace(config, fine_tuning=tuning)
-        base, save_text = find_base(run, training, tuning, logging.logs_root), saves_text_encoder(run, training, tuning)
+        base = find_base(run, training, tuning, logging.logs_root, hints)
+        save_text = saves_text_encoder(run, training, tuning)
         network = config.sampler, training, space, len(frequencies), world, tuning, base, save_text
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None

@@ -35,7 +35,7 @@ from train.cli.parse import flatten_group, from_dict
 from train.cli.values import parse_int
 from train.config import FineTuningConfig, TrainingConfig
 from train.control_file import BranchFacts, write_branch
-from train.data.hints import HintMaker, HintsConfig
+from train.data.hints import OPTIONS_OF_KIND, HintMaker, HintsConfig
 from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
@@ -89,10 +89,17 @@ def read_base(run: Path) -> Base | None:
         raise ValueError(f"{got}: put back the path, step, file and sha256 of the run it was trained from") from error
 
 
-def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, logs_root: str) -> Base | None:
+def find_base(
+    run: Path,
+    training: TrainingConfig,
+    config: FineTuningConfig,
+    logs_root: str,
+    hints: HintsConfig = HintsConfig(),  # noqa: B008 (it is frozen)
+) -> Base | None:
     """Returns the base of a run that is started or resumed; None if it loads no weights, or holds all of them itself.
 
-    ValueError for adapters and other changes of a network without weights to begin from.
+    ValueError for adapters and other changes of a network without weights to begin from, and for a control branch
+    beside a base whose condition_image is made in another way than `hints` say.
     """
     if config.save == "merged" and training.parallel == "fsdp":
         raise ValueError("got --save merged with --parallel fsdp, which has no whole weights: pass --parallel ddp")
@@ -121,12 +128,28 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
         got = f"got --control {config.control} beside {source}, which has new words"
         remedy = f"sample with --textual_inversion {source / EMBEDDINGS} --control_files FILE"
         raise ValueError(f"{got}: train it beside the run that these were trained from, and {remedy}")
+    if config.control and config.control_lock and (source / "config.yaml").is_file():
+        refuse_other_hints(source, hints)
     if not (config.changes_network or training.train_only or leaves_out_weights(source)):
         return None
     step = resolve_step(source, training.load_step, "--load_step")
     manifest = verify_checkpoint(checkpoint_path(source, step))
     file = EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS
     return Base(source, step, file, manifest[file]["sha256"])
+
+
+def refuse_other_hints(source: Path, hints: HintsConfig) -> None:
+    """Raises ValueError if the condition_image of a base that stays as it is, `source`, is made in another way than
+    `hints` say, which are also those of the control branch that learns beside it."""
+    own = read_fine_tuned_run(source).hints
+    if not own.condition_image or not hints.condition_image:
+        return
+    for name in ("condition_image", *OPTIONS_OF_KIND.get(own.condition_image, ())):
+        given, wanted = getattr(hints, name), getattr(own, name)
+        if given != wanted:
+            got = f"got {name} {given} beside {source}, whose condition_image {own.condition_image} has {name} {wanted}"
+            remedy = f"leave --{name} out, or pass --no_control_lock, so that the network of --load_dir learns too"
+            raise ValueError(f"{got}: {remedy}")
 
 
 def leaves_out_weights(run: Path) -> bool:
@@ -276,15 +299,22 @@ def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTunedRun:
-    """The part of a config.yaml that says how a network was fine-tuned."""
+    """The part of a config.yaml that says how a network was fine-tuned, and with which hints it was trained."""
 
     fine_tuning: FineTuningConfig
+    hints: HintsConfig
 
 
 def read_fine_tuning(run: Path) -> FineTuningConfig:
     """Returns how the network of a run was fine-tuned."""
-    own = {"fine_tuning": read_run(run).get("fine_tuning", {})}
-    return from_dict(FineTunedRun, own, str(run / "config.yaml")).fine_tuning
+    return read_fine_tuned_run(run).fine_tuning
+
+
+def read_fine_tuned_run(run: Path) -> FineTunedRun:
+    """Returns how the network of a run was fine-tuned, and with which hints it was trained."""
+    content = read_run(run)
+    own = {name: content.get(name, {}) for name in FineTunedRun.__dataclass_fields__}
+    return from_dict(FineTunedRun, own, str(run / "config.yaml"))
 
 
 def hint_makers(config: FineTuningConfig, hints: HintsConfig) -> dict[str, HintMaker | None]:
