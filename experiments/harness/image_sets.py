@@ -42,6 +42,7 @@ from train.trained_sampler import TrainedSampler
 
 Size = tuple[int, int]  # height and width in pixels
 MIXED_SIZE = (299, 299)  # of two sets that both have images of several sizes: what Inception takes
+NO_HEADER = (*DAMAGED, tokenize.TokenError)  # what `header_size` raises of a damaged file
 WANTED = "wanted a folder of images, an .npz file, a trained run, or a data set such as digits or digits:val"
 
 
@@ -260,7 +261,7 @@ def find_size(images: ImageFolder) -> Size | None:
     for name in images.names:
         try:
             sizes.add(header_size(images.root / name, images))
-        except (*DAMAGED, tokenize.TokenError):
+        except NO_HEADER:
             continue  # left out with a warning when it is read
         if len(sizes) > 1:
             return None
@@ -279,7 +280,8 @@ def upright_size(images: ImageFolder) -> Size | None:
 
 
 def header_size(path: Path, images: ImageFolder) -> Size:
-    """Returns the size that the header of an image file tells."""
+    """Returns the size that the header of an image file tells, before the image is turned upright; NO_HEADER if it is
+    damaged."""
     if path.suffix.lower() in ARRAYS:
         with path.open("rb") as file:
             shape = read_npy_header(file)[0]
