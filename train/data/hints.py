@@ -59,6 +59,11 @@ class HintsConfig:
             )
 
 
+def differing_option(kind: Kind, one: HintsConfig, other: HintsConfig) -> str | None:
+    """Returns the name of an option of which hints of a kind depend, and that differs; None if they are made alike."""
+    return next((name for name in OPTIONS_OF_KIND.get(kind, ()) if getattr(one, name) != getattr(other, name)), None)
+
+
 def hint_channels(kind: Kind, image_channels: int) -> int:
     """Returns the channels of a hint of images of so many channels."""
     return {"edges": 1, "grey": 1, "mask": 3, "boxes": 3}.get(kind, image_channels)
