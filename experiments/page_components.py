@@ -138,7 +138,7 @@ def hint_inputs(play: Playground) -> list:
     import gradio as gr
 
     names = [name.removesuffix("_image").replace("_", " ") for name in play.hint_fields[:MOST_HINTS]]
-    style = {"type": "filepath", "height": 110, "min_width": 240, "interactive": True}  # gradio hides errors of pictures
+    style = {"type": "filepath", "height": 110, "min_width": 240, "interactive": True}  # gradio would hide errors
     files = [gr.File(None, label=name, visible=True, **style) for name in names]
     files += [gr.File(None, visible=False, **style) for _ in range(MOST_HINTS - len(names))]
     about = "The pictures are hints already, such as edges; otherwise hints are made of them."
