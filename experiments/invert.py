@@ -36,7 +36,7 @@ from train.trained_sampler import TrainedSampler
 ERRORS = {  # headings of the report, by name of the number
     "latent_max": "x_0, largest",
     "latent_rms": "x_0, RMS",
-    "pixels_max": "pixels of 255, largest",
+    "pixels_max": "pixels, levels of 255, largest",
     "pixels_rms": "pixels, RMS",
 }
 
@@ -90,7 +90,7 @@ class Config:
 
 
 class Inverted(NamedTuple):
-    """What a method made of x_0."""
+    """What a method found for x_0."""
 
     states: list[Tensor]  # x (B, C, H, W) at each time, from x_0 to x_T
     back: Tensor  # x_0 again
@@ -105,18 +105,20 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     sampling = config.sampling
     check_invertible(model, sampling)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
-    labels = labels_of(config, inputs, model)
+    labels = classes_of(inputs, config.inversion.label, sampling, model)
     conditions_for(model, inputs, [0], None if labels is None else labels[:1], sampling)
     settings = inputs, labels, config.inversion, sampling
     return ExperimentSetup(settings, {"given_images": inputs.fingerprint}, timed=True)
 
 
-def labels_of(config: Config, inputs: InputImages, model: TrainedSampler) -> list[int] | None:
-    """Returns the class of each image; None: as its row of conditions says."""
-    if config.inversion.label is not None:
-        return [config.inversion.label] * len(inputs)
-    own = model.sampler.n_classes and config.sampling.condition_file is None
-    return list(inputs.labels) if own and inputs.labels else None
+def classes_of(
+    inputs: InputImages, label: int | None, sampling: SamplingConfig, model: TrainedSampler
+) -> list[int] | None:
+    """Returns the class of each image: `label`, or that of held-out images; None: as its row of conditions says."""
+    if label is not None:
+        return [label] * len(inputs)
+    in_rows = sampling.condition_file is not None or not model.sampler.n_classes
+    return None if in_rows or not inputs.labels else list(inputs.labels)
 
 
 def by_fixed_point(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
@@ -219,26 +221,26 @@ def measure(
     parts = list(progress(resumed, len(inputs), "inverted", batches.world.is_main))
     if not batches.world.is_main:
         return None
-    made = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    save_noise(batches.folder / "noise.safetensors", made)
-    save_strips(batches.folder, inputs, made)
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    save_noise(batches.folder / "noise.safetensors", tensors)
+    save_strips(batches.folder, inputs, tensors)
     numbers = [*ERRORS, "residual", "calls", "calls_back", "seconds"]
-    rows = [{"name": name, **{key: made[key][i].item() for key in numbers}} for i, name in enumerate(inputs.names)]
-    steps = made["times"].shape[1] - 1
+    rows = [{"name": name, **{key: tensors[key][i].item() for key in numbers}} for i, name in enumerate(inputs.names)]
+    steps = tensors["times"].shape[1] - 1
     return {"method": config.method, "steps": steps, "n_images": len(inputs), "of_image": rows, "run": batches.run}
 
 
-def save_noise(path: Path, made: dict[str, Tensor]) -> None:
+def save_noise(path: Path, tensors: dict[str, Tensor]) -> None:
     """Saves what leads back to the images: noise (N, C, H, W), next_noise of bdia, maps (N, steps, C, H, W) of ddpm,
     and the times of the steps."""
-    arrays = {name: made[name].contiguous() for name in ("noise", "next_noise", "maps") if name in made}
+    arrays = {name: tensors[name].contiguous() for name in ("noise", "next_noise", "maps") if name in tensors}
     with atomic_write(path) as scratch, write_errors_as_oserror(path):
-        save_file(arrays | {"times": made["times"][0].clone()}, scratch)
+        save_file(arrays | {"times": tensors["times"][0].clone()}, scratch)
 
 
-def save_strips(folder: Path, inputs: InputImages, made: dict[str, Tensor]) -> None:
+def save_strips(folder: Path, inputs: InputImages, tensors: dict[str, Tensor]) -> None:
     """Saves the original, the states from data to noise and the image they return to, for each image and in a grid."""
-    parts = [inputs.image.unsqueeze(1), made["strip"], made["back"].unsqueeze(1)]
+    parts = [inputs.image.unsqueeze(1), tensors["strip"], tensors["back"].unsqueeze(1)]
     for i, (name, row) in enumerate(zip(inputs.names, torch.cat(parts, 1), strict=True)):
         save_grid(folder / "images" / f"{i:03d}_{Path(name).stem}_trajectory.png", row, columns=len(row))
     save_comparison_grid(folder / "inverted.png", *parts)
