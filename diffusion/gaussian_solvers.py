@@ -103,6 +103,15 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
 
 
+def ddim_step(
+    process: ContinuousProcess, prediction: Prediction, t: float, s: float, eta: float = 0.0
+) -> tuple[Tensor, float]:
+    """Returns the mean of ddim's x_s (B, C, H, W), for the prediction at x_t, and the deviation of its noise."""
+    c, variance = step_coefficients(process, t, s), eta**2 * posterior_variance(process, t, s) if eta else 0.0
+    eps_coef = math.sqrt(max(c.sigma_s * c.sigma_s - variance, 0.0))
+    return c.alpha_s * prediction.x0 + eps_coef * prediction.eps, math.sqrt(variance)
+
+
 @torch.no_grad()
 def ddim(
     denoise: ContinuousDenoiser,
@@ -117,11 +126,9 @@ def ddim(
     """DDIM (Song et al. 2021): deterministic for eta 0, ddpm with fixed_small for eta 1."""
     check_eta(eta)
     for i, (t, s) in enumerate(pairwise(times)):
-        pred, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
-        variance = eta**2 * posterior_variance(process, t, s) if eta else 0.0
-        eps_coef = math.sqrt(max(c.sigma_s * c.sigma_s - variance, 0.0))
-        x = c.alpha_s * pred.x0 + eps_coef * pred.eps
-        x = x + math.sqrt(variance) * rng.normal(x.shape).to(x.dtype) if eta else x
+        pred = denoise(x, expand(t, x))
+        x, std = ddim_step(process, pred, t, s, eta)
+        x = x + std * rng.normal(x.shape).to(x.dtype) if eta else x
         x = x if on_step is None else on_step(i, t, s, x, pred.x0)
     return x
 
@@ -132,24 +139,6 @@ def posterior_variance(process: ContinuousProcess, t: float, s: float) -> float:
     return process.remember(
         "posterior_variance", (t.item(), s.item()), lambda: max(process.posterior_variance(t, s).item(), 0.0)
     )
-
-
-@torch.no_grad()
-def ddim_inversion(
-    denoise: ContinuousDenoiser, process: ContinuousProcess, x0: Tensor, times: list[float]
-) -> list[Tensor]:
-    """DDIM inversion: maps data x0 to the noise from which ddim with eta 0 and the same times returns to it.
-
-    Returns x (B, C, H, W) at each time, [x_0, ..., x_T]. The error is first order in the step size, since a step uses
-    the eps of its less noisy end. The denoiser must not clip.
-    """
-    trajectory = [x0]
-    for s, t in pairwise(times[::-1]):  # from s to the noisier t
-        x_s, c = trajectory[-1], step_coefficients(process, t, s)
-        eps = denoise(x_s, expand(max(s, process.end), x_s)).eps  # networks are not trained at s = 0
-        scale = c.alpha_t / c.alpha_s
-        trajectory.append(scale * x_s + (c.sigma_t - scale * c.sigma_s) * eps)
-    return trajectory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import _root
 import torch
 from torch import Tensor
 
+from diffusion.inversion import ddim_inversion, slerp
 from diffusion.rng import Streams, seed_of
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
@@ -24,11 +25,13 @@ from experiments.harness.editing import (
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.inversion import check_invertible, ddim_steps, in_double_precision
 from experiments.harness.report import table
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
+from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
 
@@ -54,6 +57,9 @@ class PathConfig:
     """Number of images on each path, both ends included."""
     strength: float = 0.5
     """How much of each mixture to redraw, in [0, 1]: the fraction of codes to mask, or the noise level to start at."""
+    mix: Literal["images", "noise"] = "images"
+    """What is mixed: the images, as pixels, codes or latents, or the noise from which DDIM returns to them, along an
+    arc; Gaussian models only. --strength is then the level of that noise: 1 is pure noise."""
     label: ClassLabel | None = None
     """Class to draw, by name or number; if omitted, the label in the image's row of conditions. Without any condition,
     guidance is off."""
@@ -85,9 +91,43 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Loads the images. ValueError: the model does not support the class."""
     label, sampling = config.path.label, config.sampling
+    if config.path.mix == "noise":
+        check_invertible(model, sampling)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
     conditions_for(model, inputs, [0], None if label is None else [label], sampling)
     return ExperimentSetup((inputs, config.path, config.sampling), {"given_images": inputs.fingerprint})
+
+
+def conditions_of_pairs(
+    pairs: list[int], inputs: InputImages, path: PathConfig, sampling: SamplingConfig, model: TrainedSampler
+) -> tuple[Batch | None, SamplingConfig]:
+    """Returns the conditions of results of these pairs, and matching options: those of the first image of each."""
+    labels = None if path.label is None else [path.label] * len(pairs)
+    return conditions_for(model, inputs, [2 * pair for pair in pairs], labels, sampling)
+
+
+def draw_between_noise(
+    pairs: list[int],
+    fractions: list[float],
+    inputs: InputImages,
+    path: PathConfig,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+) -> Tensor:
+    """Returns images uint8 (B, C, H, W) from noise at fractions of the way between the images of pairs, one each."""
+    inverted, noises = sorted({*pairs}), []
+    for side in (0, 1):
+        x0 = in_double_precision(encode_images(inputs.image[[2 * pair + side for pair in inverted]], model))
+        conditions, options = conditions_of_pairs(inverted, inputs, path, sampling, model)
+        with model.inference():
+            ddim = ddim_steps(model, options, conditions, x0, path.strength)
+            noises.append(ddim_inversion(ddim.denoise, ddim.process, x0, ddim.times).states[-1])
+    ends = [noise[[inverted.index(pair) for pair in pairs]].split(1) for noise in noises]
+    x = torch.cat([slerp(a, b, fraction) for a, b, fraction in zip(*ends, fractions, strict=True)])
+    conditions, options = conditions_of_pairs(pairs, inputs, path, sampling, model)
+    with model.inference():
+        x0 = ddim_steps(model, options, conditions, x, path.strength).sample(x)
+        return model.space.decode(x0.float()).cpu()
 
 
 def measure(
@@ -99,14 +139,15 @@ def measure(
 
     def draw_points(numbers: list[int]) -> Tensor:
         rows, fractions = [n // points for n in numbers], [n % points / (points - 1) for n in numbers]
+        if path.mix == "noise":
+            return draw_between_noise(rows, fractions, inputs, path, sampling, model)
         ends = [encode_images(inputs.image[[2 * row + side for row in rows]], model) for side in (0, 1)]
         x0 = []
         for i, (row, fraction) in enumerate(zip(rows, fractions, strict=True)):  # all points of a pair share its noise
             rng = Streams([seed_of(batches.seed, "between", row)], model.device)
             x0.append(model.space.interpolate(ends[0][i : i + 1], ends[1][i : i + 1], fraction, rng))
         start = redraw_input(torch.cat(x0), model, strength)
-        labels = None if path.label is None else [path.label] * len(numbers)
-        conditions, options = conditions_for(model, inputs, [2 * row for row in rows], labels, sampling)
+        conditions, options = conditions_of_pairs(rows, inputs, path, sampling, model)
         return draw(model, options, batches.seed, start, rows, conditions)
 
     paths = generate_in_batches("interpolated", pairs * points, draw_points, batches)

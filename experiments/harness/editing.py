@@ -57,6 +57,7 @@ class InputImages:
     mask: Tensor  # bool (N, H, W): pixels to fill in
     names: tuple[str, ...]  # N
     rows: tuple[Row, ...] = ()  # of conditions, assigned to the images cyclically; may be empty
+    labels: tuple[int, ...] = ()  # N, the classes of held-out images; empty if there are none
 
     def __len__(self) -> int:
         return len(self.image)
@@ -79,7 +80,7 @@ def load_input_images(
     No pixel is masked yet. The conditions are the rows of `condition_file`, assigned cyclically, or else those of the
     held-out items themselves. FileNotFoundError, ValueError: a file cannot be used.
     """
-    rows = tuple(trained.read_rows(condition_file))
+    rows, labels = tuple(trained.read_rows(condition_file)), ()
     if files:
         images = torch.stack([preprocess(read_image(Path(name), trained.data.n_channels), trained) for name in files])
         names = tuple(Path(name).name for name in files)
@@ -92,7 +93,9 @@ def load_input_images(
         names = tuple(f"val_{i:06d}" for i in indices)
         if not rows and {*trained.sampler.conditions} - {"label"}:
             rows = tuple(trained.conditions_of(source[i], i) for i in indices)
-    return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows)
+        if source.dataset.n_classes:
+            labels = tuple(source.dataset.labels[indices].tolist())
+    return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows, labels)
 
 
 def read_image(path: Path, n_channels: int = 3) -> Image.Image | np.ndarray:

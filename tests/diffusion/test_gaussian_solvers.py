@@ -7,11 +7,10 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import ddim, ddim_inversion
+from diffusion.gaussian_solvers import ddim
 from diffusion.rng import Streams
 from diffusion.solvers import get_solver, solvers_for
-from diffusion.spacing import SPACINGS, step_times
-from diffusion.types import Prediction
+from diffusion.spacing import SPACINGS
 from helpers.fake_device import DEVICE, FakeDeviceMode
 from helpers.parametrize import slow_after
 from helpers.solving import solve_in_steps
@@ -212,44 +211,6 @@ def test_the_variance_of_stochastic_solvers_is_first_order(name, options, order)
     }
     assert convergence_order(errors) > order - 0.2
     assert errors[160] < 0.015
-
-
-# Inversion
-
-
-def test_inversion_then_sampling_returns_the_data_to_first_order():
-    process, x0 = Circle(), NORMAL.draw(1, 1, 5, 5)
-    errors = {}
-    for steps in (20, 40, 80, 160):
-        trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, step_times(process, steps))
-        assert len(trajectory) == steps + 1 and torch.equal(trajectory[0], x0)
-        errors[steps] = (solve("ddim", process, NORMAL, trajectory[-1], steps) - x0).abs().max().item()
-    assert convergence_order(errors) == pytest.approx(1, abs=0.2) and errors[160] < 0.03
-
-
-@pytest.mark.parametrize("process", [PROCESS, PROCESSES["zero_terminal_snr"], EDM()], ids=["linear", "ztsnr", "edm"])
-def test_inversion_goes_along_the_flow(process):
-    x0 = NORMAL.draw(1, 1, 5, 5)
-    spacing = "karras" if isinstance(process, EDM) else "uniform"
-    times = step_times(process, 300, spacing)
-    trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, times)
-    for t, x in zip(times[::-1], trajectory, strict=True):
-        alpha, sigma = process.alpha(torch.tensor(t)), process.sigma(torch.tensor(t))
-        exact = 0.3 * alpha + (alpha**2 * 0.25 + sigma**2).sqrt() / 0.5 * (x0 - 0.3)
-        assert torch.allclose(x, exact, atol=0.05 * (alpha**2 * 0.25 + sigma**2).sqrt().item())
-
-
-def test_inversion_never_evaluates_time_0_and_is_not_a_solver():
-    times = []
-    process = PROCESSES["linear"]
-
-    def denoise(x, t):
-        times.append(t.item())
-        return Prediction(x, x)
-
-    ddim_inversion(denoise, process, GRID, step_times(process, 4))
-    assert times == pytest.approx([0.001, 0.25, 0.5, 0.75])
-    assert "ddim_inversion" not in SOLVERS
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde"])

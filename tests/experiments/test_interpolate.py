@@ -57,6 +57,21 @@ def test_with_strength_0_the_ends_are_the_images(trained_ddpm):
     assert first["to_first"] == last["to_last"] == 0 < first["to_last"]
 
 
+@pytest.mark.parametrize("batch_size", [3, 50])
+def test_the_ends_of_a_path_of_noise_are_the_images(trained_ddpm, batch_size):
+    flags = "--sampler ddpm --n_images 4 --points 3 --mix noise --strength 1 --sample_steps 8 --label 2"
+    interpolate(trained_ddpm, f"{flags} --batch_size {batch_size} --log_dir noise_{batch_size}")
+    first, middle, last = json.loads((trained_ddpm / f"noise_{batch_size}" / "results.json").read_text())["points"]
+    assert first["to_first"] < 0.002 and last["to_last"] < 0.002
+    assert middle["to_first"] > 0.02 and middle["to_last"] > 0.02
+
+
+def test_codes_have_no_noise_to_mix(trained, capsys):
+    with pytest.raises(SystemExit) as stop:
+        interpolate(trained, "--mix noise --n_images 2 --log_dir mixed_codes")
+    assert stop.value.code == 2 and "codes, which have no exact inversion" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"), [("--n_images 3", "--n_images"), ("--points 1", "--points"), ("--strength 2", "--strength")]
 )

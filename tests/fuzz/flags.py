@@ -55,6 +55,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/get_samples.py": f"{SAMPLE} --n_samples 3",
     "experiments/inpaint.py": f"{SAMPLE} --n_images 2 --results 1",
     "experiments/interpolate.py": f"{SAMPLE} --n_images 2 --points 2",
+    "experiments/invert.py": f"{SAMPLE} --n_images 2",
     "experiments/make_panoptic.py": "",
     "experiments/reconstruct.py": "--n_images 2 --no_amp",
 }

@@ -1,0 +1,267 @@
+"""Inverts images: finds the noise from which a Gaussian model returns to them, and measures how exactly it does."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import _root
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion.inversion import bdia, bdia_inversion, ddim_inversion, ddpm_noise_maps, replay
+from diffusion.process import ContinuousProcess
+from diffusion.rng import Streams, seed_of
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.editing import (
+    InputImages,
+    InputImagesConfig,
+    conditions_for,
+    encode_images,
+    load_input_images,
+    save_comparison_grid,
+)
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.images import STRIP_STEPS, save_grid
+from experiments.harness.inversion import DDIMSteps, check_invertible, ddim_steps, in_double_precision
+from experiments.harness.report import progress, table, three_digits
+from models.ranges import NOT_NEGATIVE, check_ranges
+from train.class_names import ClassLabel
+from train.config import SamplingConfig
+from train.distributed import DistContext
+from train.files import atomic_write, write_errors_as_oserror
+from train.trained_sampler import TrainedSampler
+
+ERRORS = {  # headings of the report, by name of the number
+    "latent_max": "x_0, largest",
+    "latent_rms": "x_0, RMS",
+    "pixels_max": "pixels, levels of 255, largest",
+    "pixels_rms": "pixels, RMS",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionConfig:
+    """Inversion."""
+
+    method: Literal["fixed_point", "bdia", "ddpm"] = "fixed_point"
+    """fixed_point: DDIM, each step solved by iteration; bdia: exact, from two noises; ddpm: exact, from one noise for
+    each step (edit-friendly)."""
+    iterations: int = 20
+    """fixed_point: network calls in each step, at most; 1 is naive DDIM inversion."""
+    tolerance: float = 1e-6
+    """fixed_point: error of a step at which its iterations end."""
+    gamma: float = 1.0
+    """bdia: in (0, 1]; less makes sampling more stable, and inversion less."""
+    label: ClassLabel | None = None
+    """Class of the images, by name or number; if omitted, that of their row of conditions, or of held-out images their
+    own."""
+
+    EVERYDAY = ("method", "label")
+    RANGES = {"iterations": "[1, 10000]", "tolerance": "[0, 1]", "gamma": "(0, 1]", "label": NOT_NEGATIVE}
+
+    def __post_init__(self):
+        check_ranges(self)
+        for name, method in (("iterations", "fixed_point"), ("tolerance", "fixed_point"), ("gamma", "bdia")):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default and self.method != method:
+                got = f"got {name} {value} for method {self.method}"
+                raise ValueError(f"{got}: pass --method {method}, or leave --{name} out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Inverts images with steps of DDIM, whatever the solver; writes inverted.png (original | from data to noise |
+    what the noise returns to), a strip of each image to images/, noise.safetensors and results.json to
+    <logs_root>/<log_dir>."""
+
+    EXAMPLES = (
+        "python experiments/invert.py --sampler ddpm --dataset mnist --sample_steps 50",
+        "python experiments/invert.py --load_dir ddpm_mnist --image seven.png --label 7 --method bdia",
+    )
+    NOT_EVERYDAY = ("solver",)
+
+    given: InputImagesConfig
+    inversion: InversionConfig
+    model: ModelConfig
+    sampling: SamplingConfig
+    output: OutputConfig
+
+
+class Inverted(NamedTuple):
+    """What a method found for x_0."""
+
+    states: list[Tensor]  # x (B, C, H, W) at each time, from x_0 to x_T
+    back: Tensor  # x_0 again
+    arrays: dict[str, Tensor]  # (B, ...) each: what leads back to x_0
+    calls: Tensor  # (B,): network calls
+    calls_back: int
+    residual: Tensor  # (B,): of the worst step of fixed_point; 0 of others
+
+
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
+    """Loads the images. ValueError: the model cannot be inverted, or does not support the class."""
+    sampling = config.sampling
+    check_invertible(model, sampling)
+    inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
+    labels = classes_of(inputs, config.inversion.label, sampling, model)
+    conditions_for(model, inputs, [0], None if labels is None else labels[:1], sampling)
+    settings = inputs, labels, config.inversion, sampling
+    return ExperimentSetup(settings, {"given_images": inputs.fingerprint}, timed=True)
+
+
+def classes_of(
+    inputs: InputImages, label: int | None, sampling: SamplingConfig, model: TrainedSampler
+) -> list[int] | None:
+    """Returns the class of each image: `label`, or that of held-out images; None: as its row of conditions says."""
+    if label is not None:
+        return [label] * len(inputs)
+    in_rows = sampling.condition_file is not None or not model.sampler.n_classes
+    return None if in_rows or not inputs.labels else list(inputs.labels)
+
+
+def by_fixed_point(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
+    """Inverts x0 (B, C, H, W) step by step, by iteration."""
+    limits = {"iterations": config.iterations, "tolerance": config.tolerance}
+    found = ddim_inversion(ddim.denoise, ddim.process, x0, ddim.times, **limits)
+    x_T, calls, residual = found.states[-1], found.iterations.sum(0).cpu(), found.residual.amax(0).cpu()
+    return Inverted(found.states, ddim.sample(x_T), {"noise": x_T}, calls, len(ddim.times) - 1, residual)
+
+
+def by_bdia(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
+    """Inverts x0 (B, C, H, W) by BDIA's recursion in two states."""
+    states = bdia_inversion(ddim.denoise, ddim.process, x0, ddim.times, gamma=config.gamma)
+    back = bdia(ddim.denoise, ddim.process, states[-1], states[-2], ddim.times, gamma=config.gamma)
+    arrays, calls = {"noise": states[-1], "next_noise": states[-2]}, len(ddim.times) - 1
+    return Inverted(states, back, arrays, torch.full((len(x0),), calls), calls - 1, torch.zeros(len(x0)))
+
+
+def by_ddpm(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
+    """Inverts x0 (B, C, H, W) to the noise of ancestral sampling."""
+    x, maps = ddpm_noise_maps(ddim.denoise, ddim.process, x0, ddim.times, rng)
+    states = [x]
+
+    def keep(i: int, t: float, s: float, x_s: Tensor, predicted: Tensor) -> Tensor:
+        states.append(x_s)
+        return x_s
+
+    back, calls = replay(ddim.denoise, ddim.process, x, maps, ddim.times, on_step=keep), len(maps)
+    arrays = {"noise": x, "maps": maps.transpose(0, 1)}
+    return Inverted(states[::-1], back, arrays, torch.full((len(x0),), calls), calls, torch.zeros(len(x0)))
+
+
+METHODS = {"fixed_point": by_fixed_point, "bdia": by_bdia, "ddpm": by_ddpm}
+
+
+def check_finite(inverted: Inverted, method: str) -> None:
+    """Raises ValueError if the iterations or the recursion diverged."""
+    if not all(x.isfinite().all() for x in (inverted.states[-1], inverted.back)):
+        raise ValueError(f"method {method} gave values that are not finite: pass more --sample_steps, or --method ddpm")
+
+
+def strip(states: list[Tensor], ddim: DDIMSteps, model: TrainedSampler) -> Tensor:
+    """Decodes evenly spaced states, from data to noise, to images uint8 (B, states, C, H, W), each divided by
+    sqrt(alpha^2 + sigma^2): the noise of edm has another scale than images."""
+    last = len(states) - 1
+    shown = sorted({round(last * k / (STRIP_STEPS - 1)) for k in range(STRIP_STEPS)})
+    images = []
+    for i in shown:
+        x = states[i].float() / scale(ddim.process, ddim.times[last - i])
+        images.append(model.space.decode(x).cpu())
+    return torch.stack(images, 1)
+
+
+def scale(process: ContinuousProcess, t: float) -> float:
+    """Returns sqrt(alpha^2 + sigma^2) at t."""
+    alpha, sigma = process.scales(torch.tensor(t))
+    return torch.hypot(alpha, sigma).item()
+
+
+def round_trip_errors(x0: Tensor, back: Tensor, model: TrainedSampler) -> dict[str, Tensor]:
+    """Returns the largest and the root mean square error of each image (B,), in the sampler's space and in decoded
+    pixels, in levels of 255; what a first stage loses is not counted."""
+    pixels = [model.space.decode(x.float()).cpu().double() for x in (back, x0)]
+    errors = {}
+    for name, error in (("latent", (back - x0).cpu().double()), ("pixels", pixels[0] - pixels[1])):
+        flat = error.flatten(1)
+        errors |= {f"{name}_max": flat.abs().amax(1), f"{name}_rms": flat.square().mean(1).sqrt()}
+    return errors
+
+
+def measure(
+    inputs: InputImages,
+    labels: list[int] | None,
+    config: InversionConfig,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+    batches: ResumableBatches,
+) -> dict[str, Any] | None:
+    """Inverts the images, saves noise and strips, and measures the errors. All ranks must call it; only the main rank
+    gets the results."""
+
+    def make_batch(numbers: list[int]) -> dict[str, Tensor]:
+        x0 = in_double_precision(encode_images(inputs.image[numbers], model))
+        own = None if labels is None else [labels[number] for number in numbers]
+        conditions, options = conditions_for(model, inputs, numbers, own, sampling)
+        rng = Streams([seed_of(batches.seed, "invert", number) for number in numbers], model.device)
+        begin = time.perf_counter()
+        with model.inference():
+            ddim = ddim_steps(model, options, conditions, x0)
+            inverted = METHODS[config.method](ddim, x0, config, rng)
+            seconds = torch.full((len(numbers),), (time.perf_counter() - begin) / len(numbers))
+            check_finite(inverted, config.method)
+            images = {"strip": strip(inverted.states, ddim, model), "back": model.space.decode(inverted.back.float())}
+        counts = {"calls": inverted.calls, "calls_back": torch.full_like(inverted.calls, inverted.calls_back)}
+        errors = round_trip_errors(x0, inverted.back, model) | {"residual": inverted.residual}
+        times = torch.tensor(ddim.times, dtype=torch.float64).expand(len(numbers), -1)
+        return images | inverted.arrays | errors | counts | {"seconds": seconds, "times": times}
+
+    resumed = batches.resume(f"inverted_{config.method}", range(len(inputs)), make_batch)
+    parts = list(progress(resumed, len(inputs), "inverted", batches.world.is_main))
+    if not batches.world.is_main:
+        return None
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    save_noise(batches.folder / "noise.safetensors", tensors)
+    save_strips(batches.folder, inputs, tensors)
+    numbers = [*ERRORS, "residual", "calls", "calls_back", "seconds"]
+    rows = [{"name": name, **{key: tensors[key][i].item() for key in numbers}} for i, name in enumerate(inputs.names)]
+    steps = tensors["times"].shape[1] - 1
+    return {"method": config.method, "steps": steps, "n_images": len(inputs), "of_image": rows, "run": batches.run}
+
+
+def save_noise(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Saves what leads back to the images: noise (N, C, H, W), next_noise of bdia, maps (N, steps, C, H, W) of ddpm,
+    and the times of the steps."""
+    arrays = {name: tensors[name].contiguous() for name in ("noise", "next_noise", "maps") if name in tensors}
+    with atomic_write(path) as scratch, write_errors_as_oserror(path):
+        save_file(arrays | {"times": tensors["times"][0].clone()}, scratch)
+
+
+def save_strips(folder: Path, inputs: InputImages, tensors: dict[str, Tensor]) -> None:
+    """Saves the original, the states from data to noise and the image they return to, for each image and in a grid."""
+    parts = [inputs.image.unsqueeze(1), tensors["strip"], tensors["back"].unsqueeze(1)]
+    for i, (name, row) in enumerate(zip(inputs.names, torch.cat(parts, 1), strict=True)):
+        save_grid(folder / "images" / f"{i:03d}_{Path(name).stem}_trajectory.png", row, columns=len(row))
+    save_comparison_grid(folder / "inverted.png", *parts)
+
+
+def report(results: dict[str, Any], folder: Path) -> str:
+    """Formats the errors of the round trip, their network calls and seconds."""
+    rows, images = [("error of the round trip", "mean of the images", "worst image")], results["of_image"]
+    for name, heading in ERRORS.items():
+        values = [row[name] for row in images]
+        rows.append((heading, f"{sum(values) / len(values):.2g}", f"{max(values):.2g}"))
+    calls, back, seconds = (
+        sum(row[name] for row in images) / len(images) for name in ("calls", "calls_back", "seconds")
+    )
+    summary = f"{results['n_images']} images, method {results['method']}, {results['steps']} steps: {calls:g} network"
+    summary += f" calls to the noise, {back:g} back, {three_digits(seconds)} s an image"
+    if results["method"] == "fixed_point":
+        worst = max(row["residual"] for row in images)
+        summary += f"; error of a step when its iterations ended: at most {worst:.2g}"
+    return f"\n{summary}\n{table(rows)}\n\n{folder / 'inverted.png'}\n{folder / 'noise.safetensors'}"
+
+
+if __name__ == "__main__":
+    run_experiment("inverted", Config, measure, report, prepare=prepare)
