@@ -26,8 +26,9 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.prompt_inputs import check_reads_prompts
-from experiments.harness.report import table
+from experiments.harness.report import progress, table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
+from experiments.metrics.cost import count_nfe
 from models.conditions.image import MASK
 from models.ranges import NOT_NEGATIVE, SIZE, check_ranges
 from train.class_names import ClassLabel
@@ -188,8 +189,13 @@ def measure(
             start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
         return draw(model, options, batches.seed, start, indices, conditions, **canvas)
 
-    n = len(inputs) * count
-    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.mask, 0), batches)
+    def fill_in(numbers: list[int]) -> dict[str, Tensor]:
+        with count_nfe(model.sampler.network) as nfe:
+            images = inpaint_batch(numbers, inputs.mask, 0)
+        return {"image": images, "evaluations": torch.tensor([nfe.evaluations])}
+
+    n, is_main = len(inputs) * count, batches.world.is_main
+    filled = list(progress(batches.resume("filled in", range(n), fill_in), n, "inpainted", is_main))
     same_size = tuple(inputs.mask.shape[1:]) == model.data.size  # the classifier takes no larger canvases
     classifier, unconstrained = classifier_for(model.data) if same_size else None, None
     if classifier is not None:  # chance level: everything masked, and indices from n on for other random numbers
@@ -197,9 +203,9 @@ def measure(
         unconstrained = generate_in_batches(
             "all hidden", n, lambda numbers: inpaint_batch(numbers, everything, n), batches
         )
-    if inpainted is None:
+    if not is_main:
         return None
-    results = group_by_image(inpainted, inputs, inpainting.paste)
+    results = group_by_image(torch.cat([batch["image"] for batch in filled]), inputs, inpainting.paste)
     save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
     masked = torch.where(inputs.mask.unsqueeze(1), GREY, inputs.image)
     save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
@@ -207,6 +213,7 @@ def measure(
         "n_images": len(inputs),
         "results_per_image": count,
         "hidden_share": inputs.mask.float().mean().item(),
+        "network_calls_per_image": sum(batch["evaluations"].item() for batch in filled) / n,
         "visible_pixels": "copied from the input" if inpainting.paste else "as rendered by the model",
     }
     if classifier is not None:
@@ -244,6 +251,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
         ("masked pixels", f"{100 * results['hidden_share']:.0f} %"),
         ("visible pixels", results["visible_pixels"]),
     ]
+    if "network_calls_per_image" in results:  # results of earlier versions lack it
+        rows.append(("network calls per image", f"{results['network_calls_per_image']:g}"))
     if "survival" in results:
         rows.append(("class agreement ± standard error, higher is better", str(Proportion(**results["survival"]))))
         rows.append(("chance level (everything masked)", str(Proportion(**results["chance"]))))
