@@ -206,9 +206,10 @@ def mask_part(inputs: InputImages, part: str) -> InputImages:
 def add_margins(inputs: InputImages, margins: tuple[int, int, int, int]) -> InputImages:
     """Pads the images with masked margins of (top, right, bottom, left) pixels."""
     top, right, bottom, left = margins
-    around = (left, right, top, bottom)
+    around, strengths = (left, right, top, bottom), inputs.strength_map
     image, mask = F.pad(inputs.image, around), F.pad(inputs.mask, around, value=True)
-    return dataclasses.replace(inputs, image=image, mask=mask)
+    strengths = None if strengths is None else F.pad(strengths, around, value=1.0)
+    return dataclasses.replace(inputs, image=image, mask=mask, strength_map=strengths)
 
 
 def centring_margins(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
