@@ -219,6 +219,7 @@ class AbsorbingDiffusion(DiscreteProcess):
         return x_t_flat.index_copy(0, places, codes).view_as(x_t)
 
 
-def mask_at_random(x0: Tensor, prob: float, mask: int, rng: Streams) -> Tensor:
-    """Replaces each code of x0 (B, H, W) by the id `mask`, independently with probability `prob`."""
+def mask_at_random(x0: Tensor, prob: float | Tensor, mask: int, rng: Streams) -> Tensor:
+    """Replaces each code of x0 (B, H, W) by the id `mask`, independently with probability `prob`, a number or
+    (B, H, W)."""
     return torch.where(rng.uniform(x0.shape) < prob, mask, x0)

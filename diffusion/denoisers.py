@@ -1,4 +1,7 @@
-"""Wrappers from denoiser to denoiser, which work with every solver: guidance, thresholding, windows, known pixels."""
+"""Wrappers from denoiser to denoiser, which work with every solver: guidance, thresholding, windows, known pixels.
+
+`hold_pixels`, for pixels that are known down to a noise level, wraps an `on_step` instead.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,9 +12,10 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.process import ContinuousProcess, repeat_times
+from diffusion.process import ContinuousProcess, expand, repeat_times
 from diffusion.rng import to_device
-from diffusion.types import Denoiser, Prediction
+from diffusion.spacing import strength_of
+from diffusion.types import Denoiser, OnStep, Prediction
 
 
 class BatchedCondition(Protocol):
@@ -23,6 +27,7 @@ class BatchedCondition(Protocol):
     def cat(cls, conditions: Sequence["BatchedCondition"]) -> "BatchedCondition": ...
 
 
+ROUNDING = 1e-6  # of strengths, relative: one equal to that of `process.start` is free from the first step on
 C = TypeVar("C", bound=Tensor | BatchedCondition | None)
 GUIDANCE_SCHEDULES = {  # t (B,) in [0, 1] -> fraction of the guidance (B,)
     "constant": torch.ones_like,
@@ -302,3 +307,27 @@ def with_known_pixels(denoise: Denoiser, process: ContinuousProcess, x0: Tensor,
         return Prediction(*(torch.where(keep, a, b) for a, b in zip(exact[:2], pred[:2], strict=True)), pred.frac)
 
     return known_denoise
+
+
+def hold_pixels(
+    process: ContinuousProcess, x0: Tensor, x: Tensor, strength: Tensor, on_step: OnStep | None = None
+) -> OnStep:
+    """Returns an `on_step` that holds each pixel until its strength is reached, then calls the given one (differential
+    diffusion, Levin & Fried 2023).
+
+    `x` is x0 (B, C, H, W) noised to `process.start`, where sampling starts, and `strength` (B, H, W) in [0, 1] is on
+    the scale of `spacing.from_strength`. In a step from t, a pixel of less strength than t has follows x0 noised with
+    the noise of x; with more, it is free. So 0 keeps x0 exactly, pixels of 1 are sampled from noise, and a constant
+    map is SDEdit from its strength. The map of an example has no effect on others, but with a solver that
+    `looks_ahead`.
+    """
+    strength, least = strength.unsqueeze(1), strength.min().item()
+    noise = process.with_x0(Prediction(x0, x0), x0, x, expand(process.start, x)).eps
+
+    def hold(i: int, t: float, s: float, x_s: Tensor, predicted: Tensor) -> Tensor:
+        level = strength_of(process, min(t, process.start)) * (1 - ROUNDING)
+        if least < level:
+            x_s = torch.where(strength < level, process.corrupt(x0, expand(s, x_s), noise), x_s)
+        return x_s if on_step is None else on_step(i, t, s, x_s, predicted)
+
+    return hold

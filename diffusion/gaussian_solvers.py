@@ -345,5 +345,5 @@ SOLVERS = (
     Solver(heun, ContinuousProcess, ChurnOptions, steps=few_steps),
     Solver(dpmpp_2m, ContinuousProcess, steps=few_steps),
     Solver(dpmpp_2m_sde, ContinuousProcess, EtaOptions, steps=few_steps),
-    Solver(unipc, ContinuousProcess, steps=few_steps),
+    Solver(unipc, ContinuousProcess, steps=few_steps, looks_ahead=True),
 )

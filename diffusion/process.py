@@ -204,6 +204,16 @@ class ContinuousProcess(ABC):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scales(t), self.scales(s)
         return sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
 
+    def forward(self, x_s: Tensor, s: Tensor, t: Tensor, rng: Streams) -> Tensor:
+        """Samples x_t (B, C, H, W) from q(x_t | x_s) for t > s, which adds noise."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            scale, std = self.scales(t).alpha / self.scales(s).alpha, self.forward_variance(t, s).sqrt()
+            return append_dims(scale, x_s), append_dims(std, x_s)
+
+        scale, std = self.remember(("forward", x_s.dtype), (shared_number(s), shared_number(t)), compute)
+        return scale * x_s + std * rng.normal(x_s.shape).to(x_s.dtype)
+
     def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Variance of q(x_s | x_t, x_0), beta-tilde; float64."""
         return self.forward_variance(t, s) * (self.scales(s).sigma / self.scales(t).sigma) ** 2

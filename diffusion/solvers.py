@@ -46,6 +46,7 @@ class Solver:
     steps: StepCount = process_steps  # default number of steps
     schedule: str | None = None  # preferred schedule m(t)
     reveals_every_step: bool = False  # every step reveals at least one code, so more steps than codes are useless
+    looks_ahead: bool = False  # calls the network at the end of a step, so it does so again if `on_step` changes x
 
     @property
     def name(self) -> str:

@@ -80,6 +80,12 @@ def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProc
     return replace(process, start=min(start, process.start))
 
 
+def strength_of(process: ContinuousProcess, t: float) -> float:
+    """Returns the strength at which `from_strength` starts the process at t: sigma / (alpha + sigma), in [0, 1]."""
+    alpha, sigma = process.scales(torch.tensor(t, dtype=torch.float64))
+    return (sigma / (alpha + sigma)).item()
+
+
 def remaining_steps(
     process: ContinuousProcess, shortened: ContinuousProcess, steps: int, spacing: str, rho: float | None = None
 ) -> int:

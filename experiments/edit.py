@@ -12,6 +12,7 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
+    add_strength_maps,
     conditions_for,
     draw,
     encode_images,
@@ -21,6 +22,7 @@ from experiments.harness.editing import (
     redraw_input,
     save_comparison_grid,
     save_result_images,
+    scale_strength,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
@@ -42,12 +44,19 @@ class EditingConfig:
     """Classes to redraw each image as, by name or number; if omitted, all (at most the first ten)."""
     strength: float = 0.7
     """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
+    strength_map: tuple[str, ...] = ()
+    """Grey pictures of any size, one for all images or one each, that --strength is multiplied by: pixels are redrawn
+    by it where they are white, less where they are grey, and not at all where they are black."""
+    paste: bool = False
+    """Copy the pixels where --strength_map is black from the input, not as a first stage renders them."""
 
     EVERYDAY = ("label", "strength")
     RANGES = {"label": NOT_NEGATIVE, "strength": "(0, 1]"}
 
     def __post_init__(self):
         check_ranges(self)
+        if self.paste and not self.strength_map:
+            raise ValueError("got paste without strength_map, so that all pixels may change: pass --strength_map FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +81,10 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     editing, sampling = config.editing, config.sampling
     labels = target_labels(editing, model)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
+    if editing.strength_map:
+        inputs = add_strength_maps(inputs, config.given.image, editing.strength_map)
     conditions_for(model, inputs, [0], labels[:1], sampling)
-    return ExperimentSetup((inputs, labels, editing.strength, sampling), {"given_images": inputs.fingerprint})
+    return ExperimentSetup((inputs, labels, editing, sampling), {"given_images": inputs.fingerprint})
 
 
 def target_labels(editing: EditingConfig, model: TrainedSampler) -> list[int]:
@@ -86,7 +97,7 @@ def target_labels(editing: EditingConfig, model: TrainedSampler) -> list[int]:
 def measure(
     inputs: InputImages,
     labels: list[int],
-    strength: float,
+    editing: EditingConfig,
     sampling: SamplingConfig,
     model: TrainedSampler,
     batches: ResumableBatches,
@@ -96,7 +107,8 @@ def measure(
 
     def redraw(numbers: list[int]) -> Tensor:
         rows = [number // len(labels) for number in numbers]  # all classes share the mask or noise of an image
-        start = redraw_input(encode_images(inputs.image[rows], model), model, strength)
+        start = redraw_input(encode_images(inputs.image[rows], model), model, editing.strength)
+        start = scale_strength(start, inputs, rows, model)
         targets = [labels[number % len(labels)] for number in numbers]
         conditions, options = conditions_for(model, inputs, rows, targets, sampling)
         return draw(model, options, batches.seed, start, rows, conditions)
@@ -105,11 +117,13 @@ def measure(
     if edited is None:
         return None
     edited = edited.view(len(inputs), len(labels), *edited.shape[1:])
+    if editing.paste:
+        edited = torch.where((inputs.strength_map == 0)[:, None, None], inputs.image.unsqueeze(1), edited)
     save_result_images(batches.folder, inputs.names, edited, [f"as_{label}" for label in labels], batches.run)
     names = model.captions(torch.tensor(labels))
     save_comparison_grid(batches.folder / "edited.png", inputs.image, edited, headings=["original", *names])
     classifier = classifier_for(model.data)
-    results = {"n_images": len(inputs), "strength": strength, "labels": [], "names": names, "of_label": []}
+    results = {"n_images": len(inputs), "strength": editing.strength, "labels": [], "names": names, "of_label": []}
     for k, label in enumerate(labels):
         row = {"distance": mean_abs_difference(inputs.image, edited[:, k])}
         if classifier is not None:

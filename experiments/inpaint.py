@@ -1,6 +1,7 @@
 """Inpaints and outpaints images: fills in masked or transparent regions, or extends the canvas."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
     add_margins,
+    add_strength_maps,
     apply_masks,
     centring_margins,
     condition_source_for,
@@ -26,8 +28,9 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.prompt_inputs import check_reads_prompts
-from experiments.harness.report import table
+from experiments.harness.report import progress, table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
+from experiments.metrics.cost import count_nfe
 from models.conditions.image import MASK
 from models.ranges import NOT_NEGATIVE, SIZE, check_ranges
 from train.class_names import ClassLabel
@@ -35,6 +38,7 @@ from train.condition_images import IMAGE
 from train.config import SamplingConfig
 from train.data.transforms import to_float
 from train.distributed import DistContext
+from train.spaces import EditInput, max_in_cells
 from train.trained_sampler import TrainedSampler
 
 GREY = 128  # shown in place of masked pixels
@@ -47,8 +51,11 @@ class InpaintingConfig:
     mask: tuple[str, ...] = ()
     """Masks of any size, white where to fill in: one for all images or one each; if omitted, transparent pixels."""
     hide: Literal["left", "right", "top", "bottom", "centre"] | None = None
-    """Half of the image to mask as well (centre: its central quarter). Held-out images, unless --outpaint or --shape is
-    given: bottom."""
+    """Half of the image to mask as well (centre: its central quarter). Held-out images, unless --outpaint, --shape or
+    --strength_map is given: bottom."""
+    strength_map: tuple[str, ...] = ()
+    """Grey pictures, one for all images or one each: how much of the visible pixels may change, from black, nothing, to
+    white, all. Without --mask, --hide or a larger canvas nothing else is masked."""
     outpaint: tuple[int, int, int, int] | None = None
     """Extend the canvas at the top, right, bottom and left by this much: codes or latents (pixel models: pixels)."""
     shape: tuple[int, int] | None = None
@@ -107,6 +114,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     inputs = add_conditions(inputs, inpainting.prompt, model)
     label = None if inpainting.label is None else [inpainting.label]
     conditions_for(model, inputs, [0], label, sampling)
+    if inpainting.strength_map and reads_masks(model):
+        raise ValueError(f"got strength_map for {model.run}, which reads masks: pass --mask, or another --load_dir")
     own = inpainting.prompt is not None or reads_masks(model)
     return ExperimentSetup(
         (inputs, inpainting, sampling),
@@ -143,21 +152,41 @@ def load_masked_images(
     files = images.image
     inputs = load_input_images(files, images.n_images, model, condition_file)
     larger = inpainting.outpaint is not None or inpainting.shape is not None
+    by_default = inpainting.hide is None and not larger and not inpainting.strength_map
     if inpainting.hide is not None:
         inputs = mask_part(inputs, inpainting.hide)
-    if inpainting.mask or (files and inpainting.hide is None and not larger):
+    if inpainting.mask or (files and by_default):
         inputs = apply_masks(inputs, files, inpainting.mask, model.data.size)
-    if not files and inpainting.hide is None and not larger:
+    if not files and by_default:
         inputs = mask_part(inputs, "bottom")
+    if inpainting.strength_map:
+        inputs = add_strength_maps(inputs, files, inpainting.strength_map)
     if larger:
         factor = model.space.factor
         grid = tuple(side // factor for side in model.data.size)
         margins = inpainting.outpaint or centring_margins(grid, inpainting.shape)
         inputs = add_margins(inputs, tuple(factor * margin for margin in margins))
-    unmasked = [name for name, mask in zip(inputs.names, inputs.mask, strict=True) if not mask.any()]
+    unmasked = [name for name, mask in zip(inputs.names, changing_pixels(inputs), strict=True) if not mask.any()]
     if unmasked:
         raise ValueError(f"nothing of {unmasked[0]} is masked: masks are white where the image is to be filled in")
     return inputs
+
+
+def changing_pixels(inputs: InputImages) -> Tensor:
+    """Returns which pixels are filled in or may change: (N, H, W) bool."""
+    return inputs.mask if inputs.strength_map is None else inputs.mask | (inputs.strength_map > 0)
+
+
+def with_strengths(
+    start: EditInput, inputs: InputImages, mask: Tensor, rows: list[int], trained: TrainedSampler
+) -> EditInput:
+    """Returns the `EditInput` of these images with their strength maps, if there are any, and 1 where they are masked
+    by `mask` (N, H, W)."""
+    if inputs.strength_map is None:
+        return start
+    strengths = torch.where(mask[rows], 1.0, inputs.strength_map[rows]).to(trained.device)
+    cells = max_in_cells(strengths, trained.space.factor)
+    return start._replace(keep=cells == 0, strength_map=cells)
 
 
 def canvas_shape(inputs: InputImages, trained: TrainedSampler) -> tuple[int, int]:
@@ -186,33 +215,45 @@ def measure(
             start, conditions = None, conditions | {MASK: to_float(as_picture(mask[rows]))}
         else:
             start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
+            start = with_strengths(start, inputs, mask, rows, model)
         return draw(model, options, batches.seed, start, indices, conditions, **canvas)
 
-    n = len(inputs) * count
-    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.mask, 0), batches)
+    def fill_in(numbers: list[int]) -> dict[str, Tensor]:
+        with count_nfe(model.sampler.network) as nfe:
+            images = inpaint_batch(numbers, inputs.mask, 0)
+        return {"image": images, "evaluations": torch.tensor([nfe.evaluations])}
+
+    n, is_main = len(inputs) * count, batches.world.is_main
+    filled = list(progress(batches.resume("filled in", range(n), fill_in), n, "inpainted", is_main))
     same_size = tuple(inputs.mask.shape[1:]) == model.data.size  # the classifier takes no larger canvases
     classifier, unconstrained = classifier_for(model.data) if same_size else None, None
     if classifier is not None:  # chance level: everything masked, and indices from n on for other random numbers
         everything = torch.ones_like(inputs.mask)
-        unconstrained = generate_in_batches(
-            "all hidden", n, lambda numbers: inpaint_batch(numbers, everything, n), batches
-        )
-    if inpainted is None:
+        hidden = partial(inpaint_batch, mask=everything, first_index=n)
+        unconstrained = generate_in_batches("all hidden", n, hidden, batches)
+    if not is_main:
         return None
-    results = group_by_image(inpainted, inputs, inpainting.paste)
-    save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
-    masked = torch.where(inputs.mask.unsqueeze(1), GREY, inputs.image)
-    save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
+    results = group_by_image(torch.cat([batch["image"] for batch in filled]), inputs, inpainting.paste)
+    save_pictures(inputs, results, batches)
     record = {
         "n_images": len(inputs),
         "results_per_image": count,
         "hidden_share": inputs.mask.float().mean().item(),
+        "network_calls_per_image": sum(batch["evaluations"].item() for batch in filled) / n,
         "visible_pixels": "copied from the input" if inpainting.paste else "as rendered by the model",
     }
     if classifier is not None:
         unconstrained = unconstrained.view(len(inputs), count, *unconstrained.shape[1:])
         record |= measure_agreement(classifier, inputs.image, results, unconstrained)
     return record | {"run": batches.run}
+
+
+def save_pictures(inputs: InputImages, results: Tensor, batches: ResumableBatches) -> None:
+    """Saves results (N, R, C, H, W) as images, and as inpainted.png beside the inputs."""
+    columns = [str(i) for i in range(results.shape[1])]
+    save_result_images(batches.folder, inputs.names, results, columns, batches.run)
+    masked = torch.where(inputs.mask.unsqueeze(1), GREY, inputs.image)
+    save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
 
 
 def measure_agreement(
@@ -230,10 +271,11 @@ def measure_agreement(
 def group_by_image(images: Tensor, inputs: InputImages, paste: bool) -> Tensor:
     """Groups images (N * results, C, H, W) by input: (N, results, C, H, W).
 
-    With `paste`, visible pixels are replaced by those of the inputs.
+    With `paste`, visible pixels that may not change are replaced by those of the inputs.
     """
     images = images.view(len(inputs), -1, *images.shape[1:])
-    return torch.where(inputs.mask[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
+    changing = changing_pixels(inputs)[:, None, None]
+    return torch.where(changing, images, inputs.image.unsqueeze(1)) if paste else images
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
@@ -244,6 +286,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
         ("masked pixels", f"{100 * results['hidden_share']:.0f} %"),
         ("visible pixels", results["visible_pixels"]),
     ]
+    if "network_calls_per_image" in results:  # results of earlier versions lack it
+        rows.append(("network calls per image", f"{results['network_calls_per_image']:g}"))
     if "survival" in results:
         rows.append(("class agreement ± standard error, higher is better", str(Proportion(**results["survival"]))))
         rows.append(("chance level (everything masked)", str(Proportion(**results["chance"]))))

@@ -110,7 +110,14 @@ def test_the_flags_of_samplers_and_training_are_frozen():
             *("guidance_rescale", "guidance_rescale_of", "steps_offset", "last_state"),
             "clip",
         ),
-        *("dynamic_threshold", "guidance_rescale_of", "last_state", "steps_offset"),
+        *(
+            "dynamic_threshold",
+            "guidance_rescale_of",
+            "last_state",
+            "steps_offset",
+            "repaint_jump",
+            "repaint_resamplings",
+        ),
     }
     assert cli.flag_names(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),

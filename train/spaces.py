@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
@@ -29,6 +30,7 @@ class EditInput(NamedTuple):
     x0: Tensor
     keep: Tensor  # (B, h, w) bool: positions that never change
     strength: float = 1.0  # fraction in [0, 1] of the other codes that is masked first, or of noise in x_t
+    strength_map: Tensor | None = None  # (B, h, w) in [0, 1]: a strength of each position, where below `strength`
 
 
 class Space(Protocol):
@@ -129,6 +131,12 @@ def any_in_cells(mask: Tensor, factor: int) -> Tensor:
     if H % factor or W % factor:
         raise ValueError(f"got a mask of {H}x{W} pixels, wanted multiples of {factor}")
     return mask.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
+
+
+def max_in_cells(strength: Tensor, factor: int) -> Tensor:
+    """Downsamples a strength map (B, H, W) to (B, H / factor, W / factor): the largest strength of a cell's pixels, so
+    that a cell is kept only if all of its pixels are."""
+    return F.max_pool2d(strength.unsqueeze(1), factor).squeeze(1)
 
 
 def encoding_batch(data: DataConfig) -> int:

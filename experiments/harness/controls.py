@@ -28,6 +28,8 @@ LABELS = {  # of flags whose names are not the usual terms
     "s_tmin": "smallest sigma of churn",
     "s_tmax": "largest sigma of churn",
     "s_noise": "noise factor of churn",
+    "repaint_resamplings": "RePaint resamplings",
+    "repaint_jump": "RePaint jump",
 }
 HINTS = {  # of the main settings, shorter than the help texts of their flags
     "sample_steps": "More take longer.",

@@ -25,7 +25,7 @@ from train.data.transforms import as_uint8, cover_size, range_for_image, to_item
 from train.datasets._channels import PICTURES, decode_channels, image_size
 from train.datasets._decode import DAMAGED, decode, open_image, to_grey_or_rgb
 from train.loop import Batch
-from train.spaces import EditInput
+from train.spaces import EditInput, max_in_cells
 from train.trained_sampler import TrainedSampler
 
 OPAQUE = 255  # alpha value; less opaque pixels count as masked
@@ -58,16 +58,17 @@ class InputImages:
     names: tuple[str, ...]  # N
     rows: tuple[Row, ...] = ()  # of conditions, assigned to the images cyclically; may be empty
     labels: tuple[int, ...] = ()  # N, the classes of held-out images; empty if there are none
+    strength_map: Tensor | None = None  # float32 (N, H, W) in [0, 1]: how much of each pixel may change
 
     def __len__(self) -> int:
         return len(self.image)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the masks and the visible pixels."""
+        """SHA-256 of the masks, the visible pixels and the strength maps."""
         visible = self.image.masked_fill(self.mask.unsqueeze(1), 0)
         digest = hashlib.sha256(repr(tuple(visible.shape)).encode())
-        for array in (visible, self.mask):
+        for array in (visible, self.mask) if self.strength_map is None else (visible, self.mask, self.strength_map):
             digest.update(array.numpy().tobytes())
         return digest.hexdigest()
 
@@ -120,12 +121,17 @@ def preprocess(image: Image.Image | np.ndarray, trained: TrainedSampler) -> Tens
 
 def preprocess_mask(mask: Image.Image, image: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:
     """Resizes and crops a mask of any size like its image: bool (H, W), True where it is white."""
+    return preprocess_grey(mask, image, size) >= 128
+
+
+def preprocess_grey(grey: Image.Image, image: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Resizes and crops a grey picture of any size like its image, without new levels of grey: uint8 (H, W)."""
     from torchvision.transforms.v2 import functional as resizing
 
     nearest = {"interpolation": resizing.InterpolationMode.NEAREST}
-    mask = trim(resizing.resize(mask.convert("L"), [*image_size(image)], **nearest), size)
-    mask = resizing.resize(mask, cover_size(mask.height, mask.width, size), **nearest)
-    return resizing.to_image(resizing.center_crop(mask, [*size])).as_subclass(Tensor)[0] >= 128
+    grey = trim(resizing.resize(grey.convert("L"), [*image_size(image)], **nearest), size)
+    grey = resizing.resize(grey, cover_size(grey.height, grey.width, size), **nearest)
+    return resizing.to_image(resizing.center_crop(grey, [*size])).as_subclass(Tensor)[0]
 
 
 def transparency_mask(path: Path) -> Image.Image | None:
@@ -165,6 +171,26 @@ def apply_masks(
     return dataclasses.replace(inputs, mask=inputs.mask | torch.stack(added))
 
 
+def add_strength_maps(inputs: InputImages, files: tuple[str, ...], maps: tuple[str, ...]) -> InputImages:
+    """Adds strength maps from grey pictures, one for all images or one each.
+
+    They are resized and cropped like the image `files`, or to the size of held-out images. ValueError: their number
+    does not match, or all of them are black.
+    """
+    if len(maps) not in (1, len(inputs)):
+        got = f"got {len(maps)} strength maps for {len(inputs)} images"
+        raise ValueError(f"{got}, wanted one, or one per image: see --strength_map")
+    n_channels, size = inputs.image.shape[1], tuple(inputs.image.shape[2:])
+    images = [read_image(Path(name), n_channels) for name in files] or [np.empty(size)] * len(inputs)
+    greys = [to_grey_or_rgb(decode(find_image(Path(name)))) for name in maps]
+    greys = greys * len(inputs) if len(greys) == 1 else greys
+    levels = [preprocess_grey(grey, image, size) for grey, image in zip(greys, images, strict=True)]
+    strength = torch.stack(levels).float() / 255
+    if not strength.any():
+        raise ValueError(f"got {maps[0]}, which is black: strength maps are brighter where images are to change")
+    return dataclasses.replace(inputs, strength_map=strength)
+
+
 def mask_part(inputs: InputImages, part: str) -> InputImages:
     """Masks one half of each image, or its centre (half its height and width), as well."""
     H, W = inputs.mask.shape[1:]
@@ -183,9 +209,10 @@ def mask_part(inputs: InputImages, part: str) -> InputImages:
 def add_margins(inputs: InputImages, margins: tuple[int, int, int, int]) -> InputImages:
     """Pads the images with masked margins of (top, right, bottom, left) pixels."""
     top, right, bottom, left = margins
-    around = (left, right, top, bottom)
+    around, strengths = (left, right, top, bottom), inputs.strength_map
     image, mask = F.pad(inputs.image, around), F.pad(inputs.mask, around, value=True)
-    return dataclasses.replace(inputs, image=image, mask=mask)
+    strengths = None if strengths is None else F.pad(strengths, around, value=1.0)
+    return dataclasses.replace(inputs, image=image, mask=mask, strength_map=strengths)
 
 
 def centring_margins(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -266,6 +293,18 @@ def redraw_input(x0: Tensor, trained: TrainedSampler, strength: float) -> EditIn
     """Returns the `EditInput` that masks or noises all of x0 (B, ...) by `strength`; no position is certain to stay."""
     grid = x0.shape[-2:]
     return EditInput(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
+
+
+def scale_strength(start: EditInput, inputs: InputImages, rows: list[int], trained: TrainedSampler) -> EditInput:
+    """Returns the `EditInput` of these images with its strength multiplied by their strength maps, if there are any.
+
+    All images start from the largest strength in any map, whatever batch they are in.
+    """
+    if inputs.strength_map is None:
+        return start
+    maps = max_in_cells(inputs.strength_map[rows].to(trained.device), trained.space.factor)
+    largest = inputs.strength_map.max().item()
+    return start._replace(strength=start.strength * largest, strength_map=start.strength * maps)
 
 
 def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from experiments.harness.editing import load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
@@ -69,6 +71,32 @@ def test_a_fraction_of_the_codes_is_kept(trained, draw_calls):
     assert 0.6 <= (result["codes"] == edit_input.x0).float().mean() < 0.8  # some masked codes are sampled unchanged
 
 
+@pytest.mark.parametrize("sampler", ["absorbing", "ddpm"])
+def test_a_strength_map_keeps_where_it_is_black(sampler, request, tmp_path, draw_calls):
+    logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
+    path, black = tmp_path / "map.png", torch.zeros(32, 32, dtype=torch.uint8)
+    black[:, 8:] = 128
+    Image.fromarray(black.numpy()).save(path)
+    flags = f"--sampler {sampler} --n_images 2 --label 1 2 --sample_steps 8 --strength 0.9 --strength_map {path}"
+    edit(logs, f"{flags} --paste --log_dir by_map")
+    ((*_, start, result),) = draw_calls
+    cells = start.strength_map.shape[-1]
+    assert start.strength == pytest.approx(0.9 * 128 / 255) and not start.keep.any()
+    assert (start.strength_map[..., : cells // 4] == 0).all()
+    assert torch.allclose(start.strength_map[..., cells // 4 :], torch.tensor(start.strength))
+    model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs)))
+    images = load_input_images((), 2, model).image
+    if sampler == "ddpm":
+        quarter = images.shape[-1] // 4
+        assert torch.equal(result["image"][::2, ..., :quarter], images[..., :quarter])
+    else:
+        assert torch.equal(result["codes"][..., : cells // 4], start.x0[..., : cells // 4])
+    pictures = [Image.open(path).convert("L") for path in sorted((logs / "by_map" / "images").glob("*.png"))]
+    pasted, kept = torch.stack([torch.from_numpy(np.array(each)) for each in pictures]), images.shape[3] // 4
+    assert torch.equal(pasted[::2, ..., :kept], images[:, 0, :, :kept])
+    assert not torch.equal(pasted[::2], images[:, 0])
+
+
 def test_an_interrupted_edit_resumes(trained, monkeypatch, draw_calls):
     flags = "--n_images 4 --label 1 --batch_size 2 --sample_steps 2"
     edit(trained, f"{flags} --log_dir edit_whole")
@@ -95,8 +123,6 @@ def test_an_interrupted_edit_resumes(trained, monkeypatch, draw_calls):
 def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
     image = load_input_images((), 1, model).image[0, 0]
-    from PIL import Image
-
     path = tmp_path / "a.png"
     for k in (0, 1):
         Image.fromarray((image // (k + 1)).numpy()).save(path)
@@ -116,6 +142,8 @@ def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
         ("--strength 1.5", "--strength"),
         ("--label 12", "label 12, wanted a class from 0 to 9"),
         ("--n_images 0", "--n_images"),
+        ("--paste", "pass --strength_map FILE"),
+        ("--strength_map nowhere.png", "nowhere.png not found"),
     ],
 )
 def test_invalid_settings_are_refused(trained, capsys, flags, expected):

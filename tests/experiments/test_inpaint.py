@@ -119,6 +119,36 @@ def test_no_paste_keeps_the_models_rendering(trained):
     assert "rendered by the model" in read_results(trained / "rendered")["visible_pixels"]
 
 
+def test_repaint_is_counted_and_keeps_what_is_visible(trained_ddpm, starts, capsys):
+    flags = "--sampler ddpm --n_images 2 --results 1 --sample_steps 4 --solver ddim"
+    inpaint(trained_ddpm, f"{flags} --repaint_resamplings 3 --repaint_jump 1 --log_dir repainted")
+    start, result = starts[0]
+    assert start.keep.any() and "network calls per image" in capsys.readouterr().out
+    results = read_results(trained_ddpm / "repainted")
+    assert results["network_calls_per_image"] == 4 + 3 * 2
+    assert results["run"]["sampling"]["repaint_resamplings"] == 3
+
+
+@pytest.mark.parametrize(("logs", "sampler"), [("trained", "absorbing"), ("trained_ddpm", "ddpm")])
+def test_a_strength_map_softens_the_mask(logs, sampler, request, picture, starts):
+    logs, levels = request.getfixturevalue(logs), np.zeros((16, 16), np.uint8)
+    levels[:, 4:8], levels[:, 8:] = 51, 255
+    Image.fromarray(levels).save(picture / "levels.png")
+    flags = f"--sampler {sampler} --image {picture / 'one.png'} --results 1 --sample_steps 8"
+    inpaint(logs, f"{flags} --strength_map {picture / 'levels.png'} --log_dir softened")
+    start, _ = starts[0]
+    quarter = start.keep.shape[-1] // 4
+    assert start.keep[..., :quarter].all() and not start.keep[..., quarter:].any() and start.strength == 1
+    assert torch.allclose(start.strength_map[..., quarter : 2 * quarter], torch.tensor(0.2))
+    assert (start.strength_map[..., 2 * quarter :] == 1).all()
+    model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs)))
+    image = load_input_images((str(picture / "one.png"),), 1, model).image[0, 0]
+    (path,) = (logs / "softened" / "images").glob("*.png")
+    kept = image.shape[1] // 4
+    assert torch.equal(pixels(path)[:, :kept], image[:, :kept])
+    assert not torch.equal(pixels(path)[:, kept:], image[:, kept:])
+
+
 def test_outpainting_extends_the_canvas_around_the_image(trained, trained_ddpm, starts):
     flags = "--n_images 1 --results 1 --sample_steps 2"
     inpaint(trained, f"{flags} --outpaint 1 0 0 2 --log_dir around")

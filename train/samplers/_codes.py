@@ -203,7 +203,8 @@ class CodeSampler(LearnedSampler):
         if mask is None:
             name = type(self.process).__name__
             raise ValueError(f"got codes to keep for {name}, which may change any code: pass --sampler absorbing")
-        return torch.where(edit.keep, edit.x0, mask_at_random(edit.x0, edit.strength, mask, rng))
+        prob = edit.strength if edit.strength_map is None else edit.strength_map.clamp(max=edit.strength)
+        return torch.where(edit.keep, edit.x0, mask_at_random(edit.x0, prob, mask, rng))
 
     @abstractmethod
     def make_denoiser(

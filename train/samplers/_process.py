@@ -11,10 +11,11 @@ from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
 from diffusion.gaussian_solvers import ChurnOptions
 from diffusion.process import ContinuousProcess
+from diffusion.repaint import PAPER_JUMP, split_descents
 from diffusion.rng import Streams
 from diffusion.sd_solvers import WHOLE_STEPS, whole_step_times
 from diffusion.spacing import from_strength, remaining_steps, step_times
-from models.ranges import COUNT_OR_ZERO, FINITE, POSITIVE
+from models.ranges import COUNT_OR_ZERO, FINITE, MILLION, POSITIVE
 from train.config import SamplerConfig, SamplingConfig
 from train.samplers import select_solver
 from train.spaces import EditInput
@@ -132,14 +133,25 @@ class StepsConfig(SamplingConfig):
     """edm: smallest noise level, at which the last step starts; default: 0.002."""
     sigma_max: float | None = None
     """edm: noise level that sampling starts from; default: 80."""
+    repaint_resamplings: int = 1
+    """RePaint: how often each stretch of --repaint_jump steps is sampled, with new noise between; for inpainting, which
+    then fits better to what is visible. 1: once, without jumps back."""
+    repaint_jump: int | None = None
+    """RePaint: steps of a jump back to more noise; default: 10."""
 
-    RANGES = {"rho": "[1, 1000]", "sigma_min": POSITIVE, "sigma_max": POSITIVE, "steps_offset": COUNT_OR_ZERO}
+    RANGES = {
+        **{"rho": "[1, 1000]", "sigma_min": POSITIVE, "sigma_max": POSITIVE, "steps_offset": COUNT_OR_ZERO},
+        **{"repaint_resamplings": MILLION, "repaint_jump": MILLION},
+    }
 
     def __post_init__(self):
         super().__post_init__()
         if self.steps_offset and self.spacing != "whole_leading":
             got = f"got steps_offset {self.steps_offset} for spacing {self.spacing}"
             raise ValueError(f"{got}: pass --spacing whole_leading, or leave it out")
+        if self.repaint_jump is not None and self.repaint_resamplings == 1:
+            got = f"got repaint_jump {self.repaint_jump} for repaint_resamplings 1, which has no jumps"
+            raise ValueError(f"{got}: pass --repaint_resamplings 10, or leave it out")
 
     def names_without_effect(self, process: ContinuousProcess) -> set[str]:
         spacing = process.default_spacing if self.spacing == "auto" else self.spacing
@@ -177,7 +189,8 @@ def initial_state(
     if edit is None:
         return process, process.prior(shape, rng)
     process, noise = from_strength(process, edit.strength), rng.normal(shape)
-    x0 = edit.x0 if edit.strength < 1 else edit.x0.masked_fill(~edit.keep.unsqueeze(1), 0)
+    unread = ~edit.keep if edit.strength_map is None else ~edit.keep & (edit.strength_map >= 1)
+    x0 = edit.x0 if edit.strength < 1 else edit.x0.masked_fill(unread.unsqueeze(1), 0)
     return process, process.corrupt(x0, torch.tensor(process.start), noise)
 
 
@@ -204,3 +217,9 @@ def solver_times(
         steps = remaining_steps(whole, process, steps, spacing, options.rho)
     times = [t for t in step_times(process, steps, spacing, options.rho)[:-1] if t > last]
     return [*times, last]
+
+
+def solver_descents(options: StepsConfig, times: list[float]) -> list[list[float]]:
+    """Returns the descents of RePaint for the times of `solver_times`; only these without --repaint_resamplings."""
+    jump = PAPER_JUMP if options.repaint_jump is None else options.repaint_jump
+    return split_descents(times, jump, options.repaint_resamplings)

@@ -8,13 +8,21 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from diffusion.denoisers import check_interval, check_interval_is_met, guided, thresholded, with_known_pixels
+from diffusion.denoisers import (
+    check_interval,
+    check_interval_is_met,
+    guided,
+    hold_pixels,
+    thresholded,
+    with_known_pixels,
+)
 from diffusion.edm import EDM
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.likelihood import bits_per_dimension, flow_bound
 from diffusion.process import ContinuousProcess
+from diffusion.repaint import solve_descents
 from diffusion.rng import Streams, to_device
-from diffusion.solvers import solver_options_for
+from diffusion.solvers import Solver, solver_options_for
 from diffusion.spacing import from_strength
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
@@ -41,6 +49,7 @@ from train.samplers._process import (
     initial_state,
     make_process,
     sampling_process,
+    solver_descents,
     solver_times,
 )
 from train.spaces import EditInput
@@ -138,6 +147,9 @@ class Sampling(StepsConfig, *solver_options_for(ContinuousProcess), SamplingConf
 
     def __post_init__(self):
         super().__post_init__()
+        if self.s_churn and self.repaint_resamplings > 1:
+            got = f"got s_churn {self.s_churn} and repaint_resamplings {self.repaint_resamplings}"
+            raise ValueError(f"{got}, which both add noise on the way: leave one out")
         longest = max(EDM.start, self.sigma_max or 0)  # `guided` checks again, with the process
         check_interval(self.guidance_interval, longest)
 
@@ -300,7 +312,8 @@ class GaussianSampler(LearnedSampler):
         """Samples x (B, C, H, W) for the B streams of `rng`.
 
         With a strength of `edit` below 1, pixels that are not kept start from noisy x0 as well (SDEdit, Meng et al.
-        2022), and only the steps from that noise level on are taken.
+        2022), and only the steps from that noise level on are taken; with a strength map, each pixel starts from its
+        own level.
         """
         if window_stride is not None:
             raise ValueError(f"got window_stride {window_stride}: a UNet samples any canvas in one piece, leave it out")
@@ -315,7 +328,11 @@ class GaussianSampler(LearnedSampler):
         times = solver_times(whole, process, options, math.prod(self.shape[1:]))
         if options.is_guided:
             check_interval_is_met(options.guidance_interval, times)
-        x = solver.solve(denoise, process, x, times, rng=rng, on_step=on_step, **solver_kwargs)
+        if edit is not None and edit.strength_map is not None:
+            check_strength_map(solver, options)
+            on_step = hold_pixels(process, edit.x0, x, edit.strength_map, on_step)
+        solve, descents = partial(solver.solve, denoise, process, **solver_kwargs), solver_descents(options, times)
+        x = solve_descents(solve, process, x, descents, rng=rng, on_step=on_step)
         return check_finite(x, x.isfinite().all(), options)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
@@ -337,6 +354,16 @@ class GaussianSampler(LearnedSampler):
         if isinstance(self.process, GaussianDiffusion):
             return bits_per_dimension(thresholded(conditional, self.process), self.process, x0, rng, nfe)
         return flow_bound(conditional, self.process, x0, rng, nfe)
+
+
+def check_strength_map(solver: Solver, options: Sampling) -> None:
+    """Raises ValueError for settings of sampling that do not go with a strength map."""
+    if solver.looks_ahead:
+        got = f"got a strength map for solver {solver.name}, which looks ahead of the steps that hold pixels"
+        raise ValueError(f"{got}: pass --solver dpmpp_2m")
+    if options.repaint_resamplings > 1:
+        got = f"got a strength map and repaint_resamplings {options.repaint_resamplings}"
+        raise ValueError(f"{got}, which returns to more noise than its pixels have: leave one out")
 
 
 def build(config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int) -> GaussianSampler:

@@ -1,4 +1,4 @@
-"""Editing with absorbing models: the masked fraction, and windows without masked codes."""
+"""Editing with absorbing models: the masked fraction, strength maps, and windows without masked codes."""
 
 import pytest
 import torch
@@ -31,6 +31,20 @@ def test_strength_is_the_masked_fraction_for_any_schedule(schedule):
     make_sampler(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), edit=edit)
     fraction = (network.calls[0][0] == 5).float().mean().item()
     assert fraction == pytest.approx(0.7, abs=5 * (0.21 / 3200) ** 0.5)
+
+
+def test_a_strength_map_is_the_masked_fraction_of_each_place():
+    x0, free = torch.zeros(50, 8, 8, dtype=torch.long), torch.zeros(50, 8, 8, dtype=torch.bool)
+
+    def start(strength, strengths=None):
+        edit = EditInput(x0, free, strength, strengths)
+        return make_sampler().initial_codes(edit, (50, 8, 8), Streams(list(range(50)))) == 5
+
+    assert torch.equal(start(0.7, torch.full((50, 8, 8), 0.7)), start(0.7))
+    assert not start(1.0, torch.zeros(50, 8, 8)).any() and start(1.0, torch.ones(50, 8, 8)).all()
+    columns = start(0.7, torch.tensor([0.0, 0.2, 0.9, 1.0]).repeat(2).expand(50, 8, 8)).float().mean((0, 1))
+    assert columns.tolist() == pytest.approx([0, 0.2, 0.7, 0.7] * 2, abs=5 * (0.25 / 400) ** 0.5)
+    assert columns[0] == columns[4] == 0
 
 
 def test_windows_of_known_codes_are_not_evaluated():
