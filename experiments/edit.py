@@ -230,7 +230,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
         "stays": ("as before", lambda value: str(Proportion(**value))),
     }
     columns = {key: column for key, column in columns.items() if key in results["of_label"][0]}
-    rows = [("target", *(heading for heading, _ in columns.values()))]
+    kind = "target" if None in results["labels"] else "target class"
+    rows = [(kind, *(heading for heading, _ in columns.values()))]
     names = results.get("names", results["labels"])  # results of earlier versions have numbers only
     for name, row in zip(names, results["of_label"], strict=True):
         rows.append((str(name), *(text(row[key]) for key, (_, text) in columns.items())))

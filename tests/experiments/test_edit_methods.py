@@ -18,6 +18,7 @@ from train.trained_sampler import TrainedSampler
 
 METHODS = ("diffedit", "flowedit")
 CAPTIONS = ["a red star", "a blue ring"]
+LEARNED = "--train_steps 20 --lr 0.02 --warmup_iters 0 --ema_beta 0.5 --no_amp"  # conditions matter after it
 
 
 def edit(logs, flags):
@@ -35,12 +36,20 @@ def pixels(path):
 
 
 @pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A model of classes of 8x8 digits."""
+    logs = tmp_path_factory.mktemp("logs")
+    call("train_sampler.py", f"--logs_root {logs} {DDPM} {LEARNED} --log_dir ddpm_digits", validation_images=4)
+    return logs
+
+
+@pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """A model of captions of 8x8 images, trained for two steps."""
+    """A model of captions of 8x8 images."""
     logs = tmp_path_factory.mktemp("logs")
     data = write_captioned_images(tmp_path_factory.mktemp("data"), CAPTIONS)
     text = "--conditions text --text_width 16 --text_layers 1 --text_heads 2 --attn_block_type transformer"
-    flags = f"--logs_root {logs} {data} {DDPM} {text} --no_amp --train_steps 2 --log_dir text"
+    flags = f"--logs_root {logs} {data} {DDPM} {text} {LEARNED} --log_dir text"
     call("train_sampler.py", flags, validation_images=4)
     return logs
 
@@ -48,11 +57,11 @@ def captioned(tmp_path_factory):
 # By class
 
 
-def test_diffedit_by_class_keeps_the_rest_and_counts_its_calls(trained_ddpm, capsys):
+def test_diffedit_by_class_keeps_the_rest_and_counts_its_calls(classes, capsys):
     flags = "--sampler ddpm --n_images 3 --label 3 8 --sample_steps 4 --strength 1 --guidance 2 --noisings 3"
-    edit(trained_ddpm, f"--method diffedit {flags} --log_dir by_class")
-    folder, results = trained_ddpm / "by_class", read_results(trained_ddpm / "by_class")
-    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm)))
+    edit(classes, f"--method diffedit {flags} --log_dir by_class")
+    folder, results = classes / "by_class", read_results(classes / "by_class")
+    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(classes)))
     inputs = load_input_images((), 3, model)
     for k, label in enumerate((3, 8)):
         row = results["of_label"][k]
@@ -67,49 +76,49 @@ def test_diffedit_by_class_keeps_the_rest_and_counts_its_calls(trained_ddpm, cap
         assert grid.width > 4 * 8  # original | mask | result | mask | result
 
 
-def test_flowedit_by_class_counts_its_calls(trained_ddpm):
+def test_flowedit_by_class_counts_its_calls(classes):
     flags = "--sampler ddpm --n_images 2 --label 3 --sample_steps 4 --strength 1 --noisings 2"
     for name, options, calls in (
         ("flow", "", 2 * 2 * 4),
         ("guided", "--guidance 2 --plain_steps 1", 2 * 3 * (1 + 2) + 2),
         ("both", "--guidance 2 --source_guidance 3", 2 * 4 * (2 + 2)),
     ):
-        edit(trained_ddpm, f"--method flowedit {flags} {options} --log_dir {name}")
-        (row,) = read_results(trained_ddpm / name)["of_label"]
+        edit(classes, f"--method flowedit {flags} {options} --log_dir {name}")
+        (row,) = read_results(classes / name)["of_label"]
         assert row["calls"] == calls and row["distance"] > 0 and "outside" not in row
-        assert not (trained_ddpm / name / "masks").exists()
+        assert not (classes / name / "masks").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_own_class_of_an_image_changes_nothing(trained_ddpm, method, tmp_path):
+def test_the_own_class_of_an_image_changes_nothing(classes, method, tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "a.png")
     flags = f"--sampler ddpm --method {method} --image {tmp_path / 'a.png'} --sample_steps 3 --label 3 4"
-    edit(trained_ddpm, f"{flags} --source_label 3 --guidance 2 --source_guidance 2 --log_dir own_{method}")
-    own, other = read_results(trained_ddpm / f"own_{method}")["of_label"]
+    edit(classes, f"{flags} --source_label 3 --guidance 2 --source_guidance 2 --log_dir own_{method}")
+    own, other = read_results(classes / f"own_{method}")["of_label"]
     assert own["distance"] == 0 < other["distance"]
 
 
-def test_sdedit_keeps_what_its_mask_leaves(trained_ddpm, tmp_path):
+def test_sdedit_keeps_what_its_mask_leaves(classes, tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "a.png")
     Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 2, 0)).save(tmp_path / "right.png")
     flags = f"--sampler ddpm --image {tmp_path / 'a.png'} --mask {tmp_path / 'right.png'} --label 3 --sample_steps 3"
     for method in ("sdedit", "diffedit"):
-        edit(trained_ddpm, f"{flags} --method {method} --strength 1 --log_dir right_{method}")
-        (row,) = read_results(trained_ddpm / f"right_{method}")["of_label"]
+        edit(classes, f"{flags} --method {method} --strength 1 --log_dir right_{method}")
+        (row,) = read_results(classes / f"right_{method}")["of_label"]
         assert (row["masked"], row["outside"]) == (0.5, 0) and row["inside"] > 0
-        image = pixels(trained_ddpm / f"right_{method}" / "images" / "000_a_as_3.png")
+        image = pixels(classes / f"right_{method}" / "images" / "000_a_as_3.png")
         assert torch.equal(image[:, :4], pixels(tmp_path / "a.png")[:, :4])
     assert row["calls"] == 3 + 3  # inversion and decoding: none for a mask that is given
 
 
-def test_targets_of_a_file_and_a_null_source(trained_ddpm, tmp_path):
+def test_targets_of_a_file_and_a_null_source(classes, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"label": 3}, {"label": None}]))
     flags = "--sampler ddpm --n_images 2 --sample_steps 3 --method flowedit --source null"
-    edit(trained_ddpm, f"{flags} --target_file {tmp_path / 'rows.json'} --log_dir rows")
-    results = read_results(trained_ddpm / "rows")
+    edit(classes, f"{flags} --target_file {tmp_path / 'rows.json'} --log_dir rows")
+    results = read_results(classes / "rows")
     assert results["names"] == ["target"] and "asked" not in results["of_label"][0]
-    first, second = sorted((trained_ddpm / "rows" / "images").glob("*_as_target.png"))
-    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm)))
+    first, second = sorted((classes / "rows" / "images").glob("*_as_target.png"))
+    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(classes)))
     image = load_input_images((), 2, model).image[:, 0]
     assert not torch.equal(pixels(first), image[0]) and torch.equal(pixels(second), image[1])  # null to null
 
