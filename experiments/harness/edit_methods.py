@@ -21,10 +21,9 @@ from train.loop import Batch
 from train.samplers import LearnedSampler, check_finite, select_solver
 from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.ddpm import GaussianSampler
-from train.samplers.ddpm import Sampling as GaussianSampling
 from train.trained_sampler import TrainedSampler
 
-MASK_STRENGTH = 0.5
+MASK_STRENGTH, NOISINGS, MASK_RULE = 0.5, 10, "diffusers"  # defaults of diffedit
 USED_BY = {  # methods that have an option
     **dict.fromkeys(("mask", "paste"), ("sdedit", "diffedit")),
     **dict.fromkeys(("mask_rule", "mask_strength"), ("diffedit",)),
@@ -186,9 +185,9 @@ def edit_codes_by_diffedit(task: EditTask) -> Edited:
         with task.model.inference():
             source, target = map(task.denoiser, (task.source, task.target))
             strength, rng = settings.mask_strength or MASK_STRENGTH, task.streams("difference")
-            n = settings.noisings or 10
+            n = settings.noisings or NOISINGS
             differences = code_differences(source, target, process, task.x, strength, rng=rng, n=n)
-        mask = mask_of_differences(differences, settings.mask_rule or "diffusers")
+        mask = mask_of_differences(differences, settings.mask_rule or MASK_RULE)
     return task.edited(task.draw(mask), mask)
 
 
@@ -206,9 +205,9 @@ def find_mask(task: EditTask) -> Tensor:
     settings = task.settings
     process, _ = ddim_steps(task, settings.mask_strength or MASK_STRENGTH)
     source, target = map(task.denoiser, (task.source, task.target))
-    rng, n = task.streams("difference"), settings.noisings or 10
+    rng, n = task.streams("difference"), settings.noisings or NOISINGS
     differences = noise_differences(source, target, process, task.x, process.start, rng=rng, n=n)
-    return mask_of_differences(differences, settings.mask_rule or "diffusers")
+    return mask_of_differences(differences, settings.mask_rule or MASK_RULE)
 
 
 def edit_by_diffedit(task: EditTask) -> Edited:
@@ -217,8 +216,7 @@ def edit_by_diffedit(task: EditTask) -> Edited:
     process, times = ddim_steps(task, task.settings.strength)
     with task.model.inference():
         mask = find_mask(task) if task.mask is None else task.mask
-        options: GaussianSampling = task.source.options.without_guidance()
-        options = replace(options, clip=False, dynamic_threshold=None)
+        options = replace(task.source.options.without_guidance(), clip=False, dynamic_threshold=None)
         states = ddim_inversion(task.denoiser(task.source._replace(options=options)), process, task.x, times)
         x = diffedit(task.denoiser(task.target), process, states, mask, times, rng=task.streams("edit"))
     return task.edited(task.decoded(x), mask)
