@@ -1,0 +1,282 @@
+"""The methods of experiments/edit.py: each edits a batch of images, from their own conditions to those of a target."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.editing import MaskRule, code_differences, diffedit, flowedit, mask_of_differences, noise_differences
+from diffusion.inversion import ddim_inversion, ddpm_noise_maps, in_float64, replay
+from diffusion.process import ContinuousProcess
+from diffusion.rng import Streams, seed_of
+from diffusion.types import Denoiser
+from experiments.harness.editing import InputImages, draw, encode_images, redraw_input, scale_strength
+from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
+from train.class_names import ClassLabel
+from train.config import SamplingConfig
+from train.loop import Batch
+from train.samplers import LearnedSampler, check_finite, select_solver
+from train.samplers.absorbing import AbsorbingSampler
+from train.samplers.ddpm import GaussianSampler
+from train.trained_sampler import TrainedSampler
+
+MASK_STRENGTH, NOISINGS, MASK_RULE = 0.5, 10, "diffusers"  # defaults of diffedit
+NOISE_MAPS = ("ddpm_inversion", "cyclediffusion")  # two names: CycleDiffusion shares its noise in the same way
+OF_TWO_SIDES = ("diffedit", "flowedit", *NOISE_MAPS)  # methods that ask for predictions under the source too
+USED_BY = {  # methods that have an option
+    **dict.fromkeys(("mask", "paste"), ("sdedit", "diffedit")),
+    **{"strength_map": ("sdedit",)},
+    **dict.fromkeys(("mask_rule", "mask_strength"), ("diffedit",)),
+    **dict.fromkeys(("source", "source_label", "source_prompt", "source_guidance"), OF_TWO_SIDES),
+    **{"noisings": ("diffedit", "flowedit"), "plain_steps": ("flowedit",)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditingConfig:
+    """Editing."""
+
+    method: Literal["sdedit", "diffedit", "flowedit", "ddpm_inversion", "cyclediffusion"] = "sdedit"
+    """sdedit: masks or noises all of the image, then redraws it; diffedit: finds where source and target differ, and
+    redraws that alone; not for codes, and without a mask: flowedit follows the difference of the two predictions,
+    ddpm_inversion, or cyclediffusion, samples with the noise that leads to the image under the source."""
+    label: tuple[ClassLabel, ...] = ()
+    """Classes to redraw each image as, by name or number; if omitted, all (at most the first ten)."""
+    prompt: tuple[str, ...] = ()
+    """Texts to redraw each image after, for a run with --conditions text, instead of classes."""
+    target_file: str | None = None
+    """File (.json or .csv) of conditions to redraw the images under, a row each, used in turn: any fields of the model,
+    in place of the image's own. Instead of classes."""
+    strength: float = 0.7
+    """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
+    source: Literal["image", "null"] = "image"
+    """All methods but sdedit: conditions that describe the image: its own (of held-out images, or rows of
+    --condition_file) with those below, or none."""
+    source_label: ClassLabel | None = None
+    """Class of the images, by name or number; held-out images know theirs."""
+    source_prompt: str | None = None
+    """Text that describes the images."""
+    source_guidance: float | None = None
+    """Guidance scale of the source; default: --guidance for the mask of diffedit, which inverts without, else 1."""
+    mask: tuple[str, ...] = ()
+    """sdedit, diffedit: masks of any size, white where the image may change, one for all --image or one each; if
+    omitted, all of it (sdedit), or the mask that diffedit finds."""
+    strength_map: tuple[str, ...] = ()
+    """sdedit: grey pictures of any size, one for all images or one each, that --strength is multiplied by: pixels are
+    redrawn by it where they are white, less where they are grey, and not at all where they are black."""
+    paste: bool = False
+    """sdedit with --mask or --strength_map, diffedit: copy the pixels that may not change from the input, also through
+    a VQGAN."""
+    noisings: int | None = None
+    """Random noisings or maskings to average over: of diffedit for the mask (default: 10), of flowedit in each step
+    (default: 1)."""
+    mask_rule: MaskRule | None = None
+    """diffedit: where the mask is. diffusers: differences above 1.5 times their mean; paper: above half of their range,
+    without outliers. Default: diffusers."""
+    mask_strength: float | None = None
+    """diffedit: noise level, or fraction of masked codes, at which source and target are compared; default: 0.5."""
+    plain_steps: int | None = None
+    """flowedit: number of last steps that sample under the target alone; more of them are freer. Default: 0."""
+
+    EVERYDAY = ("method", "label", "prompt", "strength")
+    RANGES = {
+        **{"label": NOT_NEGATIVE, "strength": "(0, 1]", "source_label": NOT_NEGATIVE, "source_guidance": FINITE},
+        **{"noisings": COUNT, "mask_strength": "(0, 1)", "plain_steps": COUNT_OR_ZERO},
+    }
+
+    def __post_init__(self):
+        check_ranges(self)
+        defaults = self.__dataclass_fields__
+        for name, methods in USED_BY.items():
+            if vars(self)[name] != defaults[name].default and self.method not in methods:
+                raise ValueError(f"got {name} for method {self.method}: pass --method {' or '.join(methods)}")
+        targets = [name for name in ("label", "prompt", "target_file") if vars(self)[name]]
+        if len(targets) > 1:
+            raise ValueError(
+                f"got {' and '.join(targets)}: pass one of them; rows of --target_file may have all fields"
+            )
+        own = [name for name in ("source_label", "source_prompt") if vars(self)[name] is not None]
+        if self.source == "null" and own:
+            raise ValueError(f"got source null and {own[0]}: pass one of them")
+        computed = [name for name in ("noisings", "mask_rule", "mask_strength") if vars(self)[name] is not None]
+        if self.mask and computed:
+            raise ValueError(f"got mask and {computed[0]}, a setting of the mask that diffedit finds: pass one of them")
+        if self.paste and self.method == "sdedit" and not (self.mask or self.strength_map):
+            raise ValueError("got paste without a mask: pass --mask FILE, --strength_map FILE, or --method diffedit")
+
+    def source_options(self, options: SamplingConfig) -> SamplingConfig:
+        """Returns the sampling options for predictions under the source, where `options` are those of the target."""
+        options = replace(options, metadata=())
+        if self.source_guidance is not None:
+            return replace(options, guidance=self.source_guidance)
+        return options if self.method == "diffedit" else options.without_guidance()
+
+
+class Side(NamedTuple):
+    """The conditions of a batch, of source or target, with the sampling options for them."""
+
+    conditions: Batch | None  # as `TrainedSampler.draw` takes them; None: null
+    options: SamplingConfig
+
+
+class Edited(NamedTuple):
+    """Edited images, and where they may differ from the input."""
+
+    image: Tensor  # uint8 (B, C, H, W) on the CPU
+    mask: Tensor | None  # (B, H, W) bool on the CPU; None: everywhere
+
+
+@dataclass(frozen=True)
+class EditTask:
+    """A batch of images to edit. The random numbers of an image depend on the seed and its index alone."""
+
+    model: TrainedSampler
+    settings: EditingConfig
+    inputs: InputImages  # all of them
+    mask: Tensor | None  # (B, h, w) bool, of codes or latents: where the user lets the images change
+    source: Side
+    target: Side
+    seed: int
+    indices: list[int]  # B, of the images in `inputs`
+
+    @property
+    def images(self) -> Tensor:
+        """The images: uint8 (B, C, H, W)."""
+        return self.inputs.image[self.indices]
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The images in the sampler's space."""
+        return encode_images(self.images, self.model)
+
+    def streams(self, purpose: str) -> Streams:
+        """Returns a random stream for each image."""
+        return Streams([seed_of(self.seed, purpose, i) for i in self.indices], self.model.device)
+
+    def denoiser(self, side: Side) -> Denoiser:
+        """Returns the guided denoiser of one side."""
+        return self.model.make_denoiser(self.x, side.options, side.conditions)
+
+    def draw(self, mask: Tensor | None) -> Tensor:
+        """Masks or noises what the mask (B, h, w) covers, or everything, by the strength, and samples it under the
+        target: uint8 images."""
+        start = redraw_input(self.x, self.model, self.settings.strength)
+        start = scale_strength(start, self.inputs, self.indices, self.model)
+        start = start if mask is None else start._replace(keep=~mask)
+        return draw(self.model, self.target.options, self.seed, start, self.indices, self.target.conditions)
+
+    def edited(self, image: Tensor, mask: Tensor | None) -> Edited:
+        """Returns a result, with pixels from the input where the settings say so: outside the mask (B, h, w), and where
+        the strength is 0."""
+        strengths = self.inputs.strength_map
+        if mask is None and strengths is None:
+            return Edited(image, None)
+        pixels = torch.ones_like(self.inputs.mask[self.indices])
+        if mask is not None:
+            factor = self.model.space.factor
+            pixels = mask.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        if strengths is not None:
+            pixels = pixels & (strengths[self.indices] > 0)
+        if self.settings.paste:
+            image = torch.where(pixels.unsqueeze(1), image, self.images)
+        return Edited(image, pixels)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """Returns samples x as uint8 images; ValueError if they are not finite."""
+        return self.model.space.decode(check_finite(x, x.isfinite().all(), self.target.options)).cpu()
+
+
+def edit_by_sdedit(task: EditTask) -> Edited:
+    """Redraws the images, or what the user's mask covers (Meng et al. 2022, SDEdit)."""
+    return task.edited(task.draw(task.mask), task.mask)
+
+
+def edit_codes_by_diffedit(task: EditTask) -> Edited:
+    """Redraws the codes where predictions under source and target differ."""
+    mask = task.mask
+    if mask is None:
+        sampler, settings = task.model.sampler, task.settings
+        solver, _ = select_solver(sampler.process, task.target.options)
+        process = sampler.sampling_process(solver, task.target.options)
+        with task.model.inference():
+            source, target = map(task.denoiser, (task.source, task.target))
+            strength, rng = settings.mask_strength or MASK_STRENGTH, task.streams("difference")
+            n = settings.noisings or NOISINGS
+            differences = code_differences(source, target, process, task.x, strength, rng=rng, n=n)
+        mask = mask_of_differences(differences, settings.mask_rule or MASK_RULE)
+    return task.edited(task.draw(mask), mask)
+
+
+def ddim_steps(task: EditTask, strength: float) -> tuple[ContinuousProcess, list[float]]:
+    """Returns the process from noise of `strength` on, and the times of its steps of DDIM."""
+    options = task.target.options
+    process, times = task.model.sampler.sampling_steps(options.with_solver("ddim", options.sample_steps), strength)
+    if process.start <= process.end:
+        raise ValueError(f"got strength {strength}, wanted more noise than the least that the network knows: raise it")
+    return process, times
+
+
+def find_mask(task: EditTask) -> Tensor:
+    """Returns where the noise predicted under source and target differs: (B, h, w) bool."""
+    settings = task.settings
+    process, _ = ddim_steps(task, settings.mask_strength or MASK_STRENGTH)
+    source, target = map(task.denoiser, (task.source, task.target))
+    rng, n = task.streams("difference"), settings.noisings or NOISINGS
+    differences = noise_differences(source, target, process, task.x, process.start, rng=rng, n=n)
+    return mask_of_differences(differences, settings.mask_rule or MASK_RULE)
+
+
+def edit_by_diffedit(task: EditTask) -> Edited:
+    """Inverts the images under the source without guidance and clipping, which have no inverse, and decodes what the
+    mask covers under the target."""
+    process, times = ddim_steps(task, task.settings.strength)
+    with task.model.inference():
+        mask = find_mask(task) if task.mask is None else task.mask
+        options = replace(task.source.options.without_guidance(), clip=False, dynamic_threshold=None)
+        source = task.denoiser(task.source._replace(options=options))
+        found = ddim_inversion(source, process, task.x, times, iterations=1)  # as published
+        x = diffedit(task.denoiser(task.target), process, found.states, mask, times, rng=task.streams("edit"))
+    return task.edited(task.decoded(x), mask)
+
+
+def edit_by_flowedit(task: EditTask) -> Edited:
+    """Follows the difference of the predictions under source and target."""
+    process, times = ddim_steps(task, task.settings.strength)
+    options = {"n": task.settings.noisings or 1, "plain_steps": task.settings.plain_steps or 0}
+    with task.model.inference():
+        source, target = map(task.denoiser, (task.source, task.target))
+        x = flowedit(source, target, process, task.x, times, rng=task.streams("edit"), **options)
+    return task.edited(task.decoded(x), None)
+
+
+def edit_by_ddpm_inversion(task: EditTask) -> Edited:
+    """Finds the noise with which ancestral sampling under the source leads to the images, and samples with it under the
+    target."""
+    process, times = ddim_steps(task, task.settings.strength)
+    with task.model.inference():
+        source, target = (in_float64(task.denoiser(side)) for side in (task.source, task.target))
+        start, maps = ddpm_noise_maps(source, process, task.x.double(), times, task.streams("edit"))
+        x = replay(target, process, start, maps, times).to(task.x)
+    return task.edited(task.decoded(x), None)
+
+
+METHODS: dict[type[LearnedSampler], dict[str, Callable[[EditTask], Edited]]] = {  # of samplers, by name
+    GaussianSampler: {
+        **{"sdedit": edit_by_sdedit, "diffedit": edit_by_diffedit, "flowedit": edit_by_flowedit},
+        **dict.fromkeys(NOISE_MAPS, edit_by_ddpm_inversion),
+    },
+    AbsorbingSampler: {"sdedit": edit_by_sdedit, "diffedit": edit_codes_by_diffedit},
+    LearnedSampler: {"sdedit": edit_by_sdedit},
+}
+
+
+def find_method(name: str, model: TrainedSampler) -> Callable[[EditTask], Edited]:
+    """Returns the function of a method; ValueError if the sampler has none of this name."""
+    methods = next(methods for kind, methods in METHODS.items() if isinstance(model.sampler, kind))
+    if name not in methods:
+        got = f"got method {name} for sampler {model.sampler.config.sampler}"
+        raise ValueError(f"{got}, wanted {' or '.join(methods)}: pass --method {[*methods][-1]}")
+    return methods[name]
