@@ -1,0 +1,129 @@
+"""What attention is looked up for: the words, objects and fields of the conditions of each image; and the maps of real
+images, which are noised for it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.process import ContinuousProcess
+from diffusion.rng import Streams, seed_of
+from experiments.harness.editing import encode_images
+from models.attention_recorder import MapRecorder
+from models.caption_words import distinct_words, tokens_of_words
+from models.conditioning import RegionEncoder
+from models.conditions.metadata import UNKNOWN, MetadataEncoder
+from models.conditions.text import CaptionEncoder
+from models.regions import find_present, kind_of_regions
+from train.config import SamplingConfig
+from train.loop import Batch
+from train.trained_sampler import TrainedSampler
+
+
+class Target(NamedTuple):
+    """What a map is of: a word of a caption, an object, or a field."""
+
+    name: str
+    condition: str
+    tokens: tuple[int, ...]  # by their numbers in the condition
+
+    def keys(self, spans: dict[str, slice]) -> list[int]:
+        """Returns the keys of recorded maps that are its tokens."""
+        return [spans[self.condition].start + token for token in self.tokens]
+
+
+def find_targets(
+    model: TrainedSampler, batch: Batch, count: int, words: Sequence[str] = (), gated: bool = False
+) -> list[list[Target]]:
+    """Returns the targets of each of `count` images with a batch of conditions: these words or phrases of its caption,
+    or all of its words, objects and fields of metadata; with `gated` those that are gated tokens.
+
+    ValueError for words that a caption does not have, captions that come encoded, and a model without such tokens.
+    """
+    targets: list[list[Target]] = [[] for _ in range(count)]
+    encoders, found = model.sampler.network.encoders, False
+    for name, encoder in encoders.items():
+        if not (encoder.gated_width if gated else encoder.token_width):
+            continue
+        if isinstance(encoder, CaptionEncoder):
+            own = [word_targets(name, encoder, caption, words) for caption in batch["caption"]]
+        elif isinstance(encoder, RegionEncoder) and not words:
+            own = region_targets(name, encoder, batch, getattr(model.dataset("val"), "region_classes", ()))
+        elif isinstance(encoder, MetadataEncoder) and not words:
+            own = [field_targets(name, encoder, batch, row) for row in range(count)]
+        else:
+            continue
+        found, targets = True, [before + more for before, more in zip(targets, own, strict=True)]
+    if not found:
+        got = f"got {model.run}, of whose conditions ({', '.join(encoders) or 'none'}) nothing attends to"
+        kind = "words" if words else "gated tokens" if gated else "tokens"
+        why = "what is a vector, as classes are, is added to the embedding of the time"
+        raise ValueError(
+            f"{got} {kind}: {why}; wanted a run with --conditions text{'' if words else ', objects or boxes'}"
+        )
+    return targets
+
+
+def word_targets(name: str, encoder: CaptionEncoder, caption: str | Tensor, words: Sequence[str]) -> list[Target]:
+    """Returns these words of a caption, or all."""
+    if not isinstance(caption, str):
+        raise ValueError("got captions that are encoded already, whose words are not known: pass --prompt TEXT")
+    words = words or distinct_words(caption, encoder.tokenizer)
+    return [Target(word, name, tuple(tokens_of_words(caption, word, encoder))) for word in words]
+
+
+def region_targets(name: str, encoder: RegionEncoder, batch: Batch, class_names: Sequence[str]) -> list[list[Target]]:
+    """Returns the objects of each image by the names of their classes, of which the second has a 2 behind it."""
+    names = [*encoder.fields, *(f"{field}_mask" for field in encoder.fields)]
+    fields = {field: batch[field] for field in names if field in batch}
+    kind, targets = kind_of_regions(fields), []
+    present, numbers = find_present(fields, kind).tolist(), fields[f"{kind}_class"].tolist()
+    for is_there, classes in zip(present, numbers, strict=True):
+        counts, own = Counter[str](), []
+        for region in (region for region, each in enumerate(is_there) if each):
+            word = class_names[classes[region]] if classes[region] < len(class_names) else str(classes[region])
+            counts[word] += 1
+            label = word if counts[word] == 1 else f"{word} {counts[word]}"
+            own.append(Target(label, name, tuple(encoder.tokens_of_region(region))))
+        targets.append(own)
+    return targets
+
+
+def field_targets(name: str, encoder: MetadataEncoder, batch: Batch, row: int) -> list[Target]:
+    """Returns the fields of metadata of an image with their values, such as light=night."""
+    targets = []
+    for i, field in enumerate(encoder.fields):
+        value = batch[field][row]
+        word = value if isinstance(value, str) else (UNKNOWN, *encoder.values[field])[int(value)]
+        targets.append(Target(f"{field}={word}", name, (i,)))
+    return targets
+
+
+def record_real_images(
+    model: TrainedSampler,
+    images: Tensor,
+    conditions: Batch | None,
+    options: SamplingConfig,
+    recorder: MapRecorder,
+    *,
+    times: int,
+    numbers: Sequence[int],
+    seed: int,
+) -> None:
+    """Records the maps of images uint8 (B, C, H, W) under their conditions, noised at several times.
+
+    The times are evenly spaced among those of training, one call each, without guidance. The noise of an image follows
+    from the seed and its number.
+    """
+    process, x0 = model.sampler.process, encode_images(images, model)
+    rng = Streams([seed_of(seed, "noise", number) for number in numbers], model.device)
+    u = (torch.arange(times, dtype=torch.float64) + 0.5) / times
+    levels = process.quantile(u) if isinstance(process, ContinuousProcess) else u
+    with model.inference():
+        denoise = model.make_denoiser(x0, options.without_guidance(), conditions, recorder=recorder)
+        for level in levels.flip(0).float():
+            t = level.expand(len(x0))
+            noise = rng.normal(tuple(x0.shape)) if isinstance(process, ContinuousProcess) else rng
+            denoise(process.corrupt(x0, t, noise), t)
