@@ -6,9 +6,9 @@ images, and how much those of an image overlap.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import _root
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from experiments.harness.attention_targets import Target, find_targets, record_real_images
+from experiments.harness.attention_targets import MappedImages, RealImages, Target, find_targets
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.layout_inputs import open_layouts
@@ -30,9 +30,6 @@ from models.heat_maps import enlarge, heat_maps, intersection_over_union
 from models.ranges import COUNT, MILLION, check_ranges
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
-from train.data.collate import collate
-from train.data.loading import ImageSource, fixed_subset
-from train.data.transforms import as_uint8
 from train.distributed import DistContext
 from train.files import atomic_write
 from train.loop import Batch
@@ -116,22 +113,15 @@ class Config:
     output: OutputConfig
 
 
-class Images(NamedTuple):
-    """Where images come from, by their indices."""
-
-    conditions: Callable[[list[int]], Batch | None]
-    record: Callable[[list[int], MapRecorder], Tensor]  # -> uint8 (B, C, H, W), on the CPU
-
-
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Plans the images and what is mapped. ValueError: the model has no such conditions or layers."""
     settings, sampling, output = config.maps, config.sampling, config.output
     provenance, source = {}, None
     if settings.real:
-        images = real_images(model, output.seed, sampling, settings.n_samples, settings.real_times)
+        images = RealImages.open(model, settings.n_samples, sampling, output.seed, settings.real_times)
     else:
         source, provenance = open_source(settings, model, sampling)
-        images = generated_images(model, output.seed, sampling, source)
+        images = GeneratedImages(model, output.seed, sampling, source)
     targets = [[PLACE]] * settings.n_samples
     if settings.look_from is None:
         targets = targets_of(model, images, settings, output.batch_size)
@@ -153,41 +143,26 @@ def open_source(
     return model.condition_source(options, skip=("caption",)).with_values(caption=settings.prompt), {}
 
 
-def generated_images(model: TrainedSampler, seed: int, options: SamplingConfig, source: ConditionSource) -> Images:
-    """Returns samples, whose conditions come from a source."""
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Samples, whose conditions come from a source: `MappedImages`."""
 
-    def record(indices: list[int], recorder: MapRecorder) -> Tensor:
-        return model.draw(indices, seed, options, source.draw(seed, indices), recorder=recorder)["image"]
+    model: TrainedSampler
+    seed: int
+    options: SamplingConfig
+    source: ConditionSource
 
-    return Images(lambda indices: source.draw(seed, indices), record)
+    def conditions(self, indices: list[int]) -> Batch | None:
+        return self.source.draw(self.seed, indices)
 
-
-def real_images(model: TrainedSampler, seed: int, options: SamplingConfig, count: int, times: int) -> Images:
-    """Returns a fixed random subset of held-out images, with their own conditions. ValueError for more than exist."""
-    data = replace(model.data.without_augmentation, in_memory=False, cache_images=False)
-    source = ImageSource(model.dataset("val"), data)
-    if count > len(source):
-        raise ValueError(f"got n_samples {count} of {len(source)} held-out images: pass --n_samples {len(source)}")
-    subset = fixed_subset(len(source), count)
-
-    def conditions(indices: list[int]) -> Batch | None:
-        rows = []
-        for index in (subset[i] for i in indices):
-            item = source[index]
-            label = {"label": item["label"]} if model.sampler.n_classes else {}
-            rows.append({**model.conditions_of(item, index), **label})
-        return collate(rows) or None
-
-    def record(indices: list[int], recorder: MapRecorder) -> Tensor:
-        pixels = torch.stack([as_uint8(source[subset[i]]["image"].as_subclass(Tensor)) for i in indices])
-        numbers = {"times": times, "numbers": indices, "seed": seed}
-        record_real_images(model, pixels, conditions(indices), options, recorder, **numbers)
-        return pixels
-
-    return Images(conditions, record)
+    def record(self, indices: list[int], recorder: MapRecorder) -> Tensor:
+        conditions = self.conditions(indices)
+        return self.model.draw(indices, self.seed, self.options, conditions, recorder=recorder)["image"]
 
 
-def targets_of(model: TrainedSampler, images: Images, settings: MapsConfig, batch_size: int) -> list[list[Target]]:
+def targets_of(
+    model: TrainedSampler, images: MappedImages, settings: MapsConfig, batch_size: int
+) -> list[list[Target]]:
     """Returns what is mapped in each image. ValueError for a model without conditions that are attended to."""
     targets, count = [], settings.n_samples
     for indices in torch.arange(count).split(batch_size):
@@ -201,7 +176,7 @@ def targets_of(model: TrainedSampler, images: Images, settings: MapsConfig, batc
 
 
 def mapped_images(
-    settings: MapsConfig, images: Images, targets: Sequence[Sequence[Target]]
+    settings: MapsConfig, images: MappedImages, targets: Sequence[Sequence[Target]]
 ) -> Callable[[list[int]], Batch]:
     """Returns a function from indices to batches of images and their maps: "heat" (B, T, h, w), NaN where an image has
     fewer than T targets, "calls" (B,); and if they are wanted "times" (B, S), "heat_by_step" (B, S, T, h, w), and

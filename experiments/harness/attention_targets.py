@@ -1,9 +1,10 @@
-"""What attention is looked up for: the words, objects and fields of the conditions of each image; and the maps of real
-images, which are noised for it."""
+"""What attention is recorded of: the words, objects and fields of the conditions of each image, and real images, which
+are noised for it."""
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from experiments.harness.editing import encode_images
 from models.attention_recorder import MapRecorder
-from models.caption_words import distinct_words, tokens_of_words
 from models.conditioning import RegionEncoder
 from models.conditions.metadata import UNKNOWN, MetadataEncoder
-from models.conditions.text import CaptionEncoder
+from models.conditions.text import CaptionEncoder, distinct_words, tokens_of_words
 from models.regions import find_present, kind_of_regions
 from train.config import SamplingConfig
+from train.data.collate import collate
+from train.data.loading import ImageSource, fixed_subset
+from train.data.transforms import as_uint8
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
@@ -57,12 +60,11 @@ def find_targets(
             continue
         found, targets = True, [before + more for before, more in zip(targets, own, strict=True)]
     if not found:
-        got = f"got {model.run}, of whose conditions ({', '.join(encoders) or 'none'}) nothing attends to"
-        kind = "words" if words else "gated tokens" if gated else "tokens"
+        there, kind = ", ".join(encoders) or "none", "words" if words else "gated tokens" if gated else "tokens"
+        got = f"got {model.run}, whose network attends to no {kind} of its conditions ({there})"
         why = "what is a vector, as classes are, is added to the embedding of the time"
-        raise ValueError(
-            f"{got} {kind}: {why}; wanted a run with --conditions text{'' if words else ', objects or boxes'}"
-        )
+        wanted = "a run with --conditions text" + ("" if words else ", objects or boxes")
+        raise ValueError(f"{got}: {why}; wanted {wanted}")
     return targets
 
 
@@ -101,29 +103,56 @@ def field_targets(name: str, encoder: MetadataEncoder, batch: Batch, row: int) -
     return targets
 
 
-def record_real_images(
-    model: TrainedSampler,
-    images: Tensor,
-    conditions: Batch | None,
-    options: SamplingConfig,
-    recorder: MapRecorder,
-    *,
-    times: int,
-    numbers: Sequence[int],
-    seed: int,
-) -> None:
-    """Records the maps of images uint8 (B, C, H, W) under their conditions, noised at several times.
+class MappedImages(Protocol):
+    """Images whose attention is recorded, by their indices."""
 
-    The times are evenly spaced among those of training, one call each, without guidance. The noise of an image follows
-    from the seed and its number.
+    def conditions(self, indices: list[int]) -> Batch | None:
+        """Returns the raw fields of their conditions, None without any."""
+
+    def record(self, indices: list[int], recorder: MapRecorder) -> Tensor:
+        """Records them; returns them as uint8 (B, C, H, W) on the CPU."""
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Held-out images, noised at several times, one network call each, without guidance: `MappedImages`.
+
+    The times are evenly spaced among those of training. The noise of an image follows from the seed and its index.
     """
-    process, x0 = model.sampler.process, encode_images(images, model)
-    rng = Streams([seed_of(seed, "noise", number) for number in numbers], model.device)
-    u = (torch.arange(times, dtype=torch.float64) + 0.5) / times
-    levels = process.quantile(u) if isinstance(process, ContinuousProcess) else u
-    with model.inference():
-        denoise = model.make_denoiser(x0, options.without_guidance(), conditions, recorder=recorder)
-        for level in levels.flip(0).float():
-            t = level.expand(len(x0))
-            noise = rng.normal(tuple(x0.shape)) if isinstance(process, ContinuousProcess) else rng
-            denoise(process.corrupt(x0, t, noise), t)
+
+    model: TrainedSampler
+    source: ImageSource
+    items: tuple[int, ...]  # in the validation split
+    options: SamplingConfig
+    seed: int
+    times: int
+
+    @classmethod
+    def open(cls, model: TrainedSampler, count: int, options: SamplingConfig, seed: int, times: int) -> Self:
+        """Returns a fixed random subset of held-out images. ValueError for more than there are."""
+        data = replace(model.data.without_augmentation, in_memory=False, cache_images=False)
+        source = ImageSource(model.dataset("val"), data)
+        if count > len(source):
+            raise ValueError(f"got {count} images of {len(source)} held-out ones: pass a number up to {len(source)}")
+        return cls(model, source, tuple(fixed_subset(len(source), count)), options, seed, times)
+
+    def conditions(self, indices: list[int]) -> Batch | None:
+        rows = []
+        for index in (self.items[i] for i in indices):
+            item = self.source[index]
+            label = {"label": item["label"]} if self.model.sampler.n_classes else {}
+            rows.append({**self.model.conditions_of(item, index), **label})
+        return collate(rows) or None
+
+    def record(self, indices: list[int], recorder: MapRecorder) -> Tensor:
+        images = torch.stack([as_uint8(self.source[self.items[i]]["image"].as_subclass(Tensor)) for i in indices])
+        model, process, x0 = self.model, self.model.sampler.process, encode_images(images, self.model)
+        rng = Streams([seed_of(self.seed, "noise", i) for i in indices], model.device)
+        times = (torch.arange(self.times, dtype=torch.float64) + 0.5) / self.times
+        is_continuous, options = isinstance(process, ContinuousProcess), self.options.without_guidance()
+        with model.inference():
+            denoise = model.make_denoiser(x0, options, self.conditions(indices), recorder=recorder)
+            for t in (process.quantile(times) if is_continuous else times).float():
+                t = t.expand(len(x0))
+                denoise(process.corrupt(x0, t, rng.normal(tuple(x0.shape)) if is_continuous else rng), t)
+        return images
