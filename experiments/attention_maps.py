@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from experiments.harness.attention_targets import MappedImages, RealImages, Target, find_targets
+from experiments.harness.attention_targets import MappedImages, RealImages, Target, find_targets, relative_heat
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.layout_inputs import open_layouts
@@ -65,6 +65,8 @@ class MapsConfig:
     """Which condition of the guidance chain: 0 is the null or the negative one, -1 the last, which has all."""
     map_layers: tuple[str, ...] = ()
     """Layers to average, such as up_blocks.0.1.cross; if omitted, those going up and down, as DAAM, or all."""
+    relative: bool = False
+    """Divide the heat in each place by that of all words and objects of the image."""
     signed: bool = False
     """Keep negative values, as maps of differential attention have them."""
     daam: bool = False
@@ -85,9 +87,8 @@ class MapsConfig:
         if self.real and given is not None:
             raise ValueError(f"got real images, which have conditions of their own, and {given}: leave one of them out")
         if self.look_from is not None:
-            if self.words or self.gated:
-                got = f"got look_from, which reads self-attention, and {'words' if self.words else 'gated'}"
-                raise ValueError(f"{got}: leave one of them out")
+            if given := [name for name in ("words", "gated", "relative") if getattr(self, name)]:
+                raise ValueError(f"got look_from, which reads self-attention, and {given[0]}: leave one of them out")
             self.make_recorder()
 
     def make_recorder(self) -> MapRecorder:
@@ -187,10 +188,14 @@ def mapped_images(
         recorder, own = settings.make_recorder(), [targets[i] for i in indices]
         batch: Batch = {"image": images.record(indices, recorder)}
         maps = recorder.maps(mean=not settings.daam)
-        layers = settings.map_layers or None
+        layers, others = settings.map_layers or None, None
+        if settings.relative:
+            others = find_targets(images.model, images.conditions(indices), len(indices), gated=settings.gated)
 
         def heat_of(maps: AttentionMaps, rows: Sequence[int]) -> Tensor:
             heat = heat_maps(maps, layers, signed=settings.signed).cpu()
+            if others is not None:
+                heat = relative_heat(heat, [others[row] for row in rows], maps.spans)
             return select_targets(heat, [own[row] for row in rows], maps.spans, most)
 
         batch |= {"heat": heat_of(maps, range(len(indices))), "calls": maps.counts}

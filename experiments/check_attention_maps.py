@@ -14,7 +14,7 @@ import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.attention_targets import RealImages, Target, find_targets
+from experiments.harness.attention_targets import RealImages, Target, find_targets, relative_heat
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import progress, table
@@ -47,7 +47,10 @@ class CheckMapsConfig:
     map_layers: tuple[str, ...] = ()
     """Layers to average, such as up_blocks.0.1.cross; if omitted, those going up and down, as DAAM, or all."""
 
-    EVERYDAY = ("n_images", "real_times")
+    relative: bool = False
+    """Divide the heat in each place by that of all words and objects of the image."""
+
+    EVERYDAY = ("n_images", "real_times", "relative")
     RANGES = {"n_images": COUNT, "real_times": MILLION}
 
     def __post_init__(self):
@@ -200,7 +203,10 @@ def record_things(
     for gated in sorted({bool(encoders[name].gated_width) for name in conditions} or {False}):
         recorder = MapRecorder("gated" if gated else "tokens", layers=settings.map_layers or None)
         pixels, maps = images.record(indices, recorder), recorder.maps()
-        whole = heat_maps(maps).cpu()
+        whole = heat_maps(maps, settings.map_layers or None).cpu()
+        if settings.relative:
+            others = find_targets(images.model, images.conditions(indices), len(indices), gated=gated)
+            whole = relative_heat(whole, others, maps.spans)
         heat = whole.new_full((len(indices), most, *whole.shape[2:]), torch.nan) if heat is None else heat
         for row, own in enumerate(things):
             for i, thing in enumerate(own):

@@ -16,6 +16,7 @@ from models.attention_recorder import MapRecorder
 from models.conditioning import RegionEncoder
 from models.conditions.metadata import UNKNOWN, MetadataEncoder
 from models.conditions.text import CaptionEncoder, distinct_words, tokens_of_words
+from models.heat_maps import share_of_tokens
 from models.regions import find_present, kind_of_regions
 from train.config import SamplingConfig
 from train.data.collate import collate
@@ -97,14 +98,22 @@ def field_targets(name: str, encoder: MetadataEncoder, batch: Batch, row: int) -
     """Returns the fields of metadata of an image with their values, such as light=night."""
     targets = []
     for i, field in enumerate(encoder.fields):
-        value = batch[field][row]
+        value = batch[field][row] if field in batch else UNKNOWN
         word = value if isinstance(value, str) else (UNKNOWN, *encoder.values[field])[int(value)]
         targets.append(Target(f"{field}={word}", name, (i,)))
     return targets
 
 
+def relative_heat(heat: Tensor, targets: Sequence[Sequence[Target]], spans: dict[str, slice]) -> Tensor:
+    """Returns the heat (B, M, h, w) of each image divided in each place by the sum over the tokens of its targets."""
+    keys = [[key for target in own for key in target.keys(spans)] for own in targets]
+    return torch.cat([share_of_tokens(each[None], own) for each, own in zip(heat, keys, strict=True)])
+
+
 class MappedImages(Protocol):
     """Images whose attention is recorded, by their indices."""
+
+    model: TrainedSampler
 
     def conditions(self, indices: list[int]) -> Batch | None:
         """Returns the raw fields of their conditions, None without any."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.attention_maps import MapsConfig, join_batches, overlaps, select_targets
-from experiments.harness.attention_targets import RealImages, Target, find_targets
+from experiments.harness.attention_targets import RealImages, Target, find_targets, relative_heat
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.pages import blocks
 from helpers.tiny_runs import DDPM, ROOT, call
@@ -156,6 +156,15 @@ def test_images_with_fewer_targets_end_with_nan():
     assert selected[1].tolist() == [[[10, 11]], [[8, 9]]]
     parts = [{"times": torch.ones(1, 2)}, {"times": torch.ones(2, 3)}]
     assert join_batches(parts)["times"].isnan().tolist() == [[False, False, True]] + [[False] * 3] * 2
+
+
+def test_relative_heat_is_the_share_of_all_targets():
+    heat = torch.rand(2, 4, 3, 5)
+    targets = [[Target("a", "text", (0, 1)), Target("b", "text", (2,))], [Target("a", "text", (1,))]]
+    relative = relative_heat(heat, targets, {"text": slice(1, 4)})
+    assert torch.allclose(relative[0, 1:].sum(0), torch.ones(3, 5), atol=1e-3)
+    assert torch.allclose(relative[0, 0], heat[0, 0] / heat[0, 1:].sum(0), rtol=1e-3)
+    assert torch.allclose(relative[1, 2], torch.ones(3, 5), atol=1e-2)
 
 
 def test_overlaps_are_those_of_the_warmer_halves():
