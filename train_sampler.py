@@ -12,10 +12,18 @@ from train.class_names import check_class_order, recorded_class_names
 from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
-from train.data.hints import HintsConfig, hint_channels
+from train.data.hints import HintsConfig
 from train.data.loading import build_splits, with_declared_range
 from train.data.shuffle import check_balance
-from train.finetuning import find_base, hint_makers, saves_text_encoder, write_additions, write_merged_run
+from train.finetuning import (
+    find_base,
+    hint_makers,
+    saves_text_encoder,
+    start_provenance,
+    with_hint_settings,
+    write_additions,
+    write_merged_run,
+)
 from train.loggers import require_logger
 from train.loop import Timer
 from train.progress import experiment_commands, print_next
@@ -72,12 +80,13 @@ def main(config: Config) -> None:
         names = images["train"].class_names or recorded
         check_class_order(names, recorded, resumed_run(run, training.resume) or run)
         check_balance(training.balance_classes, images["train"].labels)
-        tuning = config.fine_tuning
-        if tuning.control:
-            tuning = tuning.with_hint(hint_channels(tuning.control, data.n_channels), space.factor)
-            config = replace(config, fine_tuning=tuning)
-        base, save_text = find_base(run, training, tuning, logging.logs_root), saves_text_encoder(run, training, tuning)
-        network = config.sampler, training, space, len(frequencies), world, tuning, base, save_text
+        is_new = resumed_run(run, training.resume) is None
+        tuning = with_hint_settings(config.fine_tuning, hints, data.n_channels, space.factor, is_new)
+        config = replace(config, fine_tuning=tuning)
+        base = find_base(run, training, tuning, logging.logs_root, hints)
+        save_text = saves_text_encoder(run, training, tuning)
+        built = tuning if is_new else replace(tuning, load_control=None)  # the checkpoint has the branch
+        network = config.sampler, training, space, len(frequencies), world, built, base, save_text
         sampler, state = build_state(*network)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
@@ -92,6 +101,7 @@ def main(config: Config) -> None:
         options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         provenance |= text_provenance(options) | ({"base": base.record(run, logging.logs_root)} if base else {})
+        provenance |= start_provenance(tuning, resumed, is_new)
         provenance |= {} if save_text else text_location(options, run, logging.logs_root)
         open_or_resume(run, config, state, world, provenance, images["train"])
         draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images

@@ -35,7 +35,7 @@ from experiments.metrics.ablation_sheet import SheetCell, save_sheet
 from experiments.metrics.classifier import classifier_for, predict_classes
 from experiments.metrics.cost import count_nfe
 from experiments.metrics.distances import compute_statistics, real_statistics, statistics_cache
-from experiments.metrics.features import choose_features
+from experiments.metrics.features import FeaturesConfig
 from experiments.metrics.frechet import frechet_distance
 from models.ranges import COUNT, check_ranges
 from train.cli.files import read_run_config, run_folder
@@ -59,7 +59,7 @@ Row = dict[str, Any]  # of results.json: a cell with its measures
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationConfig:
+class AblationConfig(FeaturesConfig):
     """Ablation."""
 
     grid: str | None = None
@@ -70,8 +70,6 @@ class AblationConfig:
     """What the sheet shows of each cell: classes (share recognised as the class that was asked for), distance (Fréchet
     distance to the training images), mse (to the image that is redrawn, in 8-bit levels), seconds and evaluations (of
     an image)."""
-    features: str = "auto"
-    """Features of the distance: a file of experiments/metrics/features, or auto."""
     sheet_size: int = 128
     """Longer side of an image in the sheet, in pixels; small images are enlarged by whole numbers."""
     allow: tuple[str, ...] = ()
@@ -127,7 +125,7 @@ def main(config: Config) -> None:
         raise ValueError(f"{folder} holds other results: pass another --log_dir")
     models = Models(ablation.models, output, own.allow, world)
     plans = plan_cells(ablation, models, own.n_images, output.seed, folder)
-    judges = open_judges(own.measures, own.features, models.facts, output.logs_root, world)
+    judges = open_judges(own.measures, own, models.facts, output.logs_root, world)
     check_measures(own.measures, plans, judges)
     with run_lock(folder):
         write_config(folder, to_dict(config) | {GRID: ablation.content()})
@@ -192,13 +190,15 @@ def read_cell(path: Path) -> dict[str, np.ndarray]:
 class Judge:
     """Measures cells of models of one data set."""
 
-    def __init__(self, measures: Sequence[str], features: str, facts: ModelFacts, cache: Path, world: DistContext):
+    def __init__(
+        self, measures: Sequence[str], features: FeaturesConfig, facts: ModelFacts, cache: Path, world: DistContext
+    ):
         self.measures, self.n_channels, self.n_classes = measures, facts.data.n_channels, facts.n_classes
         self.classifier = classifier_for(facts.data) if "classes" in measures else None
         if "distance" in measures:
-            self.features = choose_features(features, facts.data, world.device)
+            self.features = features.load(facts.data, world.device)
             real = build_dataset(facts.data, facts.reader, "train")
-            self.real = real_statistics(real, facts.data, self.features, None, cache, 50, world)
+            self.real = real_statistics(real, facts.data, self.features, features.inception_weights, cache, 50, world)
 
     def measure(self, arrays: Mapping[str, np.ndarray], image: Tensor | None) -> dict[str, float | str | None]:
         """Returns the measures of a cell, None where it has none; `image` is the one that it redraws."""
@@ -222,7 +222,11 @@ class Judge:
 
 
 def open_judges(
-    measures: Sequence[str], features: str, facts: Mapping[str, ModelFacts], logs_root: str, world: DistContext
+    measures: Sequence[str],
+    features: FeaturesConfig,
+    facts: Mapping[str, ModelFacts],
+    logs_root: str,
+    world: DistContext,
 ) -> dict[str, Judge]:
     """Returns what measures the cells of each model; models of one data set share it."""
     keys = {name: repr((each.data, each.reader, each.n_classes)) for name, each in facts.items()}

@@ -17,7 +17,9 @@ from experiments.harness.report import progress, table
 from experiments.harness.results import load_results
 from experiments.metrics.distances import batches_name, concatenate
 from experiments.metrics.features import clip
+from models.prompts import parse_prompt, plain_words
 from models.ranges import check_ranges
+from train.cli.files import read_run_config
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import grey_to_rgb
@@ -116,16 +118,20 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 
 
 def read_captioned(folder: Path, model: TrainedSampler) -> tuple[int, CaptionedAt, dict[str, str]]:
-    """Reads what get_samples.py wrote with prompts: the number of images, a function from indices to them, and hashes
-    that identify them and their prompts."""
-    file, results = folder / "samples.npz", load_results(folder) or {}
+    """Reads what get_samples.py wrote with prompts: the number of images, a function from indices to them and the plain
+    words of their prompts, and hashes that identify both."""
+    file, results, settings = folder / "samples.npz", load_results(folder) or {}, folder / "config.yaml"
     images = read_samples(file, model.data.n_channels)["image"]
     prompts = [each.get("prompt") for each in results.get("images", [])]
+    drawn = read_run_config(settings).get("samples", {}) if settings.is_file() else {}
+    syntax = drawn.get("prompt_syntax", "plain")
     if len(prompts) != len(images):
         got = f"got {len(images)} images and {len(prompts)} prompts in {folder}"
         raise ValueError(f"{got}: pass the results of get_samples.py with --prompt or --prompts")
     hashes = {"samples_sha256": sha256(file), "prompts_sha256": sha256(folder / "results.json")}
-    return len(images), lambda indices: Captioned(images[indices], [prompts[i] for i in indices]), hashes
+    hashes |= {} if syntax == "plain" else {"prompt_syntax": syntax}
+    captions = [plain_words(parse_prompt(prompt, syntax)) for prompt in prompts]
+    return len(images), lambda indices: Captioned(images[indices], [captions[i] for i in indices]), hashes
 
 
 def measure(

@@ -22,7 +22,7 @@ from experiments.harness.batches import single_process_world
 from experiments.harness.comparison import default_name
 from experiments.harness.experiment import FolderConfig
 from experiments.harness.folders import choose_results_folder, deleted_if_refused
-from experiments.harness.image_sets import find_place, open_file
+from experiments.harness.image_sets import NO_HEADER, Size, find_place, header_size, open_file
 from experiments.harness.images import image_names
 from experiments.harness.report import table
 from experiments.harness.results import load_results, write_results
@@ -124,6 +124,15 @@ class NamedImages(NamedTuple):
             raise UnreadableImage(f"{name}: its pixels are floats of unknown range: save it with 8 bits per pixel")
         return torch.from_numpy(np.array(to_pixels(image, 3, None))).permute(2, 0, 1)
 
+    def size(self, index: int) -> Size | None:
+        """Returns the height and width of an image, of a file those in its header; None if that is damaged."""
+        if not isinstance(self.dataset, ImageFolder):
+            return self.dataset[index]["image"].shape[:2]
+        try:
+            return header_size(self.path / self.files[index], self.dataset)
+        except NO_HEADER:
+            return None
+
 
 class MatchedNames(NamedTuple):
     """Images of two sets that have the same name."""
@@ -148,6 +157,8 @@ def main(config: Config) -> None:
     samples = open_images("samples", settings.samples, output.logs_root)
     reference = open_images("reference", settings.reference, output.logs_root)
     matched = match_names(samples, reference)
+    if not settings.resize:
+        check_sizes(samples, reference, matched.pairs)
     sets = {"samples": samples, "reference": reference}
     provenance = {f"{name}_content": each.dataset.fingerprint() for name, each in sets.items()}
     provenance |= perceptual_provenance(settings.perceptual_weights)
@@ -203,6 +214,35 @@ def match_names(samples: NamedImages, reference: NamedImages) -> MatchedNames:
         "reference": [reference.files[index] for key, index in second.items() if key not in first],
     }
     return MatchedNames(common, [(first[key], second[key]) for key in common], left_out)
+
+
+def check_sizes(samples: NamedImages, reference: NamedImages, pairs: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError, with their number, if images of pairs have other sizes in their headers than their reference.
+
+    Images that a header may turn are read. What no header tells is found when the pair is measured.
+    """
+    errors = []
+    for pair in pairs:
+        size, other = samples.size(pair[0]), reference.size(pair[1])
+        if size is None or other is None or size == other:
+            continue
+        if size == other[::-1]:
+            try:
+                size, other = (each.load(i).shape[1:] for each, i in zip((samples, reference), pair, strict=True))
+            except UnreadableImage:
+                continue
+        errors += [other_sizes(samples, reference, pair, size, other)] if size != other else []
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(pairs)} pairs differ in size: {errors[0]}: pass --resize")
+
+
+def other_sizes(
+    samples: NamedImages, reference: NamedImages, pair: tuple[int, int], size: Sequence[int], other: Sequence[int]
+) -> str:
+    """Says that a sample has another height and width than its reference."""
+    places = samples.path / samples.files[pair[0]], reference.path / reference.files[pair[1]]
+    got, wanted = ("x".join(map(str, each)) for each in (size, other))
+    return f"{places[0]} has {got} pixels, wanted {wanted} as {places[1]} has"
 
 
 def load_network(settings: PairsConfig, device: torch.device) -> nn.Module | None:
@@ -275,9 +315,8 @@ def load_pair(samples: NamedImages, reference: NamedImages, resize: bool, indice
     if image.shape == other.shape:
         return LoadedPair(image, other, False)
     if not resize:
-        places = samples.path / samples.files[indices[0]], reference.path / reference.files[indices[1]]
-        got, wanted = ("x".join(map(str, each.shape[1:])) for each in (image, other))
-        raise ValueError(f"{places[0]} has {got} pixels, wanted {wanted} as {places[1]} has: pass --resize")
+        differ = other_sizes(samples, reference, indices, image.shape[1:], other.shape[1:])
+        raise ValueError(f"{differ}: pass --resize")
     from torchvision.transforms.v2 import functional as F
 
     size = list(other.shape[1:])

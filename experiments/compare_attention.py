@@ -18,7 +18,6 @@ from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
 from experiments.harness.folders import choose_results_folder
 from experiments.harness.report import mean_and_deviation, table
 from experiments.harness.results import load_results, write_results
-from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
     add_features,
     compute_statistics,
@@ -27,7 +26,7 @@ from experiments.metrics.distances import (
     statistics_cache,
     with_grid,
 )
-from experiments.metrics.features import Features
+from experiments.metrics.features import Features, FeaturesConfig
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.ranges import MILLION, check_ranges
 from train.cli.files import run_folder
@@ -58,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(FeaturesConfig):
     """Comparison."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -69,8 +68,6 @@ class ComparisonConfig:
     """Images generated per run for the Fréchet distance."""
     generated_at_once: int = 50
     """Images sampled at once; does not change the images."""
-    features: str = "auto"
-    """Features of the distance: a file of experiments/metrics/features, or auto."""
 
     EVERYDAY = ("variants", "seeds", "n_samples")
     RANGES = {"seeds": "[1, 10000]", "n_samples": "[2, 1000000000]", "generated_at_once": MILLION}
@@ -107,7 +104,8 @@ def main(config: Config) -> None:
         raise ValueError(f"got sampler {config.sampler.sampler}, wanted absorbing: the variants are of its transformer")
     bench = prepare(config)
     first_stage, output = bench.space.first_stage, config.output
-    origin = {"ae_weights": first_stage.weights} | features_provenance(bench.features)
+    origin = {"ae_weights": first_stage.weights}
+    origin |= features_provenance(bench.features, config.comparison.inception_weights)
     origin |= {"data_fingerprint": content_fingerprint(bench.images["train"])}
     name = f"compare_attention_{first_stage.run.name}_{first_stage.step}"
     folder = choose_results_folder(output.logs_root, output.log_dir, name, config, origin, comparison_identity)
@@ -203,7 +201,7 @@ def prepare(config: Config) -> Bench:
     )
     first.check_fits(data)
     images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
-    features = all_features.choose_features(comparison.features, data, world.device)
+    features, weights = comparison.load(data, world.device), comparison.inception_weights
     cache, at_once = statistics_cache(output.logs_root), comparison.generated_at_once
     return Bench(
         comparison=comparison,
@@ -216,7 +214,7 @@ def prepare(config: Config) -> Bench:
         images=images,
         frequencies=class_frequencies(images["train"]),
         features=features,
-        reference=real_statistics(images["train"], data, features, None, cache, at_once, world),
+        reference=real_statistics(images["train"], data, features, weights, cache, at_once, world),
         world=world,
     )
 

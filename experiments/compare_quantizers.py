@@ -20,9 +20,8 @@ from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
 from experiments.harness.folders import choose_results_folder
 from experiments.harness.report import progress, table
 from experiments.harness.results import load_results, write_results
-from experiments.metrics import features as all_features
 from experiments.metrics.distances import features_provenance, real_statistics, save_reconstructions, statistics_cache
-from experiments.metrics.features import Features
+from experiments.metrics.features import Features, FeaturesConfig
 from experiments.metrics.frechet import Statistics
 from experiments.metrics.reconstruction import LPIPS, SHOWN_IMAGES, measure_reconstructions, summarize_reconstructions
 from models.ranges import MILLION, check_ranges
@@ -67,15 +66,13 @@ Results = dict[str, dict[str, Any]]  # by "<quantizer>_<seed>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(FeaturesConfig):
     """Comparison."""
 
     quantizers: tuple[str, ...] = tuple(VARIANTS)
     """Quantizers to compare: files of vq/quantizers."""
     seeds: int = 1
     """Runs of each quantizer, with seeds from --seed on."""
-    features: str = "auto"
-    """Features of the distance: a file of experiments/metrics/features, or auto."""
     rebuilt_at_once: int = 100
     """Validation images reconstructed at once; does not change the results."""
 
@@ -140,7 +137,7 @@ def main(config: Config) -> None:
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
     same |= {"data_fingerprint": content_fingerprint(bench.images.dataset)}
-    same |= features_provenance(bench.features)
+    same |= features_provenance(bench.features, c.inception_weights)
     folder = choose_results_folder(output.logs_root, output.log_dir, default, config, same, comparison_identity)
     bench = replace(bench, folder=folder)
     with run_lock(folder):
@@ -223,7 +220,7 @@ class Bench:
 
 def prepare(config: Config, folder: Path) -> Bench:
     """Opens the data and computes or reads the statistics of the held-out images, the reference of reconstructions."""
-    data, at_once = config.data, config.comparison.rebuilt_at_once
+    data, own, at_once = config.data, config.comparison, config.comparison.rebuilt_at_once
     world = single_process_world(config.training.device)
     splits = build_splits(data, config.reader, world)
     images = ImageSource(splits["train"], data, margin=data.crop_margin)
@@ -233,13 +230,13 @@ def prepare(config: Config, folder: Path) -> Bench:
     net, perceptual = load_perceptual(net, weights)
     if perceptual is not None:
         perceptual.to(world.device)
-    features = all_features.choose_features(config.comparison.features, data, world.device)
+    features = own.load(data, world.device)
     cache = statistics_cache(config.output.logs_root)
     reference = None  # a covariance needs at least 2 images
     if len(held_out) > 1:
-        reference = real_statistics(held_out.dataset, data, features, None, cache, at_once, world)
+        reference = real_statistics(held_out.dataset, data, features, own.inception_weights, cache, at_once, world)
     return Bench(
-        comparison=config.comparison,
+        comparison=own,
         loss=config.loss,
         reader=config.reader,
         training=config.training,

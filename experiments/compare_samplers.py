@@ -30,10 +30,9 @@ from experiments.harness.experiment import (
 from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import mean_and_deviation, progress, table
 from experiments.harness.results import load_results, write_results
-from experiments.metrics import features as all_features
 from experiments.metrics.cost import count_nfe
 from experiments.metrics.distances import compute_statistics, real_statistics, statistics_cache, with_grid
-from experiments.metrics.features import Features
+from experiments.metrics.features import Features, FeaturesConfig
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.ranges import MILLION, check_ranges
 from train.cli.parse import BaseSettings, parse_arguments, resolve_sampler, run_script
@@ -52,7 +51,7 @@ NEAR = 1.1  # times the baseline's distance
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(FeaturesConfig):
     """Comparison."""
 
     solvers: tuple[str, ...] = ("auto",)
@@ -64,8 +63,6 @@ class ComparisonConfig:
     """Sets of images per solver, with seeds from --seed on, the same for all solvers."""
     n_samples: int = 1000
     """Images per set."""
-    features: str = "auto"
-    """Features of the distance: a file of experiments/metrics/features, or auto."""
 
     EVERYDAY = ("solvers", "steps", "seeds", "n_samples")
     RANGES = {"steps": MILLION, "seeds": "[1, 10000]", "n_samples": "[2, 1000000000]"}
@@ -123,7 +120,7 @@ def main(config: Config) -> None:
         trained = load_model(config.model, config.output, world)
         plan = plan_runs(config.comparison, config.sampling, trained)  # before the folder is created
         with open_results_folder("compare_samplers", config, trained, world, ExperimentSetup((), timed=True)) as folder:
-            batches = open_batches(config, trained, world, folder, files=())
+            batches = open_batches(config, trained, world, folder, files=("inception_weights", "clip_dir"))
             compare(config.comparison, trained, plan, statistics_cache(config.output.logs_root), batches)
 
 
@@ -211,9 +208,9 @@ def compare(
     """Measures the sets missing in results.json one by one, then prints the table and saves the plot. All ranks must
     call it."""
     folder, world = batches.folder, batches.world
-    features = all_features.choose_features(comparison.features, trained.data, trained.device)
+    features = comparison.load(trained.data, trained.device)
     real, size = trained.dataset("train"), batches.batch_size
-    reference = real_statistics(real, trained.data, features, None, cache, size, world)
+    reference = real_statistics(real, trained.data, features, comparison.inception_weights, cache, size, world)
     results = load_or_start_results(features, batches)
     for seed in range(batches.seed, batches.seed + comparison.seeds):
         for run, options in plan.items():
@@ -237,6 +234,7 @@ def load_or_start_results(features: Features, batches: ResumableBatches) -> dict
     """Reads the results so far; starts new ones if the features have changed, which flags do not show."""
     results = load_results(batches.folder)
     identity = {"features": features.name, "features_version": features.module.VERSION}
+    identity |= {} if features.clip_hash is None else {"clip_sha256": features.clip_hash}
     if results is not None and identity.items() <= results.items():
         return results
     return {"metric": features.module.METRIC, **identity, "sets": {}, "run": batches.run}

@@ -1,59 +1,46 @@
-"""Changes the class of images: masks or noises each image in part, then redraws it as another class."""
+"""Edits images: redraws them, or the part that has to change, as other classes, texts or any other conditions."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _root
 import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
+from experiments.harness.edit_methods import EditingConfig, EditTask, Side, find_method
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
+    apply_masks,
+    change_within,
+    condition_source_for,
     conditions_for,
-    draw,
-    encode_images,
-    generate_in_batches,
     load_input_images,
     mean_abs_difference,
-    redraw_input,
     save_comparison_grid,
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
-from experiments.harness.report import table
-from experiments.metrics.classifier import Proportion, class_agreement, classifier_for, predict_classes
-from models.ranges import NOT_NEGATIVE, check_ranges
-from train.class_names import ClassLabel
+from experiments.harness.report import progress, table
+from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
+from experiments.metrics.cost import count_nfe
+from train.condition_source import Row, condition_provenance
 from train.config import SamplingConfig
 from train.distributed import DistContext
+from train.spaces import any_in_cells
 from train.trained_sampler import TrainedSampler
 
 MAX_CLASSES = 10  # target classes without --label
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditingConfig:
-    """Editing."""
-
-    label: tuple[ClassLabel, ...] = ()
-    """Classes to redraw each image as, by name or number; if omitted, all (at most the first ten)."""
-    strength: float = 0.7
-    """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
-
-    EVERYDAY = ("label", "strength")
-    RANGES = {"label": NOT_NEGATIVE, "strength": "(0, 1]"}
-
-    def __post_init__(self):
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Redraws images as other classes; writes edited.png (original | one column per class), images/ and results.json to
-    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the target class."""
+    """Redraws images under other conditions; writes edited.png (original | for each target its mask, if there is one,
+    and the result), images/, masks/ and results.json to <logs_root>/<log_dir>. Reports what changed, network calls and
+    seconds; with a classifier for the data set, how often it predicts the target class."""
 
     EXAMPLES = (
         "python experiments/edit.py --sampler {sampler} --dataset mnist --label 3 8",
@@ -67,70 +54,187 @@ class Config:
     output: OutputConfig
 
 
+class Target(NamedTuple):
+    """Conditions to redraw images under."""
+
+    name: str
+    column: str  # in the names of its files
+    rows: tuple[Row, ...]  # the fields that differ from those of an image; used in turn
+    label: int | None = None  # the class, if it is one
+
+    def row(self, image: int) -> Row:
+        """Returns the fields for an image of this number."""
+        return self.rows[image % len(self.rows)]
+
+
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Loads the images and determines the target classes. ValueError: the model does not support them."""
-    editing, sampling = config.editing, config.sampling
-    labels = target_labels(editing, model)
+    """Loads the images, their conditions and masks, and the targets. ValueError: the model does not support them."""
+    settings, sampling = config.editing, config.sampling
+    find_method(settings.method, model)
+    targets = read_targets(settings, sampling, model)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
-    conditions_for(model, inputs, [0], labels[:1], sampling)
-    return ExperimentSetup((inputs, labels, editing.strength, sampling), {"given_images": inputs.fingerprint})
+    provenance = {"given_images": inputs.fingerprint}
+    if settings.target_file is not None:
+        provenance |= {"target_sha256": condition_provenance(settings.target_file)["condition_sha256"]}
+    if settings.mask:
+        if not config.given.image:
+            raise ValueError("got --mask without --image: pass the images it belongs to, or leave it out")
+        inputs = apply_masks(inputs, config.given.image, settings.mask, model.data.size)
+        provenance["given_masks"] = inputs.fingerprint
+    inputs = replace(inputs, rows=own_conditions(inputs, settings))
+    source = condition_source_for(model, inputs, [0], None, sampling, [targets[0].row(0)])
+    make_sides(inputs, targets, settings, sampling, model, [0])
+    return ExperimentSetup((inputs, targets, settings, sampling), provenance, source=source)
 
 
-def target_labels(editing: EditingConfig, model: TrainedSampler) -> list[int]:
-    """Returns the target classes. ValueError: the model has none."""
-    if not model.sampler.n_classes:
-        raise ValueError(f"{model.run} was trained without classes: use inpaint.py, or pass another --load_dir")
-    return list(editing.label) or list(range(min(model.sampler.n_classes, MAX_CLASSES)))
+def read_targets(settings: EditingConfig, sampling: SamplingConfig, model: TrainedSampler) -> list[Target]:
+    """Returns the targets of the settings; without any all classes or, of a model without classes, --metadata.
+
+    ValueError: the model has neither.
+    """
+    if settings.prompt:
+        return [Target(text, f"as_{k}", ({"caption": text},)) for k, text in enumerate(settings.prompt)]
+    if settings.target_file is not None:
+        return [Target("target", "as_target", tuple(model.read_rows(settings.target_file)))]
+    if model.sampler.n_classes:
+        labels = list(settings.label) or list(range(min(model.sampler.n_classes, MAX_CLASSES)))
+        names = model.captions(torch.tensor(labels))
+        return [Target(name, f"as_{k}", ({"label": k},), k) for k, name in zip(labels, names, strict=True)]
+    if sampling.metadata:
+        return [Target(" ".join(sampling.metadata), "as_target", ({},))]
+    remedy = "pass --prompt TEXT, --metadata or --target_file, use inpaint.py, or pass another --load_dir"
+    raise ValueError(f"{model.run} was trained without classes: {remedy}")
+
+
+def own_conditions(inputs: InputImages, settings: EditingConfig) -> tuple[Row, ...]:
+    """Returns the conditions that describe each image: those of its item or row, with what the settings say."""
+    given = {"label": settings.source_label, "caption": settings.source_prompt}
+    given = {name: value for name, value in given.items() if value is not None}
+    rows = [inputs.rows[i % len(inputs.rows)] if inputs.rows else {} for i in range(len(inputs))]
+    labels = [{"label": label} for label in inputs.labels] or [{}] * len(inputs)
+    return tuple({**label, **row, **given} for label, row in zip(labels, rows, strict=True))
+
+
+def make_sides(
+    inputs: InputImages,
+    targets: list[Target],
+    settings: EditingConfig,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+    numbers: list[int],
+) -> tuple[Side, Side]:
+    """Returns the source and the target of results of these numbers: those of the first image come first."""
+    images = [number // len(targets) for number in numbers]
+    fields = [targets[number % len(targets)].row(image) for number, image in zip(numbers, images, strict=True)]
+    target = Side(*conditions_for(model, inputs, images, None, sampling, fields))
+    options = settings.source_options(sampling)
+    if settings.method == "sdedit" or settings.source == "null" or not any(inputs.rows):
+        return Side(None, options.without_guidance()), target
+    return Side(*conditions_for(model, inputs, images, None, options)), target
 
 
 def measure(
     inputs: InputImages,
-    labels: list[int],
-    strength: float,
+    targets: list[Target],
+    settings: EditingConfig,
     sampling: SamplingConfig,
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """Redraws the images, saves them and measures class agreement. All ranks must call it; only the main rank gets the
+    """Edits the images, saves them and measures what changed. All ranks must call it; only the main rank gets the
     results."""
+    edit, count = find_method(settings.method, model), len(inputs) * len(targets)
 
-    def redraw(numbers: list[int]) -> Tensor:
-        rows = [number // len(labels) for number in numbers]  # all classes share the mask or noise of an image
-        start = redraw_input(encode_images(inputs.image[rows], model), model, strength)
-        targets = [labels[number % len(labels)] for number in numbers]
-        conditions, options = conditions_for(model, inputs, rows, targets, sampling)
-        return draw(model, options, batches.seed, start, rows, conditions)
+    def edit_batch(numbers: list[int]) -> dict[str, Tensor]:
+        images = [number // len(targets) for number in numbers]  # all targets share the mask or noise of an image
+        sides = make_sides(inputs, targets, settings, sampling, model, numbers)
+        cells = any_in_cells(inputs.mask[images], model.space.factor).to(model.device) if settings.mask else None
+        task = EditTask(model, settings, inputs.image[images], cells, *sides, batches.seed, images)
+        start = time.perf_counter()
+        with count_nfe(model.sampler.network) as nfe:
+            edited = edit(task)
+        cost = torch.tensor([nfe.evaluations, time.perf_counter() - start], dtype=torch.float64) / len(numbers)
+        masks = {} if edited.mask is None else {"mask": edited.mask}
+        return {"image": edited.image, "cost": cost.expand(len(numbers), 2), **masks}
 
-    edited = generate_in_batches("edited", len(inputs) * len(labels), redraw, batches)
-    if edited is None:
+    resumed = batches.resume("edits", range(count), edit_batch)
+    parts = list(progress(resumed, count, "edited", batches.world.is_main))
+    if not parts:
         return None
-    edited = edited.view(len(inputs), len(labels), *edited.shape[1:])
-    save_result_images(batches.folder, inputs.names, edited, [f"as_{label}" for label in labels], batches.run)
-    names = model.captions(torch.tensor(labels))
-    save_comparison_grid(batches.folder / "edited.png", inputs.image, edited, headings=["original", *names])
+    arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    edited = {name: array.view(len(inputs), len(targets), *array.shape[1:]) for name, array in arrays.items()}
+    save_pictures(inputs, targets, edited, batches)
     classifier = classifier_for(model.data)
-    results = {"n_images": len(inputs), "strength": strength, "labels": [], "names": names, "of_label": []}
-    for k, label in enumerate(labels):
-        row = {"distance": mean_abs_difference(inputs.image, edited[:, k])}
-        if classifier is not None:
-            predictions = predict_classes(classifier, edited[:, k : k + 1])
-            row["asked"] = class_agreement(torch.full((len(inputs),), label), predictions)._asdict()
-            row["stays"] = class_agreement(predict_classes(classifier, inputs.image), predictions)._asdict()
-        results["labels"].append(label)
-        results["of_label"].append(row)
-    return results | {"run": batches.run}
+    return {
+        "n_images": len(inputs),
+        "method": settings.method,
+        "strength": settings.strength,
+        "labels": [target.label for target in targets],
+        "names": [target.name for target in targets],
+        "of_label": [
+            measure_target(inputs, target, {name: array[:, k] for name, array in edited.items()}, classifier)
+            for k, target in enumerate(targets)
+        ],
+        "run": batches.run,
+    }
+
+
+def save_pictures(
+    inputs: InputImages, targets: list[Target], edited: dict[str, Tensor], batches: ResumableBatches
+) -> None:
+    """Saves the edited images (N, targets, ...) and their masks, one by one and in a grid."""
+    images, columns = edited["image"], [target.column for target in targets]
+    save_result_images(batches.folder, inputs.names, images, columns, batches.run)
+    names, shown = [target.name for target in targets], images
+    if "mask" in edited:
+        masks = edited["mask"].unsqueeze(2).to(torch.uint8) * 255  # (N, targets, 1, H, W)
+        save_result_images(batches.folder, inputs.names, masks, columns, batches.run, "masks")
+        shown = torch.stack([masks.expand_as(images), images], 2).flatten(1, 2)
+        names = [heading for name in names for heading in ("mask", name)]
+    save_comparison_grid(batches.folder / "edited.png", inputs.image, shown, headings=["original", *names])
+
+
+def measure_target(
+    inputs: InputImages, target: Target, edited: dict[str, Tensor], classifier: Classifier | None
+) -> dict[str, Any]:
+    """Returns what changed in the images (N, ...) of one target, at what cost, and how they are classified."""
+    image, (calls, seconds) = edited["image"], edited["cost"].mean(0).tolist()
+    row = {"distance": mean_abs_difference(inputs.image, image), "calls": calls, "seconds": seconds}
+    if "mask" in edited:
+        original, result, mask = inputs.image.unsqueeze(1), image.unsqueeze(1), edited["mask"][:, None, None]
+        row |= {"masked": mask.float().mean().item()}
+        row |= {"inside": change_within(original, result, mask), "outside": change_within(original, result, ~mask)}
+    if classifier is not None:
+        predictions = predict_classes(classifier, image.unsqueeze(1))
+        labels = [target.row(i).get("label") for i in range(len(inputs))]
+        if None not in labels:
+            row["asked"] = class_agreement(torch.tensor(labels), predictions)._asdict()
+        row["stays"] = class_agreement(predict_classes(classifier, inputs.image), predictions)._asdict()
+    return row
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Formats, per target class, the change of the images and the class agreement."""
-    classified = "asked" in results["of_label"][0]
-    headings = ("classified as target, higher is better", "as before") if classified else ()
-    rows = [("target class", "mean abs. change (% of range)", *headings)]
+    """Formats, per target, what changed, the cost and the class agreement."""
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}"
+
+    columns = {  # by key; results of earlier versions have some of them only
+        "distance": ("mean abs. change (% of range)", percent),
+        "masked": ("masked (%)", percent),
+        "outside": ("change outside (%)", percent),
+        "calls": ("network calls per image", "{:.4g}".format),
+        "seconds": ("s/image", "{:.3g}".format),
+        "asked": ("classified as target, higher is better", lambda value: str(Proportion(**value))),
+        "stays": ("as before", lambda value: str(Proportion(**value))),
+    }
+    columns = {key: column for key, column in columns.items() if key in results["of_label"][0]}
+    rows = [("target", *(heading for heading, _ in columns.values()))]
     names = results.get("names", results["labels"])  # results of earlier versions have numbers only
     for name, row in zip(names, results["of_label"], strict=True):
-        proportions = [str(Proportion(**row[key])) for key in ("asked", "stays")] if classified else []
-        rows.append((str(name), f"{100 * row['distance']:.1f}", *proportions))
-    summary = f"{results['n_images']} images, strength {results['strength']:g}" + "; ± standard error" * classified
+        rows.append((str(name), *(text(row[key]) for key, (_, text) in columns.items())))
+    summary = f"{results['n_images']} images, {results.get('method', 'sdedit')}, strength {results['strength']:g}"
+    summary += "; ± standard error" * ("stays" in columns)
     return f"\n{summary}\n{table(rows)}\n\n{folder / 'edited.png'}\n{folder / 'images'}"
 
 

@@ -15,11 +15,11 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
+    change_within,
     conditions_for,
     draw,
     generate_in_batches,
     load_input_images,
-    mean_abs_difference,
     save_comparison_grid,
     save_result_images,
 )
@@ -174,13 +174,6 @@ def measure(
         "images": [describe_edit(*each, names) for each in zip(inputs.names, layouts, strict=True)],
         "run": batches.run,
     }
-
-
-def change_within(original: Tensor, edited: Tensor, inside: Tensor) -> float:
-    """Returns the mean absolute change of the pixels `inside` (N, 1, 1, H, W) bool, as a fraction of the range of
-    values; 0 if there are none. Images are uint8 (N, 1, C, H, W) and (N, results, C, H, W)."""
-    chosen = inside.expand_as(edited)
-    return mean_abs_difference(original.expand_as(edited)[chosen], edited[chosen]) if chosen.any() else 0.0
 
 
 def describe_edit(name: str, layout: EditedLayout, names: LayoutNames) -> dict[str, Any]:

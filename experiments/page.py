@@ -24,10 +24,12 @@ from experiments.page_components import (
     show_errors,
 )
 from experiments.playground import DenoisingStep, Runs, WatchedSteps, enlarge_to_picture
+from train.data.transforms import as_uint8
 from train.datasets._decode import decode, to_grey_or_rgb
 from train.logging import grid_image
 
 COLUMNS = 6  # of the gallery of samples
+HINT = "hint"  # below those given, before the samples
 DELETE_CACHE = (600, 3600)  # seconds: how often the page's image files are cleaned up, and their age then
 
 
@@ -41,7 +43,8 @@ def add_sample_tab(settings: Settings) -> Any:
     def sample(*values: Any) -> list:
         with show_errors():
             play, request = settings.read(*values)
-            return [*results.show(play, request, play.sample(request)), request.seed]
+            hints = [(enlarge_to_picture(as_uint8(hint), SIDE), HINT) for hint in request.hints.values()]
+            return [*results.show(play, request, play.sample(request), hints), request.seed]
 
     results.fill_on(button, sample, settings.inputs, settings.seed)
     return results.gallery

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from experiments.harness.controls import Control, ControlKey, component, flags_to_labels, make_controls
 from experiments.harness.images import SampleWriter, image_names
@@ -31,16 +32,19 @@ from experiments.playground import (
 from models.conditions.metadata import UNKNOWN
 from models.conditions.numbers import parse_number
 from train.cli.errors import is_out_of_memory
+from train.datasets._decode import decode
 from train.loop import Batch
 from train.registry import load_plugin, plugin_names
 
-MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # always visible
+MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance", "control_strength")  # always visible
 IMAGES = 12  # default number of images
 SEEDS = 1_000_000  # seeds that the page draws from
 TAB_TITLE = ": samples"  # of the browser's tab, after the name of the run
 SIDE = 384  # pixels to which images are enlarged
 MOST_FIELDS = 12  # of metadata that are words on the page, and that are numbers; further ones are unknown
+MOST_HINTS = 3  # pictures of hints; those of further control branches are of the data
 WHOLE_STEPS = 30  # length from which a range of whole numbers has steps of 1; 0 to 14 may be a thickness in pixels
+Shown = Image.Image | tuple[Image.Image, str]  # a picture, and its caption
 
 
 @contextmanager
@@ -128,6 +132,28 @@ def read_metadata(play: Playground, values: Sequence[Any]) -> dict[str, str | fl
     return dict.fromkeys(fields.unknown, UNKNOWN) | chosen
 
 
+def hint_inputs(play: Playground) -> list:
+    """Returns the uploads of the hints of control branches and the switch "hint ready", or the updates of them: those
+    of the branches that the model has are visible."""
+    import gradio as gr
+
+    names = [name.removesuffix("_image").replace("_", " ") for name in play.hint_fields[:MOST_HINTS]]
+    style = {"type": "filepath", "height": 110, "min_width": 240, "interactive": True}  # gradio would hide errors
+    files = [gr.File(None, label=name, visible=True, **style) for name in names]
+    files += [gr.File(None, visible=False, **style) for _ in range(MOST_HINTS - len(names))]
+    about = "The pictures are hints already, such as edges; otherwise hints are made of them."
+    ready = gr.Checkbox(play.takes_ready_hints, label="hint ready", info=about, visible=bool(names))
+    return [*files, ready]
+
+
+def read_hints(play: Playground, values: Sequence[Any]) -> dict[str, Tensor]:
+    """Returns the hints of a model from the values of their boxes, in the order of `hint_inputs`; those without a
+    picture are left out."""
+    *files, ready = values
+    given = zip(play.hint_fields, files, strict=False)  # further uploads are hidden
+    return {name: play.make_hint(name, decode(file, Path(file).name), ready) for name, file in given if file}
+
+
 def title(play: Playground) -> str:
     """Returns the line in Markdown that says which model this is."""
     height, width = play.trained.data.size
@@ -149,13 +175,14 @@ class Settings:
     settings_run: Any  # hidden: the run whose settings these are, which is another one than chosen while that is loaded
     note: Any  # on the class in the tab Inpaint, which renders it
     texts: list  # those of `text_inputs`
+    hints: list  # those of `hint_inputs`
     controls: dict[ControlKey, Any]
 
     @property
     def inputs(self) -> list:
         """The components whose values `read` takes."""
         first = [self.run, self.step, self.label, self.count, self.seed, self.fixed, self.settings_run]
-        return [*first, *self.texts, *self.controls.values()]
+        return [*first, *self.texts, *self.hints, *self.controls.values()]
 
     def read(
         self,
@@ -179,12 +206,13 @@ class Settings:
             raise ValueError(f"got {count} for images, wanted 1 to {self.most}")
         play = self.runs.open(run, step)
         (prompt, negative, *metadata), values = values[: len(self.texts)], values[len(self.texts) :]
-        texts = {"prompt": prompt.strip(), "negative": negative.strip()} if play.reads_prompts else {}
-        texts["metadata"] = read_metadata(play, metadata)
+        given = {"prompt": prompt.strip(), "negative": negative.strip()} if play.reads_prompts else {}
+        given["metadata"] = read_metadata(play, metadata)
+        given["hints"], values = read_hints(play, values[: len(self.hints)]), values[len(self.hints) :]
         keys = {each.key for each in play.controls}
         options = {key.name: value for key, value in zip(self.controls, values, strict=True) if key in keys}
         seed = seed if fixed else random.randrange(SEEDS)
-        return play, Request(options=play.settings(options), label=label, count=count, seed=seed, **texts)
+        return play, Request(options=play.settings(options), label=label, count=count, seed=seed, **given)
 
     def list_runs(self) -> list:
         """Returns updates of run and step with what there is by now."""
@@ -195,18 +223,18 @@ class Settings:
 
     def pick_run(self, run: str, last_choice: str) -> list:
         """Loads the newest checkpoint of a run, unless it was chosen last; returns updates of title, step, class, note,
-        its name twice, texts and controls."""
+        its name twice, texts, hints and controls."""
         import gradio as gr
 
         if run == last_choice:  # gradio reports a choice again when another field is clicked
-            return [gr.skip()] * (6 + len(self.texts) + len(self.controls))
+            return [gr.skip()] * (6 + len(self.texts) + len(self.hints) + len(self.controls))
         with show_errors():
             play = self.runs.open(run)
             step = gr.update(choices=self.runs.steps(run), value=play.trained.step)
         controls = {each.key: component(each) for each in play.controls_of()}
         hidden = gr.update(visible=False)
         first = [title(play), step, class_dropdown(play), class_note(play), run, run, *text_inputs(play)]
-        return [*first, *(controls.get(key, hidden) for key in self.controls)]
+        return [*first, *hint_inputs(play), *(controls.get(key, hidden) for key in self.controls)]
 
     @property
     def decisive(self) -> dict[ControlKey, Any]:
@@ -234,7 +262,7 @@ class Settings:
 def all_controls(play: Playground) -> dict[ControlKey, Control]:
     """Returns the controls of all samplers, the main ones first, with the values of `play` where it has them."""
     modules = [load_plugin("train.samplers", name, "sampler") for name in plugin_names("train.samplers")]
-    controls = [each for module in modules for each in make_controls(module.Sampling(), [], True, True, True)]
+    controls = [each for module in modules for each in make_controls(module.Sampling(), [], *[True] * 4)]
     controls = {each.key: each._replace(visible=False) for each in controls}
     controls |= {each.key: each for each in play.controls_of()}
     order = {name: i for i, name in enumerate(MAIN_SETTINGS)}
@@ -264,6 +292,8 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
     with gr.Row():
         texts = text_inputs(play)
     with gr.Row():
+        hints = hint_inputs(play)
+    with gr.Row():
         label = class_dropdown(play)
         main = {key: component(each) for key, each in controls.items() if key.name in MAIN_SETTINGS}
         whole = {"precision": 0, "min_width": 150}
@@ -273,14 +303,14 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
     settings_run, note = gr.Textbox(runs.name(runs.first), visible=False), class_note(play)
     with gr.Accordion("more settings", open=False):
         others = {key: component(each) for key, each in controls.items() if key not in main}
-    boxes = (label, count, seed_box, fixed, settings_run, note, texts)
+    boxes = (label, count, seed_box, fixed, settings_run, note, texts, hints)
     settings = Settings(runs, most, run, step, *boxes, main | others)
     updated, last_choice = list(settings.controls.values()), gr.State(runs.name(runs.first))
     seed_box.input(None, None, fixed, js="() => true")
     numbers = texts[2 + MOST_FIELDS :]
     for slider, unknown in zip(numbers[::2], numbers[1::2], strict=True):
         slider.input(None, None, unknown, js="() => false")
-    outputs = [heading, step, label, note, settings_run, last_choice, *texts, *updated]
+    outputs = [heading, step, label, note, settings_run, last_choice, *texts, *hints, *updated]
     loaded = run.input(settings.pick_run, [run, last_choice], outputs, show_progress_on=heading)
     loaded.success(None, run, None, js=f"run => {{ document.title = run + '{TAB_TITLE}' }}")
     decisive = [*settings.decisive.values()]
@@ -311,7 +341,7 @@ class Results:
         return fill_on([button.click], draw, inputs, outputs, self.area, self.npz, **style)
 
     def show(
-        self, play: Playground, request: Request, batch: Batch, first: tuple[Image.Image, ...] = (), kind: str = ""
+        self, play: Playground, request: Request, batch: Batch, first: Sequence[Shown] = (), kind: str = ""
     ) -> list:
         """Returns the values that show a batch after other pictures, and let it be downloaded as files that are named
         after the run and the kind of result."""

@@ -37,9 +37,11 @@ from models.conditions.metadata import UNKNOWN
 from train.checkpoint import resolve_step, saved_steps
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
+from train.data.hints import NOT_OF_PICTURES
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item, to_picture
 from train.datasets._channels import PICTURES
 from train.datasets._decode import to_supported_mode
+from train.hint_files import make_hint
 from train.loop import Batch
 from train.samplers._guidance import IMAGES
 from train.samplers._metadata import MetadataFields
@@ -106,6 +108,7 @@ class Request:
     prompt: str = ""  # what all images show; "": captions of the data
     negative: str = ""  # what guidance moves away from; "": the null
     metadata: Mapping[str, str | float] = field(default_factory=dict)  # by field; others are of the data
+    hints: Mapping[str, Tensor] = field(default_factory=dict)  # of control branches, by field; others are of the data
 
     def __post_init__(self):
         if self.count < 1 or self.seed < 0:
@@ -157,6 +160,22 @@ class Playground:
         return dict.fromkeys(self.metadata_fields.unknown, UNKNOWN) | given
 
     @property
+    def hint_fields(self) -> list[str]:
+        """The batch fields of the hints of control branches."""
+        return [*self.trained.channels_of_hints]
+
+    @property
+    def takes_ready_hints(self) -> bool:
+        """Whether no hint can be made of a picture, so that pictures must be hints already."""
+        makers = self.trained.hint_makers.values()
+        return all(maker is None or maker.kind in NOT_OF_PICTURES for maker in makers)
+
+    def make_hint(self, name: str, picture: Image.Image, ready: bool) -> Tensor:
+        """Makes the hint of a field, uint8 (C, H, W), of a picture, or takes the picture for it if it is `ready`."""
+        trained = self.trained
+        return make_hint(picture, trained.hint_makers[name], trained.channels_of_hints[name], trained.data, ready)
+
+    @property
     def controls(self) -> list[Control]:
         """The controls of the model's settings, with the solvers of its process."""
         sampler = self.trained.sampler
@@ -164,7 +183,8 @@ class Playground:
         regions = any(each.region_encoders for each in conditioners)
         images = any(name in each for each in conditioners for name in IMAGES)
         solvers = sorted(solvers_for(sampler.process))
-        return make_controls(self.options, solvers, bool(sampler.conditions), regions, images)
+        hints = any(each.hints for each in conditioners)
+        return make_controls(self.options, solvers, bool(sampler.conditions), regions, images, hints)
 
     def controls_of(self, **choices: Any) -> list[Control]:
         """The controls beside these choices, such as of a solver: settings without effect are not visible, steps that
@@ -206,6 +226,8 @@ class Playground:
         if request.metadata:
             words = [f"{name}={value}" for name, value in request.metadata.items()]
             source = source.with_values(**self.metadata_fields.parse(words))
+        if request.hints:
+            source = source.with_values(**request.hints)
         label = classes.get(request.label, request.label)
         if label == AS_IN_DATA:
             return source.draw(request.seed, range(request.count))

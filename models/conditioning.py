@@ -279,6 +279,13 @@ class RegionEncoder(ConditionEncoder):
     """
 
     limits: Mapping[str, int] = MappingProxyType({})  # how many numbers a field may have, such as {"box_class": 10}
+    null_length: int = 0  # of its tokens, how many come before those of the regions
+    tokens_per_region: int = 1
+
+    def tokens_of_region(self, region: int) -> range:
+        """Returns the tokens of a region, by their numbers in the condition."""
+        first = self.null_length + region * self.tokens_per_region
+        return range(first, first + self.tokens_per_region)
 
     @abstractmethod
     def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None, regions: Regions | None = None) -> Stream:

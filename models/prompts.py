@@ -64,6 +64,17 @@ def parse_prompt(text: str, syntax: str = "plain") -> Prompt:
     return PARSERS[syntax](text)
 
 
+def plain_words(prompt: Prompt) -> str:
+    """Returns the words of a prompt without its syntax, as other text encoders read them: "a red cat" of "a (red:1.4)
+    cat". Pieces, which are tokenized alone, are joined by spaces; those of no weight, or less, are left out."""
+    words = []
+    for clause in prompt:
+        for text, share in zip(clause.texts, clause.shares, strict=True):
+            pieces = [piece for section in text for piece in section]
+            words += [piece.text.strip() for piece in pieces if clause.weight * share * piece.weight > 0]
+    return " ".join(word for word in words if word)
+
+
 def chunk_text(
     text: Text, tokenizer: PromptTokenizer, split: str, length: int = CHUNK, pad_id: int | None = None
 ) -> Chunks:

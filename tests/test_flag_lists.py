@@ -123,7 +123,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
     assert cli.flag_names(FineTuningConfig) == {
         *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora", "lora_trigger_words", "lr_scale", "save"),
         *("differential", "differential_in", "lora_rank_of", "text_new_tokens"),
-        *("control", "control_lock", "hint_channels", "hint_widths", "hint_factor"),
+        *("control", "control_lock", "load_control", "hint_channels", "hint_widths", "hint_factor"),
     }
     assert cli.flag_names(HintsConfig) == {"condition_image", "edge_sigma", "edge_thresholds", "small_factor"}
 

@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,17 +82,20 @@ def class_captions(labels: Tensor | None, n_classes: int, class_names: Sequence[
 
 
 def with_class_numbers(config: C, n_classes: int, class_names: Sequence[str]) -> C:
-    """Returns the config of an experiment with the classes of --label as numbers, which identify its results."""
+    """Returns the config of an experiment with the classes of --label and --source_label as numbers, which identify its
+    results."""
     groups = {field.name: getattr(config, field.name) for field in fields(config)}
-    for name, group in groups.items():
-        label = vars(group).get("label")
+    for name, flag in product(groups, ("label", "source_label")):
+        label = vars(groups[name]).get(flag)
         if label is not None:
             several = isinstance(label, tuple)
             if str(label).lower() in ("none", "null") and label not in class_names:
                 remedy = 'pass --condition_file FILE.json with [{"label": null}] for images of no class'
-                raise ValueError(f"got --label {label}, wanted a class: {remedy}, or leave --label out for all classes")
+                raise ValueError(
+                    f"got --{flag} {label}, wanted a class: {remedy}, or leave --{flag} out for all classes"
+                )
             numbers = [class_index(each, n_classes, class_names) for each in (label if several else [label])]
-            groups[name] = replace(group, label=tuple(numbers) if several else numbers[0])
+            groups[name] = replace(groups[name], **{flag: tuple(numbers) if several else numbers[0]})
     return replace(config, **groups)
 
 

@@ -6,7 +6,8 @@ run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, Self
 
 from torch import nn
@@ -27,6 +28,9 @@ class ControlConfig:
     images or their annotations; image: the picture before, of a data set of pairs."""
     control_lock: bool = True
     """Of --control only the branch learns; --no_control_lock: the network of --load_dir too."""
+    load_control: str | None = None
+    """File of a control branch to start from, such as the control.safetensors of a run on the same --load_dir, or of
+    convert.py; by default the branch starts as a copy that changes nothing. Its settings of hints are taken over."""
     hint_channels: int = 0
     """Channels of hints, to which grey ones are repeated; 0: those of their kind."""
     hint_widths: tuple[int, ...] = ()
@@ -38,7 +42,8 @@ class ControlConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        given = [name for name in HINT_SETTINGS if getattr(self, name)] + ["no_control_lock"] * (not self.control_lock)
+        given = [name for name in ("load_control", *HINT_SETTINGS) if getattr(self, name)]
+        given += ["no_control_lock"] * (not self.control_lock)
         if given and not self.control:
             raise ValueError(f"got {given[0]} without --control: pass --control edges, or leave --{given[0]} out")
 
@@ -57,6 +62,15 @@ class ControlConfig:
         HintConfig(**values)  # checks them
         return replace(self, **values)
 
+    def with_hint_of(self, hint: HintConfig, path: Path) -> Self:
+        """Returns the settings with those of the hint of a file; ValueError for other ones that are given."""
+        for name in HINT_SETTINGS:
+            given, own = getattr(self, name), getattr(hint, name)
+            if given and given != own:
+                got = f"got {name} {given} with --load_control {path}, whose branch has {own}"
+                raise ValueError(f"{got}: leave --{name} out")
+        return replace(self, **asdict(hint))
+
     @property
     def hint(self) -> HintConfig:
         """The architecture of the encoder of hints; see `with_hint`."""
@@ -68,7 +82,7 @@ class ControlConfig:
         return {hint_field(HINT): self.control} if self.control else {}
 
     def add_branch(self, network: nn.Module) -> None:
-        """Adds the new branch of --control to a network, if any."""
+        """Adds the new branch of --control to a network, if any, as a copy that changes nothing."""
         if self.control:
             add_control(network, build_branch(network, self.hint))
 

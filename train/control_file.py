@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,8 @@ from models.conditions.text import CaptionEncoder
 from models.control import HINT, ControlBranch, HintConfig, HintEncoder, add_control, build_branch, hint_field
 from models.text_encoder import TextEncoder, TextEncoderConfig
 from models.unet import UNet, UNetConfig
-from train.data.hints import HINTS, HintMaker, HintsConfig
+from train.control import ControlConfig
+from train.data.hints import HINTS, HintMaker, HintsConfig, differing_option
 from train.distributed import DistContext, full_tensor
 from train.files import atomic_write, parse_json, write_errors_as_oserror
 from train.lora_merging import AdapterFile, check_base
@@ -37,6 +38,7 @@ SETTINGS = {  # of the branch of a UNet, which the header has; it names no code
 REMEDY = "pass the file that convert.py --from sd writes of a control branch"
 CONDITION = "condition_image"  # the option of hints that is not of branches
 TRAINED_REMEDY = "pass the control.safetensors of a run of --control, or of convert.py --from sd"
+C = TypeVar("C", bound=ControlConfig)
 
 
 @dataclass(frozen=True)
@@ -166,23 +168,61 @@ def read_branch(path: str | Path, network: nn.Module) -> tuple[ControlBranch | H
     FileNotFoundError without the file; ValueError for one that is damaged or does not fit the network.
     """
     path = Path(path).expanduser()
+    hint, facts = read_hint(path)
+    branch = build_branch(network, hint)
+    fill(branch, path, "the network")
+    if facts is None and own_heads(network.config) != own_heads(build_control(read_control_header(path)[0]).config):
+        raise ValueError(f"{path} has other attention heads than the network: {TRAINED_REMEDY}")
+    return branch, facts
+
+
+def read_hint(path: Path) -> tuple[HintConfig, BranchFacts | None]:
+    """Reads how a branch encodes its hint, and what it was trained on; None of a converted one.
+
+    FileNotFoundError without the file; ValueError for one that is damaged.
+    """
     header = read_header(path)
     if "trained" not in header:
         settings, _ = read_control_header(path)
-        branch = build_branch(network, HintConfig(**{field.name: settings[field.name] for field in fields(HintConfig)}))
-        fill(branch, path, "the network")
-        if own_heads(network.config) != own_heads(build_control(settings).config):
-            raise ValueError(f"{path} has other attention heads than the network: {TRAINED_REMEDY}")
-        return branch, None
+        return HintConfig(**{field.name: settings[field.name] for field in fields(HintConfig)}), None
     settings, trained = header.get("settings"), header["trained"]
     try:
         hint, facts = HintConfig(**with_tuples(settings)), BranchFacts(**trained)
         facts.maker  # noqa: B018 (validates the options)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} has a damaged header ({error}): {TRAINED_REMEDY}") from error
-    branch = build_branch(network, hint)
-    fill(branch, path, "the network")
-    return branch, facts
+    return hint, facts
+
+
+def with_hint_of_file(config: C, hints: HintsConfig) -> C:
+    """Returns the settings of --control with those of the hint of the file --load_control, which it starts from.
+
+    ValueError for other ones that are given, also for hints of another kind or with other options than its own.
+    """
+    path = Path(config.load_control).expanduser()
+    hint, facts = read_hint(path)
+    config = config.with_hint_of(hint, path)
+    if facts is None:
+        return config
+    own = facts.maker
+    if own.kind != config.control:
+        got = f"got --control {config.control} with --load_control {path}, whose hints are {own.kind}"
+        raise ValueError(f"{got}: pass --control {own.kind}, or another file")
+    if (name := differing_option(own.kind, own.options, hints)) is not None:
+        got = f"got {name} {getattr(hints, name)} with --load_control {path}, whose hints have {name}"
+        raise ValueError(f"{got} {getattr(own.options, name)}: pass --{name} with that")
+    return config
+
+
+def add_start_of_branch(network: nn.Module, path: str, base: str) -> None:
+    """Adds the branch of a file, which is to be trained on, to a network whose weights have the SHA-256 `base`.
+
+    FileNotFoundError without the file; ValueError for a branch of other weights, or of another network.
+    """
+    branch, facts = read_branch(path, network)
+    if facts is not None:
+        check_base(facts.base, base, Path(path))
+    add_control(network, branch.train(network.training))
 
 
 def own_heads(config: UNetConfig) -> list[int]:

@@ -8,7 +8,7 @@ the text encoder, and is loaded from there. The weights of a base are its averag
 
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +34,8 @@ from train.cli.files import recorded_path, run_folder
 from train.cli.parse import flatten_group, from_dict
 from train.cli.values import parse_int
 from train.config import FineTuningConfig, TrainingConfig
-from train.control_file import BranchFacts, write_branch
-from train.data.hints import HintMaker, HintsConfig
+from train.control_file import BranchFacts, add_start_of_branch, with_hint_of_file, write_branch
+from train.data.hints import HintMaker, HintsConfig, differing_option, hint_channels
 from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
@@ -48,6 +48,7 @@ from train.textual_inversion import EMBEDDINGS, add_new_words, parse_words, writ
 ADAPTER = "lora"  # the name of the adapters that learn
 ADAPTERS = "lora.safetensors"  # their file
 MERGED_FROM = "merged_from"  # in the origin of a merged run: the path of the base
+START_OF_BRANCH = "load_control_sha256"  # in the origin of a run
 PLACES_OF_WEIGHTS = ("base", "load_weights", "text_encoder")  # in the origin of a run
 
 
@@ -89,10 +90,17 @@ def read_base(run: Path) -> Base | None:
         raise ValueError(f"{got}: put back the path, step, file and sha256 of the run it was trained from") from error
 
 
-def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, logs_root: str) -> Base | None:
+def find_base(
+    run: Path,
+    training: TrainingConfig,
+    config: FineTuningConfig,
+    logs_root: str,
+    hints: HintsConfig = HintsConfig(),  # noqa: B008 (it is frozen)
+) -> Base | None:
     """Returns the base of a run that is started or resumed; None if it loads no weights, or holds all of them itself.
 
-    ValueError for adapters and other changes of a network without weights to begin from.
+    ValueError for adapters and other changes of a network without weights to begin from, and for a control branch
+    beside a base whose condition_image is made in another way than `hints` say.
     """
     if config.save == "merged" and training.parallel == "fsdp":
         raise ValueError("got --save merged with --parallel fsdp, which has no whole weights: pass --parallel ddp")
@@ -121,12 +129,28 @@ def find_base(run: Path, training: TrainingConfig, config: FineTuningConfig, log
         got = f"got --control {config.control} beside {source}, which has new words"
         remedy = f"sample with --textual_inversion {source / EMBEDDINGS} --control_files FILE"
         raise ValueError(f"{got}: train it beside the run that these were trained from, and {remedy}")
+    if config.control and config.control_lock and (source / "config.yaml").is_file():
+        refuse_other_hints(source, hints)
     if not (config.changes_network or training.train_only or leaves_out_weights(source)):
         return None
     step = resolve_step(source, training.load_step, "--load_step")
     manifest = verify_checkpoint(checkpoint_path(source, step))
     file = EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS
     return Base(source, step, file, manifest[file]["sha256"])
+
+
+def refuse_other_hints(source: Path, hints: HintsConfig) -> None:
+    """Raises ValueError if the condition_image of a base that stays as it is, `source`, is made in another way than
+    `hints` say, which are also those of the control branch that learns beside it."""
+    own = read_fine_tuned_run(source).hints
+    if not own.condition_image or not hints.condition_image:
+        return
+    same = own.condition_image == hints.condition_image
+    name = differing_option(own.condition_image, own, hints) if same else "condition_image"
+    if name is not None:
+        got = f"got {name} {getattr(hints, name)} beside {source}, whose condition_image {own.condition_image} has"
+        remedy = f"leave --{name} out, or pass --no_control_lock, so that the network of --load_dir learns too"
+        raise ValueError(f"{got} {name} {getattr(own, name)}: {remedy}")
 
 
 def leaves_out_weights(run: Path) -> bool:
@@ -182,6 +206,7 @@ def fine_tune(
 ) -> FineTuned:
     """Loads the base into a network that was just built, adds layers to it, and freezes what does not learn.
 
+    A branch of --load_control is read from its file: leave that out for a network whose checkpoint follows.
     `name` is that of the module in checkpoints. `text_keys` are the weights that were filled from --text_encoder, which
     checkpoints leave out unless `save_text`. Without a base all others are in the checkpoints of the run itself, from
     which they are loaded afterwards. ValueError or FileNotFoundError: see `read_base_tensors`, and the flags.
@@ -192,7 +217,10 @@ def fine_tune(
         make_differential(network, config.differential, config.differential_in)
     if config.lora_rank:
         add_adapters(network, config)
-    config.add_branch(network)
+    if config.load_control:
+        add_start_of_branch(network, config.load_control, "" if base is None else base.sha256)
+    else:
+        config.add_branch(network)
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
     alone = config.lora_rank or (config.control and config.control_lock)
     new = frozenset(key for key in added if alone or config.control or is_selected(key, [NEW_TOKENS]))
@@ -236,6 +264,26 @@ def read_words(run: Path, words: Sequence[str]) -> bool:
     return bool(own)
 
 
+def with_hint_settings(
+    config: FineTuningConfig, hints: HintsConfig, image_channels: int, factor: int, is_new: bool
+) -> FineTuningConfig:
+    """Returns the settings of a control branch with those of its hint: in a new run of --load_control those of the
+    file, else, where they are left out, those for images of `image_channels` that are `factor` times as high as what is
+    sampled. ValueError for settings that do not fit together, or another file; FileNotFoundError without it."""
+    if not config.control:
+        return config
+    if config.load_control and is_new:
+        return with_hint_of_file(config, hints)
+    return config.with_hint(hint_channels(config.control, image_channels), factor)
+
+
+def start_provenance(config: FineTuningConfig, resumed: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
+    """Returns the SHA-256 of the file of --load_control of a new run; that which a resumed run has recorded, if any."""
+    if is_new:
+        return {START_OF_BRANCH: sha256(Path(config.load_control).expanduser())} if config.load_control else {}
+    return {START_OF_BRANCH: resumed[START_OF_BRANCH]} if START_OF_BRANCH in resumed else {}
+
+
 def add_adapters(network: nn.Module, config: FineTuningConfig) -> None:
     """Adds the adapters of --lora_rank and --lora_rank_of to a network; they change nothing at first."""
     ranks = dict.fromkeys(select_layers(network, config.lora_targets), config.lora_rank)
@@ -266,7 +314,7 @@ def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
     """Gives a network the layers and the frozen weights of a run; returns the keys that its checkpoints may lack."""
     content = read_run(run)
     text_keys = reopen_text_encoder(run, content.get("origin", {}), network)
-    config, base = read_fine_tuning(run), read_base(run)
+    config, base = replace(read_fine_tuning(run), load_control=None), read_base(run)
     if base is None and not config.changes_network:
         return frozenset(f"network.{key}" for key in text_keys)
     base = None if config.save == "full" else base
@@ -276,15 +324,22 @@ def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTunedRun:
-    """The part of a config.yaml that says how a network was fine-tuned."""
+    """The part of a config.yaml that says how a network was fine-tuned, and with which hints it was trained."""
 
     fine_tuning: FineTuningConfig
+    hints: HintsConfig
 
 
 def read_fine_tuning(run: Path) -> FineTuningConfig:
     """Returns how the network of a run was fine-tuned."""
-    own = {"fine_tuning": read_run(run).get("fine_tuning", {})}
-    return from_dict(FineTunedRun, own, str(run / "config.yaml")).fine_tuning
+    return read_fine_tuned_run(run).fine_tuning
+
+
+def read_fine_tuned_run(run: Path) -> FineTunedRun:
+    """Returns how the network of a run was fine-tuned, and with which hints it was trained."""
+    content = read_run(run)
+    own = {name: content.get(name, {}) for name in FineTunedRun.__dataclass_fields__}
+    return from_dict(FineTunedRun, own, str(run / "config.yaml"))
 
 
 def hint_makers(config: FineTuningConfig, hints: HintsConfig) -> dict[str, HintMaker | None]:

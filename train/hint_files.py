@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
-from train.condition_source import Row, read_images
+from train.condition_source import Row
 from train.config import DataConfig
 from train.control import ControlSampling, refuse_settings
 from train.data.hints import NOT_OF_PICTURES, HintMaker
-from train.data.transforms import to_item
+from train.data.transforms import range_for_image, to_item
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES
 from train.files import sha256
@@ -37,22 +38,28 @@ def read_hints(
         raise ValueError(f"{got}, wanted one for each: pass --hint PATH ..., or --control_files FILE ...")
     columns: dict[str, list[Tensor]] = {}
     for path, (field, count) in zip(paths, channels.items(), strict=True):
-        files, ready = picture_files(path), options.hint_ready
-        columns[field] = read_images(files, data, count) if ready else make_hints(files, makers[field], data)
+        how = makers[field], count, data, options.hint_ready
+        columns[field] = [make_hint(decode(file), *how) for file in picture_files(path)]
     count = max(map(len, columns.values()))
     return [{field: images[i % len(images)] for field, images in columns.items()} for i in range(count)]
 
 
-def make_hints(files: Sequence[Path], maker: HintMaker | None, data: DataConfig) -> list[Tensor]:
-    """Makes hints from pictures, cropped as in training; those of kind "image" are made of them as sources."""
+def make_hint(
+    picture: Image.Image, maker: HintMaker | None, channels: int, data: DataConfig, ready: bool = False
+) -> Tensor:
+    """Makes the hint of a picture (C, H, W), cropped as in training; one of the kind "image" is made of it as source.
+
+    With `ready`, the picture is a hint, and gets its `channels`. ValueError for hints that are made in a way that is
+    not known, None, or of more than a picture.
+    """
+    data_range = range_for_image(picture, data.data_range)
+    if ready:
+        return to_item({"image": picture}, data.size, channels, data_range)["image"]
     if maker is None or maker.kind in NOT_OF_PICTURES:
         kind = "whose kind is not known" if maker is None else f"of the kind {maker.kind}, which no picture has"
         raise ValueError(f"got --hint for hints {kind}: pass pictures of hints, and --hint_ready")
-    hints = []
-    for file in files:
-        image = to_item({"image": decode(file)}, data.size, data.n_channels, data.data_range)["image"]
-        hints.append(maker({"image": image, "source_image": image}))
-    return hints
+    image = to_item({"image": picture}, data.size, data.n_channels, data_range)["image"]
+    return maker({"image": image, "source_image": image})
 
 
 def picture_files(path: str) -> list[Path]:

@@ -13,7 +13,7 @@ EXECUTION = {
     "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
     "FD_measures", "logger", "profile", "perceptual_weights", "condition_file", "hint", "layouts", "output_dir",
-    "text_encoder",
+    "text_encoder", "target_file",
 }  # fmt: skip
 PLACES = {
     "ae_load_dir",
@@ -46,6 +46,8 @@ OTHER = {  # what a difference of these means, whose values are hashes or long
     "prompts_sha256": "--prompts: other content",
     "models_sha256": "--models: other weights",
     "given_images": "--image: other images",
+    "given_masks": "--mask: other masks",
+    "target_sha256": "--target_file: other content",
 }
 HASH_LENGTH = 64  # hexadecimal digits of a SHA-256
 LISTED = 5  # differences in a message

@@ -55,7 +55,9 @@ NOT_TAKEN_OVER = {
     "change": "an order for one start; the changed settings themselves are taken over",
     "profile": "an order for one start",
 }
-STARTING_WEIGHTS = {"load_dir", "load_step", "load_optim", "load_partial"}  # a branch starts from the checkpoint
+STARTING_WEIGHTS = {  # a branch of a run starts from the checkpoint
+    *("load_dir", "load_step", "load_optim", "load_partial", "load_control"),
+}
 TELLING = {"sampler", "network"}  # groups of a config.yaml that only one of the scripts writes
 ONLY_RESUMING = EXECUTION - {"resume"} | {"train_steps"}  # flags that say nothing about what a new run would train
 DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may but

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, Denoiser, OnStep
+from models.attention_recorder import MapRecorder
 from models.control import hint_field
 from train.class_names import class_captions
 from train.condition_images import encode_condition_images, make_adapt
@@ -200,6 +201,7 @@ class TrainedSampler:
         window_stride: int | None = None,
         on_step: OnStep | None = None,
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Batch:
         """Returns {"image": uint8 (B, C, H, W)}, with "codes" (B, h, w) and "label" (B,) where the model has them.
 
@@ -207,6 +209,7 @@ class TrainedSampler:
         `conditions` are raw fields, as the `draw` of a `condition_source` returns them; None: all null. `negative` are
         fields that guidance moves away from instead of the null. `edit` is known data to begin from, `network` replaces
         the sampler's own. `on_step(i, t, s, x, prediction)` is called after each step, with x in the sampler's space.
+        `recorder` adds up the attention maps of the network.
         ValueError for options of another sampler.
         """
         self.check_options(options)
@@ -227,6 +230,7 @@ class TrainedSampler:
                 edit=edit,
                 on_step=on_step,
                 negative=negative,
+                recorder=recorder,
             )
         outputs = {"image": self.space.decode(x).cpu()} | self.space.extra_arrays(x)
         return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}
@@ -238,7 +242,13 @@ class TrainedSampler:
             yield
 
     def make_denoiser(
-        self, x: Tensor, options: SamplingConfig, conditions: Batch | None, *, negative: Batch | None = None
+        self,
+        x: Tensor,
+        options: SamplingConfig,
+        conditions: Batch | None,
+        *,
+        negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser of x (B, ...) in the sampler's space, under `conditions` as `draw` takes them.
 
@@ -249,7 +259,8 @@ class TrainedSampler:
             None if fields is None else self.with_encoded_images(to_device(fields, self.device), tuple(x.shape[-2:]))
             for fields in (conditions, negative)
         )
-        return self.sampler.make_denoiser(self.sampler.network, batch, options, x, negative=negative)
+        network = self.sampler.network
+        return self.sampler.make_denoiser(network, batch, options, x, negative=negative, recorder=recorder)
 
     def with_encoded_images(self, batch: Batch | None, shape: tuple[int, int] | None = None) -> Batch | None:
         """Returns fields of conditions with their images as the image condition reads them."""

@@ -18,6 +18,8 @@ LABELS = {  # of flags whose names are not the usual terms
     "guidance": "guidance scale",
     "image_guidance": "image guidance scale",
     "region_guidance": "region guidance scale",
+    "control_strength": "hint strength",
+    "control_guess": "guess mode",
     "top_k": "top-k",
     "top_p": "top-p",
     "sigma_min": "smallest sigma",
@@ -33,11 +35,11 @@ HINTS = {  # of the main settings, shorter than the help texts of their flags
     "guidance": "Higher: more typical.",
     "image_guidance": "Higher: closer to the source image. Empty: the guidance scale.",
     "region_guidance": "Higher: closer to the layout. Empty: the guidance scale.",
+    "control_strength": "Lower: freer. One number, or one for each skip and one for the middle.",
 }
 CONTROL_KINDS = {int: "integer", float: "number", bool: "switch"}
-CONDITION_SETTINGS = (  # of their source, opened once, with the page, and of control branches
-    *("condition_file", "metadata", "class_sampling"),
-    *("hint", "hint_ready", "control_strength", "control_guess", "control_middle_only"),
+CONDITION_SETTINGS = (  # of their source, opened once, with the page
+    *("condition_file", "metadata", "class_sampling", "hint", "hint_ready"),
 )
 LARGE = 1e5  # an upper limit from here on only catches slips of the keyboard
 
@@ -60,7 +62,7 @@ class Control(NamedTuple):
     value: Any  # initial value
     choices: tuple[str, ...] = ()
     optional: bool = False  # may be empty, meaning None
-    count: int = 1  # how many numbers
+    count: int = 1  # how many numbers; 0: one or more
     interval: str = FINITE  # of numbers, as in RANGES
     placeholder: str = "default"  # what an empty control means
     editable: bool = True
@@ -85,10 +87,10 @@ class Control(NamedTuple):
 
 
 def make_controls(
-    options: SamplingConfig, solvers: list[str], conditional: bool, regions: bool, images: bool
+    options: SamplingConfig, solvers: list[str], conditional: bool, regions: bool, images: bool, hints: bool
 ) -> list[Control]:
     """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
-    conditional models, that of regions and of images only for models conditioned on them."""
+    conditional models, that of regions and of images and what hints do only for models conditioned on them."""
     kinds, helps, controls = typing.get_type_hints(type(options)), field_docs(type(options)), []
     ranges = {k: v for base in reversed(type(options).__mro__) for k, v in vars(base).get("RANGES", {}).items()}
     for field in fields(options):
@@ -99,13 +101,16 @@ def make_controls(
             continue
         if (name == "region_guidance" and not regions) or (name == "image_guidance" and not images):
             continue
+        if name.startswith("control_") and not hints:
+            continue
         if name == "solver":
             controls.append(Control(**own, kind="choice", choices=tuple(solvers)))
         elif typing.get_origin(kind) is Literal:
             controls.append(Control(**own, kind="choice", choices=typing.get_args(kind)))
         elif typing.get_origin(kind) is tuple:
             own["value"] = None if value is None else " ".join(f"{each:g}" for each in value)
-            controls.append(Control(**own, kind="numbers", count=len(typing.get_args(kind))))
+            parts = typing.get_args(kind)
+            controls.append(Control(**own, kind="numbers", count=0 if Ellipsis in parts else len(parts)))
         elif kind in CONTROL_KINDS:
             controls.append(Control(**own, kind=CONTROL_KINDS[kind]))
     return controls
@@ -133,9 +138,9 @@ def parse_value(control: Control, value: Any) -> Any:
         numbers = ()
     if control.kind == "integer":
         numbers = tuple(int(number) for number in numbers if number.is_integer())
-    if len(numbers) != control.count:
+    if len(numbers) != control.count and (control.count or not numbers):
         kinds = {"integer": "an integer", "number": "a number"}
-        wanted = kinds.get(control.kind, f"{control.count} numbers separated by spaces")
+        wanted = kinds.get(control.kind, f"{control.count or 'one or more'} numbers separated by spaces")
         raise ValueError(f"got {value!r} for {control.label}, wanted {wanted}")
     for number in numbers:
         if not is_inside(number, control.interval):

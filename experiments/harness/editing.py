@@ -57,6 +57,7 @@ class InputImages:
     mask: Tensor  # bool (N, H, W): pixels to fill in
     names: tuple[str, ...]  # N
     rows: tuple[Row, ...] = ()  # of conditions, assigned to the images cyclically; may be empty
+    labels: tuple[int, ...] = ()  # classes of held-out images, for a model of classes
 
     def __len__(self) -> int:
         return len(self.image)
@@ -79,7 +80,7 @@ def load_input_images(
     No pixel is masked yet. The conditions are the rows of `condition_file`, assigned cyclically, or else those of the
     held-out items themselves. FileNotFoundError, ValueError: a file cannot be used.
     """
-    rows = tuple(trained.read_rows(condition_file))
+    rows, labels = tuple(trained.read_rows(condition_file)), ()
     if files:
         images = torch.stack([preprocess(read_image(Path(name), trained.data.n_channels), trained) for name in files])
         names = tuple(Path(name).name for name in files)
@@ -90,9 +91,11 @@ def load_input_images(
         images = torch.cat([batch["image"] for batch in batches])
         indices = [i for batch in batches for i in batch["index"].tolist()]
         names = tuple(f"val_{i:06d}" for i in indices)
+        if trained.sampler.n_classes:
+            labels = tuple(int(source.dataset.labels[i]) for i in indices)
         if not rows and {*trained.sampler.conditions} - {"label"}:
             rows = tuple(trained.conditions_of(source[i], i) for i in indices)
-    return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows)
+    return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows, labels)
 
 
 def read_image(path: Path, n_channels: int = 3) -> Image.Image | np.ndarray:
@@ -197,35 +200,48 @@ def centring_margins(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int
 
 
 def conditions_for(
-    trained: TrainedSampler, inputs: InputImages, images: list[int], labels: list[int] | None, options: SamplingConfig
+    trained: TrainedSampler,
+    inputs: InputImages,
+    images: list[int],
+    labels: list[int] | None,
+    options: SamplingConfig,
+    fields: Sequence[Row] = (),
 ) -> tuple[Batch | None, SamplingConfig]:
     """Returns the conditions of results that start from the input images of these numbers, and matching options.
 
-    A result's label is the requested one, else that of its image's row of conditions, else null; values of --metadata
-    override those of the row. Without any condition, guidance is turned off. ValueError: a condition is missing.
+    A result's label is the requested one, else that of its image's row of conditions, else null; `fields`, if given, of
+    each result and values of --metadata override those of the row. Without any condition, guidance is turned off.
+    ValueError: a condition is missing.
     """
-    source = condition_source_for(trained, inputs, images, labels, options)
+    source = condition_source_for(trained, inputs, images, labels, options, fields)
     if source is None:
         return None, options.without_guidance()
     return source.draw(0, range(len(images))), options
 
 
 def condition_source_for(
-    trained: TrainedSampler, inputs: InputImages, images: list[int], labels: list[int] | None, options: SamplingConfig
+    trained: TrainedSampler,
+    inputs: InputImages,
+    images: list[int],
+    labels: list[int] | None,
+    options: SamplingConfig,
+    fields: Sequence[Row] = (),
 ) -> ConditionSource | None:
     """Returns the source of the conditions that `conditions_for` returns, with a row for each of `images`; None without
     any condition."""
-    fields, rows = trained.sampler.conditions, inputs.rows
-    source = ConditionSource(fields, trained.sampler.n_classes, metadata=trained.metadata_fields).with_rows(rows)
+    names, rows = trained.sampler.conditions, inputs.rows
+    source = ConditionSource(names, trained.sampler.n_classes, metadata=trained.metadata_fields).with_rows(rows)
     conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
+    if fields:
+        conditions = [{**row, **changed} for row, changed in zip(conditions, fields, strict=True)]
     conditions = trained.with_metadata(conditions, options)
     if hints := trained.with_hints([], options):
         conditions = [{**row, **hints[image % len(hints)]} for image, row in zip(images, conditions, strict=True)]
     if labels is not None:
         conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
-    elif not any(conditions) and {*fields} <= {"label"}:
+    elif not any(conditions) and {*names} <= {"label"}:
         return None
-    elif "label" in fields:
+    elif "label" in names:
         conditions = [{"label": None, **row} for row in conditions]
     return source.with_rows(conditions)
 
@@ -272,12 +288,17 @@ def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
 
 
 def save_result_images(
-    folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict[str, Any]
+    folder: Path,
+    names: tuple[str, ...],
+    images: Tensor,
+    columns: list[str],
+    settings: dict[str, Any],
+    subfolder: str = "images",
 ) -> None:
     """Writes images (N, columns, C, H, W) to images/<number>_<name>_<column>.png, with the settings as metadata."""
     for i, (name, row) in enumerate(zip(names, images, strict=True)):
         for column, image in zip(columns, row, strict=True):
-            path = folder / "images" / f"{i:03d}_{Path(name).stem}_{column}.png"
+            path = folder / subfolder / f"{i:03d}_{Path(name).stem}_{column}.png"
             save_with_settings(path, image, settings | {"of": name, "column": column})
 
 
@@ -292,3 +313,10 @@ def save_comparison_grid(path: Path, *parts: Tensor, headings: Sequence[str] = (
 def mean_abs_difference(a: Tensor, b: Tensor) -> float:
     """Returns the mean absolute difference of uint8 images, as a fraction of the range of values, in [0, 1]."""
     return (a.float() - b.float()).abs().mean().item() / 255
+
+
+def change_within(original: Tensor, edited: Tensor, inside: Tensor) -> float:
+    """Returns the mean absolute change of the pixels `inside` (N, 1, 1, H, W) bool, as a fraction of the range of
+    values; 0 if there are none. Images are uint8 (N, 1, C, H, W) and (N, results, C, H, W)."""
+    chosen = inside.expand_as(edited)
+    return mean_abs_difference(original.expand_as(edited)[chosen], edited[chosen]) if chosen.any() else 0.0

@@ -24,7 +24,7 @@ from experiments.harness.batches import broadcast_object
 from experiments.harness.images import read_samples
 from train.cli.files import read_config
 from train.cli.parse import flatten_group, parse
-from train.condition_source import ConditionSource
+from train.condition_source import ConditionSource, condition_provenance
 from train.config import ROOT, DataConfig, SamplingConfig
 from train.data.loading import ImageSource, build_dataset, images_in_order
 from train.data.transforms import ValueRange, cover_size, range_for_image, resize_and_crop, to_pixels
@@ -34,6 +34,7 @@ from train.datasets._decode import DAMAGED, open_image
 from train.datasets.folder import ARRAYS, ImageFolder, list_images
 from train.distributed import DistContext
 from train.files import UNREADABLE_ARRAYS
+from train.hint_files import hint_provenance
 from train.registry import plugin_names
 from train.runs import read_run
 from train.sampler_loading import load_trained_sampler, read_stored_config
@@ -41,6 +42,7 @@ from train.trained_sampler import TrainedSampler
 
 Size = tuple[int, int]  # height and width in pixels
 MIXED_SIZE = (299, 299)  # of two sets that both have images of several sizes: what Inception takes
+NO_HEADER = (*DAMAGED, tokenize.TokenError)  # what `header_size` raises of a damaged file
 WANTED = "wanted a folder of images, an .npz file, a trained run, or a data set such as digits or digits:val"
 
 
@@ -100,8 +102,9 @@ class GeneratedSet:
 
     @property
     def content_hash(self) -> str:
-        """Changes with the weights, the settings, the seed and the number of images."""
-        inputs = [self.model.provenance, flatten_group(self.options), self.seed, self.count]
+        """Changes with the weights, the settings, the files that these name, the seed and the number of images."""
+        files = condition_provenance(self.options.condition_file) | hint_provenance(self.options.hint)
+        inputs = [self.model.provenance | files, flatten_group(self.options), self.seed, self.count]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def at(self, size: Size) -> Self:
@@ -258,7 +261,7 @@ def find_size(images: ImageFolder) -> Size | None:
     for name in images.names:
         try:
             sizes.add(header_size(images.root / name, images))
-        except (*DAMAGED, tokenize.TokenError):
+        except NO_HEADER:
             continue  # left out with a warning when it is read
         if len(sizes) > 1:
             return None
@@ -277,7 +280,8 @@ def upright_size(images: ImageFolder) -> Size | None:
 
 
 def header_size(path: Path, images: ImageFolder) -> Size:
-    """Returns the size that the header of an image file tells."""
+    """Returns the size that the header of an image file tells, before the image is turned upright; NO_HEADER if it is
+    damaged."""
     if path.suffix.lower() in ARRAYS:
         with path.open("rb") as file:
             shape = read_npy_header(file)[0]

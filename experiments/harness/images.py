@@ -135,12 +135,13 @@ def save_image(path: Path, image: np.ndarray) -> None:
 
 
 def save_held_out_images(folder: Path, model: TrainedSampler, items: Sequence[int], names: Sequence[str]) -> None:
-    """Saves items of the validation split, as the model is trained on them: the images in `folder`/held_out, and those
-    of other fields, such as hints, in folders named like the fields. The files have the `names` of the samples."""
+    """Saves the items of the validation split that gave the conditions of samples 0, 1, ..., as these were drawn: the
+    images in `folder`/held_out, and those of other fields, such as hints and random masks, in folders named like the
+    fields. The files have the `names` of the samples."""
     source = ImageSource(model.dataset("val"), replace(model.data.without_augmentation, cache_images=False))
-    for index, name in zip(items, names, strict=True):
+    for number, (index, name) in enumerate(zip(items, names, strict=True)):
         item = View()(source[index])  # a copy: the function may change it
-        with temporary_seed(seed_of(0, "adapt", index)):
+        with temporary_seed(seed_of(0, "adapt", number % len(source))):  # the position that the sample's item is at
             item = item if model.adapt is None else apply_adapt(model.adapt, item)
         for field, image in item.items():
             if field == "image" or field.endswith("_image"):

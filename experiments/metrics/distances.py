@@ -30,13 +30,16 @@ ImagesAt = Callable[[list[int]], dict[str, Tensor]]
 
 def features_version(features: Features, weights: str | None) -> list[str | int | None]:
     """Identifies the features: the version of their file, and the hash of weights that are given."""
-    version = [features.module.VERSION, weights and sha256(Path(weights))]
+    version = [features.module.VERSION, weights and sha256(Path(weights).expanduser())]
     return version if features.clip_hash is None else [*version, features.clip_hash]
 
 
-def features_provenance(features: Features) -> dict[str, str | int]:
-    """Returns the name and version of the features, recorded with results: they may change while the flags do not."""
-    return {"features_name": features.name, "features_version": features.module.VERSION}
+def features_provenance(features: Features, weights: str | None) -> dict[str, str | int]:
+    """Returns the name and version of the features, recorded with results: they may change while the flags do not. Of
+    weights that are given, and of a CLIP model, also the SHA-256."""
+    hashes = {"inception_sha256": weights and sha256(Path(weights).expanduser()), "clip_sha256": features.clip_hash}
+    name = {"features_name": features.name, "features_version": features.module.VERSION}
+    return name | {key: value for key, value in hashes.items() if value is not None}
 
 
 def batches_name(kind: str, *inputs: object) -> str:

@@ -50,6 +50,8 @@ class BoxEncoder(RegionEncoder):
     With `gated`, they are GatedTokens.
     """
 
+    null_length = 1
+
     def __init__(
         self,
         classes: int,

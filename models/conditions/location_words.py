@@ -66,6 +66,8 @@ class LocationWords(RegionEncoder):
     boxes has nothing to read; one that is dropped reads a learned null.
     """
 
+    null_length, tokens_per_region = 1, 3
+
     def __init__(self, classes: int, grid: tuple[int, int], width: int, layers: int = 1, colors: int = 0):
         super().__init__()
         check_classes("location_words", classes)

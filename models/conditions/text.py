@@ -160,6 +160,11 @@ class CaptionEncoder(ConditionEncoder):
         """The tokenizer of the text encoder, which knows its new words."""
         return self.encoder.tokenizer
 
+    @property
+    def null_length(self) -> int:
+        """The number of tokens of the null before those of a caption; where padding is read, they take its place."""
+        return 0 if self.pad_id is not None else 2 if self.null is None else self.null.shape[1]
+
     def forward(self, raw: Captions | None, x: Tensor, drop: Tensor | None = None) -> Tokens:
         null = self.null_tokens(x).expand(len(x), -1, -1)
         if raw is None:

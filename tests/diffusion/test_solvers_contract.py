@@ -150,7 +150,7 @@ def test_a_solver_with_an_option_is_one_file(plugin_module, capsys):
     assert (sampler.sample(sampler.network, Streams([0]), options=options) == 3).all()
     assert (sampler.sample(sampler.network, Streams([0]), options=plugin_module.Sampling(solver="constant")) == 1).all()
     assert cli.flatten_group(options)["constant_code"] == 3  # config.yaml
-    controls = make_controls(options, ["constant"], True, True, True)
+    controls = make_controls(options, ["constant"], True, True, True, True)
     (control,) = [each for each in controls if each.name == "constant_code"]
     assert (control.kind, control.value, control.optional) == ("integer", 3, True)
     assert control.help == "constant: the code that is drawn everywhere (1)."

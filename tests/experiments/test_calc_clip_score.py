@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from experiments.calc_clip_score import clip_scores
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
@@ -80,6 +81,27 @@ def test_given_samples_are_scored_with_their_prompts(logs, folder, clip_model, p
     assert results["generated"]["n"] == 4 and "real" not in results
     assert results["captions_cut"] == 1  # the longest has more than 12 tokens
     assert abs(own.mean() - other.mean()) > 1e-4  # else any pairing would pass
+
+
+def test_of_weighted_prompts_the_plain_words_are_scored(logs, folder):
+    """The images are the same: only the prompts that results.json lists are read anew."""
+    source, weighted = logs / "samples", logs / "weighted"
+    results = json.loads((source / "results.json").read_text())
+    settings = yaml.safe_load((source / "config.yaml").read_text())
+    words = measure(logs, folder, "of_words", f"--samples {source}")
+    weighted.mkdir()
+    (weighted / "samples.npz").write_bytes((source / "samples.npz").read_bytes())
+    for image in results["images"]:
+        first, _, rest = image["prompt"].partition(" ")
+        image["prompt"] = f"({first}:1.3) BREAK [{rest}]"
+    (weighted / "results.json").write_text(json.dumps(results))
+    scores = []
+    for syntax in ("a1111", "plain"):
+        settings["samples"]["prompt_syntax"] = syntax
+        (weighted / "config.yaml").write_text(yaml.safe_dump(settings))
+        scores.append(measure(logs, folder, f"of_{syntax}", f"--samples {weighted}")["generated"]["mean"])
+    assert scores[0] == pytest.approx(words["generated"]["mean"], abs=1e-6)
+    assert abs(scores[1] - scores[0]) > 1e-4  # brackets of plain text are characters
 
 
 def test_samples_have_held_out_captions_beside_real_images(logs, folder, clip_model, capsys):

@@ -10,11 +10,12 @@ import calc_pairs
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from experiments.metrics import contact_sheet
 from experiments.metrics.image_pairs import luma
 from helpers.tiny_runs import ROOT, call
+from train.datasets.folder import ImageFolder
 from vq.perceptual import Perceptual
 
 SCRIPT = "experiments/calc_pairs.py"
@@ -130,6 +131,27 @@ def test_other_sizes_are_refused_or_resized(tmp_path, capfd):
     results, rows = measure(tmp_path, f"{tmp_path}/a {tmp_path}/b --lpips none --resize")
     assert results["resized"] == 1 and float(rows["0"]["mse"]) == 100
     assert (rows["0"]["height"], rows["0"]["width"]) == ("12", "18")
+
+
+def test_all_sizes_are_checked_before_anything_is_measured(tmp_path, capfd, monkeypatch):
+    for folder, sizes in {"a": [(9, 8), (12, 18), (9, 8), (9, 8)], "b": [(9, 8), (9, 8), (9, 8), (18, 24)]}.items():
+        for number, size in enumerate(sizes):
+            save(tmp_path / folder / f"{number}.png", np.zeros((*size, 3), np.uint8))
+    monkeypatch.setattr(ImageFolder, "read", None)  # headers tell
+    message = refused(tmp_path / "logs", f"{tmp_path}/a {tmp_path}/b --lpips none", capfd)
+    assert "2 of 4 pairs differ in size: " in message and "a/1.png has 12x18 pixels, wanted 9x8 as" in message
+
+
+def test_an_image_that_its_header_turns_has_the_size_of_its_reference(tmp_path, capfd):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "a/0.jpg", exif=turned)
+    save(tmp_path / "b/0.png", np.zeros((12, 8, 3), np.uint8))
+    assert measure(tmp_path, f"{tmp_path}/a {tmp_path}/b --lpips none")[0]["n_pairs"] == 1
+    save(tmp_path / "b/0.png", np.zeros((8, 12, 3), np.uint8))  # as the header of the other, which is turned
+    message = refused(tmp_path / "logs", f"{tmp_path}/a {tmp_path}/b --lpips none", capfd)
+    assert "a/0.jpg has 12x8 pixels, wanted 8x12 as" in message
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """compare_samplers.py: which solvers run, what is measured, and what is reused."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -14,12 +15,16 @@ from experiments.compare_samplers import (
     SolverRun,
     expand_entries,
     format_report,
+    load_or_start_results,
     mean_costs,
     parse_entry,
     plot,
     summarize_runs,
 )
+from experiments.harness.results import write_results
+from experiments.metrics.features import FeaturesConfig, load_features
 from helpers.tiny_runs import call, run
+from train.config import DataConfig
 
 SCRIPT = "experiments/compare_samplers.py"
 ABSORBING = solvers_for(AbsorbingDiffusion(2))
@@ -190,6 +195,24 @@ def test_only_sampling_is_timed(trained, monkeypatch):
     monkeypatch.setattr(pixels, "build", lambda device: with_duration(100.0, build(device)))
     call(SCRIPT, f"--logs_root {trained} {TINY} --batch_size 3 --solvers ancestral:1 --log_dir timed")
     assert read_results(trained, "timed")["sets"]["ancestral:1/0"]["seconds_per_image"] == pytest.approx(8 / 3)
+
+
+@pytest.mark.parametrize("name", ["compare_samplers", "compare_quantizers", "compare_attention", "ablate"])
+def test_all_commands_with_features_take_a_clip_folder(name):
+    config = importlib.import_module(f"experiments.{name}").Config
+    group = config.__dataclass_fields__["ablation" if name == "ablate" else "comparison"].type
+    assert issubclass(group, FeaturesConfig)
+    with pytest.raises(FileNotFoundError, match="none/config.json not found"):
+        group(clip_dir="none").load(DataConfig(dataset="digits"), torch.device("cpu"))
+
+
+def test_sets_of_another_clip_model_are_measured_again(tmp_path):
+    """The hash of its files tells, not the path."""
+    features, batches = load_features("pixels", torch.device("cpu")), SimpleNamespace(folder=tmp_path, run={})
+    own, other = (features._replace(clip_hash=letter * 64) for letter in "ab")
+    write_results(tmp_path, load_or_start_results(own, batches) | {"sets": {"ddim:4/0": {"distance": 1.0}}})
+    assert {*load_or_start_results(own, batches)["sets"]} == {"ddim:4/0"}
+    assert load_or_start_results(other, batches)["sets"] == {}
 
 
 def test_other_features_are_measured_again(trained):

@@ -14,6 +14,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.page_components import (
     MOST_FIELDS,
     Settings,
+    hint_inputs,
     read_metadata,
     show_errors,
     slider_step,
@@ -129,9 +130,9 @@ def test_numbers_of_sliders_reach_every_image(numbered, conditions):
     output = OutputConfig(logs_root=str(numbered), device="cpu", amp=False)
     model, options = load_model(ModelConfig(sampler="ddpm", load_dir="turned"), output), Sampling(sample_steps=2)
     play = Playground(model, options, model.condition_source(options))
-    settings = Settings(Runs(numbered, None, play), 2, *[None] * 8, text_inputs(play), {})
+    settings = Settings(Runs(numbered, None, play), 2, *[None] * 8, text_inputs(play), hint_inputs(play), {})
     changes = {"rotation": 0, "rotation unknown": False, "thickness": 1.5}  # which stays unknown
-    values = [changes.get(box.label, box.value) for box in settings.texts]
+    values = [changes.get(box.label, box.value) for box in (*settings.texts, *settings.hints)]
     _, request = settings.read("turned", model.step, AS_IN_DATA, 2, 0, True, "turned", *values)
     play.sample(request)
     (batch,) = conditions

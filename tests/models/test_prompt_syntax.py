@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.prompt_syntax import Clause, Piece, parse_a1111, parse_plain
-from models.prompts import parse_prompt
+from models.prompts import parse_prompt, plain_words
 
 PROMPTS = Path(__file__).parents[1] / "fixtures" / "prompts"
 CASES = json.loads((PROMPTS / "prompts.json").read_text())
@@ -147,3 +147,19 @@ def test_brackets_of_plain_text_are_characters():
 def test_an_unknown_syntax_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="got prompt_syntax 'a111', did you mean 'a1111'"):
         parse_prompt("a", "a111")
+
+
+@pytest.mark.parametrize(
+    ("syntax", "prompt", "words"),
+    [
+        ("plain", "a (red:1.4) cat", "a (red:1.4) cat"),
+        ("a1111", "a (red:1.4) [cat] BREAK on \\(the\\) mat", "a red cat on (the) mat"),
+        ("a1111", "a cat (dog:0)", "a cat"),
+        ("compel", "a (red)1.4 cat++", "a red cat"),
+        ("compel", '("a cat", "a dog").blend(0.5, 0.5)', "a cat a dog"),
+        ("compel", '("a cat", "a dog").and(1, -0.5)', "a cat"),
+        ("compel", "", ""),
+    ],
+)
+def test_plain_words_are_those_without_the_syntax(syntax, prompt, words):
+    assert plain_words(parse_prompt(prompt, syntax)) == words

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from experiments.harness.images import save_held_out_images
 from helpers.tiny_runs import call
 from models.conditions import image
 from models.conditions.image import ImageEncoder
@@ -15,7 +16,10 @@ from train.condition_images import encode_condition_images, make_adapt, random_m
 from train.config import DataConfig
 from train.continuous_stage import save_autoencoder
 from train.data.loading import temporary_seed
+from train.data.patches import ImageSubset
+from train.data.transforms import as_uint8
 from train.inference import load
+from train.sampler_loading import read_stored_config
 from train.samplers import absorbing, ddpm
 from train.samplers.ddpm import Config
 from train.spaces import LatentSpace, PixelSpace
@@ -242,3 +246,18 @@ def test_a_source_without_a_mask_is_refused(logs, capsys):
         call("experiments/get_samples.py", f"--load_dir pixels --logs_root {logs} --source {logs} --n_samples 1")
     assert error.value.code == 2
     assert "which fills in masks: use experiments/inpaint.py --image FILE --mask FILE" in capsys.readouterr().err
+
+
+def test_the_saved_masks_are_those_of_the_samples(logs, monkeypatch, tmp_path):
+    """Of an item that comes twice, too: random masks depend on the position in the shuffle."""
+    dataset = TrainedSampler.dataset
+    monkeypatch.setattr(TrainedSampler, "dataset", lambda self, split: ImageSubset(dataset(self, split), [7, 3, 5]))
+    model = load(logs / "pixels", device="cpu", amp=False).model
+    numbers, names = range(4), [f"{i}.png" for i in range(4)]
+    source = model.condition_source(read_stored_config(model.run).sampling)
+    batch, items = source.draw(0, numbers), source.held_out_items(numbers)
+    save_held_out_images(tmp_path, model, items.tolist(), names)
+    for folder, field in (("mask_image", "mask_image"), ("held_out", "condition_image")):
+        saved = torch.stack([torch.from_numpy(np.array(Image.open(tmp_path / folder / name))) for name in names])
+        assert torch.equal(saved[..., 0], as_uint8(batch[field])[:, 0])
+    assert len(batch["mask_image"].unique(dim=0)) > 1

@@ -1,6 +1,7 @@
 """Runs with a control branch: what learns, what is saved, and how files of branches are sampled with."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from helpers.run_asserts import saved_state, weights
 from helpers.tiny_runs import DDPM, call
 from models.control import HintConfig
 from train.config import FineTuningConfig, TrainingConfig
-from train.control_file import HEADER
+from train.control_file import HEADER, add_start_of_branch, with_hint_of_file
 from train.data.hints import HINTS, HintMaker, HintsConfig
-from train.finetuning import find_base
+from train.files import sha256
+from train.finetuning import START_OF_BRANCH, find_base
 from train.hint_files import combine_rows
 from train.inference import load
+from train.runs import read_run
 
 RUN = f"{DDPM} --dataset digits --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
 CONTROL = "--control grey --hint_widths 4 6"
@@ -241,6 +244,48 @@ def one_line(text):
     return " ".join(text.replace("│", " ").split())
 
 
+def test_a_branch_starts_from_the_weights_of_a_file(logs, strong, tmp_path):
+    copy = tmp_path / "strong.safetensors"
+    copy.write_bytes(strong.read_bytes())
+    run = train(
+        tmp_path, "more", f"--train_steps 1 --lr 1e-300 --load_dir {logs}/base --control grey --load_control {copy}"
+    )
+    for file in ("model.safetensors", "ema.safetensors"):
+        saved = {key.removeprefix("network.control.hint."): each for key, each in weights(run, 1, file).items()}
+        assert saved.keys() == load_file(strong).keys()
+        assert all(torch.equal(saved[key], value) for key, value in load_file(strong).items())
+    content = read_run(run)
+    assert content["fine_tuning"]["hint_widths"] == [4, 6] and content["origin"][START_OF_BRANCH] == sha256(strong)
+    copy.unlink()  # the checkpoint has the branch
+    call("train_sampler.py", f"--logs_root {tmp_path} --log_dir more --train_steps 3 --change lr --lr 1e-2")
+    learned = weights(run, 3)["network.control.hint.middle_zero_conv.weight"]
+    assert not torch.equal(learned, load_file(strong)["middle_zero_conv.weight"])
+    assert opened(tmp_path, "more").sample(1, hint_image=HINTS_OF_TWO[0], label=3, **SAMPLING).shape == (1, 1, 8, 8)
+
+
+def test_a_file_to_start_from_is_for_its_base_and_its_hints(logs, tmp_path):
+    """Of files whose kind of hints is known; hints of other options are other hints."""
+    source, edges = logs / "grey/control.safetensors", tmp_path / "edges.safetensors"
+    with safe_open(source, "pt") as content:
+        header = json.loads(content.metadata()[HEADER])
+    header["trained"] |= {"kind": "edges", "hint_options": {"edge_sigma": 2.0, "edge_thresholds": [0.2, 0.3]}}
+    save_file(load_file(source), edges, {HEADER: json.dumps(header)})
+    own = HintsConfig(edge_sigma=2.0, edge_thresholds=(0.2, 0.3))
+    config = FineTuningConfig(control="edges", load_control=str(edges))
+    assert with_hint_of_file(config, own).hint == HintConfig(hint_channels=1, hint_widths=(4, 6), hint_factor=1)
+    for wrong, hints, message in (
+        (config, replace(own, edge_sigma=1.0), "got edge_sigma 1.0 with --load_control .* have edge_sigma 2.0"),
+        (replace(config, control="grey"), own, "got --control grey .* whose hints are edges: pass --control edges"),
+        (replace(config, hint_channels=3), own, "got hint_channels 3 .* whose branch has 1: leave --hint_channels out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_hint_of_file(wrong, hints)
+    network = opened(logs, "base").model.sampler.network
+    with pytest.raises(ValueError, match="was trained on weights with SHA-256 .*, got 0000"):
+        add_start_of_branch(network, str(source), "0" * 64)
+    assert not network.control
+
+
 REFUSED = {
     "--control grey": "got --control grey without trained weights: pass --load_dir RUN",
     "--load_dir base --control grey --lora_rank 2": "got --control grey with --lora_rank: train one after the other",
@@ -254,6 +299,8 @@ REFUSED = {
     "--load_dir base --control grey --control_strength 1 2": "got 2 numbers as control_strength, wanted one, or 5",
     "--load_dir base --control grey --hint_ready": "got hint_ready without pictures",
     "--load_dir base --control boxes": "no boxes",
+    "--load_dir base --load_control x": "got load_control without --control",
+    "--load_dir base --control grey --load_control gone.safetensors": "gone.safetensors not found",
 }
 
 

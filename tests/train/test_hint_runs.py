@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ from experiments.harness.source_images import open_source_images
 from helpers import tiny_regions
 from helpers.tiny_runs import DDPM, SAMPLER, call, parse_config
 from models.conditions.image import ImageEncoder
-from train.data.hints import HintMaker
+from train.config import FineTuningConfig, TrainingConfig
+from train.data.hints import HintMaker, HintsConfig
 from train.data.transforms import to_float, to_item
+from train.finetuning import find_base
 from train.inference import load
 from train.runs import read_run
 from train.sampler_loading import read_stored_config
@@ -98,6 +102,28 @@ def test_a_run_that_starts_from_it_has_the_same_hints(logs, monkeypatch):
     assert config["edge_sigma"] == 1.5
     resumed = parse_config("train_sampler.py", f"--logs_root {logs} --log_dir edges", monkeypatch)
     assert resumed["edge_thresholds"] == [0.05, 0.1]
+
+
+def test_a_branch_beside_locked_hints_has_their_options(logs, tmp_path):
+    """One setting is read by both: the base, which stays as it is, would read other hints than it was trained with."""
+    training, control = TrainingConfig(load_dir="edges"), FineTuningConfig(control="edges")
+    own = {"condition_image": "edges", "edge_sigma": 0.5, "edge_thresholds": (0.05, 0.1)}
+    find = partial(find_base, tmp_path, training, control, str(logs))
+    for same in (own, own | {"small_factor": 2}, own | {"condition_image": "", "edge_sigma": 2.0}):
+        assert find(HintsConfig(**same)).run == logs / "edges"  # the base reads no small_factor, or hints of its items
+    for name, value in {"condition_image": "grey", "edge_sigma": 2.0, "edge_thresholds": (0.0, 0.1)}.items():
+        with pytest.raises(ValueError, match=f"got {name} .* beside .*/edges, whose condition_image.*leave --{name}"):
+            find(HintsConfig(**own | {name: value}))
+    other = HintsConfig(**own | {"edge_sigma": 2.0})
+    assert find_base(tmp_path, training, replace(control, control_lock=False), str(logs), other).run == logs / "edges"
+    assert find_base(tmp_path, training, FineTuningConfig(lora_rank=2), str(logs), other).run == logs / "edges"
+
+
+def test_the_command_refuses_other_hints_in_a_line(logs, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"--logs_root {logs} --load_dir edges --control edges --edge_sigma 2 --log_dir new")
+    assert stop.value.code == 2 and not (logs / "new").exists()
+    assert "got edge_sigma 2.0 beside" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

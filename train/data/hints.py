@@ -28,6 +28,7 @@ Kind = Literal["edges", "image", "mask", "boxes", "grey", "small"]
 HINTS = get_args(Kind)
 GOLDEN = 0.618  # of the colour circle, between the classes of successive numbers
 NOT_OF_PICTURES = ("mask", "boxes")  # hints that are made of annotations
+OPTIONS_OF_KIND = {"edges": ("edge_sigma", "edge_thresholds"), "small": ("small_factor",)}  # of HintsConfig, by kind
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 OUTLINE = 1 / 64  # width of the outline of a box, over the shorter side of the image
 
@@ -56,6 +57,11 @@ class HintsConfig:
             raise ValueError(
                 f"got edge_thresholds {low} {high}, wanted the lower first: pass --edge_thresholds 0.1 0.2"
             )
+
+
+def differing_option(kind: Kind, one: HintsConfig, other: HintsConfig) -> str | None:
+    """Returns the name of an option of which hints of a kind depend, and that differs; None if they are made alike."""
+    return next((name for name in OPTIONS_OF_KIND.get(kind, ()) if getattr(one, name) != getattr(other, name)), None)
 
 
 def hint_channels(kind: Kind, image_channels: int) -> int:

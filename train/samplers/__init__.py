@@ -16,6 +16,7 @@ from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, get_solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
+from models.attention_recorder import MapRecorder
 from models.conditioning import Condition
 from train.config import SamplerConfig, SamplingConfig
 from train.data.streams import TrainingStreams
@@ -67,13 +68,14 @@ class LearnedSampler(ABC):
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Tensor:
         """Samples one x for each of the B streams of `rng`, in the sampler's space; ValueError for unsuitable options.
 
         `batch` holds the fields of the conditions; None means null conditions. `shape` is a height and width other than
         in training, and `window_stride` the distance between the windows that cover it. `edit` is known data to start
         from. `negative` holds fields of conditions, of some or all of them, that guidance moves away from in place of
-        their null; without guidance they are ignored.
+        their null; without guidance they are ignored. `recorder` adds up the attention maps of the network.
         """
 
     @abstractmethod
@@ -85,6 +87,7 @@ class LearnedSampler(ABC):
         x: Tensor,
         *,
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Denoiser:
         """Returns the denoiser that `sample` uses, for x (B, ...) and the conditions of a batch, with guidance."""
 

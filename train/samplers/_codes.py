@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +20,7 @@ from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams, to_device
 from diffusion.solvers import Solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
+from models.attention_recorder import MapRecorder
 from models.conditioning import Condition
 from models.ranges import COUNT, NOT_NEGATIVE
 from train.config import SamplingConfig
@@ -143,15 +145,19 @@ class CodeSampler(LearnedSampler):
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Tensor:
         """Samples codes (B, *shape) for the B streams of `rng`."""
         shape = tuple(shape or self.grid)
         needs_windows = self.needs_windows(shape, window_stride)
         x = self.initial_codes(edit, (len(rng), *shape), rng)
+        if needs_windows and recorder is not None:
+            got = f"got attention maps of a canvas {shape} that is drawn in windows"
+            raise ValueError(f"{got}: leave --window_stride out, or pass a shape of {self.grid}")
         if needs_windows:
             denoise = self.make_windowed(network, batch, options, x, window_stride, negative)
         else:
-            denoise = self.make_denoiser(network, batch, options, x, negative=negative)
+            denoise = self.make_denoiser(network, batch, options, x, negative=negative, recorder=recorder)
         solver, solver_kwargs = select_solver(self.process, options)
         process = self.sampling_process(solver, options)
         steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
@@ -214,6 +220,7 @@ class CodeSampler(LearnedSampler):
         x: Tensor,
         windows: Windows = (),
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser of grids like x (B, H, W) and a batch's conditions, for one call of `sample`.
 
@@ -305,6 +312,7 @@ class DiscreteSampler(CodeSampler):
         x: Tensor,
         windows: Windows = (),
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once.
 
@@ -320,16 +328,21 @@ class DiscreteSampler(CodeSampler):
         condition_rows = torch.arange(count * len(x) * max(1, len(windows)), device=x.device).view(-1, count, len(x))
         condition_rows = condition_rows.transpose(0, 1).flatten(1)  # (C, rows): by window, then by canvas
         select = LastResult(lambda rows: (conditions[rows], None if ids is None else ids[rows]))
+        if recorder is not None:
+            recorder.begin(network, conditions, len(x), count, tuple(x.shape[1:]))
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
             nonlocal may_repeat
+            record = partial(record_call, recorder, rows, t)
             t, (condition, row_ids) = self.training_time(t, process) if uses_time else t, select(rows)
             if may_repeat:
                 may_repeat = x.device.type == "cpu"
                 first, inverse = unique_rows(x, row_ids, t if uses_time else None)
                 if len(first) < len(x):
-                    return self.predict(network, x[first], t[first.cpu()], condition[first])[inverse]
-            return self.predict(network, x, t, condition)
+                    with record(condition, inverse):
+                        return self.predict(network, x[first], t[first.cpu()], condition[first])[inverse]
+            with record(condition):
+                return self.predict(network, x, t, condition)
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
         return guided(denoise, condition_rows.unbind(), chain.scales, **kwargs)
@@ -349,6 +362,14 @@ class DiscreteSampler(CodeSampler):
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe
         )
+
+
+def record_call(
+    recorder: MapRecorder | None, rows: Tensor, t: Tensor, condition: Condition, source: Tensor | None = None
+) -> AbstractContextManager[None]:
+    """Returns the context of a network call whose maps a recorder, if any, adds up; see `MapRecorder.record_call`, also
+    for rows (n,), times (n,) and source (n,)."""
+    return nullcontext() if recorder is None else recorder.record_call(rows, t, condition, source)
 
 
 def unique_rows(x: Tensor, condition_ids: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from diffusion.denoisers import LastResult, guided
 from diffusion.rng import Streams
 from diffusion.solvers import solver_options_for
 from diffusion.types import Bound, Denoiser, Loss
+from models.attention_recorder import MapRecorder
 from models.kv_cache import KVCache
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
@@ -102,12 +103,16 @@ class AutoregressiveSampler(CodeSampler):
         x: Tensor,
         windows: Windows = (),
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser of the next code, with a KV cache.
 
         A sequence is identified by its row of the C B conditions: example i is row i under the null, B + i under the
         next condition of the chain.
         """
+        if recorder is not None:
+            got = "got attention maps of an autoregressive sampler, each of whose calls sees one code"
+            raise ValueError(f"{got}: pass --sampler absorbing")
         chain, kv_cache = self.guidance_chain(batch, options, negative), KVCache(self.grid)
         conditions, count = self.encode_chain(network, chain, x, options), len(chain.raw)
         sequences, select = torch.arange(count * len(x), device=x.device), LastResult(lambda rows: conditions[rows])

@@ -18,6 +18,7 @@ from diffusion.solvers import solver_options_for
 from diffusion.spacing import from_strength
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
+from models.attention_recorder import MapRecorder
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
 from train.control import weigh_hints
@@ -263,6 +264,7 @@ class GaussianSampler(LearnedSampler):
         x: Tensor,
         *,
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Denoiser:
         """Returns the denoiser of x (B, C, H, W) and a batch's conditions, with the guidance, and the clipping, of the
         options."""
@@ -272,7 +274,10 @@ class GaussianSampler(LearnedSampler):
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         guidance |= {"rescale_of": options.guidance_rescale_of}
         guidance |= {"process": sampling_process(self.process, self.config.process, options)}
-        denoise = guided(self.conditional_denoiser(network), conditions, chain.scales, **guidance)
+        denoise = self.conditional_denoiser(network)
+        if recorder is not None:
+            denoise, conditions = recorder.observe(network, denoise, conditions, x)
+        denoise = guided(denoise, conditions, chain.scales, **guidance)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         return denoise
@@ -296,6 +301,7 @@ class GaussianSampler(LearnedSampler):
         edit: EditInput | None = None,
         on_step: OnStep | None = None,
         negative: Batch | None = None,
+        recorder: MapRecorder | None = None,
     ) -> Tensor:
         """Samples x (B, C, H, W) for the B streams of `rng`.
 
@@ -308,7 +314,7 @@ class GaussianSampler(LearnedSampler):
         process, x = initial_state(whole, edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
         if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
-        denoise = self.make_denoiser(network, batch, options, x, negative=negative)
+        denoise = self.make_denoiser(network, batch, options, x, negative=negative, recorder=recorder)
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
         solver, solver_kwargs = select_solver(self.process, options)

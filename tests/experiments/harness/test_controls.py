@@ -30,8 +30,9 @@ class Sampling(SamplingConfig):
     guidance_schedule: str = "constant"
 
 
-def by_name(options, conditional=True, regions=True, images=True):
-    return {each.name: each for each in make_controls(options, ["ancestral", "mine"], conditional, regions, images)}
+def by_name(options, conditional=True, regions=True, images=True, hints=True):
+    controls = make_controls(options, ["ancestral", "mine"], conditional, regions, images, hints)
+    return {each.name: each for each in controls}
 
 
 def test_every_setting_has_a_control_of_its_type():
@@ -49,6 +50,9 @@ def test_every_setting_has_a_control_of_its_type():
         "strategy": ("choice", True),
         "exact": ("switch", False),
         "span": ("numbers", True),
+        "control_strength": ("numbers", False),
+        "control_guess": ("switch", False),
+        "control_middle_only": ("switch", False),
     }  # other types have no control
     assert controls["solver"].choices == ("ancestral", "mine")
     assert controls["order"].choices == ("first", "last") and controls["strategy"].choices == ("one", "two")
@@ -64,6 +68,8 @@ def test_a_model_without_conditions_has_no_guidance():
     assert not [name for name in by_name(Sampling(), False, False, False) if "guidance" in name]
     assert by_name(Sampling()).keys() - by_name(Sampling(), regions=False).keys() == {"region_guidance"}
     assert by_name(Sampling()).keys() - by_name(Sampling(), images=False).keys() == {"image_guidance"}
+    of_hints = {"control_strength", "control_guess", "control_middle_only"}
+    assert by_name(Sampling()).keys() - by_name(Sampling(), hints=False).keys() == of_hints
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -87,6 +93,7 @@ def test_control_contents_are_converted_to_field_values():
     assert parse_value(controls["strategy"], "") is parse_value(controls["top_k"], None) is None
     assert type(parse_value(controls["top_k"], 5.0)) is int and type(parse_value(controls["temp"], 1)) is float
     assert parse_value(controls["exact"], False) is False
+    assert [parse_value(controls["control_strength"], text) for text in ("0.5", "1 0 2")] == [(0.5,), (1, 0, 2)]
     assert parse_value(controls["top_k"], "5") == 5 and parse_value(controls["temp"], " 1e-1 ") == 0.1
 
 
@@ -122,6 +129,8 @@ def test_hints_say_what_a_setting_does_and_its_limits_once():
         ("guidance", "nan", "got nan for guidance scale, wanted a"),
         ("span", "0.5", "got '0.5' for span, wanted 2 numbers"),
         ("span", "a b", "wanted 2 numbers"),
+        ("control_strength", "a b", "got 'a b' for hint strength, wanted one or more numbers"),
+        ("control_strength", " ", "wanted one or more numbers"),
     ],
 )
 def test_invalid_control_values_are_refused(name, value, message):

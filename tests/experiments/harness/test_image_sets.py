@@ -1,12 +1,16 @@
 """Sets of images of any channels, range and size, without a trained run and beside one."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.harness.image_sets import GeneratedSet
 from helpers.tiny_runs import call
+from train.condition_source import ConditionSource
+from train.samplers import ddpm
 
 FID, PRDC = "experiments/calc_FID.py", "experiments/calc_PRDC.py"
 
@@ -33,6 +37,19 @@ def write_arrays(folder, arrays):
     for i, array in enumerate(arrays):
         np.save(folder / f"{i:02d}.npy", array)
     return folder
+
+
+@pytest.mark.parametrize("flag", ["hint", "condition_file"])
+def test_what_a_run_generates_changes_with_the_files_of_its_settings(tmp_path, flag):
+    file = tmp_path / ("hint.png" if flag == "hint" else "rows.json")
+    options = ddpm.Sampling(**{flag: (str(file),) if flag == "hint" else str(file)})
+    model = SimpleNamespace(provenance={"sampler_weights": "a"})
+    images = GeneratedSet("run", model, options, ConditionSource(()), count=2, seed=0, size=(8, 8))
+    hashes = []
+    for level in (1, 2, 1):
+        Image.new("L", (4, 4), level).save(file) if flag == "hint" else file.write_text(f'[{{"label": {level}}}]')
+        hashes.append(images.content_hash)
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_channels_are_those_of_the_file_or_the_flag(measure, tmp_path):

@@ -1,0 +1,251 @@
+"""The methods of experiments/edit.py: each edits a batch of images, from their own conditions to those of a target."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.editing import MaskRule, code_differences, diffedit, flowedit, mask_of_differences, noise_differences
+from diffusion.gaussian_solvers import ddim_inversion
+from diffusion.process import ContinuousProcess
+from diffusion.rng import Streams, seed_of
+from diffusion.types import Denoiser
+from experiments.harness.editing import draw, encode_images, redraw_input
+from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
+from train.class_names import ClassLabel
+from train.config import SamplingConfig
+from train.loop import Batch
+from train.samplers import check_finite, select_solver
+from train.samplers._codes import CodeSampler
+from train.samplers.absorbing import AbsorbingSampler
+from train.samplers.ddpm import GaussianSampler
+from train.samplers.ddpm import Sampling as GaussianSampling
+from train.trained_sampler import TrainedSampler
+
+MASK_STRENGTH = 0.5
+USED_BY = {  # methods that have an option
+    **dict.fromkeys(("mask", "paste"), ("sdedit", "diffedit")),
+    **dict.fromkeys(("mask_rule", "mask_strength"), ("diffedit",)),
+    **dict.fromkeys(("source", "source_label", "source_prompt", "source_guidance"), ("diffedit", "flowedit")),
+    **{"noisings": ("diffedit", "flowedit"), "plain_steps": ("flowedit",)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditingConfig:
+    """Editing."""
+
+    method: Literal["sdedit", "diffedit", "flowedit"] = "sdedit"
+    """sdedit: masks or noises all of the image, then redraws it; diffedit: finds where source and target differ, and
+    redraws that alone; flowedit (not for codes): follows the difference of the two predictions, without a mask."""
+    label: tuple[ClassLabel, ...] = ()
+    """Classes to redraw each image as, by name or number; if omitted, all (at most the first ten)."""
+    prompt: tuple[str, ...] = ()
+    """Texts to redraw each image after, for a run with --conditions text, instead of classes."""
+    target_file: str | None = None
+    """File (.json or .csv) of conditions to redraw the images under, a row each, used in turn: any fields of the model,
+    in place of the image's own. Instead of classes."""
+    strength: float = 0.7
+    """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
+    source: Literal["image", "null"] = "image"
+    """diffedit, flowedit: conditions that describe the image: its own (of held-out images, or rows of --condition_file)
+    with those below, or none."""
+    source_label: ClassLabel | None = None
+    """Class of the images, by name or number; held-out images know theirs."""
+    source_prompt: str | None = None
+    """Text that describes the images."""
+    source_guidance: float | None = None
+    """Guidance scale of the source; default: --guidance for the mask of diffedit, which inverts without, and 1 for
+    flowedit."""
+    mask: tuple[str, ...] = ()
+    """sdedit, diffedit: masks of any size, white where the image may change, one for all --image or one each; if
+    omitted, all of it (sdedit), or the mask that diffedit finds."""
+    paste: bool = False
+    """sdedit with --mask, diffedit: copy the pixels outside the mask from the input, also through a VQGAN."""
+    noisings: int | None = None
+    """Random noisings or maskings to average over: of diffedit for the mask (default: 10), of flowedit in each step
+    (default: 1)."""
+    mask_rule: MaskRule | None = None
+    """diffedit: where the mask is. diffusers: differences above 1.5 times their mean; paper: above half of their range,
+    without outliers. Default: diffusers."""
+    mask_strength: float | None = None
+    """diffedit: noise level, or fraction of masked codes, at which source and target are compared; default: 0.5."""
+    plain_steps: int | None = None
+    """flowedit: number of last steps that sample under the target alone; more of them are freer. Default: 0."""
+
+    EVERYDAY = ("method", "label", "prompt", "strength")
+    RANGES = {
+        **{"label": NOT_NEGATIVE, "strength": "(0, 1]", "source_label": NOT_NEGATIVE, "source_guidance": FINITE},
+        **{"noisings": COUNT, "mask_strength": "(0, 1)", "plain_steps": COUNT_OR_ZERO},
+    }
+
+    def __post_init__(self):
+        check_ranges(self)
+        defaults = self.__dataclass_fields__
+        for name, methods in USED_BY.items():
+            if vars(self)[name] != defaults[name].default and self.method not in methods:
+                raise ValueError(f"got {name} for method {self.method}: pass --method {' or '.join(methods)}")
+        targets = [name for name in ("label", "prompt", "target_file") if vars(self)[name]]
+        if len(targets) > 1:
+            raise ValueError(
+                f"got {' and '.join(targets)}: pass one of them; rows of --target_file may have all fields"
+            )
+        own = [name for name in ("source_label", "source_prompt") if vars(self)[name] is not None]
+        if self.source == "null" and own:
+            raise ValueError(f"got source null and {own[0]}: pass one of them")
+        computed = [name for name in ("noisings", "mask_rule", "mask_strength") if vars(self)[name] is not None]
+        if self.mask and computed:
+            raise ValueError(f"got mask and {computed[0]}, a setting of the mask that diffedit finds: pass one of them")
+        if self.paste and self.method == "sdedit" and not self.mask:
+            raise ValueError("got paste without a mask: pass --mask FILE, or --method diffedit")
+
+    def source_options(self, options: SamplingConfig) -> SamplingConfig:
+        """Returns the sampling options for predictions under the source, where `options` are those of the target."""
+        options = replace(options, metadata=())
+        if self.source_guidance is not None:
+            return replace(options, guidance=self.source_guidance)
+        return options if self.method == "diffedit" else options.without_guidance()
+
+
+class Side(NamedTuple):
+    """The conditions of a batch, of source or target, with the sampling options for them."""
+
+    conditions: Batch | None  # as `TrainedSampler.draw` takes them; None: null
+    options: SamplingConfig
+
+
+class Edited(NamedTuple):
+    """Edited images, and where they may differ from the input."""
+
+    image: Tensor  # uint8 (B, C, H, W) on the CPU
+    mask: Tensor | None  # (B, H, W) bool on the CPU; None: everywhere
+
+
+@dataclass(frozen=True)
+class EditTask:
+    """A batch of images to edit. The random numbers of an image depend on the seed and its index alone."""
+
+    model: TrainedSampler
+    settings: EditingConfig
+    images: Tensor  # uint8 (B, C, H, W)
+    mask: Tensor | None  # (B, h, w) bool, of codes or latents: where the user lets the images change
+    source: Side
+    target: Side
+    seed: int
+    indices: list[int]
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The images in the sampler's space."""
+        return encode_images(self.images, self.model)
+
+    def streams(self, purpose: str) -> Streams:
+        """Returns a random stream for each image."""
+        return Streams([seed_of(self.seed, purpose, i) for i in self.indices], self.model.device)
+
+    def denoiser(self, side: Side) -> Denoiser:
+        """Returns the guided denoiser of one side."""
+        return self.model.make_denoiser(self.x, side.options, side.conditions)
+
+    def draw(self, mask: Tensor | None) -> Tensor:
+        """Masks or noises what the mask (B, h, w) covers, or everything, by the strength, and samples it under the
+        target: uint8 images."""
+        start = redraw_input(self.x, self.model, self.settings.strength)
+        start = start if mask is None else start._replace(keep=~mask)
+        return draw(self.model, self.target.options, self.seed, start, self.indices, self.target.conditions)
+
+    def edited(self, image: Tensor, mask: Tensor | None) -> Edited:
+        """Returns a result, with pixels outside the mask (B, h, w) from the input if the settings say so."""
+        if mask is None:
+            return Edited(image, None)
+        factor = self.model.space.factor
+        mask = mask.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        if self.settings.paste:
+            image = torch.where(mask.unsqueeze(1), image, self.images)
+        return Edited(image, mask)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """Returns samples x as uint8 images; ValueError if they are not finite."""
+        return self.model.space.decode(check_finite(x, x.isfinite().all(), self.target.options)).cpu()
+
+
+def edit_by_sdedit(task: EditTask) -> Edited:
+    """Redraws the images, or what the user's mask covers (Meng et al. 2022, SDEdit)."""
+    return task.edited(task.draw(task.mask), task.mask)
+
+
+def edit_codes_by_diffedit(task: EditTask) -> Edited:
+    """Redraws the codes where predictions under source and target differ."""
+    mask = task.mask
+    if mask is None:
+        sampler, settings = task.model.sampler, task.settings
+        solver, _ = select_solver(sampler.process, task.target.options)
+        process = sampler.sampling_process(solver, task.target.options)
+        with task.model.inference():
+            source, target = map(task.denoiser, (task.source, task.target))
+            strength, rng = settings.mask_strength or MASK_STRENGTH, task.streams("difference")
+            n = settings.noisings or 10
+            differences = code_differences(source, target, process, task.x, strength, rng=rng, n=n)
+        mask = mask_of_differences(differences, settings.mask_rule or "diffusers")
+    return task.edited(task.draw(mask), mask)
+
+
+def ddim_steps(task: EditTask, strength: float) -> tuple[ContinuousProcess, list[float]]:
+    """Returns the process from noise of `strength` on, and the times of its steps of DDIM."""
+    options = task.target.options
+    process, times = task.model.sampler.sampling_steps(options.with_solver("ddim", options.sample_steps), strength)
+    if process.start <= process.end:
+        raise ValueError(f"got strength {strength}, wanted more noise than the least that the network knows: raise it")
+    return process, times
+
+
+def find_mask(task: EditTask) -> Tensor:
+    """Returns where the noise predicted under source and target differs: (B, h, w) bool."""
+    settings = task.settings
+    process, _ = ddim_steps(task, settings.mask_strength or MASK_STRENGTH)
+    source, target = map(task.denoiser, (task.source, task.target))
+    rng, n = task.streams("difference"), settings.noisings or 10
+    differences = noise_differences(source, target, process, task.x, process.start, rng=rng, n=n)
+    return mask_of_differences(differences, settings.mask_rule or "diffusers")
+
+
+def edit_by_diffedit(task: EditTask) -> Edited:
+    """Inverts the images under the source without guidance and clipping, which have no inverse, and decodes what the
+    mask covers under the target."""
+    process, times = ddim_steps(task, task.settings.strength)
+    with task.model.inference():
+        mask = find_mask(task) if task.mask is None else task.mask
+        options: GaussianSampling = task.source.options.without_guidance()
+        options = replace(options, clip=False, dynamic_threshold=None)
+        states = ddim_inversion(task.denoiser(task.source._replace(options=options)), process, task.x, times)
+        x = diffedit(task.denoiser(task.target), process, states, mask, times, rng=task.streams("edit"))
+    return task.edited(task.decoded(x), mask)
+
+
+def edit_by_flowedit(task: EditTask) -> Edited:
+    """Follows the difference of the predictions under source and target."""
+    process, times = ddim_steps(task, task.settings.strength)
+    options = {"n": task.settings.noisings or 1, "plain_steps": task.settings.plain_steps or 0}
+    with task.model.inference():
+        source, target = map(task.denoiser, (task.source, task.target))
+        x = flowedit(source, target, process, task.x, times, rng=task.streams("edit"), **options)
+    return task.edited(task.decoded(x), None)
+
+
+METHODS: dict[type, dict[str, Callable[[EditTask], Edited]]] = {  # of samplers, by name
+    GaussianSampler: {"sdedit": edit_by_sdedit, "diffedit": edit_by_diffedit, "flowedit": edit_by_flowedit},
+    AbsorbingSampler: {"sdedit": edit_by_sdedit, "diffedit": edit_codes_by_diffedit},
+    CodeSampler: {"sdedit": edit_by_sdedit},
+}
+
+
+def find_method(name: str, model: TrainedSampler) -> Callable[[EditTask], Edited]:
+    """Returns the function of a method; ValueError if the sampler has none of this name."""
+    methods = next(methods for kind, methods in METHODS.items() if isinstance(model.sampler, kind))
+    if name not in methods:
+        got = f"got method {name} for sampler {model.sampler.config.sampler}"
+        raise ValueError(f"{got}, which has {' and '.join(methods)}: pass --method {[*methods][-1]}")
+    return methods[name]
