@@ -32,7 +32,8 @@ from models.ranges import MILLION, check_ranges
 from train.cli.files import run_folder
 from train.cli.parse import first_stage_data, run_script
 from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import TrainingCodes, build_dataset, training_batches
+from train.data.codes import TrainingCodes
+from train.data.loading import build_dataset, training_batches
 from train.datasets import Dataset, DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.first_stage import load_vqgan_stage

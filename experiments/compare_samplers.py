@@ -31,7 +31,13 @@ from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import mean_and_deviation, progress, table
 from experiments.harness.results import load_results, write_results
 from experiments.metrics.cost import count_nfe
-from experiments.metrics.distances import compute_statistics, real_statistics, statistics_cache, with_grid
+from experiments.metrics.distances import (
+    batches_name,
+    compute_statistics,
+    real_statistics,
+    statistics_cache,
+    with_grid,
+)
 from experiments.metrics.features import Features, FeaturesConfig
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.ranges import MILLION, check_ranges
@@ -231,12 +237,14 @@ def compare(
 
 
 def load_or_start_results(features: Features, batches: ResumableBatches) -> dict[str, Any]:
-    """Reads the results so far; starts new ones if the features have changed, which flags do not show."""
+    """Reads the results so far; starts new ones if the features or the files of their weights have changed, which flags
+    do not show."""
     results = load_results(batches.folder)
     identity = {"features": features.name, "features_version": features.module.VERSION}
-    identity |= {} if features.clip_hash is None else {"clip_sha256": features.clip_hash}
-    if results is not None and identity.items() <= results.items():
+    same_files = results is not None and results.get("feature_files", {}) == batches.files
+    if same_files and identity.items() <= results.items():
         return results
+    identity |= {"feature_files": batches.files} if batches.files else {}
     return {"metric": features.module.METRIC, **identity, "sets": {}, "run": batches.run}
 
 
@@ -271,6 +279,7 @@ def measure_set(
         return batch | ({"image": images} if indices[0] < GRID_IMAGES else {})
 
     name = f"{features.name}_{features.module.VERSION}_{file}"
+    name = batches_name(name, batches.files) if batches.files else name
     spent = []
 
     def timed_batches() -> Iterator[dict[str, Tensor]]:

@@ -81,7 +81,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
             raise ValueError("got --mask without --image: pass the images it belongs to, or leave it out")
         inputs = apply_masks(inputs, config.given.image, settings.mask, model.data.size)
         provenance["given_masks"] = inputs.fingerprint
-    inputs = replace(inputs, rows=own_conditions(inputs, settings))
+    inputs = replace(inputs, rows=own_conditions(inputs, settings, model))
     source = condition_source_for(model, inputs, [0], None, sampling, [targets[0].row(0)])
     make_sides(inputs, targets, settings, sampling, model, [0])
     return ExperimentSetup((inputs, targets, settings, sampling), provenance, source=source)
@@ -106,13 +106,14 @@ def read_targets(settings: EditingConfig, sampling: SamplingConfig, model: Train
     raise ValueError(f"{model.run} was trained without classes: {remedy}")
 
 
-def own_conditions(inputs: InputImages, settings: EditingConfig) -> tuple[Row, ...]:
+def own_conditions(inputs: InputImages, settings: EditingConfig, model: TrainedSampler) -> tuple[Row, ...]:
     """Returns the conditions that describe each image: those of its item or row, with what the settings say."""
     given = {"label": settings.source_label, "caption": settings.source_prompt}
     given = {name: value for name, value in given.items() if value is not None}
+    labels = inputs.labels if model.sampler.n_classes else ()
     rows = [inputs.rows[i % len(inputs.rows)] if inputs.rows else {} for i in range(len(inputs))]
-    labels = [{"label": label} for label in inputs.labels] or [{}] * len(inputs)
-    return tuple({**label, **row, **given} for label, row in zip(labels, rows, strict=True))
+    rows = [{"label": label, **row} for label, row in zip(labels, rows, strict=True)] if labels else rows
+    return tuple({**row, **given} for row in rows)
 
 
 def make_sides(
@@ -229,7 +230,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
         "stays": ("as before", lambda value: str(Proportion(**value))),
     }
     columns = {key: column for key, column in columns.items() if key in results["of_label"][0]}
-    rows = [("target", *(heading for heading, _ in columns.values()))]
+    kind = "target" if None in results["labels"] else "target class"
+    rows = [(kind, *(heading for heading, _ in columns.values()))]
     names = results.get("names", results["labels"])  # results of earlier versions have numbers only
     for name, row in zip(names, results["of_label"], strict=True):
         rows.append((str(name), *(text(row[key]) for key, (_, text) in columns.items())))

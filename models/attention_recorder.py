@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, CrossAttention, GatedCrossAttention, record_maps
@@ -22,6 +21,7 @@ from models.conditioning import Condition
 from models.streams import GatedTokens, Tokens
 
 Reads = Literal["tokens", "gated", "self"]
+Box = tuple[float, float, float, float]
 STREAMS: dict[str, type[Tokens]] = {"tokens": Tokens, "gated": GatedTokens}
 OTHER_NETWORKS = ("encoders.", "control.")  # prefixes of layers that are not the denoiser's own
 
@@ -68,9 +68,8 @@ class MapRecorder:
     layers: names of layers (see `find_layers`); default: all of them.
     per_head: False keeps the mean over the heads, as one.
     per_step: also keep the maps of every call, in `steps`; memory then grows with them.
-    places: (H, W) bool on the grid of the network's input, for self-attention: keeps the mean map of these places
-    alone, as (B, heads, h, w, 1): how much they attend to each place of the grid. On coarser grids a place is one of
-    them if it has any of them.
+    box: left, top, right and bottom as fractions of the image, for self-attention: keeps only how much the places that
+    the box touches attend to each place of the grid, on average, as (B, heads, h, w, 1).
     """
 
     def __init__(
@@ -81,14 +80,14 @@ class MapRecorder:
         layers: Sequence[str] | None = None,
         per_head: bool = True,
         per_step: bool = False,
-        places: Tensor | None = None,
+        box: Box | None = None,
     ):
         if reads not in get_args(Reads):
             raise ValueError(f"got reads {reads!r}, wanted one of {', '.join(get_args(Reads))}")
-        if places is not None and (reads != "self" or places.ndim != 2 or not places.any()):
-            got = f"got places {tuple(places.shape)} of attention to {reads}"
-            raise ValueError(f"{got}, wanted (H, W) bool with some True, for reads='self'")
-        self.reads, self.part, self.names, self.places = reads, part, layers, places
+        if box is not None and (reads != "self" or not is_box(box)):
+            wanted = "wanted left < right and top < bottom in [0, 1], for reads='self'"
+            raise ValueError(f"got the box {' '.join(map(str, box))} of attention to {reads}, {wanted}")
+        self.reads, self.part, self.names, self.box = reads, part, layers, box
         self.per_head, self.per_step = per_head, per_step
         self.network: nn.Module | None = None
         self.steps: list[RecordedStep] = []
@@ -173,13 +172,12 @@ class MapRecorder:
             weights = weights.mean(1, keepdim=True)
         if keys is not None:
             return weights[..., keys.to(weights.device)].unflatten(2, grid)
-        if self.places is None:
+        if self.box is None:
             return weights.unflatten(2, grid)
-        if tuple(self.places.shape) != self.size:
-            raise ValueError(f"got places {tuple(self.places.shape)} for a grid of {self.size}, wanted one of its size")
-        places = F.adaptive_max_pool2d(self.places[None].float(), grid)[0].flatten() > 0
-        seen = weights[:, :, places.to(weights.device)].mean(2)  # (k, heads, N)
-        return seen.unflatten(2, grid).unsqueeze(-1)
+        left, top, right, bottom = self.box
+        places = touched(top, bottom, grid[0])[:, None] & touched(left, right, grid[1])
+        mean = weights[:, :, places.flatten().to(weights.device)].mean(2)  # (k, heads, N)
+        return mean.unflatten(2, grid).unsqueeze(-1)
 
     def maps(self, mean: bool = True) -> AttentionMaps:
         """Returns the mean of each image's maps over its calls or, without `mean`, their sum, as daam has it.
@@ -195,6 +193,18 @@ class MapRecorder:
             counts = self.counts.clamp(min=1).view(-1, 1, 1, 1, 1)
             layers = {name: total / counts.to(total.device) for name, total in layers.items()}
         return AttentionMaps(layers, self.spans, self.size, self.counts.clone())
+
+
+def is_box(box: Box) -> bool:
+    """Whether a box is in the image and has an extent."""
+    left, top, right, bottom = box
+    return 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+
+
+def touched(start: float, end: float, cells: int) -> Tensor:
+    """Returns which of the cells that divide [0, 1] an interval touches, (cells,) bool."""
+    first = torch.arange(cells)
+    return (first < end * cells) & (first + 1 > start * cells)
 
 
 def grid_of(places: int, size: tuple[int, int]) -> tuple[int, int]:

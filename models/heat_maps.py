@@ -12,13 +12,14 @@ from torch import Tensor
 from models.attention_recorder import AttentionMaps
 
 SKIPPED_FACTOR = 8  # of the size of x to that of a layer: too coarse, of an image of 64 x 64 latents 8 x 8 places
+SIDES = ("up_blocks.", "gated_blocks.up.", "down_blocks.", "gated_blocks.down.")
 SMALLEST = 1e-6  # added to sums, which may be 0
 
 
 def daam_layers(maps: AttentionMaps) -> list[str]:
     """Returns the layers that DAAM reads: those of a UNet going up, then those going down, without the middle and
     without those a SKIPPED_FACTOR smaller than x. Of a network without such layers, all."""
-    sides = [name for side in ("up_blocks.", "down_blocks.") for name in maps.layers if name.startswith(side)]
+    sides = [name for side in SIDES for name in maps.layers if name.startswith(side)]
     fine = [name for name in sides if maps.size[0] // maps.layers[name].shape[2] != SKIPPED_FACTOR]
     return fine or sides or list(maps.layers)
 

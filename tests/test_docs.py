@@ -122,6 +122,7 @@ SMALL = {  # by script: flags for runs of a few seconds
     "experiments/generate_big_samples.py": "--n_samples 1 --shape 5 6 --sample_steps 2",
     "experiments/check_classes.py": "",
     "experiments/check_digits.py": "",
+    "experiments/attention_maps.py": "--n_samples 2 --sample_steps 2",
 }
 ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
@@ -140,6 +141,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
         "experiments/benchmark": "minutes of measuring",
         **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),
         **dict.fromkeys(("digits_captions", "digits_numbers", "ablation/finetuning"), "minutes of training"),
+        "digit_pairs": "minutes of training",
         "edit_layout.py": "a model of boxes",
         "calc_pairs.py": "images of the same names",
         "vqgan_plus": "a large network's time",
@@ -231,7 +233,7 @@ def test_bash_scripts_have_no_syntax_error(page, tmp_path):
 
 
 def test_the_maps_of_the_attention_page_are_recorded():
-    (code,) = blocks((ROOT / "docs" / "attention.md").read_text(), "python")
+    code, _ = blocks((ROOT / "docs" / "attention.md").read_text(), "python")
     ids = torch.zeros(2, 4, 4, dtype=torch.long)
     names = {"network": Transformer(codes=8, grid=(4, 4), width=16, heads=2, layers=1), "ids": ids}
     exec(code, names)

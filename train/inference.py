@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.types import Bound, OnStep
+from models.attention_recorder import MapRecorder
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, saved_steps
 from train.cli.files import run_folder
 from train.condition_source import ConditionSource
@@ -114,6 +115,7 @@ class SamplerRun:
         window_stride: int | None = None,
         on_step: OnStep | None = None,
         negative: Mapping[str, Any] | None = None,
+        recorder: MapRecorder | None = None,
         **keywords: Any,
     ) -> Tensor:
         """Draws n images: uint8 (n, C, H, W) in [0, 255], on the CPU.
@@ -123,7 +125,8 @@ class SamplerRun:
         in codes for a model of codes and in pixels for others, `window_stride` the distance of the windows it is then
         drawn in. `on_step(i, t, s, x, prediction)` is called after each step with a batch in the sampler's space and
         returns the x that the next step starts from. `negative` are conditions that guidance moves away from instead of
-        the null, such as {"caption": "blurry"}: one value for all images, or a list of n values.
+        the null, such as {"caption": "blurry"}: one value for all images, or a list of n values. `recorder` adds up the
+        attention maps of the images, which must then be one batch.
 
         Further keywords are, by name:
 
@@ -137,8 +140,11 @@ class SamplerRun:
         check_whole_number(1, n=n, batch_size=batch_size, window_stride=window_stride)
         check_whole_number(0, seed=seed)
         check_shape(shape)
+        if recorder is not None and n > batch_size:
+            got = f"got a recorder, which is for one batch, and {n} images in batches of {batch_size}"
+            raise ValueError(f"{got}: pass batch_size={n}")
         names = setting_names(self.settings)
-        parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step", "negative"}
+        parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step", "negative", "recorder"}
         check_keywords("sample", keywords, {*names, *self.conditions}, parameters)
         settings = {name: value for name, value in keywords.items() if name in names}
         conditions = {name: value for name, value in keywords.items() if name not in names}
@@ -147,7 +153,7 @@ class SamplerRun:
         if source is None:  # guidance from null to null changes nothing
             given = {name: settings[name] for name in GUIDANCE_SCALES if name in settings}
             options = dataclasses.replace(options.without_guidance(), **given)
-        canvas = {"shape": shape, "window_stride": window_stride, "on_step": on_step}
+        canvas = {"shape": shape, "window_stride": window_stride, "on_step": on_step, "recorder": recorder}
         rows = tuple(self._rows(negative, n)) if negative else ()
         away, images = ConditionSource(tuple(negative or ()), self.n_classes, rows=rows), []
         for indices in torch.arange(n).split(batch_size):

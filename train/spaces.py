@@ -12,9 +12,10 @@ from diffusion.rng import Streams, seed_of
 from train.config import DataConfig
 from train.data.captions import choose_captions
 from train.data.code_file import CodeTable
+from train.data.codes import TrainingCodes
 from train.data.collate import collate
 from train.data.hints import HintedCodes, is_cacheable
-from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, merge_fields
+from train.data.loading import Adapt, BatchSource, ImageSource, TrainingImages, merge_fields
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext

@@ -18,8 +18,7 @@ from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_rang
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.loop import Batch
-from train.samplers import check_finite, select_solver
-from train.samplers._codes import CodeSampler
+from train.samplers import LearnedSampler, check_finite, select_solver
 from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.ddpm import GaussianSampler
 from train.samplers.ddpm import Sampling as GaussianSampling
@@ -235,10 +234,10 @@ def edit_by_flowedit(task: EditTask) -> Edited:
     return task.edited(task.decoded(x), None)
 
 
-METHODS: dict[type, dict[str, Callable[[EditTask], Edited]]] = {  # of samplers, by name
+METHODS: dict[type[LearnedSampler], dict[str, Callable[[EditTask], Edited]]] = {  # of samplers, by name
     GaussianSampler: {"sdedit": edit_by_sdedit, "diffedit": edit_by_diffedit, "flowedit": edit_by_flowedit},
     AbsorbingSampler: {"sdedit": edit_by_sdedit, "diffedit": edit_codes_by_diffedit},
-    CodeSampler: {"sdedit": edit_by_sdedit},
+    LearnedSampler: {"sdedit": edit_by_sdedit},
 }
 
 
@@ -247,5 +246,5 @@ def find_method(name: str, model: TrainedSampler) -> Callable[[EditTask], Edited
     methods = next(methods for kind, methods in METHODS.items() if isinstance(model.sampler, kind))
     if name not in methods:
         got = f"got method {name} for sampler {model.sampler.config.sampler}"
-        raise ValueError(f"{got}, which has {' and '.join(methods)}: pass --method {[*methods][-1]}")
+        raise ValueError(f"{got}, wanted {' or '.join(methods)}: pass --method {[*methods][-1]}")
     return methods[name]

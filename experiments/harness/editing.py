@@ -57,7 +57,7 @@ class InputImages:
     mask: Tensor  # bool (N, H, W): pixels to fill in
     names: tuple[str, ...]  # N
     rows: tuple[Row, ...] = ()  # of conditions, assigned to the images cyclically; may be empty
-    labels: tuple[int, ...] = ()  # classes of held-out images, for a model of classes
+    labels: tuple[int, ...] = ()  # N, the classes of held-out images; empty if there are none
 
     def __len__(self) -> int:
         return len(self.image)
@@ -91,10 +91,10 @@ def load_input_images(
         images = torch.cat([batch["image"] for batch in batches])
         indices = [i for batch in batches for i in batch["index"].tolist()]
         names = tuple(f"val_{i:06d}" for i in indices)
-        if trained.sampler.n_classes:
-            labels = tuple(int(source.dataset.labels[i]) for i in indices)
         if not rows and {*trained.sampler.conditions} - {"label"}:
             rows = tuple(trained.conditions_of(source[i], i) for i in indices)
+        if source.dataset.n_classes:
+            labels = tuple(source.dataset.labels[indices].tolist())
     return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows, labels)
 
 

@@ -8,8 +8,8 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.denoisers import guided
-from diffusion.edm import EDM
 from diffusion.editing import code_differences, diffedit, flowedit, mask_of_differences, noise_differences
+from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, scaled_linear
 from diffusion.gaussian_solvers import ddim, ddim_inversion
@@ -73,12 +73,12 @@ def test_flowedit_of_linear_denoisers_has_a_closed_form(name):
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_flowedit_carries_one_gaussian_to_another(name, strength):
     """For equal variances delta(0) of the probability flow is known: what noise of the start leaves of the distance."""
-    process, times = steps_of(name, 400, strength)
+    process, times = steps_of(name, 200, strength)
     source, target = (Mixture(means=(mean,)).denoiser(process) for mean in (-0.5, 0.7))
     alpha, sigma = process.scales(torch.tensor(process.start))
     exact = 1.2 * (1 - 0.5 * alpha / (0.25 * alpha**2 + sigma**2).sqrt())
     edited = flowedit(source, target, process, X, times, rng=streams())
-    assert torch.allclose(edited, X + exact, atol=0.01)
+    assert torch.allclose(edited, X + exact, atol=0.02)
 
 
 @every_process
@@ -245,14 +245,15 @@ def test_masks_and_edits_are_those_of_public_code(agrees):
     io = {name: torch.from_numpy(value) for name, value in np.load(DIFFEDIT).items()}
     process, (network, _) = GaussianDiffusion(scaled_linear(1000), "eps", "fixed_small"), load_unet("sd1", "folder")
 
-    def side(name):
+    def side(name, scale):
         def denoise(x, t, condition):
             return process.to_prediction(network(x, process.network_times(t), condition), x, t)
 
-        return guided(denoise, [Condition({"text": Tokens(io[each])}) for each in ("negative", name)], [7.5])
+        return guided(denoise, [Condition({"text": Tokens(io[each])}) for each in ("negative", name)], [scale])
 
     with torch.no_grad():
-        source, target, t = side("source"), side("target"), (io["mask_t"].item() + 1) / 1000
+        source, target = (side(name, 1 - 7.5) for name in ("source", "target"))  # the map is guided backwards there
+        t = (io["mask_t"].item() + 1) / 1000
         alpha, sigma = process.scales(torch.tensor(t))
         noise = (io["mask_noised_latents"].double() - alpha * io["latent"]) / sigma
         rng = RecordedNoise(noise.float())
@@ -262,7 +263,7 @@ def test_masks_and_edits_are_those_of_public_code(agrees):
         assert torch.equal(mask_of_differences(differences, "paper")[0], io["mask_paper_minmax_05"].bool())
         times = [(step + 1) / 1000 for step in (*io["edit_t"].tolist(), 0)]  # it ends after the first step of noise
         states = [io["latent"], *io["inverted_most_noisy_first"].flip(0).unsqueeze(1)]
-        edited = diffedit(target, process, states, io["mask"].bool(), times, rng=Streams([0]))
-    assert agrees(edited, io["edited_right"], "DiffEdit: edited latents")
+        edited = diffedit(side("target", 7.5), process, states, io["mask"].bool(), times, rng=Streams([0]))
+    assert agrees(edited, io["edited_right"], "DiffEdit: edited latents", relative=True)
     outside = ~io["mask"].bool().unsqueeze(1).expand_as(edited)
     assert torch.equal(edited[outside], io["latent"][outside])

@@ -21,6 +21,7 @@ from experiments.compare_samplers import (
     plot,
     summarize_runs,
 )
+from experiments.harness.batches import ResumableBatches
 from experiments.harness.results import write_results
 from experiments.metrics.features import FeaturesConfig, load_features
 from helpers.tiny_runs import call, run
@@ -207,12 +208,13 @@ def test_all_commands_with_features_take_a_clip_folder(name):
 
 
 def test_sets_of_another_clip_model_are_measured_again(tmp_path):
-    """The hash of its files tells, not the path."""
-    features, batches = load_features("pixels", torch.device("cpu")), SimpleNamespace(folder=tmp_path, run={})
-    own, other = (features._replace(clip_hash=letter * 64) for letter in "ab")
-    write_results(tmp_path, load_or_start_results(own, batches) | {"sets": {"ddim:4/0": {"distance": 1.0}}})
-    assert {*load_or_start_results(own, batches)["sets"]} == {"ddim:4/0"}
-    assert load_or_start_results(other, batches)["sets"] == {}
+    """The hashes of its files tell, not the path."""
+    features = load_features("pixels", torch.device("cpu"))
+    own, other = (ResumableBatches(None, tmp_path, run={"files": {"clip_dir": letter * 64}}) for letter in "ab")
+    write_results(tmp_path, load_or_start_results(features, own) | {"sets": {"ddim:4/0": {"distance": 1.0}}})
+    assert {*load_or_start_results(features, own)["sets"]} == {"ddim:4/0"}
+    for batches in (other, ResumableBatches(None, tmp_path)):
+        assert load_or_start_results(features, batches)["sets"] == {}
 
 
 def test_other_features_are_measured_again(trained):

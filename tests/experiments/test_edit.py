@@ -89,6 +89,7 @@ def test_an_interrupted_edit_resumes(trained, monkeypatch, draw_calls):
     one, two = (
         {k: v for k, v in read_results(trained / name).items() if k != "run"} for name in ("edit_whole", "edit_again")
     )
+    assert all(row.pop("seconds") > 0 for results in (one, two) for row in results["of_label"])
     assert one == two
 
 

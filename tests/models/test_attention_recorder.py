@@ -111,14 +111,13 @@ def test_heads_are_averaged_on_request():
         assert torch.allclose(layer.mean(1, keepdim=True), mean.layers[name], atol=1e-6)
 
 
-def test_places_keep_what_they_attend_to():
+def test_a_box_keeps_what_its_places_attend_to():
     network, ids = make_transformer(), torch.randint(0, 5, (2, *SIZE))
-    places = torch.zeros(SIZE, dtype=torch.bool)
-    places[2, 3] = places[7, 11] = True
-    some = record_codes(network, MapRecorder("self", places=places), ids)
+    box = (0.3, 0.25, 0.5, 0.3)  # of 12 columns those from 3 to 5, of 8 rows the one from 2 on
+    some = record_codes(network, MapRecorder("self", box=box), ids)
     every = record_codes(network, MapRecorder("self"), ids)
     for name, layer in every.layers.items():
-        wanted = (layer[:, :, 2, 3] + layer[:, :, 7, 11]) / 2  # (B, heads, N)
+        wanted = layer[:, :, 2, 3:6].mean(2)  # (B, heads, N)
         assert torch.allclose(some.layers[name][..., 0].flatten(2), wanted, atol=1e-6)
 
 
@@ -146,8 +145,8 @@ def test_classes_that_are_no_tokens_are_refused_with_the_reason():
     ("arguments", "message"),
     [
         ({"reads": "words"}, "got reads 'words', wanted one of tokens, gated, self"),
-        ({"places": torch.ones(2, 2)}, "of attention to tokens, wanted .* for reads='self'"),
-        ({"reads": "self", "places": torch.zeros(2, 2)}, "with some True"),
+        ({"box": (0, 0, 1, 1)}, "got the box 0 0 1 1 of attention to tokens, wanted .* for reads='self'"),
+        ({"reads": "self", "box": (0.5, 0, 0.5, 1)}, "wanted left < right"),
     ],
 )
 def test_senseless_recorders_are_refused(arguments, message):

@@ -1,6 +1,7 @@
 """Control branches as files: read as they were written, and damaged ones refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_sd import UNET, tiny_control, write_control_folder
 from models.conditioning import Condition, Tokens
-from train.control_file import HEADER, read_control, read_control_header, save_control
+from train.config import FineTuningConfig
+from train.control_file import HEADER, read_control, read_control_header, save_control, with_hint_of_file
 from train.converters.sd.files import read_source
 from train.converters.sd.runs import load_control
+from train.data.hints import HintsConfig
 
 
 @pytest.fixture
@@ -30,6 +33,17 @@ def write(file, header=None, tensors=None):
     """Writes the file again with another header, or other tensors."""
     tensors, header = tensors or load_file(file), read_header(file) if header is None else header
     save_file(tensors, file, {HEADER: json.dumps(header)})
+
+
+def test_training_may_start_from_a_converted_branch(file):
+    """Its settings of the hint are taken over; it knows no kind of hints, and no base."""
+    config = FineTuningConfig(control="edges", load_control=str(file))
+    settings, _ = read_control_header(file)
+    hint = with_hint_of_file(config, HintsConfig()).hint
+    assert (hint.hint_channels, hint.hint_factor) == (3, settings["hint_factor"])
+    assert hint.hint_widths == settings["hint_widths"]
+    with pytest.raises(ValueError, match="got hint_channels 1 .* whose branch has 3: leave --hint_channels out"):
+        with_hint_of_file(replace(config, hint_channels=1), HintsConfig())
 
 
 @torch.no_grad()

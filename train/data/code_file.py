@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from train.data.annotations import Records, write_records
-from train.data.loading import Annotations, CodeGrids
+from train.data.codes import Annotations, CodeGrids
 from train.data.transforms import View
 from train.files import fsync, write_text
 

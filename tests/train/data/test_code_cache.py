@@ -24,7 +24,8 @@ from helpers.toy_encoding import (
 from train import first_stage
 from train.config import DataConfig
 from train.data import code_cache
-from train.data.loading import ImageSource, TrainingCodes
+from train.data.codes import TrainingCodes
+from train.data.loading import ImageSource
 from train.data.transforms import View, training_views
 from train.datasets import ArrayDataset, DatasetConfig
 from train.distributed import DistContext

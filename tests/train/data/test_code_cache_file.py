@@ -27,7 +27,7 @@ from helpers.toy_encoding import (
 )
 from train.data import code_cache
 from train.data import code_file as code_file_module
-from train.data.loading import TrainingCodes
+from train.data.codes import TrainingCodes
 
 # interruptions
 

@@ -10,8 +10,9 @@ from torchvision import tv_tensors
 
 from helpers.annotated_images import CLASSES, FIELDS, annotated_dataset, assert_same_fields
 from train.config import DataConfig
+from train.data.codes import TrainingCodes
 from train.data.collate import collate, field_to_tensor
-from train.data.loading import ImageSource, TrainingCodes, TrainingImages, to_device, training_batches
+from train.data.loading import ImageSource, TrainingImages, to_device, training_batches
 from train.data.transforms import to_float
 from train.datasets import FloatImage, Ragged
 from train.distributed import DistContext

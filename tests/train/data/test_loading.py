@@ -11,9 +11,9 @@ import torch
 
 from helpers.toy_encoding import BrokenDataset
 from train.config import DataConfig
+from train.data.codes import TrainingCodes
 from train.data.loading import (
     ImageSource,
-    TrainingCodes,
     TrainingImages,
     build_splits,
     describe_splits,

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from train.config import DataConfig
-from train.data.loading import ImageSource, TrainingCodes, TrainingImages, training_batches
+from train.data.codes import TrainingCodes
+from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.data.shuffle import BalancedShuffle, EpochShuffle, training_order
 from train.datasets import ArrayDataset, Blocks
 from train.distributed import DistContext

@@ -12,8 +12,9 @@ from train.config import DataConfig
 from train.data.captions import choose_caption
 from train.data.code_cache import load_or_encode
 from train.data.code_file import CodeFile
+from train.data.codes import TrainingCodes
 from train.data.collate import collate
-from train.data.loading import ImageSource, TrainingCodes, TrainingImages, annotation_fields, training_batches
+from train.data.loading import ImageSource, TrainingImages, annotation_fields, training_batches
 from train.data.sides import Sides, swap_words
 from train.data.transforms import View, to_item, training_views
 from train.distributed import DistContext

@@ -13,10 +13,14 @@ from PIL import Image
 from train.datasets import webdataset
 
 
-def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, (value % 256, 7, 9)).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
+
+
+def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
+    return encode_png(Image.new("RGB", size, (value % 256, 7, 9)))
 
 
 def save_images(root: Path, *names: str) -> Path:
@@ -92,6 +96,7 @@ def tiny():
     """The functions of this file, for tests in folders that are not packages."""
 
     class Tiny:
+        encode_png = staticmethod(encode_png)
         png = staticmethod(png)
         save_images = staticmethod(save_images)
         idx = staticmethod(idx)

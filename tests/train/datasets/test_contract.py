@@ -16,7 +16,7 @@ from helpers import tiny_regions
 from train.datasets import SPLITS, DatasetConfig
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(train.datasets.__path__) if module.name[0] != "_")
-EMBEDDED = {"digits", "shapes"}
+EMBEDDED = {"digits", "digit_pairs", "shapes"}
 KINDS = ("png", "cls")  # members of a sample in a tar shard
 LABELLED = {"folder": "folder", "webdataset": "cls"}  # --label_from
 

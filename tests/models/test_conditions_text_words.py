@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.caption_words import distinct_words, find_words, tokens_of_caption, tokens_of_words
 from models.conditions import text
+from models.conditions.text import distinct_words, find_words, tokens_of_caption, tokens_of_words
 from models.tokenizer import Tokenizer
 
 WORDS = Path(os.environ.get("TEXT_FIXTURES", "")) / "daam" / "words.json"
