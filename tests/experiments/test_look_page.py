@@ -7,7 +7,17 @@ import torch
 from PIL import Image
 
 from experiments import look_page
-from experiments.look_page import CENTRE, CODES, WORDS, draw_maps, kind_boxes, kinds_of, look, parse_words, reason_against
+from experiments.look_page import (
+    CENTRE,
+    CODES,
+    WORDS,
+    draw_maps,
+    kind_boxes,
+    kinds_of,
+    look,
+    parse_words,
+    reason_against,
+)
 from experiments.playground import Playground, Request
 from helpers.browser import needs_gradio
 from helpers.prompted import MODELS, make_model, options_of
