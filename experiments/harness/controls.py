@@ -144,7 +144,7 @@ def parse_value(control: Control, value: Any) -> Any:
         numbers = ()
     if control.kind == "integer":
         numbers = tuple(int(number) for number in numbers if number.is_integer())
-    if len(numbers) != control.count and (control.count or not numbers):
+    if not numbers or control.count not in (0, len(numbers)):
         kinds = {"integer": "an integer", "number": "a number"}
         wanted = kinds.get(control.kind, f"{control.count or 'one or more'} numbers separated by spaces")
         raise ValueError(f"got {value!r} for {control.label}, wanted {wanted}")

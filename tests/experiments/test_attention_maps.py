@@ -25,7 +25,9 @@ PROMPT = ["--prompt", "a three left of a seven, a three"]
 def logs(tmp_path_factory):
     """Runs with captions, and with captions and boxes, trained for a step."""
     logs = tmp_path_factory.mktemp("logs")
-    training = f"--logs_root {logs} {DATA} {MODEL} --train_steps 1 --no_amp"
+    preset = logs / "tiny.yaml"  # in place of that of the data
+    preset.write_text("dataset: digit_pairs\n")
+    training = f"--config {preset} --logs_root {logs} {DATA} {MODEL} --train_steps 1 --no_amp"
     call("train_sampler.py", f"{training} {TEXT} --log_dir ddpm_digit_pairs", validation_images=4)
     call("train_sampler.py", f"{training} --conditions boxes --boxes_width 16 --log_dir boxes", validation_images=4)
     return logs

@@ -35,10 +35,10 @@ MODEL = DDPM.replace("--img_size 8 ", "") + " --attn_block_type transformer"
 def logs(tmp_path_factory):
     """A run with captions and boxes, trained for a step."""
     logs = tmp_path_factory.mktemp("logs")
-    flags = (
-        f"--logs_root {logs} {DATA} {MODEL} {TEXT} --conditions text boxes --boxes_width 16 --train_steps 1 --no_amp"
-    )
-    call("train_sampler.py", f"{flags} --log_dir both", validation_images=4)
+    preset = logs / "tiny.yaml"  # in place of that of the data
+    preset.write_text("dataset: digit_pairs\n")
+    flags = f"--config {preset} --logs_root {logs} {DATA} {MODEL} {TEXT} --conditions text boxes --boxes_width 16"
+    call("train_sampler.py", f"{flags} --train_steps 1 --no_amp --log_dir both", validation_images=4)
     return logs
 
 
