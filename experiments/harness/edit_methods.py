@@ -21,10 +21,9 @@ from train.loop import Batch
 from train.samplers import LearnedSampler, check_finite, select_solver
 from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.ddpm import GaussianSampler
-from train.samplers.ddpm import Sampling as GaussianSampling
 from train.trained_sampler import TrainedSampler
 
-MASK_STRENGTH = 0.5
+MASK_STRENGTH, NOISINGS, MASK_RULE = 0.5, 10, "diffusers"  # defaults of diffedit
 USED_BY = {  # methods that have an option
     **dict.fromkeys(("mask", "paste"), ("sdedit", "diffedit")),
     **dict.fromkeys(("mask_rule", "mask_strength"), ("diffedit",)),
@@ -195,7 +194,7 @@ def find_mask(task: EditTask) -> Tensor:
     """Returns where what is predicted under source and target differs, noise or codes: (B, h, w) bool."""
     settings, sampler, options = task.settings, task.model.sampler, task.target.options
     strength, random = settings.mask_strength or MASK_STRENGTH, {"rng": task.streams("difference")}
-    random["n"] = settings.noisings or 10
+    random["n"] = settings.noisings or NOISINGS
     with task.model.inference():
         source, target = map(task.denoiser, (task.source, task.target))
         if isinstance(sampler, GaussianSampler):
@@ -204,7 +203,7 @@ def find_mask(task: EditTask) -> Tensor:
         else:
             process = sampler.sampling_process(select_solver(sampler.process, options)[0], options)
             differences = code_differences(source, target, process, task.x, strength, **random)
-    return mask_of_differences(differences, settings.mask_rule or "diffusers")
+    return mask_of_differences(differences, settings.mask_rule or MASK_RULE)
 
 
 def edit_by_diffedit(task: EditTask) -> Edited:
@@ -213,8 +212,7 @@ def edit_by_diffedit(task: EditTask) -> Edited:
     process, times = ddim_steps(task, task.settings.strength)
     mask = find_mask(task) if task.mask is None else task.mask
     with task.model.inference():
-        options: GaussianSampling = task.source.options.without_guidance()
-        options = replace(options, clip=False, dynamic_threshold=None)
+        options = replace(task.source.options.without_guidance(), clip=False, dynamic_threshold=None)
         states = ddim_inversion(task.denoiser(task.source._replace(options=options)), process, task.x, times)
         x = diffedit(task.denoiser(task.target), process, states, mask, times, rng=task.streams("edit"))
     return task.edited(task.decoded(x), mask)

@@ -124,6 +124,11 @@ def test_plain_steps_sample_under_the_target_alone():
     only = flowedit(source, target, process, X, times, rng=streams(), plain_steps=5)
     start = process.corrupt(X, torch.tensor(times[0]), streams().normal(X.shape).double())
     assert torch.equal(only, ddim(target, process, start, times, rng=streams()))
+    rng = streams()
+    delta = flowedit(source, target, process, X, times[:-2], rng=rng) - X
+    z_target = process.corrupt(X, torch.tensor(times[-3]), rng.normal(X.shape).double()) + delta
+    last = ddim(target, process, z_target, times[-3:], rng=rng)
+    assert torch.allclose(flowedit(source, target, process, X, times, rng=streams(), plain_steps=2), last, atol=1e-9)
     with pytest.raises(ValueError, match="got 6 plain steps of 5"):
         flowedit(source, target, process, X, times, rng=streams(), plain_steps=6)
 
@@ -194,7 +199,7 @@ def test_masks_do_not_depend_on_the_batch(rule):
 # Codes
 
 
-def test_differences_of_codes_are_total_variations_of_masked_ones():
+def test_codes_differ_by_the_total_variation_of_masked_ones():
     process, x = AbsorbingDiffusion(3), torch.randint(3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     p, q, seen = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5]), []
 
