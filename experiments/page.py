@@ -1,31 +1,35 @@
-"""The demo page in gradio: settings, and tabs to sample, watch, inpaint and edit layouts.
+"""The demo page in gradio: settings, and tabs to sample, watch, inpaint, edit, and look at the attention.
 
-demo.py serves the page; page_components.py has the settings, layout_page.py the tab of layouts, playground.py draws the
-images.
+demo.py serves the page; page_components.py has the settings; layout_page.py, edit_page.py and look_page.py have tabs of
+their own; playground.py draws the images.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from experiments.edit_page import add_edit_tab
 from experiments.layout_page import add_layout_tab
+from experiments.look_page import add_look_tab
 from experiments.page_components import (
     SIDE,
     TAB_TITLE,
     Settings,
+    add_editor,
     add_header,
     add_results,
     add_settings,
+    brushed_mask,
     fill_on,
+    has_picture,
+    open_upload,
     show_errors,
 )
 from experiments.playground import DenoisingStep, Runs, WatchedSteps, enlarge_to_picture
 from train.data.transforms import as_uint8
-from train.datasets._decode import decode, to_grey_or_rgb
 from train.logging import grid_image
 
 COLUMNS = 6  # of the gallery of samples
@@ -110,9 +114,7 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
         take, upload = gr.Button("New sample"), gr.UploadButton("Upload an image")  # gradio hides errors of file types
         button = gr.Button("Inpaint", variant="primary")
     with gr.Row(visible=False) as area:
-        brush = gr.Brush(default_size=40, colors=["#e4572e"], color_mode="fixed")
-        tools = {"brush": brush, "transforms": (), "layers": False, "sources": (), "type": "pil"}
-        editor = gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
+        editor = add_editor()
         with gr.Column():
             results = add_results(3)
 
@@ -124,19 +126,12 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
     def select_image(images: list, event: gr.SelectData) -> str:
         return images[event.index][0]
 
-    def open_upload(file: str) -> Image.Image:
-        with show_errors():
-            return to_grey_or_rgb(decode(file, name=Path(file).name))
-
     def inpaint(canvas: dict | None, *values: Any) -> list:
         with show_errors():
             if not has_picture(canvas):
                 raise ValueError("there is no image: draw a new sample, or upload an image")
-            picture, mask = canvas["background"], Image.new("L", canvas["background"].size)
-            for layer in canvas["layers"]:
-                mask.paste(255, mask=layer.getchannel("A"))
             play, request = settings.read(*values)
-            result = play.inpaint(request, picture, mask)
+            result = play.inpaint(request, canvas["background"], brushed_mask(canvas))
             masked = enlarge_to_picture(result.masked_input, SIDE)
             return [*results.show(play, request, result.results, (masked,), "_inpainted"), request.seed]
 
@@ -146,11 +141,6 @@ def add_inpaint_tab(settings: Settings, gallery: Any) -> None:
     gallery.select(lambda: gr.Row(visible=True), None, area, show_progress="hidden")
     gallery.select(select_image, gallery, editor)
     results.fill_on(button, inpaint, [editor, *settings.inputs], settings.seed)
-
-
-def has_picture(canvas: dict | None) -> bool:
-    """Whether there is a picture in the content of an editor."""
-    return canvas is not None and canvas["background"] is not None
 
 
 def build_page(runs: Runs, most: int, seed: int | None) -> Any:
@@ -171,5 +161,7 @@ def build_page(runs: Runs, most: int, seed: int | None) -> Any:
                 with gr.Tab("Inpaint"):
                     add_inpaint_tab(settings, gallery)
                 add_layout_tab(settings, loaded)
+                add_edit_tab(settings, loaded, gallery)
+                add_look_tab(settings, loaded)
         page.load(settings.list_runs, None, [settings.run, settings.step], show_progress="hidden")
     return page

@@ -1,4 +1,4 @@
-"""The components that the tabs of the demo page share: the settings of a run, and a gallery of results.
+"""The components that the tabs of the demo page share: the settings of a run, a gallery of results, and an editor.
 
 page.py has the tabs; playground.py draws the images.
 """
@@ -32,7 +32,7 @@ from experiments.playground import (
 from models.conditions.metadata import UNKNOWN
 from models.conditions.numbers import parse_number
 from train.cli.errors import is_out_of_memory
-from train.datasets._decode import decode
+from train.datasets._decode import decode, to_grey_or_rgb
 from train.loop import Batch
 from train.registry import load_plugin, plugin_names
 
@@ -41,6 +41,7 @@ IMAGES = 12  # default number of images
 SEEDS = 1_000_000  # seeds that the page draws from
 TAB_TITLE = ": samples"  # of the browser's tab, after the name of the run
 SIDE = 384  # pixels to which images are enlarged
+MASK_COLOR = (228, 87, 46)  # of the brush
 MOST_FIELDS = 12  # of metadata that are words on the page, and that are numbers; further ones are unknown
 MOST_HINTS = 3  # pictures of hints; those of further control branches are of the data
 WHOLE_STEPS = 30  # length from which a range of whole numbers has steps of 1; 0 to 14 may be a thickness in pixels
@@ -395,3 +396,31 @@ def add_results(columns: int) -> Results:
             png = gr.DownloadButton("Download PNG files (.zip)", size="sm", visible=False)
             npz = gr.DownloadButton("Download array (.npz)", size="sm", visible=False)
     return Results(area, gallery, png, npz)
+
+
+def add_editor() -> Any:
+    """Adds a canvas that shows a picture, on which a brush draws a mask."""
+    import gradio as gr
+
+    brush = gr.Brush(default_size=40, colors=[f"#{bytes(MASK_COLOR).hex()}"], color_mode="fixed")
+    tools = {"brush": brush, "transforms": (), "layers": False, "sources": (), "type": "pil"}
+    return gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
+
+
+def has_picture(canvas: dict | None) -> bool:
+    """Whether there is a picture in the content of an editor."""
+    return canvas is not None and canvas["background"] is not None
+
+
+def brushed_mask(canvas: dict) -> Image.Image:
+    """Returns an L image of the size of an editor's picture, 255 where the brush was."""
+    mask = Image.new("L", canvas["background"].size)
+    for layer in canvas["layers"]:
+        mask.paste(255, mask=layer.getchannel("A"))
+    return mask
+
+
+def open_upload(file: str) -> Image.Image:
+    """Opens an image that was uploaded."""
+    with show_errors():
+        return to_grey_or_rgb(decode(file, name=Path(file).name))

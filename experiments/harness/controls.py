@@ -6,6 +6,7 @@ import typing
 from dataclasses import fields
 from typing import Any, Literal, NamedTuple
 
+from experiments.harness.edit_methods import EditingConfig
 from models.ranges import FINITE, describe, is_inside
 from train.cli.help import field_docs
 from train.config import SamplingConfig
@@ -89,7 +90,12 @@ class Control(NamedTuple):
 
 
 def make_controls(
-    options: SamplingConfig, solvers: list[str], conditional: bool, regions: bool, images: bool, hints: bool
+    options: SamplingConfig | EditingConfig,
+    solvers: list[str],
+    conditional: bool,
+    regions: bool,
+    images: bool,
+    hints: bool,
 ) -> list[Control]:
     """Returns a control for each setting with a supported type, except the source of the conditions; guidance only for
     conditional models, that of regions and of images and what hints do only for models conditioned on them."""

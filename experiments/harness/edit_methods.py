@@ -196,17 +196,7 @@ def edit_by_sdedit(task: EditTask) -> Edited:
 
 def edit_codes_by_diffedit(task: EditTask) -> Edited:
     """Redraws the codes where predictions under source and target differ."""
-    mask = task.mask
-    if mask is None:
-        sampler, settings = task.model.sampler, task.settings
-        solver, _ = select_solver(sampler.process, task.target.options)
-        process = sampler.sampling_process(solver, task.target.options)
-        with task.model.inference():
-            source, target = map(task.denoiser, (task.source, task.target))
-            strength, rng = settings.mask_strength or MASK_STRENGTH, task.streams("difference")
-            n = settings.noisings or NOISINGS
-            differences = code_differences(source, target, process, task.x, strength, rng=rng, n=n)
-        mask = mask_of_differences(differences, settings.mask_rule or MASK_RULE)
+    mask = find_mask(task) if task.mask is None else task.mask
     return task.edited(task.draw(mask), mask)
 
 
@@ -220,12 +210,18 @@ def ddim_steps(task: EditTask, strength: float) -> tuple[ContinuousProcess, list
 
 
 def find_mask(task: EditTask) -> Tensor:
-    """Returns where the noise predicted under source and target differs: (B, h, w) bool."""
-    settings = task.settings
-    process, _ = ddim_steps(task, settings.mask_strength or MASK_STRENGTH)
-    source, target = map(task.denoiser, (task.source, task.target))
-    rng, n = task.streams("difference"), settings.noisings or NOISINGS
-    differences = noise_differences(source, target, process, task.x, process.start, rng=rng, n=n)
+    """Returns where what is predicted under source and target differs, noise or codes: (B, h, w) bool."""
+    settings, sampler, options = task.settings, task.model.sampler, task.target.options
+    strength, random = settings.mask_strength or MASK_STRENGTH, {"rng": task.streams("difference")}
+    random["n"] = settings.noisings or NOISINGS
+    with task.model.inference():
+        source, target = map(task.denoiser, (task.source, task.target))
+        if isinstance(sampler, GaussianSampler):
+            process, _ = ddim_steps(task, strength)
+            differences = noise_differences(source, target, process, task.x, process.start, **random)
+        else:
+            process = sampler.sampling_process(select_solver(sampler.process, options)[0], options)
+            differences = code_differences(source, target, process, task.x, strength, **random)
     return mask_of_differences(differences, settings.mask_rule or MASK_RULE)
 
 
@@ -233,8 +229,8 @@ def edit_by_diffedit(task: EditTask) -> Edited:
     """Inverts the images under the source without guidance and clipping, which have no inverse, and decodes what the
     mask covers under the target."""
     process, times = ddim_steps(task, task.settings.strength)
+    mask = find_mask(task) if task.mask is None else task.mask
     with task.model.inference():
-        mask = find_mask(task) if task.mask is None else task.mask
         options = replace(task.source.options.without_guidance(), clip=False, dynamic_threshold=None)
         source = task.denoiser(task.source._replace(options=options))
         found = ddim_inversion(source, process, task.x, times, iterations=1)  # as published
@@ -273,9 +269,14 @@ METHODS: dict[type[LearnedSampler], dict[str, Callable[[EditTask], Edited]]] = {
 }
 
 
+def methods_for(model: TrainedSampler) -> dict[str, Callable[[EditTask], Edited]]:
+    """Returns the methods that the sampler of a model has, by name."""
+    return next(methods for kind, methods in METHODS.items() if isinstance(model.sampler, kind))
+
+
 def find_method(name: str, model: TrainedSampler) -> Callable[[EditTask], Edited]:
     """Returns the function of a method; ValueError if the sampler has none of this name."""
-    methods = next(methods for kind, methods in METHODS.items() if isinstance(model.sampler, kind))
+    methods = methods_for(model)
     if name not in methods:
         got = f"got method {name} for sampler {model.sampler.config.sampler}"
         raise ValueError(f"{got}, wanted {' or '.join(methods)}: pass --method {[*methods][-1]}")

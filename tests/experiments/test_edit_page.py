@@ -1,0 +1,200 @@
+"""The tab Edit of the demo page: what it edits and refuses, and its parts in a real browser."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.edit_page import (
+    OPTIONS,
+    Description,
+    Edit,
+    Handlers,
+    description_boxes,
+    edit_image,
+    find_difference,
+    has_effect,
+    held_out_image,
+    method_boxes,
+    read_settings,
+    reason_against,
+    sample_image,
+    with_mask,
+)
+from experiments.harness.edit_methods import EditingConfig
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.page_components import SIDE, brushed_mask
+from experiments.playground import AS_IN_DATA, NO_CLASS, Playground, Request, enlarge_to_picture, preprocess
+from helpers.browser import needs_gradio
+from helpers.prompted import MODELS, make_model, options_of
+
+DOG, CAT = Description(prompt="a dog"), Description(prompt="a cat")
+IMAGE = torch.randint(256, (1, 4, 4), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def page_of(model, **settings):
+    """A model as the page has it, and a request for three images."""
+    options = options_of(model, **{"sample_steps": 4, "guidance": 3.0} | settings)
+    play = Playground(model, options, model.condition_source(options, skip=("caption",)))
+    return play, Request(options=options, count=3, seed=5)
+
+
+def loaded(logs, name, **settings):
+    """A run of a few steps as the page has it, and a request for two images."""
+    model = load_model(ModelConfig(sampler=name), OutputConfig(logs_root=str(logs), device="cpu", amp=False))
+    options = options_of(model, **{"sample_steps": 3, "guidance": 2.0} | settings)
+    return Playground(model, options, model.condition_source(options)), Request(options=options, count=2, seed=1)
+
+
+def edit_of(method, source=DOG, target=CAT, **settings):
+    return Edit(source, target, EditingConfig(method=method, **settings))
+
+
+def test_equal_sides_give_the_image_and_others_do_not():
+    play, request = page_of(MODELS["ddpm"])
+    for method in ("diffedit", "flowedit"):
+        same = edit_of(method, CAT, CAT, source_guidance=3.0)
+        result = edit_image(play, request, same, IMAGE, None)
+        assert torch.equal(result.batch["image"], IMAGE.expand(3, 1, 4, 4)), method
+        assert not torch.equal(edit_image(play, request, edit_of(method), IMAGE, None).batch["image"][0], IMAGE)
+    with pytest.raises(ValueError, match="from and to do not differ"):
+        find_difference(play, request, edit_of("diffedit", CAT, CAT), IMAGE)
+
+
+def test_the_mask_on_the_page_is_that_of_the_first_edit():
+    play, request = page_of(MODELS["ddpm"])
+    edit = edit_of("diffedit")
+    free = edit_image(play, request, edit, IMAGE, None)
+    mask = find_difference(play, request, edit, IMAGE)
+    assert torch.equal(mask, free.mask) and 0 < mask.sum() < 16
+    within = edit_image(play, request, edit_of("diffedit", mask=("a",)), IMAGE, mask)
+    assert torch.equal(within.batch["image"], free.batch["image"][:1])  # one result, for it depends on no noise
+    assert within.calls == 4 + 4 * 2 and free.calls == 10 * (2 + 2) + within.calls
+    assert "**12** network calls" in within.summary and f"mask: {mask.float().mean():.0%}" in within.summary
+
+
+@pytest.mark.parametrize("method", ["sdedit", "diffedit"])
+def test_nothing_changes_where_the_brush_was_not(method):
+    play, request = page_of(MODELS["ddpm"])
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2, 1:] = True
+    images = edit_image(play, request, edit_of(method, mask=("a",)), IMAGE, mask).batch["image"]
+    assert (images[..., ~mask] == IMAGE[..., ~mask]).all() and not (images[..., mask] == IMAGE[..., mask]).all()
+    assert len(images) == (3 if method == "sdedit" else 1)
+
+
+def test_a_mask_survives_the_editor():
+    mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+    canvas = with_mask(enlarge_to_picture(IMAGE, SIDE), mask)
+    image, read = preprocess(canvas["background"].convert("L"), brushed_mask(canvas), (4, 4), 1)
+    assert torch.equal(image, IMAGE) and torch.equal(read, mask)
+    assert canvas["composite"].size == canvas["layers"][0].size == (SIDE, SIDE)
+
+
+def test_empty_descriptions_are_null_or_refused():
+    play, request = page_of(make_model("ddpm", n_classes=3))
+    empty, label, both = Description(), Description(1), Description(1, "a cat")
+    first, second = (
+        edit_image(play, request, edit_of("flowedit", source, both), IMAGE, None) for source in (empty, both)
+    )
+    assert not torch.equal(first.batch["image"], second.batch["image"])
+    assert first.batch["label"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="there is nothing to edit the image to"):
+        edit_image(play, request, edit_of("flowedit", both, empty), IMAGE, None)
+    with pytest.raises(ValueError, match="got a class without a text"):
+        edit_image(play, request, edit_of("flowedit", both, label), IMAGE, None)
+
+
+def test_options_without_effect_are_left_out():
+    values = {"mask_rule": "paper", "noisings": "7", "plain_steps": "2", "source_guidance": "1.5", "paste": True}
+    values = [values[name] for name in OPTIONS]
+    found = {
+        (method, masked): {name for name in OPTIONS if has_effect(name, method, masked)}
+        for method in ("sdedit", "diffedit", "flowedit")
+        for masked in (False, True)
+    }
+    assert found[("diffedit", False)] == {"mask_rule", "noisings", "source_guidance", "paste"}
+    assert found[("diffedit", True)] == {"source_guidance", "paste"}
+    assert (found[("sdedit", False)], found[("sdedit", True)]) == (set(), {"paste"})
+    settings = read_settings("diffedit", 0.5, values, False)
+    assert (settings.mask_rule, settings.noisings, settings.plain_steps, settings.strength) == ("paper", 7, None, 0.5)
+    assert read_settings("diffedit", 0.5, values, True).noisings is None
+    with pytest.raises(ValueError, match="got a mask for flowedit, which takes none: press Clear the mask"):
+        read_settings("flowedit", 0.5, values, True)
+    with pytest.raises(ValueError, match="got 0 for noisings, wanted at least 1"):
+        read_settings("diffedit", 0.5, ["", "0", "", "", False], False)
+
+
+@needs_gradio
+def test_boxes_are_those_that_the_model_reads():
+    with_classes = make_model("ddpm", n_classes=3)
+    found = {}
+    for name, model in (("texts", MODELS["ddpm"]), ("both", with_classes), ("codes", MODELS["absorbing"])):
+        boxes = description_boxes(page_of(model)[0])
+        found[name] = {box.label for box in boxes if box.visible}
+    assert found["texts"] == found["codes"] == {"from text", "to text"}
+    assert found["both"] == {"from class", "from text", "to class", "to text"}
+    choices = [[text for text, _ in box.choices] for box in description_boxes(page_of(with_classes)[0])[::2]]
+    assert choices == [[NO_CLASS, "0", "1", "2"], ["0", "1", "2"]]
+    shown = [box.label for box in method_boxes(page_of(MODELS["ddpm"])[0]) if box.visible]
+    assert shown == ["method", "strength", "mask rule", "noisings", "source guidance", "paste"]
+    assert [text for text, _ in method_boxes(page_of(MODELS["absorbing"])[0])[0].choices] == ["sdedit", "diffedit"]
+
+
+def test_models_without_classes_and_texts_have_a_reason():
+    plain = make_model(conditions=(), condition_options=None, attn_block_type="qkv")
+    play = Playground(plain, options_of(plain), plain.condition_source(options_of(plain)))
+    assert "no classes and reads no texts" in reason_against(play) and reason_against(page_of(MODELS["ddpm"])[0]) == ""
+
+
+def test_images_of_the_data_and_samples_come_with_their_class(trained_ddpm):
+    play, request = loaded(trained_ddpm, "ddpm")
+    dataset = play.trained.dataset("val")
+    image, shows = held_out_image(play, len(dataset) + 3)
+    assert shows == Description(int(dataset.labels[3])) and image.shape == (1, 8, 8) and image.dtype == torch.uint8
+    image, shows = sample_image(play, replace(request, label=7))
+    assert shows == Description(7) and torch.equal(image, play.draw(replace(request, label=7))[0])
+    assert sample_image(play, replace(request, label=NO_CLASS))[1] == Description()
+
+
+def test_codes_are_edited_by_class(trained):
+    play, request = loaded(trained, "absorbing")
+    image, _ = held_out_image(play, 0)
+    edit = edit_of("diffedit", Description(3), Description(8))
+    result = edit_image(play, request, edit, image, None)
+    assert torch.equal(result.mask, find_difference(play, request, edit, image))
+    assert result.batch["label"].tolist() == [8, 8] and len(result.batch["image"]) == 2 and result.calls > 10
+
+
+@needs_gradio
+def test_the_tab_edits_what_its_boxes_hold(trained_ddpm):
+    """Every value goes through the editor and the boxes, as in the browser."""
+    import gradio as gr
+
+    play, _ = loaded(trained_ddpm, "ddpm")
+    settings = FixedSettings(play, count=2, seed=4)
+    handlers = Handlers(settings, None)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    picture = Image.fromarray(pixels).resize((384, 384), Image.Resampling.NEAREST)
+    canvas = {"background": picture, "layers": [], "composite": picture}
+    boxes = [3, "", 8, "", "diffedit", 0.7, "", "5", "", "", False]
+    found, seed = handlers.find_mask(canvas, *boxes)
+    assert seed == 4 and found["background"].size == (384, 384)
+    asked = handlers.read(found, *boxes)[2:]
+    assert asked[0].source == Description(3) and asked[0].target == Description(8)
+    assert torch.equal(asked[1], torch.from_numpy(pixels)[None]) and asked[2].any()
+    assert handlers.read(canvas, *boxes)[4] is None and handlers.read(canvas, *boxes)[2].settings.noisings == 5
+    with pytest.raises(gr.Error, match="there is no image"):
+        handlers.find_mask(None, *boxes)
+
+
+class FixedSettings:
+    """Settings that are always the same: the initial ones of a page."""
+
+    def __init__(self, play, **request):
+        self.play, self.request = play, Request(options=play.options, label=AS_IN_DATA, **request)
+
+    def read(self):
+        return self.play, self.request

@@ -1,0 +1,122 @@
+"""The tab Look of the demo page: what it records and draws, and its parts in a real browser."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments import look_page
+from experiments.look_page import (
+    CENTRE,
+    CODES,
+    WORDS,
+    draw_maps,
+    kind_boxes,
+    kinds_of,
+    look,
+    parse_words,
+    reason_against,
+)
+from experiments.playground import Playground, Request
+from helpers.browser import needs_gradio
+from helpers.prompted import MODELS, make_model, options_of
+
+PROMPT = "a red star, a redder ring"
+
+
+def page_of(model, **settings):
+    """A model as the page has it, and a request for two images."""
+    options = options_of(model, **settings)
+    play = Playground(model, options, model.condition_source(options, skip=("caption",)))
+    return play, Request(options=options, count=2, seed=3, prompt=PROMPT)
+
+
+@pytest.fixture(scope="module", params=["ddpm", "absorbing"])
+def page(request):
+    return page_of(MODELS[request.param], sample_steps=4, guidance=2.0)
+
+
+def test_the_mean_is_that_of_the_steps_over_the_sample(page):
+    play, request = page
+    attention = look(play, request, WORDS)
+    mean, *steps = attention.moments
+    assert mean.step == 0 and [each.step for each in steps] == [1, 2, 3, 4]
+    assert torch.equal(mean.image, play.draw(request)[0])
+    torch.testing.assert_close(torch.stack([each.heat for each in steps]).mean(0), mean.heat)
+    assert not torch.allclose(steps[0].heat, steps[-1].heat, atol=1e-5)
+
+
+def test_maps_are_of_whole_words_and_phrases(page):
+    play, request = page
+    attention = look(play, request, WORDS)
+    moment = attention.moments[0]
+    assert [name for name, _ in attention.maps(play, (), moment)] == ["a", "red", "star", "redder", "ring"]
+    star, phrase = attention.maps(play, ["star", "a red star"], moment)
+    assert (star[0], phrase[0]) == ("star", "a red star") and star[1].shape == (4, 4)
+    assert not torch.equal(star[1], phrase[1])
+    with pytest.raises(ValueError, match="got the word 'hat', wanted one of 'a red star"):
+        attention.maps(play, ["hat"], moment)
+
+
+def test_words_are_checked_before_sampling(page, conditions):
+    play, request = page
+    with pytest.raises(ValueError, match="'hat'"):
+        look(play, request, WORDS, ["hat"])
+    assert not conditions
+
+
+def test_the_first_of_many_steps_are_kept_evenly(page, monkeypatch):
+    play, request = page
+    monkeypatch.setattr(look_page, "MOST_STEPS", 3)
+    options = replace(request.options, sample_steps=8)
+    attention = look(play, replace(request, options=options), WORDS)
+    assert [each.step for each in attention.moments] == [0, 1, 5] and attention.nearest(4).step == 5
+
+
+def test_each_code_spreads_its_attention_over_all_codes():
+    play, request = page_of(MODELS["absorbing"], sample_steps=4)
+    attention = look(play, request, CODES)
+    for moment in attention.moments:
+        assert moment.heat.shape == (16, 4, 4)
+        torch.testing.assert_close(moment.heat.sum((1, 2)), torch.ones(16))
+
+
+def test_a_clicked_code_is_framed_and_named():
+    play, request = page_of(MODELS["absorbing"], sample_steps=2)
+    attention = look(play, request, CODES)
+    picture, ((first, name),) = draw_maps(play, attention, (), (0.99, 0.3), 0)
+    assert name == "row 2, column 4" and picture.size == first.size == (384, 384)
+    assert picture.getpixel((383, 100)) == look_page.FRAME != picture.getpixel((383, 300))
+    _, ((second, _),) = draw_maps(play, attention, (), (0.0, 0.0), 0)
+    assert first.tobytes() != second.tobytes()
+
+
+def test_maps_of_words_lie_over_the_picture_of_the_step(page):
+    play, request = page
+    attention = look(play, request, WORDS)
+    picture, maps = draw_maps(play, attention, ["star"], CENTRE, 2)
+    assert [name for _, name in maps] == ["star"] and maps[0][0].size == picture.size
+    small = picture.resize((4, 4), Image.Resampling.NEAREST).convert("L")
+    assert list(small.tobytes()) == attention.nearest(2).image[0].flatten().tolist()
+
+
+def test_models_have_the_kinds_of_their_attention():
+    found = {name: kinds_of(page_of(model)[0]) for name, model in MODELS.items()}
+    assert found == {"ddpm": [WORDS], "absorbing": [WORDS, CODES]}
+    plain = make_model(conditions=(), condition_options=None, attn_block_type="qkv", n_classes=3)
+    play = Playground(plain, options_of(plain), plain.condition_source(options_of(plain)))
+    assert kinds_of(play) == [] and "conditions (label) are added or joined" in reason_against(play)
+    with pytest.raises(ValueError, match="has no cross-attention"):
+        look(play, Request(options=play.options), WORDS)
+
+
+@needs_gradio
+def test_boxes_are_those_of_the_attention_of_the_model():
+    for name, visible in (("ddpm", [False, True, False]), ("absorbing", [True, True, False])):
+        boxes = kind_boxes(page_of(MODELS[name])[0])
+        assert [box.visible for box in boxes] == visible and boxes[0].value == WORDS
+
+
+def test_words_are_separated_by_commas():
+    assert parse_words(" red star,ring ,, ") == ["red star", "ring"] and parse_words("") == []
