@@ -154,7 +154,8 @@ def measure(
         images = [number // len(targets) for number in numbers]  # all targets share the mask or noise of an image
         sides = make_sides(inputs, targets, settings, sampling, model, numbers)
         cells = any_in_cells(inputs.mask[images], model.space.factor).to(model.device) if settings.mask else None
-        task = EditTask(model, settings, inputs, cells, *sides, batches.seed, images)
+        strengths = inputs.strengths_of(images)
+        task = EditTask(model, settings, inputs.image[images], cells, *sides, batches.seed, images, strengths)
         start = time.perf_counter()
         with count_nfe(model.sampler.network) as nfe:
             edited = edit(task)

@@ -13,7 +13,7 @@ from diffusion.inversion import ddim_inversion, ddpm_noise_maps, in_float64, rep
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Denoiser
-from experiments.harness.editing import InputImages, draw, encode_images, redraw_input, scale_strength
+from experiments.harness.editing import StrengthMaps, draw, encode_images, redraw_input, scale_strength
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
@@ -135,17 +135,13 @@ class EditTask:
 
     model: TrainedSampler
     settings: EditingConfig
-    inputs: InputImages  # all of them
+    images: Tensor  # uint8 (B, C, H, W)
     mask: Tensor | None  # (B, h, w) bool, of codes or latents: where the user lets the images change
     source: Side
     target: Side
     seed: int
-    indices: list[int]  # B, of the images in `inputs`
-
-    @property
-    def images(self) -> Tensor:
-        """The images: uint8 (B, C, H, W)."""
-        return self.inputs.image[self.indices]
+    indices: list[int]
+    strengths: StrengthMaps | None = None
 
     @cached_property
     def x(self) -> Tensor:
@@ -164,22 +160,21 @@ class EditTask:
         """Masks or noises what the mask (B, h, w) covers, or everything, by the strength, and samples it under the
         target: uint8 images."""
         start = redraw_input(self.x, self.model, self.settings.strength)
-        start = scale_strength(start, self.inputs, self.indices, self.model)
+        start = scale_strength(start, self.strengths, self.model)
         start = start if mask is None else start._replace(keep=~mask)
         return draw(self.model, self.target.options, self.seed, start, self.indices, self.target.conditions)
 
     def edited(self, image: Tensor, mask: Tensor | None) -> Edited:
         """Returns a result, with pixels from the input where the settings say so: outside the mask (B, h, w), and where
         the strength is 0."""
-        strengths = self.inputs.strength_map
-        if mask is None and strengths is None:
+        if mask is None and self.strengths is None:
             return Edited(image, None)
-        pixels = torch.ones_like(self.inputs.mask[self.indices])
+        pixels = torch.ones(len(image), *image.shape[2:], dtype=torch.bool)
         if mask is not None:
             factor = self.model.space.factor
             pixels = mask.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        if strengths is not None:
-            pixels = pixels & (strengths[self.indices] > 0)
+        if self.strengths is not None:
+            pixels = pixels & (self.strengths.maps > 0)
         if self.settings.paste:
             image = torch.where(pixels.unsqueeze(1), image, self.images)
         return Edited(image, pixels)

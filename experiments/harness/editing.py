@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,13 @@ class InputImagesConfig:
         check_ranges(self)
 
 
+class StrengthMaps(NamedTuple):
+    """How much of each pixel of a batch of images may change."""
+
+    maps: Tensor  # float32 (B, H, W) in [0, 1]
+    largest: float  # in the maps of all images: so all start from the same noise level, whatever batch they are in
+
+
 @dataclass(frozen=True)
 class InputImages:
     """Images to edit, with their masks, names and conditions."""
@@ -62,6 +69,12 @@ class InputImages:
 
     def __len__(self) -> int:
         return len(self.image)
+
+    def strengths_of(self, rows: list[int]) -> StrengthMaps | None:
+        """Returns the strength maps of the images of these numbers; None if there are none."""
+        return (
+            None if self.strength_map is None else StrengthMaps(self.strength_map[rows], self.strength_map.max().item())
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -308,16 +321,12 @@ def redraw_input(x0: Tensor, trained: TrainedSampler, strength: float) -> EditIn
     return EditInput(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
 
 
-def scale_strength(start: EditInput, inputs: InputImages, rows: list[int], trained: TrainedSampler) -> EditInput:
-    """Returns the `EditInput` of these images with its strength multiplied by their strength maps, if there are any.
-
-    All images start from the largest strength in any map, whatever batch they are in.
-    """
-    if inputs.strength_map is None:
+def scale_strength(start: EditInput, strengths: StrengthMaps | None, trained: TrainedSampler) -> EditInput:
+    """Returns the `EditInput` with its strength multiplied by the strength maps of its images, if there are any."""
+    if strengths is None:
         return start
-    maps = max_in_cells(inputs.strength_map[rows].to(trained.device), trained.space.factor)
-    largest = inputs.strength_map.max().item()
-    return start._replace(strength=start.strength * largest, strength_map=start.strength * maps)
+    maps = max_in_cells(strengths.maps.to(trained.device), trained.space.factor)
+    return start._replace(strength=start.strength * strengths.largest, strength_map=start.strength * maps)
 
 
 def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
