@@ -315,11 +315,10 @@ def hold_pixels(
     """Returns an `on_step` that holds each pixel until its strength is reached, then calls the given one (differential
     diffusion, Levin & Fried 2023).
 
-    `x` is x0 (B, C, H, W) noised to `process.start`, where sampling starts, and `strength` (B, H, W) in [0, 1] is on
-    the scale of `spacing.from_strength`. In a step from t, a pixel of less strength than t has follows x0 noised with
-    the noise of x; with more, it is free. So 0 keeps x0 exactly, pixels of 1 are sampled from noise, and a constant
-    map is SDEdit from its strength. The map of an example has no effect on others, but with a solver that
-    `looks_ahead`.
+    `x` is x0 (B, C, H, W) noised to `process.start`, where sampling starts; `strength` (B, H, W) in [0, 1] has the
+    scale of `spacing.from_strength`. After a step from t to s, pixels whose strength is below sigma / (alpha + sigma)
+    at t are x0 noised to s, with the noise of x. So 0 keeps x0 exactly, 1 is sampled from noise, and a constant map is
+    SDEdit from its strength. An example's map has no effect on other examples, unless the solver `looks_ahead`.
     """
     strength, least = strength.unsqueeze(1), strength.min().item()
     noise = process.with_x0(Prediction(x0, x0), x0, x, expand(process.start, x)).eps

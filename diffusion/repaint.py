@@ -20,10 +20,10 @@ def split_descents(times: list[float], jump: int, resamplings: int) -> list[list
     """Returns the descents of a sampling with jumps: lists of decreasing times, each of which starts `jump` steps above
     the end of the one before.
 
-    `times` are the steps + 1 decreasing times without jumps. At every `jump`-th time, counted from the last, that is
-    more than `jump` steps from the first, the `jump` steps that lead to it are taken `resamplings` times in all
-    (algorithm 1 with the schedule of appendix B); the steps above the first of these times are taken once.
-    With n such times there are steps + n jump (resamplings - 1) steps.
+    `times` are the steps + 1 decreasing times without jumps. Descents end at every `jump`-th time, counted from the
+    last one, to which more than `jump` steps lead: the `jump` steps before it are taken `resamplings` times in all
+    (algorithm 1; the times are those of its authors' code). With n such times there are steps + n jump (resamplings -
+    1) steps.
     ValueError for a jump that is not shorter than the steps.
     """
     if resamplings == 1:
