@@ -293,9 +293,9 @@ class Handlers:
 
     def find_mask(self, canvas: dict | None, *values: Any) -> list:
         with show_errors():
-            play, request, edit, image, _ = self.read(canvas, *values)
-            settings = replace(edit.settings, mask=())
-            mask = find_difference(play, request, edit._replace(settings=settings), image)
+            blank = canvas | {"layers": []} if has_picture(canvas) else None
+            play, request, edit, image, _ = self.read(blank, *values)
+            mask = find_difference(play, request, edit, image)
             return [with_mask(enlarge_to_picture(image, SIDE), mask), request.seed]
 
     def edit_image(self, canvas: dict | None, *values: Any) -> list:
@@ -375,20 +375,20 @@ def add_edit_tab(settings: Settings, loaded: Any, gallery: Any) -> None:
                 slider = gr.ImageSlider(show_label=False, format="png", interactive=False, buttons=[])
     last_choice = gr.State(settings.run.value)
 
-    def select_sample(images: list, run: str, event: gr.SelectData) -> tuple:
+    def select_sample(images: list, run: str, event: gr.SelectData) -> tuple[str, str | int]:
         path, text = images[event.index]
-        labels = dict(settings.runs.open(run).classes)
-        return path, labels.get(text, NO_CLASS), ""
+        return path, dict(settings.runs.open(run).classes).get(text, NO_CLASS)
 
     def select_result(images: list, event: gr.SelectData) -> tuple[str, str]:
         return images[0][0], images[event.index][0]
 
-    handlers, shown = Handlers(settings, results), [editor, *descriptions[:2]]
+    handlers, source = Handlers(settings, results), [editor, *descriptions[:2]]
     filled, quietly = (pictures, editor, has_picture), {"show_progress": "hidden", "api_visibility": "private"}
     for each, take in ((sample, handlers.take_sample), (item, handlers.take_item)):
-        fill_on([each.click], take, settings.inputs, [*shown, settings.seed], *filled, show_progress_on=editor)
+        fill_on([each.click], take, settings.inputs, [*source, settings.seed], *filled, show_progress_on=editor)
     fill_on([upload.upload], open_upload, upload, [editor], *filled, show_progress_on=editor)
-    fill_on([gallery.select], select_sample, [gallery, settings.run], shown, *filled, **quietly)
+    gallery.select(lambda: gr.Row(visible=True), None, pictures, **quietly)
+    gallery.select(select_sample, [gallery, settings.run], source[:2], **quietly)
     inputs = [editor, *descriptions, *methods, *settings.inputs]
     find.click(handlers.find_mask, inputs, [editor, settings.seed], show_progress_on=editor)
     clear.click(clear_mask, editor, editor, **quietly)

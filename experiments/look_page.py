@@ -91,14 +91,14 @@ def reason_against(play: Playground) -> str:
     """Returns in Markdown why there is nothing to look at in a model; "" if there is."""
     if kinds_of(play):
         return ""
-    sampler, other = play.trained.sampler, "Choose a run with `--conditions text`, `objects` or `boxes`"
+    sampler = play.trained.sampler
     if isinstance(sampler, AutoregressiveSampler):
-        return (
-            f"The network of this run sees one code at a time, which makes no map. {other}, or one of absorbing codes."
-        )
-    conditions = ", ".join(sampler.conditions) or "none"
-    reason = f"The network of this run has no cross-attention: its conditions ({conditions}) are no tokens, but vectors"
-    return f"{reason} or maps, which are added or joined to features. {other}, or one of absorbing codes."
+        reason = "The network of this run sees one code at a time, which makes no map."
+    else:
+        conditions = ", ".join(sampler.conditions) or "none"
+        reason = f"The network of this run attends to none of its conditions ({conditions}): they are vectors or maps, "
+        reason += "which are added or joined to features."
+    return f"{reason} Choose a run with `--conditions text`, `objects` or `boxes`, or one of absorbing codes."
 
 
 def cell_at(place: Place, grid: tuple[int, int]) -> tuple[int, int]:

@@ -27,8 +27,21 @@ from experiments.harness.edit_methods import EditingConfig
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.page_components import SIDE, brushed_mask
 from experiments.playground import AS_IN_DATA, NO_CLASS, Playground, Request, enlarge_to_picture, preprocess
-from helpers.browser import needs_gradio
+from helpers.browser import (
+    choose,
+    content,
+    enter,
+    field,
+    needs_browser,
+    needs_gradio,
+    new_images,
+    press,
+    served,
+    tab_at,
+    turn_to,
+)
 from helpers.prompted import MODELS, make_model, options_of
+from models.conditioning import ConditionConfig
 
 DOG, CAT = Description(prompt="a dog"), Description(prompt="a cat")
 IMAGE = torch.randint(256, (1, 4, 4), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
@@ -144,7 +157,7 @@ def test_boxes_are_those_that_the_model_reads():
 
 
 def test_models_without_classes_and_texts_have_a_reason():
-    plain = make_model(conditions=(), condition_options=None, attn_block_type="qkv")
+    plain = make_model(conditions=(), condition_options=ConditionConfig())
     play = Playground(plain, options_of(plain), plain.condition_source(options_of(plain)))
     assert "no classes and reads no texts" in reason_against(play) and reason_against(page_of(MODELS["ddpm"])[0]) == ""
 
@@ -186,6 +199,8 @@ def test_the_tab_edits_what_its_boxes_hold(trained_ddpm):
     assert asked[0].source == Description(3) and asked[0].target == Description(8)
     assert torch.equal(asked[1], torch.from_numpy(pixels)[None]) and asked[2].any()
     assert handlers.read(canvas, *boxes)[4] is None and handlers.read(canvas, *boxes)[2].settings.noisings == 5
+    again, _ = handlers.find_mask(found, *boxes)  # with the same options, whatever mask there was
+    assert again["layers"][0].tobytes() == found["layers"][0].tobytes()
     with pytest.raises(gr.Error, match="there is no image"):
         handlers.find_mask(None, *boxes)
 
@@ -198,3 +213,42 @@ class FixedSettings:
 
     def read(self):
         return self.play, self.request
+
+
+# In the browser
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_a_mask_is_found_brushed_and_edited_in(trained_ddpm):
+    flags = "--sampler ddpm --no_amp --device cpu --sample_steps 3 --guidance 2"
+    with served(trained_ddpm, flags) as address, tab_at(address) as tab:
+        enter(tab, "images", 2)
+        turn_to(tab, "Edit")
+        press(tab, "Edit")
+        tab.get_by_text("there is no image: press A new sample").wait_for()
+        press(tab, "An image of the data")
+        tab.locator("canvas:visible").first.wait_for()
+        tab.wait_for_timeout(2000)  # until the image is on it
+        assert field(tab, "from class").input_value() in map(str, range(10))
+        choose(tab, "from class", NO_CLASS)
+        choose(tab, "to class", "8")
+        press(tab, "Find the mask")
+        tab.wait_for_timeout(4000)
+        press(tab, "Edit")
+        images, sources = new_images(tab, 3)  # in a mask that is given, the result is a single one
+        before, mask, result = map(content, images)
+        assert 0 < (mask == 255).mean() < 1 and {*np.unique(mask)} == {0, 255}
+        assert np.array_equal(result[mask == 0], before[mask == 0]) and not np.array_equal(result, before)
+        tab.get_by_text("network calls and").wait_for()
+        assert tab.locator(".slider-wrap:visible, [data-testid='imageslider']:visible").count() > 0
+
+        press(tab, "Clear the mask")
+        choose(tab, "method", "flowedit")
+        field(tab, "mask rule").wait_for(state="hidden")
+        enter(tab, "noisings", 2)
+        press(tab, "Edit")
+        images, _ = new_images(tab, 3, sources[2:])  # the image before, and two results
+        assert not np.array_equal(content(images[1]), content(images[2]))
+        tab.get_by_text("flowedit:").wait_for()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +20,23 @@ from experiments.look_page import (
     reason_against,
 )
 from experiments.playground import Playground, Request
-from helpers.browser import needs_gradio
+from helpers.browser import (
+    choose,
+    content,
+    enter,
+    field,
+    needs_browser,
+    needs_gradio,
+    new_images,
+    press,
+    served,
+    tab_at,
+    turn_to,
+)
+from helpers.captioned import write_captioned_images
 from helpers.prompted import MODELS, make_model, options_of
+from helpers.tiny_runs import DDPM, call
+from models.conditioning import ConditionConfig
 
 PROMPT = "a red star, a redder ring"
 
@@ -104,10 +120,10 @@ def test_maps_of_words_lie_over_the_picture_of_the_step(page):
 def test_models_have_the_kinds_of_their_attention():
     found = {name: kinds_of(page_of(model)[0]) for name, model in MODELS.items()}
     assert found == {"ddpm": [WORDS], "absorbing": [WORDS, CODES]}
-    plain = make_model(conditions=(), condition_options=None, attn_block_type="qkv", n_classes=3)
+    plain = make_model(conditions=(), condition_options=ConditionConfig(), n_classes=3)
     play = Playground(plain, options_of(plain), plain.condition_source(options_of(plain)))
-    assert kinds_of(play) == [] and "conditions (label) are added or joined" in reason_against(play)
-    with pytest.raises(ValueError, match="has no cross-attention"):
+    assert kinds_of(play) == [] and "attends to none of its conditions (label)" in reason_against(play)
+    with pytest.raises(ValueError, match="attends to none of its"):
         look(play, Request(options=play.options), WORDS)
 
 
@@ -120,3 +136,63 @@ def test_boxes_are_those_of_the_attention_of_the_model():
 
 def test_words_are_separated_by_commas():
     assert parse_words(" red star,ring ,, ") == ["red star", "ring"] and parse_words("") == []
+
+
+# In the browser
+
+
+def in_browser(test):
+    return pytest.mark.slow(needs_gradio(needs_browser(test)))
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A logs folder with a run of captions, `text`, and one of digits."""
+    logs = tmp_path_factory.mktemp("look_page")
+    data = write_captioned_images(tmp_path_factory.mktemp("captions"), ["a red star", "a blue ring"])
+    text = "--conditions text --text_width 16 --text_layers 1 --text_heads 2 --attn_block_type transformer"
+    flags = f"--logs_root {logs} {DDPM} --no_amp --train_steps 2 --steps_per_eval 0"
+    call("train_sampler.py", f"{flags} {data} {text} --log_dir text")
+    call("train_sampler.py", f"{flags} --dataset digits --log_dir classes")
+    return logs
+
+
+def names_of_maps(tab):
+    return tab.locator(".thumbnail-item:visible .caption-label").all_inner_texts()
+
+
+@in_browser
+def test_words_are_looked_at_step_by_step(captioned):
+    flags = "--sampler ddpm --load_dir text --no_amp --device cpu --sample_steps 3"
+    with served(captioned, flags) as address, tab_at(address) as tab:
+        enter(tab, "prompt", "a red star")
+        turn_to(tab, "Look")
+        press(tab, "Look")
+        _, sources = new_images(tab, 3)
+        assert names_of_maps(tab) == ["a", "red", "star"]
+        step = tab.get_by_label("number input for step")
+        step.fill("2")
+        step.press("Enter")
+        _, sources = new_images(tab, 3, sources)
+        enter(tab, "words", "red star, hat")
+        field(tab, "words").press("Enter")
+        tab.get_by_text("got the word 'hat', wanted one of").wait_for()
+        enter(tab, "words", "red star")
+        field(tab, "words").press("Enter")
+        new_images(tab, 1, sources)
+        choose(tab, "run", "classes")
+        tab.get_by_text("attends to none of its conditions (label)").wait_for()
+        tab.get_by_role("button", name="Look", exact=True).wait_for(state="hidden")
+
+
+@in_browser
+def test_a_click_shows_what_a_code_looks_at(trained):
+    with served(trained, "--no_amp --device cpu --sample_steps 3") as address, tab_at(address) as tab:
+        turn_to(tab, "Look")
+        press(tab, "Look")
+        images, sources = new_images(tab, 1)
+        before, (name,) = content(images[0]), names_of_maps(tab)
+        box = tab.locator("button.selectable:visible, .image-frame.selectable:visible").first.bounding_box()
+        tab.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
+        images, _ = new_images(tab, 1, sources)
+        assert names_of_maps(tab) != [name] and not np.array_equal(content(images[0]), before)

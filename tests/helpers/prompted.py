@@ -39,6 +39,9 @@ class CodesAsImages:
     def decode(self, x: Tensor) -> Tensor:
         return (x.unsqueeze(1) * 25).to(torch.uint8)
 
+    def preview(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decode(x), self.decode(predicted.argmax(-1))
+
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
         return {"codes": x}
 
