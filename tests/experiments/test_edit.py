@@ -143,7 +143,7 @@ def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
         ("--strength 1.5", "--strength"),
         ("--label 12", "label 12, wanted a class from 0 to 9"),
         ("--n_images 0", "--n_images"),
-        ("--paste", "pass --strength_map FILE"),
+        ("--paste", "pass --mask FILE, --strength_map FILE"),
         ("--strength_map nowhere.png", "nowhere.png not found"),
     ],
 )

@@ -231,6 +231,8 @@ def test_the_source_has_a_guidance_of_its_own(model):
         ("diffedit", 2.0): 2,
         ("flowedit", None): 1,
         ("flowedit", 2.0): 2,
+        ("ddpm_inversion", None): 1,
+        ("ddpm_inversion", 2.0): 2,
     }
 
 
