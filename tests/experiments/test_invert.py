@@ -86,12 +86,12 @@ def test_the_saved_noise_leads_to_the_image_from_python(trained_ddpm):
 
 def test_more_iterations_are_more_exact(trained_ddpm):
     errors = []
-    for count in (1, 3, 30):
+    for count in (1, 30):
         invert(trained_ddpm, f"{MODEL} --no_clip --iterations {count} --log_dir iterations_{count}")
         rows = json.loads((trained_ddpm / f"iterations_{count}" / "results.json").read_text())["of_image"]
         errors.append(max(row["latent_rms"] for row in rows))
         assert count > 1 or all(row["calls"] == 8 for row in rows)
-    assert errors[0] > errors[1] > errors[2]
+    assert errors[0] > 1000 * errors[1]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,6 @@ def test_more_iterations_are_more_exact(trained_ddpm):
         ("--gamma 0.5", "got gamma 0.5 for method fixed_point: pass --method bdia"),
         ("--method bdia --gamma 0", "wanted a number in (0, 1]"),
         ("--solver dpmpp_2m_sde --eta 0.5", "got eta 0.5, but what is inverted are steps of ddim"),
-        ("--sample_steps 1", "got a single step from data to pure noise"),
     ],
 )
 def test_invalid_settings_are_refused(trained_ddpm, capsys, flags, expected):
