@@ -85,11 +85,16 @@ def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[st
 
 
 def convert_value(name: str, value: Any, kind: Any) -> Any:
-    """Converts a value to the annotated type `kind` of a config field, lists to tuples; ValueError for another type."""
+    """Converts a value to the annotated type `kind` of a config field: lists, or one value of a list, to tuples.
+
+    ValueError for another type.
+    """
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for option in options:
         if get_origin(option) is tuple and isinstance(value, list | tuple):
             return convert_list(name, value, get_args(option))
+        if get_args(option)[1:] == (Ellipsis,) and has_type(value, get_args(option)[0]):  # as on the command line
+            return convert_list(name, [value], get_args(option))
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if has_type(value, option):

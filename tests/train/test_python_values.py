@@ -42,6 +42,13 @@ def test_lists_become_tuples(process):
     assert changed.guidance_interval == (0.0, 0.5) and type(changed.guidance_interval[0]) is float
 
 
+def test_one_value_of_a_list_may_stand_alone():
+    process = ddpm.make_process(ddpm.Config(), True)
+    assert with_settings(ddpm.Sampling(), process, {"control_strength": 2}).control_strength == (2.0,)
+    with pytest.raises(ValueError, match="got guidance_interval 0.5, wanted a list of numbers or None"):
+        with_settings(ddpm.Sampling(), process, {"guidance_interval": 0.5})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
