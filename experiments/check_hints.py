@@ -36,6 +36,7 @@ from train.trained_sampler import TrainedSampler
 SAMPLES, BASE, REAL, OTHERS = "samples", "base", "real", "others"
 NAMES = {SAMPLES: "samples", BASE: "samples without hints", REAL: "real images", OTHERS: "real images, other hints"}
 OF_IMAGES = ("edges", "grey", "small")  # kinds that are made of an image alone
+HEADINGS = {SAMPLES: "samples", BASE: "no hints", REAL: "real"}  # of rows in the picture, as wide as an image
 PICTURED = 8  # images in the picture
 
 
@@ -188,7 +189,8 @@ def compare_hints(images: Images, maker: HintMaker) -> dict[str, float | None]:
 
 def save_picture(path: Path, sets: dict[str, Images]) -> None:
     """Saves the first images of each set in a row each, below their hints."""
-    rows = {"hint": sets[SAMPLES].hints} | {NAMES[kind]: each.images for kind, each in sets.items() if kind != OTHERS}
+    rows = {"hint": sets[SAMPLES].hints}
+    rows |= {heading: sets[kind].images for kind, heading in HEADINGS.items() if kind in sets}
     images = [grey_to_rgb(each[:PICTURED]) if each.shape[1] == 1 else each[:PICTURED] for each in rows.values()]
     count = len(images[0])
     captions = [caption for name in rows for caption in (name, *[""] * (count - 1))]
