@@ -138,6 +138,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "annotated data" for name in ("check_data.py", "make_panoptic.py", "export_shapes.py")},
     **{name: "annotated images to download" for name in ("coco128", "xbd", "fmow")},
     "--dataset pairs": "pairs of images",
+    **{"--repaint_jump": "more than two steps", "--strength_map": "a picture and its map"},
     **{
         "experiments/benchmark": "minutes of measuring",
         **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),

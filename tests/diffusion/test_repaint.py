@@ -46,7 +46,7 @@ def test_the_times_are_those_of_the_papers_code(name, steps, jump, resamplings, 
     assert sum(len(times) - 1 for times in descents) == steps + jumps * jump * (resamplings - 1)
 
 
-def test_without_resampling_there_is_one_descent_and_long_jumps_are_refused():
+def test_jumps_are_shorter_than_the_steps():
     times = [1.0, 0.5, 0.0]
     assert split_descents(times, 10, 1) == [times]
     assert split_descents(times, 1, 2) == [[1.0, 0.5, 0.0], [0.5, 0.0]]

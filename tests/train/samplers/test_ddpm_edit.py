@@ -74,7 +74,7 @@ def test_without_conditions_the_network_gets_none():
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_repaint_samples_each_stretch_again_and_keeps_what_is_known(process):
+def test_repaint_resamples_and_keeps_what_is_known(process):
     model, network = perturb(sampler(process=process))
     once = sample_edit(model, network, EditInput(X0, KEEP))
     assert torch.equal(sample_edit(model, network, EditInput(X0, KEEP), repaint_resamplings=1), once)
