@@ -78,11 +78,11 @@ def test_equal_sides_give_the_image_and_others_do_not():
 
 def test_the_mask_on_the_page_is_that_of_the_first_edit():
     play, request = page_of(MODELS["ddpm"])
-    edit = edit_of("diffedit")
+    edit = edit_of("diffedit", strength=1)
     free = edit_image(play, request, edit, IMAGE, None)
     mask = find_difference(play, request, edit, IMAGE)
     assert torch.equal(mask, free.mask) and 0 < mask.sum() < 16
-    within = edit_image(play, request, edit_of("diffedit", mask=("a",)), IMAGE, mask)
+    within = edit_image(play, request, edit_of("diffedit", strength=1, mask=("a",)), IMAGE, mask)
     assert torch.equal(within.batch["image"], free.batch["image"][:1])  # one result, for it depends on no noise
     assert within.calls == 4 + 4 * 2 and free.calls == 10 * (2 + 2) + within.calls
     assert "**12** network calls" in within.summary and f"mask: {mask.float().mean():.0%}" in within.summary
