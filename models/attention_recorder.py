@@ -92,7 +92,7 @@ class MapRecorder:
         self.network: nn.Module | None = None
         self.steps: list[RecordedStep] = []
 
-    def begin(self, network: nn.Module, condition: Condition, images: int, parts: int, size: tuple[int, int]) -> None:
+    def start(self, network: nn.Module, condition: Condition, images: int, parts: int, size: tuple[int, int]) -> None:
         """Forgets what was recorded, and prepares for calls of a network with inputs of a `size`, height and width.
 
         `condition` is the recorded one of a chain of `parts` conditions, or all of them, for a number of `images`.
@@ -117,7 +117,7 @@ class MapRecorder:
         `denoise` is that of the network without guidance, x (B, ..., H, W) a batch.
         """
         count, size = len(x), tuple(x.shape[-2:])
-        self.begin(network, conditions[self.part % len(conditions)], count, len(conditions), size)
+        self.start(network, conditions[self.part % len(conditions)], count, len(conditions), size)
         rows = torch.arange(len(conditions) * count, device=x.device).split(count)
         parts = [RowsOfChain(condition, own) for condition, own in zip(conditions, rows, strict=True)]
 

@@ -53,7 +53,7 @@ def randomized(network):
 
 def record_codes(network, recorder, ids):
     """Records one unconditional call."""
-    recorder.begin(network, Condition(), len(ids), 1, SIZE)
+    recorder.start(network, Condition(), len(ids), 1, SIZE)
     with recorder.record_call(torch.arange(len(ids)), torch.tensor([0.5]), Condition()):
         network(ids)
     return recorder.maps()

@@ -111,7 +111,7 @@ def test_a_branch_beside_locked_hints_has_their_options(logs, tmp_path):
     find = partial(find_base, tmp_path, training, control, str(logs))
     for same in (own, own | {"small_factor": 2}, own | {"condition_image": "", "edge_sigma": 2.0}):
         assert find(HintsConfig(**same)).run == logs / "edges"  # the base reads no small_factor, or hints of its items
-    for name, value in {"condition_image": "grey", "edge_sigma": 2.0, "edge_thresholds": (0.0, 0.1)}.items():
+    for name, value in {"condition_image": "grey", "edge_sigma": 2.0, "edge_thresholds": (0.02, 0.1)}.items():
         with pytest.raises(ValueError, match=f"got {name} .* beside .*/edges, whose condition_image.*leave --{name}"):
             find(HintsConfig(**own | {name: value}))
     other = HintsConfig(**own | {"edge_sigma": 2.0})

@@ -329,7 +329,7 @@ class DiscreteSampler(CodeSampler):
         condition_rows = condition_rows.transpose(0, 1).flatten(1)  # (C, rows): by window, then by canvas
         select = LastResult(lambda rows: (conditions[rows], None if ids is None else ids[rows]))
         if recorder is not None:
-            recorder.begin(network, conditions, len(x), count, tuple(x.shape[1:]))
+            recorder.start(network, conditions, len(x), count, tuple(x.shape[1:]))
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
             nonlocal may_repeat

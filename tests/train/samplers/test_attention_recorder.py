@@ -143,7 +143,7 @@ def test_calls_that_leave_a_part_out_are_not_counted(kind):
         record(kind, x, [0.9], MapRecorder(part=0), guidance=1.0).maps()
 
 
-def test_codes_that_are_evaluated_in_some_steps_have_their_own_counts():
+def test_codes_of_some_steps_alone_have_their_own_counts():
     x, recorder = states("absorbing"), MapRecorder(per_step=True)
     sampler = make_sampler("absorbing")
     denoise = sampler.make_denoiser(sampler.network, BATCH, options_of("absorbing", guidance=2.0), x, recorder=recorder)
