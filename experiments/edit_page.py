@@ -245,7 +245,7 @@ def method_boxes(play: Playground) -> list:
     method = PREFERRED if PREFERRED in methods else methods[0]
     about, style = "More changes more.", {"allow_custom_value": True, "min_width": 320}  # choices are those of the run
     boxes = [gr.Dropdown(methods, value=method, label="method", info=controls["method"].hint, **style)]
-    boxes.append(gr.Slider(0.05, 1, value=0.7, step=0.05, label="strength", info=about, min_width=160, buttons=[]))
+    boxes.append(gr.Slider(0.05, 1, value=0.7, step=0.05, label="strength", info=about, min_width=320, buttons=[]))
     return boxes + [component(controls[name]._replace(visible=method in USED_BY[name])) for name in OPTIONS]
 
 
@@ -373,7 +373,7 @@ def add_edit_tab(settings: Settings, loaded: Any, gallery: Any) -> None:
             with results.area:
                 cost = gr.Markdown()
                 slider = gr.ImageSlider(show_label=False, format="png", interactive=False, buttons=[])
-    last_choice = gr.State(settings.run.value)
+        last_choice = gr.State(settings.run.value)
 
     def select_sample(images: list, run: str, event: gr.SelectData) -> tuple[str, str | int]:
         path, text = images[event.index]
