@@ -23,7 +23,8 @@ BATCH = {
     "boxes_mask": torch.tensor([[True, True], [True, False], [True, True]]),
     "box_class_mask": torch.tensor([[True, True], [True, False], [True, True]]),
 }
-NEGATIVE = {"caption": ["something else that is quite a bit longer than all of the captions here"] * 3}
+LONGER = "something else that is quite a bit longer than all of the captions here, by so many words"  # other padding
+NEGATIVE = {"caption": [LONGER] * 3}
 
 
 @cache
