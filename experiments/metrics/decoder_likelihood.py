@@ -22,7 +22,8 @@ from models.ranges import MILLION, NOT_NEGATIVE, POSITIVE, check_ranges
 from train.checkpoint import load_weights, resolve_step, saved_steps
 from train.cli.files import run_folder
 from train.config import DataConfig, LoggingConfig, TrainingConfig
-from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
+from train.data.codes import TrainingCodes
+from train.data.loading import ImageSource, TrainingImages, build_dataset, fixed_subset, images_in_order
 from train.data.transforms import check_8_bits, to_float, to_uint8, training_views
 from train.datasets import DatasetConfig
 from train.distributed import DistContext, gradient_sync

@@ -18,7 +18,8 @@ from experiments.metrics.cost import WARM_UPS, count_launches
 from experiments.metrics.throughput import Workload, time_repeatedly
 from train.condition_images import encode_condition_images
 from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, build_dataset, to_device
+from train.data.codes import TrainingCodes
+from train.data.loading import Adapt, BatchSource, ImageSource, TrainingImages, build_dataset, to_device
 from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext

@@ -142,7 +142,7 @@ def test_all_sizes_are_checked_before_anything_is_measured(tmp_path, capfd, monk
     assert "2 of 4 pairs differ in size: " in message and "a/1.png has 12x18 pixels, wanted 9x8 as" in message
 
 
-def test_an_image_that_its_header_turns_has_the_size_of_its_reference(tmp_path, capfd):
+def test_an_image_that_its_header_turns_fits_its_reference(tmp_path, capfd):
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     (tmp_path / "a").mkdir()

@@ -40,7 +40,7 @@ def write_arrays(folder, arrays):
 
 
 @pytest.mark.parametrize("flag", ["hint", "condition_file"])
-def test_what_a_run_generates_changes_with_the_files_of_its_settings(tmp_path, flag):
+def test_generated_images_change_with_the_files_of_settings(tmp_path, flag):
     file = tmp_path / ("hint.png" if flag == "hint" else "rows.json")
     options = ddpm.Sampling(**{flag: (str(file),) if flag == "hint" else str(file)})
     model = SimpleNamespace(provenance={"sampler_weights": "a"})
