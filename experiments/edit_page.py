@@ -223,6 +223,12 @@ def read_settings(method: str, strength: float, values: Sequence[Any], masked: b
     return EditingConfig(method=method, strength=strength, **options)
 
 
+def first_method(play: Playground) -> str:
+    """Returns the method that the tab begins with."""
+    methods = methods_for(play.trained)
+    return PREFERRED if PREFERRED in methods else next(iter(methods))
+
+
 def description_boxes(play: Playground) -> list:
     """Returns the boxes of class and text, of the source and then of the target, or the updates of them."""
     import gradio as gr
@@ -241,11 +247,10 @@ def method_boxes(play: Playground) -> list:
     """Returns the boxes of the method, the strength and OPTIONS, or the updates of them."""
     import gradio as gr
 
-    methods, controls = [*methods_for(play.trained)], option_controls()
-    method = PREFERRED if PREFERRED in methods else methods[0]
+    methods, method, controls = [*methods_for(play.trained)], first_method(play), option_controls()
     about, style = "More changes more.", {"allow_custom_value": True, "min_width": 320}  # choices are those of the run
     boxes = [gr.Dropdown(methods, value=method, label="method", info=controls["method"].hint, **style)]
-    boxes.append(gr.Slider(0.05, 1, value=0.7, step=0.05, label="strength", info=about, min_width=160, buttons=[]))
+    boxes.append(gr.Slider(0.05, 1, value=0.7, step=0.05, label="strength", info=about, min_width=320, buttons=[]))
     return boxes + [component(controls[name]._replace(visible=method in USED_BY[name])) for name in OPTIONS]
 
 
@@ -316,9 +321,9 @@ class Handlers:
         if run == last_choice:
             return [gr.skip()] * (10 + len(OPTIONS))
         play = self.settings.runs.open(run)
-        reason, boxes = reason_against(play), method_boxes(play)
+        reason, find = reason_against(play), gr.update(visible=first_method(play) == "diffedit")
         areas = [gr.update(visible=not reason), gr.update(value=reason, visible=bool(reason))]
-        return [*areas, *description_boxes(play), *boxes, gr.update(visible=boxes[0].value == "diffedit"), run]
+        return [*areas, *description_boxes(play), *method_boxes(play), find, run]
 
 
 def read_description(play: Playground, label: str | int | None, text: str) -> Description:
@@ -364,7 +369,7 @@ def add_edit_tab(settings: Settings, loaded: Any, gallery: Any) -> None:
             with gr.Row():
                 methods = method_boxes(play)
             with gr.Row():
-                find = gr.Button("Find the mask", visible=methods[0].value == "diffedit")
+                find = gr.Button("Find the mask", visible=first_method(play) == "diffedit")
                 clear, button = gr.Button(CLEAR), gr.Button("Edit", variant="primary")
             with gr.Row(visible=False) as pictures:
                 editor = add_editor()
@@ -373,7 +378,7 @@ def add_edit_tab(settings: Settings, loaded: Any, gallery: Any) -> None:
             with results.area:
                 cost = gr.Markdown()
                 slider = gr.ImageSlider(show_label=False, format="png", interactive=False, buttons=[])
-    last_choice = gr.State(settings.run.value)
+        last_choice = gr.State(settings.run.value)
 
     def select_sample(images: list, run: str, event: gr.SelectData) -> tuple[str, str | int]:
         path, text = images[event.index]

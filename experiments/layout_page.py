@@ -149,10 +149,10 @@ def add_layout_tab(settings: Settings, loaded: Any) -> None:
                         clear = gr.Button("Clear", min_width=120)
                 with gr.Column(min_width=320):
                     results = add_results(COLUMNS)
-    content = gr.JSON(canvas_content(play, Scene()), visible=False)  # of the canvas, when it was shown
-    regions = gr.Textbox(visible=False)  # its boxes, which READ fills in
-    scenes, number = gr.State([Scene()]), gr.State(0)  # those in the gallery, and which of them the canvas shows
-    last_choice = gr.State(settings.run.value)
+        content = gr.JSON(canvas_content(play, Scene()), visible=False)  # of the canvas, when it was shown
+        regions = gr.Textbox(visible=False)  # its boxes, which READ fills in
+        scenes, number = gr.State([Scene()]), gr.State(0)  # those in the gallery, and which of them the canvas shows
+        last_choice = gr.State(settings.run.value)
 
     def select_image(scenes: list[Scene], run: str, step: int | str, event: gr.SelectData) -> list:
         return [canvas_content(settings.runs.open(run, step), scenes[event.index]), event.index]

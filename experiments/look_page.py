@@ -256,7 +256,7 @@ def add_look_tab(settings: Settings, loaded: Any) -> None:
                     style = {"show_label": False, "format": "png", "interactive": False, "buttons": []}
                     picture = gr.Image(**style, min_width=200)
                     maps = gr.Gallery(columns=COLUMNS, object_fit="contain", scale=2, **style)
-    attention, place, last_choice = gr.State(None), gr.State(CENTRE), gr.State(settings.run.value)
+        attention, place, last_choice = gr.State(None), gr.State(CENTRE), gr.State(settings.run.value)
     handlers = Handlers(settings)
 
     def click_place(attention: Attention | None, words: str, step: float | None, event: gr.SelectData) -> list:
