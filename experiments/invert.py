@@ -209,8 +209,8 @@ def measure(
         with model.inference():
             ddim = ddim_steps(model, options, conditions, x0)
             inverted = METHODS[config.method](ddim, x0, config, rng)
+            check_finite(inverted, config.method)  # which waits for the device
             seconds = torch.full((len(numbers),), (time.perf_counter() - begin) / len(numbers))
-            check_finite(inverted, config.method)
             images = {"strip": strip(inverted.states, ddim, model), "back": model.space.decode(inverted.back.float())}
         counts = {"calls": inverted.calls, "calls_back": torch.full_like(inverted.calls, inverted.calls_back)}
         errors = round_trip_errors(x0, inverted.back, model) | {"residual": inverted.residual}
