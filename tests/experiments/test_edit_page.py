@@ -240,6 +240,7 @@ def test_a_mask_is_found_brushed_and_edited_in(trained_ddpm):
         press_and_wait(tab, "An image of the data")
         assert field(tab, "from class").input_value() in map(str, range(10))
         choose(tab, "from class", NO_CLASS)
+        tab.get_by_role("option").first.wait_for(state="hidden")
         choose(tab, "to class", "8")
         press_and_wait(tab, "Find the mask")
         press(tab, "Edit")
