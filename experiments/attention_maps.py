@@ -76,7 +76,7 @@ class MapsConfig:
     by_step: bool = False
     """Also save the maps of each network call, and steps.png."""
 
-    EVERYDAY = ("n_samples", "prompt", "words", "layouts", "look_from")
+    EVERYDAY = ("prompt", "words", "layouts", "look_from")
     RANGES = {"n_samples": COUNT, "real_times": MILLION, "chain_part": "[-4, 3]", "look_from": "[0, 1]"}
 
     def __post_init__(self):
