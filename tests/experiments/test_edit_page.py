@@ -258,4 +258,4 @@ def test_a_mask_is_found_brushed_and_edited_in(trained_ddpm):
         press(tab, "Edit")
         images, _ = new_images(tab, 3, sources[1:])  # the image before, and two results
         assert np.array_equal(content(images[0]), before)
-        tab.get_by_text("flowedit:").wait_for()
+        tab.get_by_text("flowedit: 12 network calls").wait_for()  # 2 noisings, 2 steps, 1 call for null and 2 for 8
