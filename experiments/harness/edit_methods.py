@@ -74,7 +74,7 @@ class EditingConfig:
     plain_steps: int | None = None
     """flowedit: number of last steps that sample under the target alone; more of them are freer. Default: 0."""
 
-    EVERYDAY = ("method", "label", "prompt", "strength")
+    EVERYDAY = ("method", "label", "strength")
     RANGES = {
         **{"label": NOT_NEGATIVE, "strength": "(0, 1]", "source_label": NOT_NEGATIVE, "source_guidance": FINITE},
         **{"noisings": COUNT, "mask_strength": "(0, 1)", "plain_steps": COUNT_OR_ZERO},
