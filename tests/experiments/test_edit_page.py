@@ -240,6 +240,7 @@ def test_a_mask_is_found_brushed_and_edited_in(trained_ddpm):
         press_and_wait(tab, "An image of the data")
         assert field(tab, "from class").input_value() in map(str, range(10))
         choose(tab, "from class", NO_CLASS)
+        tab.get_by_role("option").first.wait_for(state="hidden")
         choose(tab, "to class", "8")
         press_and_wait(tab, "Find the mask")
         press(tab, "Edit")
@@ -257,4 +258,4 @@ def test_a_mask_is_found_brushed_and_edited_in(trained_ddpm):
         press(tab, "Edit")
         images, _ = new_images(tab, 3, sources[1:])  # the image before, and two results
         assert np.array_equal(content(images[0]), before)
-        tab.get_by_text("flowedit:").wait_for()
+        tab.get_by_text("flowedit: 12 network calls").wait_for()  # 2 noisings, 2 steps, 1 call for null and 2 for 8
