@@ -156,8 +156,8 @@ class LearnedRouter(Router):
 
     def forward(self, x: Tensor, cells: Cells) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(upcast(x).flatten(0, -2), upcast(self.logits.weight))
-            log_p = logits.log_softmax(-1)  # (N, E)
+            rows = upcast(x).flatten(0, -2)
+            log_p = F.linear(rows, self.logits.weight.to(rows.dtype)).log_softmax(-1)  # (N, E)
         experts = (log_p.detach().exp() + self.balance).topk(self.top, -1).indices  # (N, K)
         own = log_p.gather(1, experts)
         weights = own.detach().softmax(-1) * (own - own.detach()).exp()

@@ -127,9 +127,10 @@ class SamplerStep:
                 examples.append(kept)
         lr = learning_rate(state.step, **self.training.schedule)
         result = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
-        finite = False if result is None else result.finite
-        for name, rows in settle_experts(state.modules["network"], self.world, finite).items():
-            state.counters["experts"].add(name, rows)
+        if "experts" in state.counters:
+            finite = False if result is None else result.finite
+            for name, rows in settle_experts(state.modules["network"], self.world, finite).items():
+                state.counters["experts"].add(name, rows)
         if result is None or self.sampler.extras and not result.finite:  # the sampler's times depend on the losses
             return None
         tensors = {name: torch.cat([outputs[name] for outputs in examples]) for name in examples[0]}

@@ -92,11 +92,12 @@ def class_number(word: str, names: Sequence[str]) -> str:
 @torch.no_grad()
 def settle_experts(network: nn.Module, world: DistContext, finite: Tensor | bool) -> dict[str, Tensor]:
     """Ends a training step: returns the rows of this process by layer, see `Experts.rows`, and moves the balance of
-    learned routers by those of all processes. Nothing moves if the step was not taken, `finite` () bool. All ranks must
-    call it."""
+    routers that learn by those of all processes. Nothing moves if the step was not taken, `finite` () bool. All ranks
+    must call it."""
     layers = experts_of(network)
     own = {name: layer.rows * finite for name, layer in layers.items()}
-    routed = {name: layer.router for name, layer in layers.items() if isinstance(layer.router, LearnedRouter)}
+    routers = {name: layer.router for name, layer in layers.items() if isinstance(layer.router, LearnedRouter)}
+    routed = {name: router for name, router in routers.items() if router.logits.weight.requires_grad}
     if routed:
         counts = world.sum(torch.stack([own[name][:-1] for name in routed]))
         for router, each in zip(routed.values(), counts, strict=True):
