@@ -162,6 +162,15 @@ def test_a_step_that_is_not_taken_moves_no_balance():
         assert not any(layer.router.balance.any() or layer.rows.any() for layer in experts_of(network).values())
 
 
+def test_the_balance_of_a_frozen_router_stays():
+    network = routed()
+    first, *others = experts_of(network).values()
+    first.router.requires_grad_(False)
+    network(torch.randn(2, 3, 8, 8), torch.zeros(2))
+    settle_experts(network, ONE, True)
+    assert not first.router.balance.any() and any(layer.router.balance.any() for layer in others)
+
+
 def test_averages_have_the_balance_itself():
     network = routed()
     average = EMA(network, 0.9)
