@@ -43,7 +43,7 @@ class StackedLinear(nn.Module):
         return out + F.embedding(routing.experts.clamp(max=last), self.bias).to(dtype)
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the weight and bias of each layer."""
+        """Returns the weight (out, in) and the bias (out,) of each layer."""
         return list(zip(self.weight.unbind(), self.bias.unbind(), strict=True))
 
 
@@ -117,7 +117,7 @@ def combine(outputs: Tensor, routing: Routing) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which x is multiplied: that of autocast, where it is enabled."""
+    """Returns the dtype in which x (..., D) is multiplied: that of autocast, where it is enabled."""
     kind = x.device.type
     half = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if half else x.dtype

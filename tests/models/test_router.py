@@ -85,6 +85,12 @@ def test_the_rest_has_what_no_group_and_no_region_has(rule):
         assert routing.counts.tolist() == [0, 0, 8]
 
 
+@pytest.mark.parametrize("rule", ["nearest", "share"])
+def test_regions_without_a_class_have_the_rest(rule):
+    regions = Regions(present=torch.tensor([[True]]), boxes=torch.tensor([[[0, 0, 1, 1.0]]]))
+    assert route(ClassRouter([[0], [1]], 2, rule), regions, (2, 2)).counts.tolist() == [0, 0, 4]
+
+
 def test_the_front_region_has_the_cell():
     boxes = torch.tensor([[[0, 0, 1, 1], [0.5, 0, 1, 1.0]]])
     regions = Regions.from_fields({"boxes": boxes, "box_class": torch.tensor([[0, 1]])})
