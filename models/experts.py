@@ -42,9 +42,9 @@ class StackedLinear(nn.Module):
         last = len(self.bias) - 1
         return out + F.embedding(routing.experts.clamp(max=last), self.bias).to(dtype)
 
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the weight (out, in) and the bias (out,) of each layer."""
-        return list(zip(self.weight.unbind(), self.bias.unbind(), strict=True))
+    def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Returns the weight (out, in) and the bias (out,) of each layer, all cast at once."""
+        return list(zip(self.weight.to(dtype).unbind(), self.bias.to(dtype).unbind(), strict=True))
 
 
 class Experts(RoutedFeedForward):
@@ -95,13 +95,12 @@ class Experts(RoutedFeedForward):
         A row of float32 has the same bits however many others its expert has, on CPUs on which that holds for linear
         layers of `LEAST_ROWS` rows and more.
         """
-        start, outputs = 0, []
-        for end, expand, contract in zip(
-            routing.ends.tolist(), self.expand.layers(), self.contract.layers(), strict=True
-        ):
+        start, outputs, ends = 0, [], routing.ends.tolist()
+        expand, contract = (each.layers(product_dtype(x)) for each in (self.expand, self.contract))
+        for end, first, second in zip(ends, expand, contract, strict=True):
             if end > start:
                 own = F.pad(x[start:end], (0, 0, 0, max(0, LEAST_ROWS - (end - start))))
-                outputs.append(F.linear(self.activate(F.linear(own, *expand)), *contract)[: end - start])
+                outputs.append(F.linear(self.activate(F.linear(own, *first)), *second)[: end - start])
             start = end
         return F.pad(torch.cat(outputs), (0, 0, 0, len(x) - start))
 
