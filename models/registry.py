@@ -262,7 +262,7 @@ def current_names(stored: Collection[str], wanted: Collection[str]) -> dict[str,
 
     A user's own network may still use an old name.
     """
-    moved = RENAMED_WEIGHTS | {name: FEED_FORWARD.sub(r"\1feed_forward.\2", name) for name in stored}
+    moved = {name: FEED_FORWARD.sub(r"\1feed_forward.\2", name) for name in stored} | RENAMED_WEIGHTS
     renamed = {old: new for old, new in moved.items() if old not in wanted and new in wanted}
     return {name: renamed.get(name, name) for name in stored}
 
