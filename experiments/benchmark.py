@@ -5,7 +5,7 @@ python experiments/benchmark.py --dataset ffhq --batch_size 4 --against before.j
 python experiments/benchmark.py --dataset ffhq --stage vqgan
 python experiments/benchmark.py --dataset ffhq --batch_size 4 --measure sampling --solver halton --sample_steps 12
 python experiments/benchmark.py --measure attention --sizes 16 32
-python experiments/benchmark.py --measure region_attention
+python experiments/benchmark.py --measure region_attention experts
 python experiments/benchmark.py --measure pretrained --precision mixed
 
 Weights and batches are random, with the preset's shapes: of the data set only the images whose loading is measured are

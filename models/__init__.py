@@ -12,6 +12,7 @@ from models.attention import (
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, ResBlock, Upsample, count_parameters
 from models.conditioning import Condition, ConditionEncoder, Conditioner, Regions
 from models.control import ControlBranch, HintConfig
+from models.experts import ExpertOptions, Experts, add_experts
 from models.neighborhood import HydraAttention, hydra_attention, neighborhood_attention_1d, neighborhood_attention_2d
 from models.streams import Context, DecoderMap, GatedTokens, Map, Tokens, Vector
 from models.transformer import CausalTransformer, Transformer
@@ -34,6 +35,8 @@ __all__ = [
     "DiffAttentionV2",
     "Downsample",
     "EmbedBlock",
+    "ExpertOptions",
+    "Experts",
     "GatedCrossAttention",
     "GatedTokens",
     "HintConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "UNetConfig",
     "Upsample",
     "Vector",
+    "add_experts",
     "build_attention",
     "count_parameters",
     "differential_from_softmax",

@@ -11,6 +11,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.streams import Cells
+
 Resample = Literal["up", "down"]
 
 
@@ -28,6 +30,14 @@ class ConditionBlock(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, condition) -> Tensor:
         """x (B, C, H, W), condition a `models.conditioning.Condition` -> (B, C', H', W')."""
+
+
+class RoutedFeedForward(nn.Module, ABC):
+    """A feed-forward layer that also takes the cells that its rows are of, and the regions over them."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        """x (B, *shape, D) -> the same shape."""
 
 
 def group_norm(channels: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
@@ -180,7 +190,12 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x)))
+        return self.contract(self.activate(self.expand(x)))
+
+    @staticmethod
+    def activate(hidden: Tensor) -> Tensor:
+        """Returns the input of `contract` for the output of `expand`."""
+        return F.gelu(hidden)
 
 
 class GEGLU(FeedForward):
@@ -188,9 +203,10 @@ class GEGLU(FeedForward):
 
     branches = 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.expand(x).chunk(2, dim=-1)
-        return self.contract(value * F.gelu(gate))
+    @staticmethod
+    def activate(hidden: Tensor) -> Tensor:
+        value, gate = hidden.chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 FEED_FORWARDS = {"gelu": FeedForward, "geglu": GEGLU}

@@ -257,6 +257,7 @@ MOVED = {
 
 # Old and new names of weights in a state_dict.
 RENAMED_WEIGHTS = {"label.weight": "encoders.label.embedding.weight"}  # of transformers
+FEED_FORWARD = re.compile(r"(.*\.)((?:expand|contract)\.(?:weight|bias))")  # a block's own layers, without experts
 
 
 def current_names(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
@@ -264,7 +265,8 @@ def current_names(stored: Collection[str], wanted: Collection[str]) -> dict[str,
 
     A user's own network may still use an old name.
     """
-    renamed = {old: new for old, new in RENAMED_WEIGHTS.items() if old not in wanted and new in wanted}
+    moved = {name: FEED_FORWARD.sub(r"\1feed_forward.\2", name) for name in stored} | RENAMED_WEIGHTS
+    renamed = {old: new for old, new in moved.items() if old not in wanted and new in wanted}
     return {name: renamed.get(name, name) for name in stored}
 
 

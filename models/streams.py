@@ -65,6 +65,14 @@ class Context(NamedTuple):
         return self._replace(mask=self.mask[:, positions]) if per_cell else self
 
 
+class Cells(NamedTuple):
+    """The cells of a grid that the rows of a layer's input are of, and the regions over it."""
+
+    regions: Regions | None
+    grid: tuple[int, int]
+    positions: slice | None = None  # of the rows in each image, in raster order; None: all
+
+
 Stream = Vector | Tokens | Map | Hint
 NDIM = {Vector: 2, Tokens: 3, GatedTokens: 3, Map: 4, DecoderMap: 4, Hint: 4}  # of `values`
 

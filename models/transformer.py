@@ -18,7 +18,7 @@ from models.blocks import init_normal, zero_module
 from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import GrowingEmbedding, TimeEmbedding
 from models.kv_cache import KVCache, LayerCache
-from models.streams import Context, GatedTokens, Hint, Map
+from models.streams import Cells, Context, GatedTokens, Hint, Map
 from models.transformer_block import (
     AttentionConfig,
     TransformerBlock,
@@ -286,10 +286,11 @@ class Transformer(nn.Module):
         if positions is not None:
             context = None if context is None else context.at_positions(positions)
             gated_context = None if gated_context is None else gated_context.at_positions(positions)
+        cells = Cells(condition.regions, grid, positions)
         for block, cache in zip(self.blocks, layer_caches or [None] * len(self.blocks), strict=True):
             known = with_known_keys(context, block.cross, condition)
             gated = None if block.gated is None else with_known_keys(gated_context, block.gated.cross, condition)
-            x = block(x, emb, known, cache, gated)
+            x = block(x, emb, known, cache, gated, cells)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

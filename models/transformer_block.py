@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import ATTENTION_TYPES, Attention, CrossAttention, FullAttention, GatedCrossAttention
-from models.blocks import FEED_FORWARDS, FeedForward
+from models.blocks import FEED_FORWARDS, FeedForward, RoutedFeedForward
 from models.embeddings import RelativeBias, Rotary
 from models.kv_cache import LayerCache
 from models.neighborhood import Backend, HydraAttention
 from models.registry import resolve_class
-from models.streams import Context
+from models.streams import Cells, Context
 
 
 class TransformerBlock(nn.Module):
@@ -52,8 +52,10 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(width, 6 * width) if adaptive else None
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """The feed-forward layer: (..., D) -> (..., D)."""
+    def mlp(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """The feed-forward layer: (..., D) -> (..., D); `cells` are for one with experts."""
+        if isinstance(self.feed_forward, RoutedFeedForward):
+            return self.feed_forward(x, cells)
         return self.contract(F.gelu(self.expand(x))) if self.feed_forward is None else self.feed_forward(x)
 
     def residual_projections(self) -> list[nn.Linear]:
@@ -71,20 +73,22 @@ class TransformerBlock(nn.Module):
         context: Context | None = None,
         cache: LayerCache | None = None,
         gated_context: Context | None = None,
+        cells: Cells | None = None,
     ) -> Tensor:
-        """x (B, *grid, D) -> the same shape; emb (B, D) for an adaptive block, contexts for cross-attention.
+        """x (B, *grid, D) -> the same shape; emb (B, D) for an adaptive block, contexts for cross-attention, `cells`
+        for experts.
 
-        With `cache`, x (B, n, D) are the next n tokens of its grid and contexts are those of their positions.
+        With `cache`, x (B, n, D) are the next n tokens of its grid; contexts and cells are those of their positions.
         """
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x), cache=cache))
             x = self.cross_attend(x, context, gated_context)
-            return x + self.dropout(self.mlp(self.norm2(x)))
+            return x + self.dropout(self.mlp(self.norm2(x), cells))
         modulation = self.modulation(F.silu(emb)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1, cache=cache))
         x = self.cross_attend(x, context, gated_context)
-        return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+        return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2, cells))
 
     def cross_attend(self, x: Tensor, context: Context | None, gated_context: Context | None = None) -> Tensor:
         """Adds cross-attention to x (B, *grid, D); where no token is seen, that is the bias of its projection."""

@@ -7,12 +7,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import ATTENTION_TYPES, Attention, CrossAttention, GatedCrossAttention
-from models.blocks import FEED_FORWARDS, ConditionBlock, group_norm, zero_module
+from models.blocks import FEED_FORWARDS, ConditionBlock, RoutedFeedForward, group_norm, zero_module
 from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
 from models.region_attention import RegionAttention, layout_of, prompts_of
 from models.registry import resolve_class
-from models.streams import GatedTokens
+from models.streams import Cells, GatedTokens
 
 EPS = 1e-5  # of GroupNorm in the UNet (Nichol & Dhariwal 2021)
 SELF_ATTENTION = (*ATTENTION_TYPES, "neighborhood")
@@ -100,8 +100,14 @@ class SpatialTransformer(ConditionBlock):
             if context is None:
                 raise ValueError("got no tokens for a block with cross-attention: encode the condition, nulls included")
             h = h + self.cross(self.cross_norm(h), *context)
-        h = h + self.feed_forward(self.norm2(h))
+        h = h + self.mlp(self.norm2(h), condition)
         return x + rearrange(self.proj_out(h), "b h w c -> b c h w")
+
+    def mlp(self, h: Tensor, condition: Condition | None) -> Tensor:
+        """The feed-forward layer, perhaps with experts: h (B, h, w, C) -> the same shape."""
+        if isinstance(self.feed_forward, RoutedFeedForward):
+            return self.feed_forward(h, Cells(None if condition is None else condition.regions, h.shape[1:3]))
+        return self.feed_forward(h)
 
 
 class RegionBlock(ConditionBlock):

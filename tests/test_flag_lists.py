@@ -55,6 +55,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
         *("qk_norm", "zero_init", "tied_head", "vectors_into", "class_conditional", "label_drop"),
         *("conditions", "condition_drop", "foreground", "foreground_weight", "foreground_norm"),
+        *("experts", "expert_rule", "router_experts", "router_top", "router_rate"),
     }
     assert cli.flag_names(absorbing.Config) - cli.flag_names(TransformerConfig) == {
         *("loss_type", "mask_schedule", "schedule", "total_steps", "time_sampler"),
@@ -79,6 +80,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("region_attention", "overlap", "region_places"),
         *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
         *("foreground", "foreground_weight", "foreground_norm"),
+        *("experts", "expert_rule", "router_experts", "router_top", "router_rate"),
     }
     control = {"hint", "hint_ready", "control_strength", "control_guess", "control_middle_only"}
     assert cli.flag_names(ControlSampling) == control

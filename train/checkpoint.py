@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from models.conditioning import Conditioner
 from models.embeddings import GrowingEmbedding
+from models.experts import StackedLinear
 from models.registry import current_names
 from train.distributed import DistContext, full_tensor, shard_like
 from train.files import fsync, sha256, write_errors_as_oserror, write_text
@@ -231,11 +232,12 @@ class PartialLoadReport(NamedTuple):
 def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> PartialLoadReport:
     """Loads the tensors of module `name` that fit; the keys of the report start with that name.
 
-    Two kinds of weights may be larger than in the file. A linear layer or convolution directly in the module (the input
-    layer, which sees the image and concatenated conditions) gets zeros for new input channels, so its output does not
-    change; maps that the file has keep theirs, wherever new ones are joined, but not if they have more channels now.
-    Deeper layers are not grown, since their inputs may be concatenated in another order. A `GrowingEmbedding` may have
-    more rows; new ones keep their initial values. Other embeddings do not say where the rows of the file belong.
+    Three kinds of weights may be larger than in the file. A linear layer or convolution directly in the module (the
+    input layer, which sees the image and concatenated conditions) gets zeros for new input channels, so its output does
+    not change; maps that the file has keep theirs, wherever new ones are joined, but not if they have more channels
+    now. Deeper layers are not grown, since their inputs may be concatenated in another order. Experts become copies of
+    the one layer of the file. A `GrowingEmbedding` may have more rows; new ones keep their initial values. Other
+    embeddings do not say where the rows of the file belong.
     """
     current, loaded = module.state_dict(), {}
     saved = module_tensors(name, tensors, current)
@@ -263,6 +265,8 @@ def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor, keys: Coll
     """
     owner, _, leaf = key.rpartition(".")
     layer, (rows, *_), out = module.get_submodule(owner), saved.shape, current.clone()
+    if isinstance(layer, StackedLinear) and saved.shape == current.shape[1:]:
+        return saved.to(out.dtype).expand_as(out).contiguous()
     if leaf != "weight" or saved.ndim != current.ndim:
         return None
     if isinstance(layer, nn.Linear | nn.Conv2d) and "." not in owner and saved.shape[1] < current.shape[1]:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
 from models.blocks import ConditionBlock
+from models.experts import experts_of
 from models.transformer import CausalTransformer
 from models.unet_attention import RegionBlock
 from train.config import TrainingConfig
@@ -95,9 +96,9 @@ def compile_network(module: nn.Module, mode: str = "default") -> None:
     `torch.compile`.
 
     Identical blocks share compiled code. Layers outside the blocks run eagerly, such as the last layer, for which the
-    adaptive weight of a VQGAN takes separate gradients. So does region attention, which would pad all regions to the
-    size of the map. Call it before `fully_shard`; deep copies are not compiled. Results differ from those of the eager
-    network by rounding.
+    adaptive weight of a VQGAN takes separate gradients. So do region attention, which would pad all regions to the size
+    of the map, and blocks with experts, for whose rows the host may wait. Call it before `fully_shard`; deep copies are
+    not compiled. Results differ from those of the eager network by rounding.
 
     ValueError if this machine cannot compile (it needs a C++ compiler and Python's headers on a CPU, triton on CUDA),
     found by compiling one addition, which takes a few seconds.
@@ -112,7 +113,7 @@ def compile_network(module: nn.Module, mode: str = "default") -> None:
             f"torch.compile does not work here on {device.type}: {reason}. On a CPU it needs a C++ compiler (g++, or "
             "the one in CXX) and Python's headers, on CUDA it needs triton: install them, or leave --compile out"
         ) from error
-    blocks = [block for block in outermost_blocks(module) if not isinstance(block, RegionBlock)]
+    blocks = [block for block in outermost_blocks(module) if not (isinstance(block, RegionBlock) or experts_of(block))]
     config = torch._dynamo.config  # loaded by the compiler
     # Blocks of a class share its limit of versions, of which each shape takes one or two; beyond it they run eagerly.
     config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))

@@ -61,9 +61,9 @@ def draw_caption(picture: Image.Image, text: str, place: tuple[int, int], width:
 
 
 def tensorboard_tag(name: str) -> str:
-    """Returns the TensorBoard tag of a metric, in one of the groups train, val, codes, optim and perf."""
+    """Returns the TensorBoard tag of a metric, in one of the groups train, val, codes, experts, optim and perf."""
     kind = name.partition("/")[0]
-    if kind in ("val", "codes", "perf"):
+    if kind in ("val", "codes", "experts", "perf"):
         return name
     group = "val" if is_distance(kind) else "optim" if kind in OPTIMIZATION else "train"
     return f"{group}/{name}"

@@ -1,5 +1,6 @@
 """Speed, data waiting time, memory and FLOPs utilisation of a run, and a profiler for a few steps."""
 
+import math
 import os
 import resource
 import statistics
@@ -40,10 +41,16 @@ def attention_backward_flops(
     return 2 * B * heads * N * M * (3 * d + 2 * e)
 
 
-# Kernels missing from torch's registry: those of the CPU before torch 2.15.
+def grouped_flops(a: Shape, b: Shape, *options: object, out_shape: object = None, **named) -> int:
+    """Returns the FLOPs of products by groups of P, (P, in) with (E, in, out) or (in, P) with (P, out)."""
+    return 2 * math.prod(a) * b[-1]
+
+
+# Kernels missing from torch's registry: those of the CPU before torch 2.15, and of experts.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    torch.ops.aten._grouped_mm: grouped_flops,
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion.rng import Streams, seed_of
 from diffusion.rng import to_device as copy_to_device
 from diffusion.types import OnStep
+from models.experts import experts_of
 from train.class_names import class_captions
 from train.condition_images import encode_condition_images
 from train.condition_source import ConditionSource, Row
@@ -37,6 +38,7 @@ from train.progress import print_above
 from train.registry import load_plugin
 from train.samplers import LearnedSampler, NotFiniteError
 from train.samplers._conditions import options_of_conditions
+from train.samplers._experts import describe_use, settle_experts
 from train.spaces import Space
 from train.text_encoder_file import load_text_encoder
 from train.trained_sampler import TrainedSampler
@@ -74,7 +76,7 @@ def build_state(
         training,
         world,
         primary=["network"],
-        counters=["loss_by_level"],
+        counters=["loss_by_level", *(["experts"] if experts_of(sampler.network) else [])],
         extras=sampler.extras,
         learned=changed.learned,
         left_out=changed.left_out,
@@ -125,6 +127,10 @@ class SamplerStep:
                 examples.append(kept)
         lr = learning_rate(state.step, **self.training.schedule)
         result = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
+        if "experts" in state.counters:
+            finite = False if result is None else result.finite
+            for name, rows in settle_experts(state.modules["network"], self.world, finite).items():
+                state.counters["experts"].add(name, rows)
         if result is None or self.sampler.extras and not result.finite:  # the sampler's times depend on the losses
             return None
         tensors = {name: torch.cat([outputs[name] for outputs in examples]) for name in examples[0]}
@@ -243,7 +249,7 @@ class SamplerReports:
     ):
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
         self.source, self.class_names = preview_source(step.sampler, rows, validation), class_names
-        self.on_log = [self.log_loss_by_level]
+        self.on_log = [self.log_loss_by_level, self.log_expert_use]
 
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
@@ -260,6 +266,15 @@ class SamplerReports:
             means = (sums / counts).tolist()
             scalars = {f"loss_by_level/{i / NOISE_LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
             self.logger.log_scalars(state.step, scalars)
+
+    def log_expert_use(self, state: TrainState, outputs: Outputs) -> None:
+        """Logs how many rows each expert computed since the last call, if the network has any."""
+        if "experts" not in state.counters:
+            return
+        rows = state.counters["experts"].reduce_and_reset()
+        for name, counts in rows.items():
+            self.logger.log_histogram(f"experts/{name}", state.step, counts[:-1])
+        self.logger.log_scalars(state.step, describe_use(rows))
 
     @torch.no_grad()
     def log_images(self, state: TrainState, outputs: Outputs) -> None:

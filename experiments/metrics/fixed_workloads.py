@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiments.harness.report import table, three_digits
 from experiments.metrics.attention_speed import AttentionConfig, attention_timings, measure_attention
+from experiments.metrics.experts_speed import compare_experts, compare_memory, experts_cases
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.prdc import prdc
 from experiments.metrics.pretrained_speed import PretrainedBenchmarkConfig, check_packages, measure_pretrained
@@ -57,6 +58,8 @@ def measure_without_preset(names: Sequence[str], repeats: int, world: DistContex
         rows += measure_pretrained(PretrainedBenchmarkConfig(device=device.type), world)
     if "region_attention" in names:
         rows += measure_region_attention(repeats, device)
+    if "experts" in names:
+        rows += measure_experts(repeats, device)
     if "metrics" in names:
         rows += measure_metrics(repeats, device)
     if "image_folder" in names:
@@ -70,6 +73,13 @@ def measure_region_attention(repeats: int, device: torch.device) -> list[Row]:
     """Times attention within regions, a loop over objects, and attention to the whole map; prints their ratios."""
     rows = report_in_turn("region attention", region_attention_cases(device), repeats, device)
     print("\n".join(compare_ways(rows, "region attention")))
+    return rows
+
+
+def measure_experts(repeats: int, device: torch.device) -> list[Row]:
+    """Times experts, one layer, and all experts everywhere; prints their ratios and their memory."""
+    rows = report_in_turn("experts", experts_cases(device), repeats, device)
+    print("\n".join([*compare_experts(rows, "experts"), *compare_memory(device)]))
     return rows
 
 

@@ -18,7 +18,7 @@ from train.files import parse_json, write_text
 DEFAULT = ("step", "sampling", "loading")
 OF_PRESETS = {*DEFAULT, "solver_loop"}  # the others need none
 MEASURES = (*DEFAULT, "solver_loop", "attention", "region_attention", "unet", "pretrained", "metrics", "image_folder")
-MEASURES += ("startup",)
+MEASURES += ("startup", "experts")
 Row = dict[str, Any]  # the figures of a workload: "workload", its name; "seconds", the median; and others
 NOT_COMPARED = {"measure", "out", "against", "repeats", "log_dir", "logs_root"}  # flags that do not change a workload
 COUNTS = ("launches", "waits")
@@ -32,9 +32,9 @@ class FiguresConfig:
 
     measure: tuple[str, ...] = DEFAULT
     """step, sampling (of a VQGAN: encoding and decoding), loading and solver_loop (a step of each solver, apart from
-    its network) of a preset; the backends of attention; region_attention, beside a loop over objects; a unet, beside
-    diffusers'; pretrained, Stable Diffusion's, beside diffusers'; metrics; loading of an image_folder; startup of
-    processes."""
+    its network) of a preset; the backends of attention; region_attention, beside a loop over objects; experts, beside
+    one layer; a unet, beside diffusers'; pretrained, Stable Diffusion's, beside diffusers'; metrics; loading of an
+    image_folder; startup of processes."""
     out: str | None = None
     """JSON file to write the figures to."""
     against: str | None = None

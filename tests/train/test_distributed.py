@@ -77,8 +77,12 @@ def test_two_processes_train_the_same_absorbing_sampler(logs, two, parallel):
     assert any("val/loss" in row for row in lines(logs / f"codes_{parallel}"))
 
 
+EXPERTS = "--dataset shapes --shapes_count 24 --conditions layout --condition_drop 0.3 --attn_block_type transformer"
+EXPERTS += " --experts disc,square sky --expert_rule share"
+ROUTED = "--attn_block_type transformer --router_experts 3 --router_top 2 --router_rate 0.1"
 DDPM_CASES = [(BY_LOSS, "ddp"), (LOW_DISCREPANCY, "fsdp"), (BY_LOSS, "fsdp"), (LOW_DISCREPANCY, "ddp")]
 DDPM_CASES += [(REGIONS, parallel) for parallel in PARALLEL]
+DDPM_CASES += [(flags, parallel) for flags in (EXPERTS, ROUTED) for parallel in PARALLEL]
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from train.data.hints import Kind, hint_channels
 from train.datasets import Dataset
 from train.loop import Batch, Field
 from train.registry import load_plugin
-from train.samplers._foreground import ForegroundConfig
+from train.samplers._experts import ExpertsConfig
 from train.text_encoder_file import with_options_of_file
 
 Raw = Field | dict[str, Field]  # a condition's input to its encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionsConfig(ForegroundConfig):
+class ConditionsConfig(ExpertsConfig):
     """A sampler with a conditional network."""
 
     class_conditional: bool = True
@@ -100,16 +100,17 @@ def check_image_input(encoders: Mapping[str, ConditionEncoder], inputs: Collecti
 def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset) -> SamplerConfig:
     """Returns the config with what a data set declares, to be saved with the run: the number of classes of regions, the
     values of metadata, which may occur in the `others`, such as the validation split, alone, and the ranges of numbers.
-    The options of the encoder that --text_encoder names are saved too."""
+    The numbers of classes replace their names in --experts, and the options of the encoder that --text_encoder names
+    are saved too."""
     if not isinstance(config, ConditionsConfig):
         return config
     metadata: dict[str, tuple[str, ...]] = {}
     for dataset in (train, *others) if "metadata" in config.conditions else ():
         for field, values in getattr(dataset, "metadata_values", {}).items():
             metadata[field] = tuple(dict.fromkeys((*metadata.get(field, ()), *values)))
-    count, numbers = len(getattr(train, "region_classes", ())), getattr(train, "number_fields", {})
-    options = with_options_of_file(config.condition_options.for_data(count, metadata, numbers))
-    return replace(config, condition_options=options)
+    names, numbers = getattr(train, "region_classes", ()), getattr(train, "number_fields", {})
+    options = with_options_of_file(config.condition_options.for_data(len(names), metadata, numbers))
+    return replace(config.with_class_numbers(names), condition_options=options)
 
 
 def with_hint_channels(config: SamplerConfig, kind: Kind | Literal[""], image_channels: int) -> SamplerConfig:

@@ -89,7 +89,7 @@ def make_network(
 
     With `time_scale`, the network has an embedding of the time multiplied by it.
     """
-    return (CausalTransformer if causal else Transformer)(
+    network = (CausalTransformer if causal else Transformer)(
         codes=codes,
         grid=grid,
         width=config.bert_n_emb,
@@ -114,3 +114,5 @@ def make_network(
         zero_init=config.zero_init,
         tied_head=config.tied_head,
     )
+    config.add_experts(network)
+    return network

@@ -170,6 +170,7 @@ def make_network(config: Config, process: ContinuousProcess, channels: int, n_cl
     read = unet.region_attention != "none"  # prompts of regions, by region attention
     others = {name: each for name, each in network.encoders.items() if not (read and each.describes_regions)}
     check_tokens_are_read(others, config.attn_block_type, config.middle_attn_block_type)
+    config.add_experts(network)
     return network
 
 
