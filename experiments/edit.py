@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.edit_methods import EditingConfig, EditTask, Side, find_method
+from experiments.harness.edit_methods import EditingConfig, EditTask, Side, edit_times, find_method
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
@@ -31,6 +31,7 @@ from experiments.metrics.cost import count_nfe
 from train.condition_source import Row, condition_provenance
 from train.config import SamplingConfig
 from train.distributed import DistContext
+from train.samplers.ddpm import GaussianSampler
 from train.spaces import any_in_cells
 from train.trained_sampler import TrainedSampler
 
@@ -87,7 +88,9 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         provenance["given_strengths"] = inputs.fingerprint
     inputs = replace(inputs, rows=own_conditions(inputs, settings, model))
     source = condition_source_for(model, inputs, [0], None, sampling, [targets[0].row(0)])
-    make_sides(inputs, targets, settings, sampling, model, [0])
+    source_side, target_side = make_sides(inputs, targets, settings, sampling, model, [0])
+    if settings.method != "sdedit" and isinstance(model.sampler, GaussianSampler):
+        edit_times(model, settings, source_side.options, target_side.options)
     return ExperimentSetup((inputs, targets, settings, sampling), provenance, source=source)
 
 

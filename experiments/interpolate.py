@@ -25,7 +25,7 @@ from experiments.harness.editing import (
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
-from experiments.harness.inversion import check_invertible, ddim_steps, in_double_precision
+from experiments.harness.inversion import check_invertible, ddim_steps, ddim_times, in_double_precision
 from experiments.harness.report import table
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
@@ -94,7 +94,9 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     if config.path.mix == "noise":
         check_invertible(model, sampling)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
-    conditions_for(model, inputs, [0], None if label is None else [label], sampling)
+    _, options = conditions_for(model, inputs, [0], None if label is None else [label], sampling)
+    if config.path.mix == "noise":
+        ddim_times(model, options, config.path.strength)
     return ExperimentSetup((inputs, config.path, config.sampling), {"given_images": inputs.fingerprint})
 
 

@@ -24,7 +24,7 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import STRIP_STEPS, save_grid
-from experiments.harness.inversion import DDIMSteps, check_invertible, ddim_steps, in_double_precision
+from experiments.harness.inversion import DDIMSteps, check_invertible, ddim_steps, ddim_times, in_double_precision
 from experiments.harness.report import progress, table, three_digits
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
@@ -106,7 +106,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     check_invertible(model, sampling)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
     labels = classes_of(inputs, config.inversion.label, sampling, model)
-    conditions_for(model, inputs, [0], None if labels is None else labels[:1], sampling)
+    _, options = conditions_for(model, inputs, [0], None if labels is None else labels[:1], sampling)
+    ddim_times(model, options, 1.0)
     settings = inputs, labels, config.inversion, sampling
     return ExperimentSetup(settings, {"given_images": inputs.fingerprint}, timed=True)
 

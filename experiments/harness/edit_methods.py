@@ -14,13 +14,14 @@ from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Denoiser
 from experiments.harness.editing import StrengthMaps, draw, encode_images, redraw_input, scale_strength
+from experiments.harness.inversion import ddim_times
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.loop import Batch
 from train.samplers import LearnedSampler, check_finite, select_solver
 from train.samplers.absorbing import AbsorbingSampler
-from train.samplers.ddpm import GaussianSampler
+from train.samplers.ddpm import GaussianSampler, Sampling
 from train.trained_sampler import TrainedSampler
 
 MASK_STRENGTH, NOISINGS, MASK_RULE = 0.5, 10, "diffusers"  # defaults of diffedit
@@ -122,6 +123,23 @@ class Side(NamedTuple):
     options: SamplingConfig
 
 
+def edit_times(
+    model: TrainedSampler, settings: EditingConfig, source: Sampling, target: Sampling
+) -> tuple[ContinuousProcess, list[float]]:
+    """Returns the process from noise of the strength on, and the times of its steps of ddim, by which all methods but
+    sdedit edit with Gaussian models.
+
+    ValueError: the options of source or target do not fit, or there is too little noise.
+    """
+    if settings.method == "diffedit":  # which inverts without guidance
+        if not settings.mask:
+            mask_strength = settings.mask_strength or MASK_STRENGTH
+            ddim_times(model, target.without_guidance(), mask_strength, "mask_strength")
+    else:
+        ddim_times(model, source, settings.strength)
+    return ddim_times(model, target, settings.strength)
+
+
 class Edited(NamedTuple):
     """Edited images, and where they may differ from the input."""
 
@@ -155,6 +173,11 @@ class EditTask:
     def denoiser(self, side: Side) -> Denoiser:
         """Returns the guided denoiser of one side."""
         return self.model.make_denoiser(self.x, side.options, side.conditions)
+
+    @property
+    def ddim_times(self) -> tuple[ContinuousProcess, list[float]]:
+        """The process from noise of the strength on, and the times of its steps of ddim."""
+        return edit_times(self.model, self.settings, self.source.options, self.target.options)
 
     def draw(self, mask: Tensor | None) -> Tensor:
         """Masks or noises what the mask (B, h, w) covers, or everything, by the strength, and samples it under the
@@ -195,15 +218,6 @@ def edit_codes_by_diffedit(task: EditTask) -> Edited:
     return task.edited(task.draw(mask), mask)
 
 
-def ddim_steps(task: EditTask, strength: float) -> tuple[ContinuousProcess, list[float]]:
-    """Returns the process from noise of `strength` on, and the times of its steps of DDIM."""
-    options = task.target.options
-    process, times = task.model.sampler.sampling_steps(options.with_solver("ddim", options.sample_steps), strength)
-    if process.start <= process.end:
-        raise ValueError(f"got strength {strength}, wanted more noise than the least that the network knows: raise it")
-    return process, times
-
-
 def find_mask(task: EditTask) -> Tensor:
     """Returns where what is predicted under source and target differs, noise or codes: (B, h, w) bool."""
     settings, sampler, options = task.settings, task.model.sampler, task.target.options
@@ -212,7 +226,7 @@ def find_mask(task: EditTask) -> Tensor:
     with task.model.inference():
         source, target = map(task.denoiser, (task.source, task.target))
         if isinstance(sampler, GaussianSampler):
-            process, _ = ddim_steps(task, strength)
+            process, _ = ddim_times(task.model, options.without_guidance(), strength, "mask_strength")
             differences = noise_differences(source, target, process, task.x, process.start, **random)
         else:
             process = sampler.sampling_process(select_solver(sampler.process, options)[0], options)
@@ -223,7 +237,7 @@ def find_mask(task: EditTask) -> Tensor:
 def edit_by_diffedit(task: EditTask) -> Edited:
     """Inverts the images under the source without guidance and clipping, which have no inverse, and decodes what the
     mask covers under the target."""
-    process, times = ddim_steps(task, task.settings.strength)
+    process, times = task.ddim_times
     mask = find_mask(task) if task.mask is None else task.mask
     with task.model.inference():
         options = replace(task.source.options.without_guidance(), clip=False, dynamic_threshold=None)
@@ -235,7 +249,7 @@ def edit_by_diffedit(task: EditTask) -> Edited:
 
 def edit_by_flowedit(task: EditTask) -> Edited:
     """Follows the difference of the predictions under source and target."""
-    process, times = ddim_steps(task, task.settings.strength)
+    process, times = task.ddim_times
     options = {"n": task.settings.noisings or 1, "plain_steps": task.settings.plain_steps or 0}
     with task.model.inference():
         source, target = map(task.denoiser, (task.source, task.target))
@@ -246,7 +260,7 @@ def edit_by_flowedit(task: EditTask) -> Edited:
 def edit_by_ddpm_inversion(task: EditTask) -> Edited:
     """Finds the noise with which ancestral sampling under the source leads to the images, and samples with it under the
     target."""
-    process, times = ddim_steps(task, task.settings.strength)
+    process, times = task.ddim_times
     with task.model.inference():
         source, target = (in_float64(task.denoiser(side)) for side in (task.source, task.target))
         start, maps = ddpm_noise_maps(source, process, task.x.double(), times, task.streams("edit"))

@@ -301,6 +301,29 @@ def test_settings_that_do_not_fit_are_refused(trained, capsys, flags, expected):
     assert not (trained / "methods_refused").exists()
 
 
+DDIM_ALONE = [
+    ("--solver ddim --eta 1", "got eta 1.0, but the steps are those of ddim: leave it out, or pass --eta None"),
+    ("--repaint_resamplings 2", "got repaint_resamplings 2"),
+    ("--guidance 2 --guidance_interval 0.111 0.112", "which holds none of the 4 steps"),
+    ("--strength 0.001", "got strength 0.001, wanted more noise"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("flags", "expected"), DDIM_ALONE)
+def test_what_ddim_would_ignore_is_refused(classes, capsys, method, flags, expected):
+    common = f"--sampler ddpm --method {method} --n_images 2 --label 3 --sample_steps 4 --strength 1 --log_dir ignored"
+    with pytest.raises(SystemExit) as stop:
+        edit(classes, f"{common} {flags}")
+    assert stop.value.code == 2 and not (classes / "ignored").exists()
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_flag_of_too_little_noise_is_named(model):
+    with pytest.raises(ValueError, match="got mask_strength 0.001, .*: pass a larger --mask_strength"):
+        find_method("diffedit", model)(task_of(model, "diffedit", ["a cat"], mask_strength=0.001))
+
+
 def test_a_model_without_classes_needs_a_target(captioned, capsys):
     with pytest.raises(SystemExit):
         edit(captioned, "--sampler ddpm --dataset captions --load_dir text --n_images 2")

@@ -73,6 +73,17 @@ def test_codes_have_no_noise_to_mix(trained, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--repaint_resamplings 2", "got repaint_resamplings 2"), ("--strength 0", "pass a larger --strength")],
+)
+def test_noise_that_ddim_cannot_lead_to_is_refused(trained_ddpm, capsys, flags, expected):
+    with pytest.raises(SystemExit) as stop:
+        interpolate(trained_ddpm, f"--sampler ddpm --mix noise --n_images 2 {flags} --log_dir noise_refused")
+    assert stop.value.code == 2 and not (trained_ddpm / "noise_refused").exists()
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"), [("--n_images 3", "--n_images"), ("--points 1", "--points"), ("--strength 2", "--strength")]
 )
 def test_invalid_settings_are_refused(trained, capsys, flags, expected):
