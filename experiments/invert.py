@@ -158,7 +158,9 @@ METHODS = {"fixed_point": by_fixed_point, "bdia": by_bdia, "ddpm": by_ddpm}
 def check_finite(inverted: Inverted, method: str) -> None:
     """Raises ValueError if the iterations or the recursion diverged."""
     if not all(x.isfinite().all() for x in (inverted.states[-1], inverted.back)):
-        raise ValueError(f"method {method} gave values that are not finite: pass more --sample_steps, or --method ddpm")
+        exact = "--no_amp, less --guidance, or weights from before the training diverged"
+        remedy = exact if method == "ddpm" else "more --sample_steps, or --method ddpm"
+        raise ValueError(f"method {method} gave values that are not finite: pass {remedy}")
 
 
 def strip(states: list[Tensor], ddim: DDIMSteps, model: TrainedSampler) -> Tensor:

@@ -120,5 +120,15 @@ def test_eta_0_is_ddim(trained_ddpm):
     assert torch.equal(*ends)
 
 
+def test_remedies_are_other_methods():
+    from experiments.invert import Inverted, check_finite
+
+    x = torch.full((1, 1, 8, 8), torch.nan)
+    inverted = Inverted([x], x, {}, torch.ones(1), 1, torch.zeros(1))
+    for method, remedy in (("bdia", "pass more --sample_steps, or --method ddpm"), ("ddpm", "pass --no_amp, less")):
+        with pytest.raises(ValueError, match=f"^method {method} gave values that are not finite: {remedy}"):
+            check_finite(inverted, method)
+
+
 def test_codes_have_no_exact_inversion(trained, capsys):
     assert "a model of codes, which have no exact inversion" in refused(trained, "--n_images 1", capsys)
