@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from diffusion.editing import MaskRule, code_differences, diffedit, flowedit, mask_of_differences, noise_differences
-from diffusion.inversion import ddim_inversion, ddpm_noise_maps, in_float64, replay
+from diffusion.inversion import ddim_inversion, ddpm_noise_maps, replay
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Denoiser
-from experiments.harness.editing import StrengthMaps, draw, encode_images, redraw_input, scale_strength
-from experiments.harness.inversion import ddim_times
+from experiments.harness.editing import StrengthMaps, draw, encode_images, expand_mask, redraw_input, scale_strength
+from experiments.harness.inversion import ddim_steps, ddim_times, in_double_precision
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.loop import Batch
-from train.samplers import LearnedSampler, check_finite, select_solver
+from train.samplers import LearnedSampler, NotFiniteError, select_solver
 from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.ddpm import GaussianSampler, Sampling
 from train.trained_sampler import TrainedSampler
@@ -99,7 +99,7 @@ class EditingConfig:
             raise ValueError(
                 f"got {' and '.join(targets)}: pass one of them; rows of --target_file may have all fields"
             )
-        own = [name for name in ("source_label", "source_prompt") if vars(self)[name] is not None]
+        own = [name for name in ("source_label", "source_prompt", "source_guidance") if vars(self)[name] is not None]
         if self.source == "null" and own:
             raise ValueError(f"got source null and {own[0]}: pass one of them")
         computed = [name for name in ("noisings", "mask_rule", "mask_strength") if vars(self)[name] is not None]
@@ -194,8 +194,7 @@ class EditTask:
             return Edited(image, None)
         pixels = torch.ones(len(image), *image.shape[2:], dtype=torch.bool)
         if mask is not None:
-            factor = self.model.space.factor
-            pixels = mask.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            pixels = expand_mask(mask.cpu(), tuple(image.shape[2:]))
         if self.strengths is not None:
             pixels = pixels & (self.strengths.maps > 0)
         if self.settings.paste:
@@ -203,8 +202,12 @@ class EditTask:
         return Edited(image, pixels)
 
     def decoded(self, x: Tensor) -> Tensor:
-        """Returns samples x as uint8 images; ValueError if they are not finite."""
-        return self.model.space.decode(check_finite(x, x.isfinite().all(), self.target.options)).cpu()
+        """Returns samples x of ddim as uint8 images; NotFiniteError if they are not finite."""
+        if not x.isfinite().all():
+            got = f"method {self.settings.method} gave values that are not finite"
+            remedy = "pass --no_amp, less --guidance or --strength, or weights from before the training diverged"
+            raise NotFiniteError(f"{got}: {remedy}", x)
+        return self.model.space.decode(x).cpu()
 
 
 def edit_by_sdedit(task: EditTask) -> Edited:
@@ -260,11 +263,13 @@ def edit_by_flowedit(task: EditTask) -> Edited:
 def edit_by_ddpm_inversion(task: EditTask) -> Edited:
     """Finds the noise with which ancestral sampling under the source leads to the images, and samples with it under the
     target."""
-    process, times = task.ddim_times
+    x0, strength = in_double_precision(task.x), task.settings.strength
     with task.model.inference():
-        source, target = (in_float64(task.denoiser(side)) for side in (task.source, task.target))
-        start, maps = ddpm_noise_maps(source, process, task.x.double(), times, task.streams("edit"))
-        x = replay(target, process, start, maps, times).to(task.x)
+        source, target = (
+            ddim_steps(task.model, side.options, side.conditions, x0, strength) for side in (task.source, task.target)
+        )
+        start, maps = ddpm_noise_maps(source.denoise, source.process, x0, source.times, task.streams("edit"))
+        x = replay(target.denoise, target.process, start, maps, target.times).to(task.x)
     return task.edited(task.decoded(x), None)
 
 
