@@ -52,11 +52,6 @@ class DDIMInversion(NamedTuple):
     iterations: Tensor  # (steps, B): network calls until a row met the tolerance, or all
     residual: Tensor  # (steps, B): largest error of x_s in the last call, over sqrt(alpha_s^2 + sigma_s^2)
 
-    @property
-    def calls(self) -> int:
-        """Network calls of the batch: in each step, those of the row that took most."""
-        return int(self.iterations.amax(1).sum())
-
 
 class InvertedStep(NamedTuple):
     """One step of `DDIMInversion`."""

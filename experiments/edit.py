@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.edit_methods import EditingConfig, EditTask, Side, find_method
+from experiments.harness.edit_methods import EditingConfig, EditTask, Side, edit_times, find_method
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
@@ -25,12 +25,15 @@ from experiments.harness.editing import (
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.prompt_inputs import check_reads_prompts
 from experiments.harness.report import progress, table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
 from experiments.metrics.cost import count_nfe
+from models.control import is_hint_field
 from train.condition_source import Row, condition_provenance
 from train.config import SamplingConfig
 from train.distributed import DistContext
+from train.samplers.ddpm import GaussianSampler
 from train.spaces import any_in_cells
 from train.trained_sampler import TrainedSampler
 
@@ -87,8 +90,13 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         provenance["given_strengths"] = inputs.fingerprint
     inputs = replace(inputs, rows=own_conditions(inputs, settings, model))
     source = condition_source_for(model, inputs, [0], None, sampling, [targets[0].row(0)])
-    make_sides(inputs, targets, settings, sampling, model, [0])
-    return ExperimentSetup((inputs, targets, settings, sampling), provenance, source=source)
+    source_side, target_side = make_sides(inputs, targets, settings, sampling, model, [0])
+    if settings.source_guidance is not None and not any(inputs.rows):
+        got = f"got source_guidance {settings.source_guidance:g}, but no conditions that describe the images"
+        raise ValueError(f"{got}: pass --source_label or --source_prompt, or leave it out")
+    if settings.method != "sdedit" and isinstance(model.sampler, GaussianSampler):
+        edit_times(model, settings, source_side.options, target_side.options)
+    return ExperimentSetup((inputs, targets, settings, sampling), provenance, source=source, timed=True)
 
 
 def read_targets(settings: EditingConfig, sampling: SamplingConfig, model: TrainedSampler) -> list[Target]:
@@ -97,9 +105,10 @@ def read_targets(settings: EditingConfig, sampling: SamplingConfig, model: Train
     ValueError: the model has neither.
     """
     if settings.prompt:
+        check_reads_prompts(model, replace(sampling, condition_file=None))  # whose rows describe the images
         return [Target(text, f"as_{k}", ({"caption": text},)) for k, text in enumerate(settings.prompt)]
     if settings.target_file is not None:
-        return [Target("target", "as_target", tuple(model.read_rows(settings.target_file)))]
+        return [Target("target", "as_target", tuple(model.read_rows(settings.target_file, "target_file")))]
     if model.sampler.n_classes:
         labels = list(settings.label) or list(range(min(model.sampler.n_classes, MAX_CLASSES)))
         names = model.captions(torch.tensor(labels))
@@ -133,9 +142,23 @@ def make_sides(
     fields = [targets[number % len(targets)].row(image) for number, image in zip(numbers, images, strict=True)]
     target = Side(*conditions_for(model, inputs, images, None, sampling, fields))
     options = settings.source_options(sampling)
-    if settings.method == "sdedit" or settings.source == "null" or not any(inputs.rows):
+    if settings.method == "sdedit":  # which has no source
         return Side(None, options.without_guidance()), target
+    if settings.source == "null" or not any(inputs.rows):
+        return null_side(inputs, images, options.without_guidance(), model), target
     return Side(*conditions_for(model, inputs, images, None, options)), target
+
+
+def null_side(inputs: InputImages, images: list[int], options: SamplingConfig, model: TrainedSampler) -> Side:
+    """Returns null conditions, but with the hints of --hint, which the target has too; ValueError if the model reads
+    others than classes beside them."""
+    if not options.hint:
+        return Side(None, options)
+    others = [name for name in model.sampler.conditions if name != "label" and not is_hint_field(name)]
+    if others:
+        got = f"got hint for a source without {', '.join(others)}"
+        raise ValueError(f"{got}: pass --source_prompt, or --condition_file with rows of the images")
+    return Side(*conditions_for(model, replace(inputs, rows=()), images, None, options))
 
 
 def measure(

@@ -22,6 +22,7 @@ from experiments.harness.edit_methods import (
     find_method,
     methods_for,
 )
+from experiments.harness.editing import expand_mask
 from experiments.metrics.cost import count_nfe
 from experiments.page_components import (
     MASK_COLOR,
@@ -43,7 +44,6 @@ from experiments.playground import (
     Playground,
     Request,
     enlarge_to_picture,
-    expand_mask,
     preprocess,
 )
 from models.conditions.image import MASK

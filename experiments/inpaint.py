@@ -123,6 +123,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         shape=canvas_shape(inputs, model),
         window_stride=inpainting.window_stride,
         source=condition_source_for(model, inputs, [0], label, sampling) if own else None,
+        timed=True,
     )
 
 

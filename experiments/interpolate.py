@@ -17,7 +17,6 @@ from experiments.harness.editing import (
     conditions_for,
     draw,
     encode_images,
-    generate_in_batches,
     load_input_images,
     mean_abs_difference,
     redraw_input,
@@ -25,8 +24,8 @@ from experiments.harness.editing import (
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
-from experiments.harness.inversion import check_invertible, ddim_steps, in_double_precision
-from experiments.harness.report import table
+from experiments.harness.inversion import check_invertible, ddim_steps, ddim_times, in_double_precision
+from experiments.harness.report import progress, table
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
@@ -94,7 +93,9 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     if config.path.mix == "noise":
         check_invertible(model, sampling)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
-    conditions_for(model, inputs, [0], None if label is None else [label], sampling)
+    _, options = conditions_for(model, inputs, [0], None if label is None else [label], sampling)
+    if config.path.mix == "noise":
+        ddim_times(model, options, config.path.strength)
     return ExperimentSetup((inputs, config.path, config.sampling), {"given_images": inputs.fingerprint})
 
 
@@ -113,21 +114,32 @@ def draw_between_noise(
     path: PathConfig,
     sampling: SamplingConfig,
     model: TrainedSampler,
-) -> Tensor:
-    """Returns images uint8 (B, C, H, W) from noise at fractions of the way between the images of pairs, one each."""
-    inverted, noises = sorted({*pairs}), []
+) -> dict[str, Tensor]:
+    """Returns "image", uint8 (B, C, H, W), from noise at fractions of the way between the images of pairs, one each,
+    and "residual" (B,), the error of the worst step of their inversion.
+
+    ValueError: what it found, or what it leads to, is not finite.
+    """
+    inverted, noises, residuals = sorted({*pairs}), [], []
     for side in (0, 1):
         x0 = in_double_precision(encode_images(inputs.image[[2 * pair + side for pair in inverted]], model))
         conditions, options = conditions_of_pairs(inverted, inputs, path, sampling, model)
         with model.inference():
             ddim = ddim_steps(model, options, conditions, x0, path.strength)
-            noises.append(ddim_inversion(ddim.denoise, ddim.process, x0, ddim.times).states[-1])
-    ends = [noise[[inverted.index(pair) for pair in pairs]].split(1) for noise in noises]
+            found = ddim_inversion(ddim.denoise, ddim.process, x0, ddim.times)
+        noises.append(found.states[-1])
+        residuals.append(found.residual.amax(0))
+    rows = [inverted.index(pair) for pair in pairs]
+    ends = [noise[rows].split(1) for noise in noises]
     x = torch.cat([slerp(a, b, fraction) for a, b, fraction in zip(*ends, fractions, strict=True)])
     conditions, options = conditions_of_pairs(pairs, inputs, path, sampling, model)
     with model.inference():
         x0 = ddim_steps(model, options, conditions, x, path.strength).sample(x)
-        return model.space.decode(x0.float()).cpu()
+        if not all(each.isfinite().all() for each in (x, x0)):
+            remedy = "pass more --sample_steps, --no_amp, less --guidance, or --mix images"
+            raise ValueError(f"mix noise gave values that are not finite: {remedy}")
+        image = model.space.decode(x0.float()).cpu()
+    return {"image": image, "residual": torch.maximum(*residuals)[rows].cpu()}
 
 
 def measure(
@@ -137,7 +149,7 @@ def measure(
     it; only the main rank gets the results."""
     points, strength, pairs = path.points, path.strength, len(inputs) // 2
 
-    def draw_points(numbers: list[int]) -> Tensor:
+    def draw_points(numbers: list[int]) -> dict[str, Tensor]:
         rows, fractions = [n // points for n in numbers], [n % points / (points - 1) for n in numbers]
         if path.mix == "noise":
             return draw_between_noise(rows, fractions, inputs, path, sampling, model)
@@ -148,11 +160,13 @@ def measure(
             x0.append(model.space.interpolate(ends[0][i : i + 1], ends[1][i : i + 1], fraction, rng))
         start = redraw_input(torch.cat(x0), model, strength)
         conditions, options = conditions_of_pairs(rows, inputs, path, sampling, model)
-        return draw(model, options, batches.seed, start, rows, conditions)
+        return {"image": draw(model, options, batches.seed, start, rows, conditions)}
 
-    paths = generate_in_batches("interpolated", pairs * points, draw_points, batches)
-    if paths is None:
+    resumed = batches.resume("interpolated", range(pairs * points), draw_points)
+    parts = list(progress(resumed, pairs * points, "interpolated", batches.world.is_main))
+    if not batches.world.is_main:
         return None
+    paths = torch.cat([part["image"] for part in parts])
     paths = paths.view(pairs, points, *paths.shape[1:])
     first, last = inputs.image[0 : 2 * pairs : 2], inputs.image[1 : 2 * pairs : 2]
     names = tuple(f"{inputs.names[2 * i]}_{Path(inputs.names[2 * i + 1]).stem}" for i in range(pairs))
@@ -167,7 +181,10 @@ def measure(
         }
         to_next = mean_abs_difference(paths[:, k], paths[:, k + 1]) if k + 1 < points else None
         rows.append(row | {"to_next": to_next})
-    return {"n_pairs": pairs, "strength": strength, "points": rows, "run": batches.run}
+    residual = {}
+    if path.mix == "noise":
+        residual["residual"] = torch.cat([part["residual"] for part in parts]).max().item()
+    return {"n_pairs": pairs, "strength": strength, "points": rows, **residual, "run": batches.run}
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
@@ -179,6 +196,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
         )
         rows.append((f"{100 * row['share']:.0f} %", *numbers))
     summary = f"{results['n_pairs']} pairs, strength {results['strength']:g}; mean absolute differences, % of the range"
+    if "residual" in results:
+        summary += f"; error of a step of the inversion: at most {results['residual']:.2g}"
     return f"\n{summary}\n{table(rows)}\n\n{folder / 'interpolated.png'}\n{folder / 'images'}"
 
 

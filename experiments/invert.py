@@ -24,7 +24,7 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import STRIP_STEPS, save_grid
-from experiments.harness.inversion import DDIMSteps, check_invertible, ddim_steps, in_double_precision
+from experiments.harness.inversion import DDIMSteps, check_invertible, ddim_steps, ddim_times, in_double_precision
 from experiments.harness.report import progress, table, three_digits
 from models.ranges import NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
@@ -106,7 +106,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     check_invertible(model, sampling)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
     labels = classes_of(inputs, config.inversion.label, sampling, model)
-    conditions_for(model, inputs, [0], None if labels is None else labels[:1], sampling)
+    _, options = conditions_for(model, inputs, [0], None if labels is None else labels[:1], sampling)
+    ddim_times(model, options, 1.0)
     settings = inputs, labels, config.inversion, sampling
     return ExperimentSetup(settings, {"given_images": inputs.fingerprint}, timed=True)
 
@@ -157,7 +158,9 @@ METHODS = {"fixed_point": by_fixed_point, "bdia": by_bdia, "ddpm": by_ddpm}
 def check_finite(inverted: Inverted, method: str) -> None:
     """Raises ValueError if the iterations or the recursion diverged."""
     if not all(x.isfinite().all() for x in (inverted.states[-1], inverted.back)):
-        raise ValueError(f"method {method} gave values that are not finite: pass more --sample_steps, or --method ddpm")
+        exact = "--no_amp, less --guidance, or weights from before the training diverged"
+        remedy = exact if method == "ddpm" else "more --sample_steps, or --method ddpm"
+        raise ValueError(f"method {method} gave values that are not finite: pass {remedy}")
 
 
 def strip(states: list[Tensor], ddim: DDIMSteps, model: TrainedSampler) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusion.solvers import Solver, get_solver, solvers_for
 from experiments.harness.controls import Control, make_controls, parse_value
+from experiments.harness.editing import expand_mask
 from experiments.harness.layout_edits import (
     FIELDS,
     EditedLayout,
@@ -424,12 +425,6 @@ def preprocess(
     item = to_item({"image": picture}, size, n_channels, range_for_image(picture, data_range))
     image = as_uint8(item["image"].as_subclass(Tensor))
     return image, to_item({"image": mask}, size, 1)["image"][0].as_subclass(Tensor) >= GREY
-
-
-def expand_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Expands a mask of grid cells (h, w) to pixels (H, W)."""
-    (h, w), (H, W) = mask.shape, size
-    return mask.repeat_interleave(H // h, 0).repeat_interleave(W // w, 1)
 
 
 def enlarge_to_picture(image: Tensor, side: int = 256) -> Image.Image:

@@ -119,6 +119,8 @@ def read_rows(
     class_names: Sequence[str] = (),
     words: Sequence[str] = (),
     channels: Mapping[str, int] | None = None,
+    *,
+    flag: str = "condition_file",
 ) -> list[Row]:
     """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
@@ -126,14 +128,14 @@ def read_rows(
     has the `channels` of its field or, without, 1 if all images of the field are grey, else 3. A list of lists of
     numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite numbers, else
     strings, as captions and the fields in `words` always are. Of a sampler with classes, a label that is a string is a
-    class name, or else a number, and all labels of a CSV are strings. Raises FileNotFoundError or ValueError if the
-    file cannot be used.
+    class name, or else a number, and all labels of a CSV are strings. Raises FileNotFoundError or ValueError, with the
+    flag, if the file cannot be used.
     """
     if condition_file is None:
         return []
     path = Path(os.path.expanduser(condition_file))
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
+        raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --{flag}")
     rows = parse_rows(path, texts=("caption", *words, *(("label",) if n_classes else ())))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     read = {name: read_column(path, name, values, data, (channels or {}).get(name)) for name, values in columns.items()}
@@ -198,7 +200,7 @@ def read_csv(path: Path, texts: Sequence[str] = ()) -> list[Row]:
 
 def reject_suffix(path: Path) -> list[Row]:
     """Raises ValueError for a file that is neither .json nor .csv."""
-    raise ValueError(f"got --condition_file {path}, wanted a .json or .csv file")
+    raise ValueError(f"got {path}, wanted a .json or .csv file: pass another one")
 
 
 def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:

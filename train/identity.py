@@ -47,6 +47,7 @@ OTHER = {  # what a difference of these means, whose values are hashes or long
     "models_sha256": "--models: other weights",
     "given_images": "--image: other images",
     "given_masks": "--mask: other masks",
+    "given_strengths": "--strength_map: other maps",
     "target_sha256": "--target_file: other content",
 }
 HASH_LENGTH = 64  # hexadecimal digits of a SHA-256

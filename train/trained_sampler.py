@@ -102,14 +102,15 @@ class TrainedSampler:
             raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
         return {name: item[name] for name in names}
 
-    def read_rows(self, condition_file: str | None) -> list[Row]:
-        """Returns the rows of a --condition_file, [] without one, with the classes as numbers; see `read_rows`. If the
-        condition_image is a hint, it is made of a row's source_image, if it has one."""
+    def read_rows(self, condition_file: str | None, flag: str = "condition_file") -> list[Row]:
+        """Returns the rows of a --condition_file, or of the file of another flag, [] without one, with the classes as
+        numbers; see `read_rows`. If the condition_image is a hint, it is made of a row's source_image, if it has one.
+        """
         words, kind = tuple(MetadataFields.of(self.sampler.network).words), self.hints.condition_image
         size, n = (self.sampler.n_classes, self.class_names), self.data.n_channels
         channels = {"condition_image": hint_channels(kind, n), "source_image": n} if kind else {}
         channels |= self.channels_of_hints
-        rows = read_rows(condition_file, self.data, *size, words, channels)
+        rows = read_rows(condition_file, self.data, *size, words, channels, flag=flag)
         maker = HintMaker(kind, self.hints) if kind and "source_image" not in self.sampler.conditions else None
         return rows if maker is None else [with_hint_of_source(row, "condition_image", maker) for row in rows]
 

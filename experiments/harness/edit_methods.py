@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from diffusion.editing import MaskRule, code_differences, diffedit, flowedit, mask_of_differences, noise_differences
-from diffusion.inversion import ddim_inversion, ddpm_noise_maps, in_float64, replay
+from diffusion.inversion import ddim_inversion, ddpm_noise_maps, replay
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Denoiser
-from experiments.harness.editing import StrengthMaps, draw, encode_images, redraw_input, scale_strength
+from experiments.harness.editing import StrengthMaps, draw, encode_images, expand_mask, redraw_input, scale_strength
+from experiments.harness.inversion import ddim_steps, ddim_times, in_double_precision
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.loop import Batch
-from train.samplers import LearnedSampler, check_finite, select_solver
+from train.samplers import LearnedSampler, NotFiniteError, select_solver
 from train.samplers.absorbing import AbsorbingSampler
-from train.samplers.ddpm import GaussianSampler
+from train.samplers.ddpm import GaussianSampler, Sampling
 from train.trained_sampler import TrainedSampler
 
 MASK_STRENGTH, NOISINGS, MASK_RULE = 0.5, 10, "diffusers"  # defaults of diffedit
@@ -98,7 +99,7 @@ class EditingConfig:
             raise ValueError(
                 f"got {' and '.join(targets)}: pass one of them; rows of --target_file may have all fields"
             )
-        own = [name for name in ("source_label", "source_prompt") if vars(self)[name] is not None]
+        own = [name for name in ("source_label", "source_prompt", "source_guidance") if vars(self)[name] is not None]
         if self.source == "null" and own:
             raise ValueError(f"got source null and {own[0]}: pass one of them")
         computed = [name for name in ("noisings", "mask_rule", "mask_strength") if vars(self)[name] is not None]
@@ -120,6 +121,23 @@ class Side(NamedTuple):
 
     conditions: Batch | None  # as `TrainedSampler.draw` takes them; None: null
     options: SamplingConfig
+
+
+def edit_times(
+    model: TrainedSampler, settings: EditingConfig, source: Sampling, target: Sampling
+) -> tuple[ContinuousProcess, list[float]]:
+    """Returns the process from noise of the strength on, and the times of its steps of ddim, by which all methods but
+    sdedit edit with Gaussian models.
+
+    ValueError: the options of source or target do not fit, or there is too little noise.
+    """
+    if settings.method == "diffedit":  # which inverts without guidance
+        if not settings.mask:
+            mask_strength = settings.mask_strength or MASK_STRENGTH
+            ddim_times(model, target.without_guidance(), mask_strength, "mask_strength")
+    else:
+        ddim_times(model, source, settings.strength)
+    return ddim_times(model, target, settings.strength)
 
 
 class Edited(NamedTuple):
@@ -156,6 +174,11 @@ class EditTask:
         """Returns the guided denoiser of one side."""
         return self.model.make_denoiser(self.x, side.options, side.conditions)
 
+    @property
+    def ddim_times(self) -> tuple[ContinuousProcess, list[float]]:
+        """The process from noise of the strength on, and the times of its steps of ddim."""
+        return edit_times(self.model, self.settings, self.source.options, self.target.options)
+
     def draw(self, mask: Tensor | None) -> Tensor:
         """Masks or noises what the mask (B, h, w) covers, or everything, by the strength, and samples it under the
         target: uint8 images."""
@@ -171,8 +194,7 @@ class EditTask:
             return Edited(image, None)
         pixels = torch.ones(len(image), *image.shape[2:], dtype=torch.bool)
         if mask is not None:
-            factor = self.model.space.factor
-            pixels = mask.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            pixels = expand_mask(mask.cpu(), tuple(image.shape[2:]))
         if self.strengths is not None:
             pixels = pixels & (self.strengths.maps > 0)
         if self.settings.paste:
@@ -180,8 +202,12 @@ class EditTask:
         return Edited(image, pixels)
 
     def decoded(self, x: Tensor) -> Tensor:
-        """Returns samples x as uint8 images; ValueError if they are not finite."""
-        return self.model.space.decode(check_finite(x, x.isfinite().all(), self.target.options)).cpu()
+        """Returns samples x of ddim as uint8 images; NotFiniteError if they are not finite."""
+        if not x.isfinite().all():
+            got = f"method {self.settings.method} gave values that are not finite"
+            remedy = "pass --no_amp, less --guidance or --strength, or weights from before the training diverged"
+            raise NotFiniteError(f"{got}: {remedy}", x)
+        return self.model.space.decode(x).cpu()
 
 
 def edit_by_sdedit(task: EditTask) -> Edited:
@@ -195,15 +221,6 @@ def edit_codes_by_diffedit(task: EditTask) -> Edited:
     return task.edited(task.draw(mask), mask)
 
 
-def ddim_steps(task: EditTask, strength: float) -> tuple[ContinuousProcess, list[float]]:
-    """Returns the process from noise of `strength` on, and the times of its steps of DDIM."""
-    options = task.target.options
-    process, times = task.model.sampler.sampling_steps(options.with_solver("ddim", options.sample_steps), strength)
-    if process.start <= process.end:
-        raise ValueError(f"got strength {strength}, wanted more noise than the least that the network knows: raise it")
-    return process, times
-
-
 def find_mask(task: EditTask) -> Tensor:
     """Returns where what is predicted under source and target differs, noise or codes: (B, h, w) bool."""
     settings, sampler, options = task.settings, task.model.sampler, task.target.options
@@ -212,7 +229,7 @@ def find_mask(task: EditTask) -> Tensor:
     with task.model.inference():
         source, target = map(task.denoiser, (task.source, task.target))
         if isinstance(sampler, GaussianSampler):
-            process, _ = ddim_steps(task, strength)
+            process, _ = ddim_times(task.model, options.without_guidance(), strength, "mask_strength")
             differences = noise_differences(source, target, process, task.x, process.start, **random)
         else:
             process = sampler.sampling_process(select_solver(sampler.process, options)[0], options)
@@ -223,7 +240,7 @@ def find_mask(task: EditTask) -> Tensor:
 def edit_by_diffedit(task: EditTask) -> Edited:
     """Inverts the images under the source without guidance and clipping, which have no inverse, and decodes what the
     mask covers under the target."""
-    process, times = ddim_steps(task, task.settings.strength)
+    process, times = task.ddim_times
     mask = find_mask(task) if task.mask is None else task.mask
     with task.model.inference():
         options = replace(task.source.options.without_guidance(), clip=False, dynamic_threshold=None)
@@ -235,7 +252,7 @@ def edit_by_diffedit(task: EditTask) -> Edited:
 
 def edit_by_flowedit(task: EditTask) -> Edited:
     """Follows the difference of the predictions under source and target."""
-    process, times = ddim_steps(task, task.settings.strength)
+    process, times = task.ddim_times
     options = {"n": task.settings.noisings or 1, "plain_steps": task.settings.plain_steps or 0}
     with task.model.inference():
         source, target = map(task.denoiser, (task.source, task.target))
@@ -246,11 +263,13 @@ def edit_by_flowedit(task: EditTask) -> Edited:
 def edit_by_ddpm_inversion(task: EditTask) -> Edited:
     """Finds the noise with which ancestral sampling under the source leads to the images, and samples with it under the
     target."""
-    process, times = ddim_steps(task, task.settings.strength)
+    x0, strength = in_double_precision(task.x), task.settings.strength
     with task.model.inference():
-        source, target = (in_float64(task.denoiser(side)) for side in (task.source, task.target))
-        start, maps = ddpm_noise_maps(source, process, task.x.double(), times, task.streams("edit"))
-        x = replay(target, process, start, maps, times).to(task.x)
+        source, target = (
+            ddim_steps(task.model, side.options, side.conditions, x0, strength) for side in (task.source, task.target)
+        )
+        start, maps = ddpm_noise_maps(source.denoise, source.process, x0, source.times, task.streams("edit"))
+        x = replay(target.denoise, target.process, start, maps, target.times).to(task.x)
     return task.edited(task.decoded(x), None)
 
 

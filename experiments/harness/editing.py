@@ -329,6 +329,12 @@ def scale_strength(start: EditInput, strengths: StrengthMaps | None, trained: Tr
     return start._replace(strength=start.strength * strengths.largest, strength_map=start.strength * maps)
 
 
+def expand_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Expands masks of grid cells (..., h, w) to pixels (..., H, W)."""
+    (h, w), (H, W) = mask.shape[-2:], size
+    return mask.repeat_interleave(H // h, -2).repeat_interleave(W // w, -1)
+
+
 def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
     """Encodes uint8 images (B, C, H, W) into the sampler's space."""
     images = images.to(trained.device)

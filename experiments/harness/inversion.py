@@ -5,13 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.denoisers import check_interval_is_met
 from diffusion.gaussian_solvers import ContinuousDenoiser, ddim
 from diffusion.inversion import in_float64
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams
 from train.config import SamplingConfig
 from train.loop import Batch
-from train.samplers.ddpm import GaussianSampler
+from train.samplers.ddpm import GaussianSampler, Sampling
 from train.trained_sampler import TrainedSampler
 
 
@@ -28,13 +29,23 @@ class DDIMSteps(NamedTuple):
 
 
 def check_invertible(model: TrainedSampler, options: SamplingConfig) -> None:
-    """Raises ValueError for a model of codes, and for options of a solver, which inversion replaces by ddim."""
+    """Raises ValueError for a model of codes, and for settings that steps of ddim do not have."""
     if not isinstance(model.sampler, GaussianSampler):
         got = f"got {model.run}, a model of codes, which have no exact inversion"
         raise ValueError(f"{got}: pass --sampler ddpm, or redraw them in part with edit.py or interpolate.py")
-    if options.solver_options:
-        name, value = next(iter(options.solver_options.items()))
-        raise ValueError(f"got {name} {value}, but what is inverted are steps of ddim: pass --solver ddim without it")
+    check_fits_ddim(options)
+
+
+def check_fits_ddim(options: Sampling) -> None:
+    """Raises ValueError for settings of solvers and of RePaint, which have no effect where steps of ddim are taken
+    whatever the solver; options that are 0 are those of ddim."""
+    given = {name: value for name, value in options.solver_options.items() if value != 0}
+    if given:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"got {name} {value}, but the steps are those of ddim: leave it out, or pass --{name} None")
+    if options.repaint_resamplings > 1:
+        got = f"got repaint_resamplings {options.repaint_resamplings}, which steps of ddim through all pixels lack"
+        raise ValueError(f"{got}: pass --repaint_resamplings 1, or use inpaint.py")
 
 
 def in_double_precision(x0: Tensor) -> Tensor:
@@ -42,16 +53,31 @@ def in_double_precision(x0: Tensor) -> Tensor:
     return x0 if x0.device.type == "mps" else x0.double()
 
 
-def ddim_steps(
-    model: TrainedSampler, options: SamplingConfig, conditions: Batch | None, x0: Tensor, strength: float = 1.0
-) -> DDIMSteps:
-    """Returns the steps between x0 (B, C, H, W) and noise of `strength` (see `from_strength`), for `model.inference`.
+def ddim_times(
+    model: TrainedSampler, options: Sampling, strength: float, flag: str = "strength"
+) -> tuple[ContinuousProcess, list[float]]:
+    """Returns the process from noise of `strength` on (see `from_strength`), and the times of its steps of ddim.
 
-    The denoiser takes x of the type of x0. ValueError: no noise that the network was trained on.
+    ValueError, with the flag of the strength: no noise that the network was trained on; settings that do not fit; an
+    interval of guidance without steps.
     """
-    options = options.with_solver("ddim", options.sample_steps)
-    denoise = model.make_denoiser(x0.float(), options, conditions)
-    process, times = model.sampler.sampling_steps(options, strength)
+    check_fits_ddim(options)
+    process, times = model.sampler.sampling_steps(options.with_solver("ddim", options.sample_steps), strength)
     if process.start <= process.end:
-        raise ValueError(f"got strength {strength}, less noise than the network was trained on: pass a larger one")
+        got = f"got {flag} {strength}, wanted more noise than the least that the network was trained on"
+        raise ValueError(f"{got}: pass a larger --{flag}")
+    if options.is_guided:
+        check_interval_is_met(options.guidance_interval, times)
+    return process, times
+
+
+def ddim_steps(
+    model: TrainedSampler, options: Sampling, conditions: Batch | None, x0: Tensor, strength: float = 1.0
+) -> DDIMSteps:
+    """Returns the steps between x0 (B, C, H, W) and noise of `strength`, for `model.inference`.
+
+    The denoiser takes x of the type of x0. ValueError: as `ddim_times`.
+    """
+    process, times = ddim_times(model, options, strength)
+    denoise = model.make_denoiser(x0.float(), options, conditions)
     return DDIMSteps(in_float64(denoise) if x0.dtype == torch.float64 else denoise, process, times)

@@ -91,7 +91,7 @@ def test_one_iteration_is_naive_ddim_inversion(process):
         eps = denoise(x, torch.tensor(t).expand(3)).eps
         naive = a_t / a_s * x + (s_t - a_t / a_s * s_s) * eps
         assert torch.allclose(found.states[i + 1], naive, rtol=1e-9) == (a_t > 0)
-    assert found.calls == 4
+    assert found.iterations.sum(0).tolist() == [4] * 3
 
 
 def test_naive_inversion_is_of_first_order():
@@ -125,7 +125,6 @@ def test_rows_do_not_depend_on_each_other(process):
         alone = ddim_inversion(denoise, process, x0[row : row + 1], times)
         assert torch.equal(alone.states[-1][0], found.states[-1][row])
         assert torch.equal(alone.iterations[:, 0], found.iterations[:, row])
-    assert found.calls == found.iterations.amax(1).sum()
 
 
 @every_process
@@ -140,7 +139,7 @@ def test_the_network_is_called_as_often_as_counted_and_not_at_0(process):
         calls.clear()
         found = invert(denoise, process, X0, times)
         assert min(calls) == pytest.approx(times[-2])
-        assert len(calls) == (found.calls if invert is ddim_inversion else 6)
+        assert len(calls) == (found.iterations.amax(1).sum() if invert is ddim_inversion else 6)
     assert solvers_for(process).keys().isdisjoint({"ddim_inversion", "bdia", "replay"})
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.harness import edit_methods, inversion
 from experiments.harness.edit_methods import EditingConfig, EditTask, Side, find_method
 from experiments.harness.editing import load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
@@ -97,6 +98,14 @@ def test_the_own_class_of_an_image_changes_nothing(classes, method, tmp_path):
     edit(classes, f"{flags} --source_label 3 --guidance 2 --source_guidance 2 --log_dir own_{method}")
     own, other = read_results(classes / f"own_{method}")["of_label"]
     assert own["distance"] == 0 < other["distance"]
+
+
+def test_costs_belong_to_a_batch_size(classes, capsys):
+    flags = "--sampler ddpm --method flowedit --n_images 2 --label 3 --sample_steps 2 --log_dir costs"
+    edit(classes, f"{flags} --batch_size 1")
+    with pytest.raises(SystemExit):
+        edit(classes, f"{flags} --batch_size 2")
+    assert "batch_size" in capsys.readouterr().err
 
 
 def test_noise_maps_edit_under_both_names(classes):
@@ -286,10 +295,11 @@ def test_codes_outside_the_mask_stay(trained, draws):
         ("--paste", "got paste without a mask"),
         ("--source_label 3", "got source_label for method sdedit"),
         ("--method diffedit --source null --source_label 3", "got source null and source_label"),
+        ("--method diffedit --source null --source_guidance 2", "got source null and source_guidance"),
         ("--method diffedit --source_label 12", "label 12, wanted a class from 0 to 9"),
         ("--label 1 --prompt star", "got label and prompt: pass one of them"),
-        ("--prompt star", "got the condition caption, this sampler takes: label"),
-        ("--target_file none.json", "none.json not found"),
+        ("--prompt star", "which reads label: pass a run with --conditions text"),
+        ("--target_file none.json", "none.json not found: pass a .json or .csv file as --target_file"),
         ("--method diffedit --mask_strength 1", "wanted a number in (0, 1)"),
     ],
 )
@@ -299,6 +309,52 @@ def test_settings_that_do_not_fit_are_refused(trained, capsys, flags, expected):
     assert stop.value.code == 2
     assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (trained / "methods_refused").exists()
+
+
+DDIM_ALONE = [
+    ("--solver ddim --eta 1", "got eta 1.0, but the steps are those of ddim: leave it out, or pass --eta None"),
+    ("--repaint_resamplings 2", "got repaint_resamplings 2"),
+    ("--guidance 2 --guidance_interval 0.111 0.112", "which holds none of the 4 steps"),
+    ("--strength 0.001", "got strength 0.001, wanted more noise"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("flags", "expected"), DDIM_ALONE)
+def test_what_ddim_would_ignore_is_refused(classes, capsys, method, flags, expected):
+    common = f"--sampler ddpm --method {method} --n_images 2 --label 3 --sample_steps 4 --strength 1 --log_dir ignored"
+    with pytest.raises(SystemExit) as stop:
+        edit(classes, f"{common} {flags}")
+    assert stop.value.code == 2 and not (classes / "ignored").exists()
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_without_float64_noise_maps_are_float32(model, monkeypatch):
+    """As on Metal, which has no float64."""
+    task = task_of(model, "ddpm_inversion", ["a cat", "a dog"])
+    exact = find_method("ddpm_inversion", model)(task).image
+    monkeypatch.setattr(edit_methods, "in_double_precision", lambda x: x)
+    monkeypatch.setattr(inversion, "in_float64", None)
+    rounded = find_method("ddpm_inversion", model)(task).image
+    assert (rounded.int() - exact.int()).abs().max() <= 1
+
+
+def test_values_that_are_not_finite_name_the_method(model):
+    task = task_of(model, "flowedit", ["a cat"])
+    with pytest.raises(ValueError, match="^method flowedit gave values that are not finite: pass --no_amp, less"):
+        task.decoded(task.x * torch.nan)
+
+
+def test_guidance_needs_conditions_of_the_source(classes, capsys, tmp_path):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        edit(classes, f"--sampler ddpm --method flowedit --image {tmp_path / 'a.png'} --label 3 --source_guidance 2")
+    assert "pass --source_label or --source_prompt" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_flag_of_too_little_noise_is_named(model):
+    with pytest.raises(ValueError, match="got mask_strength 0.001, .*: pass a larger --mask_strength"):
+        find_method("diffedit", model)(task_of(model, "diffedit", ["a cat"], mask_strength=0.001))
 
 
 def test_a_model_without_classes_needs_a_target(captioned, capsys):

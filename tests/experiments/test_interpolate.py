@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from diffusion import inversion
+from diffusion.inversion import DDIMInversion
 from experiments.harness.editing import encode_images, load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import call
@@ -61,15 +63,37 @@ def test_with_strength_0_the_ends_are_the_images(trained_ddpm):
 def test_the_ends_of_a_path_of_noise_are_the_images(trained_ddpm, batch_size):
     flags = "--sampler ddpm --n_images 4 --points 3 --mix noise --strength 1 --sample_steps 8 --label 2"
     interpolate(trained_ddpm, f"{flags} --batch_size {batch_size} --log_dir noise_{batch_size}")
-    first, middle, last = json.loads((trained_ddpm / f"noise_{batch_size}" / "results.json").read_text())["points"]
+    results = json.loads((trained_ddpm / f"noise_{batch_size}" / "results.json").read_text())
+    first, middle, last = results["points"]
+    assert 0 < results["residual"] < 1e-2
     assert first["to_first"] < 0.002 and last["to_last"] < 0.002
     assert middle["to_first"] > 0.02 and middle["to_last"] > 0.02
+
+
+def test_an_inversion_that_diverged_is_refused(trained_ddpm, capsys, monkeypatch):
+    found = DDIMInversion([torch.full((1, 1, 8, 8), torch.nan)], torch.ones(1, 1), torch.ones(1, 1))
+    monkeypatch.setattr(inversion, "ddim_inversion", lambda *args: found)
+    with pytest.raises(SystemExit) as stop:
+        interpolate(trained_ddpm, "--sampler ddpm --n_images 2 --points 3 --mix noise --sample_steps 2 --log_dir nan")
+    assert stop.value.code == 2 and "mix noise gave values that are not finite" in capsys.readouterr().err
+    assert not (trained_ddpm / "nan" / "results.json").exists()
 
 
 def test_codes_have_no_noise_to_mix(trained, capsys):
     with pytest.raises(SystemExit) as stop:
         interpolate(trained, "--mix noise --n_images 2 --log_dir mixed_codes")
     assert stop.value.code == 2 and "codes, which have no exact inversion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--repaint_resamplings 2", "got repaint_resamplings 2"), ("--strength 0", "pass a larger --strength")],
+)
+def test_noise_that_ddim_cannot_lead_to_is_refused(trained_ddpm, capsys, flags, expected):
+    with pytest.raises(SystemExit) as stop:
+        interpolate(trained_ddpm, f"--sampler ddpm --mix noise --n_images 2 {flags} --log_dir noise_refused")
+    assert stop.value.code == 2 and not (trained_ddpm / "noise_refused").exists()
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from experiments.harness.editing import encode_images, load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
-from experiments.harness.inversion import ddim_steps
+from experiments.harness.inversion import check_invertible, ddim_steps
 from helpers.tiny_runs import call
 from train.samplers.ddpm import Sampling
 from train.trained_sampler import TrainedSampler
@@ -101,11 +101,33 @@ def test_more_iterations_are_more_exact(trained_ddpm):
         ("--method bdia --iterations 5", "got iterations 5 for method bdia: pass --method fixed_point"),
         ("--gamma 0.5", "got gamma 0.5 for method fixed_point: pass --method bdia"),
         ("--method bdia --gamma 0", "wanted a number in (0, 1]"),
-        ("--solver dpmpp_2m_sde --eta 0.5", "got eta 0.5, but what is inverted are steps of ddim"),
+        ("--solver dpmpp_2m_sde --eta 0.5", "got eta 0.5, but the steps are those of ddim"),
+        ("--solver ddim --eta 1", "leave it out, or pass --eta None"),
+        ("--repaint_resamplings 3 --repaint_jump 2", "got repaint_resamplings 3"),
+        ("--label 3 --guidance 2 --guidance_interval 0.111 0.112", "which holds none of the"),
     ],
 )
 def test_invalid_settings_are_refused(trained_ddpm, capsys, flags, expected):
     assert expected in refused(trained_ddpm, f"--sampler ddpm --n_images 1 {flags}", capsys)
+
+
+def test_eta_0_is_ddim(trained_ddpm):
+    model, inputs = trained_model(trained_ddpm)
+    check_invertible(model, Sampling(solver="ddim", eta=0.0))
+    x0, given = encode_images(inputs.image, model).double(), Sampling(solver="ddim", eta=0.0, sample_steps=4)
+    with model.inference():
+        ends = [ddim_steps(model, options, None, x0).sample(x0) for options in (given, Sampling(sample_steps=4))]
+    assert torch.equal(*ends)
+
+
+def test_remedies_are_other_methods():
+    from experiments.invert import Inverted, check_finite
+
+    x = torch.full((1, 1, 8, 8), torch.nan)
+    inverted = Inverted([x], x, {}, torch.ones(1), 1, torch.zeros(1))
+    for method, remedy in (("bdia", "pass more --sample_steps, or --method ddpm"), ("ddpm", "pass --no_amp, less")):
+        with pytest.raises(ValueError, match=f"^method {method} gave values that are not finite: {remedy}"):
+            check_finite(inverted, method)
 
 
 def test_codes_have_no_exact_inversion(trained, capsys):

@@ -10,6 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from experiments.edit import Target, make_sides
+from experiments.harness.edit_methods import EditingConfig
+from experiments.harness.editing import InputImages
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.run_asserts import saved_state, weights
 from helpers.tiny_runs import DDPM, call
 from models.control import HintConfig
@@ -21,6 +25,7 @@ from train.finetuning import START_OF_BRANCH, find_base
 from train.hint_files import combine_rows
 from train.inference import load
 from train.runs import read_run
+from train.samplers.ddpm import Sampling
 
 RUN = f"{DDPM} --dataset digits --no_amp --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
 CONTROL = "--control grey --hint_widths 4 6"
@@ -207,6 +212,18 @@ def test_rows_and_hints_are_both_used_in_turn():
     both = combine_rows(rows, hints)
     assert [(row["label"], row["hint_image"]) for row in both] == [(0, 0), (1, 1), (0, 2), (1, 0), (0, 1), (1, 2)]
     assert combine_rows(rows, []) == rows and combine_rows([], hints) == hints
+
+
+def test_a_null_source_of_an_edit_keeps_the_hint(logs, tmp_path):
+    Image.fromarray(HINTS_OF_TWO[0, 0].numpy()).save(tmp_path / "hint.png")
+    model = load_model(ModelConfig(sampler="ddpm", load_dir="grey"), OutputConfig(logs_root=str(logs), amp=False))
+    inputs = InputImages(HINTS_OF_TWO, torch.zeros(2, 8, 8, dtype=torch.bool), ("a", "b"))
+    options = Sampling(hint=(str(tmp_path / "hint.png"),), guidance=2.0)
+    settings, targets = EditingConfig(method="flowedit", label=(3,)), [Target("3", "as_3", ({"label": 3},), 3)]
+    source, target = make_sides(inputs, targets, settings, options, model, [0, 1])
+    assert source.conditions["label"].tolist() == [10, 10] and target.conditions["label"].tolist() == [3, 3]
+    assert torch.equal(source.conditions["hint_image"], target.conditions["hint_image"])
+    assert source.options.guidance == 1
 
 
 def test_experiments_sample_with_files_of_branches(logs, strong, tmp_path):
