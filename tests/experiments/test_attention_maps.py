@@ -188,3 +188,9 @@ def test_settings_that_exclude_each_other_are_refused():
     for settings in ({"prompt": "a", "layouts": "b"}, {"look_from": (0, 0, 1, 1), "words": ("hat",)}):
         with pytest.raises(ValueError, match="pass one of them|leave one of them out"):
             MapsConfig(**settings)
+
+
+def test_words_are_not_mapped_under_the_null():
+    with pytest.raises(ValueError, match="got chain_part 0 for words and objects.*or pass --look_from"):
+        MapsConfig(chain_part=0)
+    assert MapsConfig(chain_part=0, look_from=(0, 0, 1, 1)).make_recorder().part == 0
