@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process import ContinuousProcess
-from diffusion.rng import Streams, seed_of
+from diffusion.rng import Streams, seed_of, to_device
 from experiments.harness.editing import encode_images
 from models.attention_recorder import MapRecorder
 from models.conditioning import RegionEncoder
@@ -126,7 +126,7 @@ class MappedImages(Protocol):
 class RealImages:
     """Held-out images, noised at several times, one network call each, without guidance: `MappedImages`.
 
-    The times are evenly spaced among those of training. The noise of an image follows from the seed and its index.
+    The times are evenly spaced quantiles of those of training. The noise of an image follows from the seed and its index.
     """
 
     model: TrainedSampler
@@ -161,7 +161,11 @@ class RealImages:
         is_continuous, options = isinstance(process, ContinuousProcess), self.options.without_guidance()
         with model.inference():
             denoise = model.make_denoiser(x0, options, self.conditions(indices), recorder=recorder)
-            for t in (process.quantile(times) if is_continuous else times).float():
-                t = t.expand(len(x0))
-                denoise(process.corrupt(x0, t, rng.normal(tuple(x0.shape)) if is_continuous else rng), t)
+            for t in process.quantile(times).float():
+                t = t.repeat(len(x0))  # on the CPU, as denoisers take it
+                if is_continuous:
+                    x = process.corrupt(x0, t, rng.normal(tuple(x0.shape)))
+                else:
+                    x = process.corrupt(x0, to_device(t, model.device), rng)
+                denoise(x, t)
         return images
