@@ -105,7 +105,8 @@ def find_things(model: TrainedSampler, images: RealImages, index: int) -> list[T
                 if is_named_once(caption, words, item["box_words"], encoder) and mask.any():
                     (target,) = find_targets(model, {"caption": [caption]}, 1, [words])[0]
                     things.append(Thing(WORDS, target, mask))
-        if isinstance(encoder, RegionEncoder) and encoder.tokens_per_region == 1 and "boxes" in item:
+        reads_boxes = isinstance(encoder, RegionEncoder) and "segment_id" not in encoder.fields  # regions are its boxes
+        if reads_boxes and encoder.tokens_per_region == 1 and "boxes" in item:
             if encoder.token_width or encoder.gated_width:
                 for region, box in enumerate(item["boxes"].as_subclass(Tensor)):
                     target = Target(f"box {region}", name, tuple(encoder.tokens_of_region(region)))

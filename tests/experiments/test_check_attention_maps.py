@@ -23,6 +23,7 @@ from experiments.check_attention_maps import (
 from experiments.harness.attention_targets import RealImages, Target
 from helpers.tiny_runs import DDPM, ROOT, call, parse_config
 from models.conditions import text
+from models.conditions.layout import FIELDS_OF
 from train.inference import load
 from train.samplers import ddpm
 
@@ -58,6 +59,13 @@ def test_objects_are_those_of_words_and_of_boxes(images):
         assert torch.equal(things[i].mask, item["masks"].as_subclass(torch.Tensor)[i] > 0)
         assert (things[i].mask != things[2 + i].mask).float().mean() < 0.1  # the box of a square is the square
     assert [thing.target.tokens for thing in things[2:]] == [(1,), (2,)]
+
+
+def test_tokens_of_segments_are_not_those_of_boxes(images, monkeypatch):
+    conditions = images.conditions([0])
+    monkeypatch.setattr(RealImages, "conditions", lambda images, indices: conditions)
+    monkeypatch.setattr(images.model.sampler.network.encoders["boxes"], "fields", FIELDS_OF["segments"])
+    assert {thing.kind for thing in find_things(images.model, images, 0)} == {WORDS}
 
 
 def test_objects_whose_words_are_ambiguous_are_left_out():
