@@ -18,6 +18,7 @@ from experiments.check_attention_maps import (
     find_things,
     is_named_once,
     report,
+    streams_of,
     visible_masks,
 )
 from experiments.harness.attention_targets import RealImages, Target
@@ -34,12 +35,13 @@ MODEL = DDPM.replace("--img_size 8 ", "") + " --attn_block_type transformer"
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A run with captions and boxes, trained for a step."""
+    """A run with captions and boxes, and one with gated boxes alone, trained for a step."""
     logs = tmp_path_factory.mktemp("logs")
     preset = logs / "tiny.yaml"  # in place of that of the data
     preset.write_text("dataset: digit_pairs\n")
-    flags = f"--config {preset} --logs_root {logs} {DATA} {MODEL} {TEXT} --conditions text boxes --boxes_width 16"
-    call("train_sampler.py", f"{flags} --train_steps 1 --no_amp --log_dir both", validation_images=4)
+    flags = f"--config {preset} --logs_root {logs} {DATA} {MODEL} --boxes_width 16 --train_steps 1 --no_amp"
+    call("train_sampler.py", f"{flags} --conditions text boxes {TEXT} --log_dir both", validation_images=4)
+    call("train_sampler.py", f"{flags} --conditions boxes --boxes_gated --log_dir gated", validation_images=4)
     return logs
 
 
@@ -96,11 +98,11 @@ def known_things(count):
 
 
 def figures_of(monkeypatch, heat, things):
-    def record(settings, images, indices, things, most):
+    def record(settings, images, indices, things, most, streams):
         return torch.zeros(len(indices), 1, 8, 8, dtype=torch.uint8), heat[indices]
 
     monkeypatch.setattr(check_attention_maps, "record_things", record)
-    batch = compared_images(CheckMapsConfig(), None, things, 2)(list(range(len(things))))
+    batch = compared_images(CheckMapsConfig(), None, things, 2, ["tokens"])(list(range(len(things))))
     return compute_figures(batch, torch.ones(len(things), 2, dtype=torch.bool))
 
 
@@ -139,6 +141,17 @@ def test_the_command_measures_words_and_boxes(logs, capsys):
     assert (logs / "checked" / "attention_maps.png").is_file()
     assert "words: overlap (IoU) of its map with the object" in capsys.readouterr().out
     assert report(results, logs).count("\n") > 10
+
+
+def test_batches_without_objects_are_read_as_all_others(logs):
+    """Of a network that attends to nothing but gated boxes."""
+    images = RealImages.open(load(logs / "gated", amp=False).model, 2, ddpm.Sampling(), 0, 2)
+    things = [find_things(images.model, images, 0), []]
+    streams = streams_of(images.model, things)
+    assert streams == ["gated"] and streams_of(images.model, []) == []
+    draw = compared_images(CheckMapsConfig(), images, things, 2, streams)
+    empty, other = draw([1])["heat"], draw([0])["heat"]
+    assert empty.shape == other.shape and empty.isnan().all() and other.isfinite().all()
 
 
 def test_models_without_words_and_boxes_are_refused(trained_ddpm, capsys):
