@@ -138,7 +138,11 @@ class RealImages:
 
     @classmethod
     def open(cls, model: TrainedSampler, count: int, options: SamplingConfig, seed: int, times: int) -> Self:
-        """Returns a fixed random subset of held-out images. ValueError for more than there are."""
+        """Returns a fixed random subset of held-out images. ValueError for more than there are, and for options with
+        other conditions than theirs."""
+        if given := [name for name in ("condition_file", "metadata", "hint") if getattr(options, name)]:
+            got = f"got {given[0]} for held-out images, which have conditions of their own"
+            raise ValueError(f"{got}: leave --{given[0]} out")
         data = replace(model.data.without_augmentation, in_memory=False, cache_images=False)
         source = ImageSource(model.dataset("val"), data)
         if count > len(source):

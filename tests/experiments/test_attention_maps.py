@@ -14,6 +14,7 @@ from helpers.tiny_runs import DDPM, ROOT, call
 from models.attention_recorder import MapRecorder
 from models.heat_maps import heat_maps, mean_heat
 from train.inference import load
+from train.samplers import ddpm
 
 DATA = "--dataset digit_pairs --digit_pairs_count 12 --img_size 8 --img_width 16 --n_channels 1"
 TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2"
@@ -96,7 +97,7 @@ def test_objects_of_held_out_images_are_mapped_by_their_classes(logs):
         ModelConfig(sampler="ddpm", dataset="digit_pairs", load_dir="boxes"),
         OutputConfig(logs_root=str(logs), amp=False),
     )
-    images = RealImages.open(model, 3, None, 0, 4)
+    images = RealImages.open(model, 3, ddpm.Sampling(), 0, 4)
     items = [images.source[index] for index in images.items]
     assert arrays["names"].tolist() == [item["box_words"] for item in items]
     assert np.array_equal(arrays["image"], np.stack([item["image"].numpy() for item in items]))
@@ -122,8 +123,11 @@ def test_codes_show_what_a_box_attends_to(trained):
         (TINY, ["--map_layers", "up_blocks.9.1.cross"], "wanted some of down_blocks"),
         (TINY, ["--look_from", "0.5", "0", "0.5", "1"], "wanted left < right and top < bottom"),
         (TINY, ["--real", *PROMPT], "leave one of them out"),
+        (TINY, ["--real", "--condition_file", "rows.json"], "got condition_file for held-out images, which have"),
+        (TINY, ["--real", "--metadata", "light=day"], "leave --metadata out"),
+        (TINY, ["--real_times", "3"], "got real_times 3 without --real: pass --real"),
     ],
-    ids=["part of a word", "no captions", "words without captions", "layer", "box", "real and a prompt"],
+    ids=["part of a word", "no captions", "words without captions", "layer", "box", "real and a prompt", "real and a file", "real and words", "times"],
 )
 def test_what_cannot_be_mapped_is_refused(logs, flags, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
