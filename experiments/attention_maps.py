@@ -87,6 +87,8 @@ class MapsConfig:
         given = next((name for name in ("prompt", "layouts") if getattr(self, name) is not None), None)
         if self.real and given is not None:
             raise ValueError(f"got real images, which have conditions of their own, and {given}: leave one of them out")
+        if self.relative and self.signed:
+            raise ValueError("got --relative with --signed, whose negative values have no shares: leave one of them out")
         if not self.real and self.real_times != MapsConfig.real_times:
             raise ValueError(f"got real_times {self.real_times} without --real: pass --real, or leave --real_times out")
         if self.look_from is not None:

@@ -189,7 +189,8 @@ def test_the_example_of_the_page_runs(logs, monkeypatch):
 
 
 def test_settings_that_exclude_each_other_are_refused():
-    for settings in ({"prompt": "a", "layouts": "b"}, {"look_from": (0, 0, 1, 1), "words": ("hat",)}):
+    signed = {"relative": True, "signed": True}
+    for settings in ({"prompt": "a", "layouts": "b"}, {"look_from": (0, 0, 1, 1), "words": ("hat",)}, signed):
         with pytest.raises(ValueError, match="pass one of them|leave one of them out"):
             MapsConfig(**settings)
 
