@@ -54,7 +54,7 @@ def find_targets(
         if isinstance(encoder, CaptionEncoder):
             own = [word_targets(name, encoder, caption, words) for caption in batch["caption"]]
         elif isinstance(encoder, RegionEncoder) and not words:
-            own = region_targets(name, encoder, batch, getattr(model.dataset("val"), "region_classes", ()))
+            own = region_targets(name, encoder, batch, model.region_classes)
         elif isinstance(encoder, MetadataEncoder) and not words:
             own = [field_targets(name, encoder, batch, row) for row in range(count)]
         else:

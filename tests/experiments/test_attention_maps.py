@@ -15,6 +15,7 @@ from models.attention_recorder import MapRecorder
 from models.heat_maps import heat_maps, mean_heat
 from train.inference import load
 from train.samplers import ddpm
+from train.trained_sampler import TrainedSampler
 
 DATA = "--dataset digit_pairs --digit_pairs_count 12 --img_size 8 --img_width 16 --n_channels 1"
 TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2"
@@ -152,6 +153,16 @@ def test_targets_of_a_batch_are_its_words(logs):
     assert one[1].tokens == (3, 6) and one[1].keys({"text": slice(5, 20)}) == [8, 11]
     with pytest.raises(ValueError, match="encoded already, whose words are not known"):
         find_targets(model, {"caption": torch.zeros(1, 4, 16)}, 1)
+
+
+def test_names_of_classes_are_read_once(logs, monkeypatch):
+    model, opened = load(logs / "boxes", amp=False).model, []
+    dataset = model.dataset("val")
+    monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: opened.append(split) or dataset)
+    batch = {"boxes": torch.tensor([[[0, 0, 4.0, 4.0]]]), "box_class": torch.tensor([[3]])}
+    for _ in range(3):
+        assert [target.name for target in find_targets(model, batch, 1)[0]] == ["three"]
+    assert opened == ["val"]
 
 
 def test_images_with_fewer_targets_end_with_nan():
