@@ -88,7 +88,7 @@ class MapsConfig:
         if self.real and given is not None:
             raise ValueError(f"got real images, which have conditions of their own, and {given}: leave one of them out")
         if self.relative and self.signed:
-            raise ValueError("got --relative with --signed, whose negative values have no shares: leave one of them out")
+            raise ValueError("got --relative and --signed, whose negative values have no shares: leave one of them out")
         if not self.real and self.real_times != MapsConfig.real_times:
             raise ValueError(f"got real_times {self.real_times} without --real: pass --real, or leave --real_times out")
         if self.look_from is not None:

@@ -64,7 +64,7 @@ def find_targets(
         there, kind = ", ".join(encoders) or "none", "words" if words else "gated tokens" if gated else "tokens"
         got = f"got {model.run}, whose network attends to no {kind} of its conditions ({there})"
         why = "what is a vector, as classes are, is added to the embedding of the time"
-        wanted = "a run with --conditions text" + ("" if words else ", objects or boxes, or metadata with --metadata_as tokens")
+        wanted = "a run with --conditions text" + ("" if words else ", objects, boxes, or --metadata_as tokens")
         raise ValueError(f"{got}: {why}; wanted {wanted}")
     return targets
 
@@ -126,7 +126,8 @@ class MappedImages(Protocol):
 class RealImages:
     """Held-out images, noised at several times, one network call each, without guidance: `MappedImages`.
 
-    The times are evenly spaced quantiles of those of training. The noise of an image follows from the seed and its index.
+    The times are evenly spaced quantiles of those of training. The noise of an image follows from the seed and its
+    index.
     """
 
     model: TrainedSampler

@@ -128,7 +128,17 @@ def test_codes_show_what_a_box_attends_to(trained):
         (TINY, ["--real", "--metadata", "light=day"], "leave --metadata out"),
         (TINY, ["--real_times", "3"], "got real_times 3 without --real: pass --real"),
     ],
-    ids=["part of a word", "no captions", "words without captions", "layer", "box", "real and a prompt", "real and a file", "real and words", "times"],
+    ids=[
+        "part of a word",
+        "no captions",
+        "words without captions",
+        "layer",
+        "box",
+        "real and a prompt",
+        "real and a file",
+        "real and words",
+        "times",
+    ],
 )
 def test_what_cannot_be_mapped_is_refused(logs, flags, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
