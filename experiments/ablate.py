@@ -34,7 +34,7 @@ from experiments.harness.results import write_results
 from experiments.metrics.ablation_sheet import SheetCell, save_sheet
 from experiments.metrics.classifier import classifier_for, predict_classes
 from experiments.metrics.cost import count_nfe
-from experiments.metrics.distances import compute_statistics, real_statistics, statistics_cache
+from experiments.metrics.distances import compute_statistics, features_provenance, real_statistics, statistics_cache
 from experiments.metrics.features import FeaturesConfig
 from experiments.metrics.frechet import frechet_distance
 from models.ranges import COUNT, check_ranges
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
         failed = draw_cells(missing, models, own.n_images, output.batch_size, output.seed, folder)
         plans = [plan._replace(reason=failed.get(plan.digest, plan.reason)) for plan in plans]
         rows = measure_cells(ablation.axes, plans, judges, folder)
-        results = {"models": describe_models(models.facts), "n_images": own.n_images, "seed": output.seed}
+        results = {"models": describe_models(models.facts, judges), "n_images": own.n_images, "seed": output.seed}
         write_results(folder, results | {GRID: ablation.content(), "cells": rows})
         write_table(folder / "results.csv", rows)
         pictures = [sheet_cell(plan, row, own.measures, folder) for plan, row in zip(plans, rows, strict=True)]
@@ -195,8 +195,10 @@ class Judge:
     ):
         self.measures, self.n_channels, self.n_classes = measures, facts.data.n_channels, facts.n_classes
         self.classifier = classifier_for(facts.data) if "classes" in measures else None
+        self.provenance: dict[str, str | int] = {}  # of the features
         if "distance" in measures:
             self.features = features.load(facts.data, world.device)
+            self.provenance = features_provenance(self.features, features.inception_weights)
             real = build_dataset(facts.data, facts.reader, "train")
             self.real = real_statistics(real, facts.data, self.features, features.inception_weights, cache, 50, world)
 
@@ -261,9 +263,12 @@ def measure_cells(
     return rows
 
 
-def describe_models(facts: Mapping[str, ModelFacts]) -> dict[str, Any]:
-    """Returns what identifies each model, for results.json."""
-    return {name: {"run": str(each.run), "step": each.step} | each.provenance for name, each in facts.items()}
+def describe_models(facts: Mapping[str, ModelFacts], judges: Mapping[str, Judge]) -> dict[str, Any]:
+    """Returns what identifies each model, and the features that its cells are measured with, for results.json."""
+    return {
+        name: {"run": str(each.run), "step": each.step} | each.provenance | judges[name].provenance
+        for name, each in facts.items()
+    }
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

@@ -62,7 +62,8 @@ class MapsConfig:
     gated: bool = False
     """Read the attention to gated tokens, of --boxes_gated, instead of the other cross-attention."""
     chain_part: int = -1
-    """Which condition of the guidance chain: 0 is the null or the negative one, -1 the last, which has all."""
+    """Which condition of the guidance chain, for --look_from: 0 is the null, -1 the last, which has all. Words and
+    objects are tokens of the last alone."""
     map_layers: tuple[str, ...] = ()
     """Layers to average, such as up_blocks.0.1.cross; if omitted, those going up and down, as DAAM, or all."""
     relative: bool = False
@@ -86,10 +87,17 @@ class MapsConfig:
         given = next((name for name in ("prompt", "layouts") if getattr(self, name) is not None), None)
         if self.real and given is not None:
             raise ValueError(f"got real images, which have conditions of their own, and {given}: leave one of them out")
+        if self.relative and self.signed:
+            raise ValueError("got --relative and --signed, whose negative values have no shares: leave one of them out")
+        if not self.real and self.real_times != MapsConfig.real_times:
+            raise ValueError(f"got real_times {self.real_times} without --real: pass --real, or leave --real_times out")
         if self.look_from is not None:
             if given := [name for name in ("words", "gated", "relative") if getattr(self, name)]:
                 raise ValueError(f"got look_from, which reads self-attention, and {given[0]}: leave one of them out")
             self.make_recorder()
+        elif self.chain_part != -1:
+            got = f"got chain_part {self.chain_part} for words and objects, which are tokens of the last condition"
+            raise ValueError(f"{got}: leave --chain_part out, or pass --look_from")
 
     def make_recorder(self) -> MapRecorder:
         """Returns a recorder of these maps."""

@@ -219,18 +219,18 @@ def match_names(samples: NamedImages, reference: NamedImages) -> MatchedNames:
 def check_sizes(samples: NamedImages, reference: NamedImages, pairs: Sequence[tuple[int, int]]) -> None:
     """Raises ValueError, with their number, if images of pairs have other sizes in their headers than their reference.
 
-    Images that a header may turn are read. What no header tells is found when the pair is measured.
+    Images whose headers differ are read, since a header may turn an image; pairs that cannot be read are left out. What
+    no header tells is found when the pair is measured.
     """
     errors = []
     for pair in pairs:
         size, other = samples.size(pair[0]), reference.size(pair[1])
         if size is None or other is None or size == other:
             continue
-        if size == other[::-1]:
-            try:
-                size, other = (each.load(i).shape[1:] for each, i in zip((samples, reference), pair, strict=True))
-            except UnreadableImage:
-                continue
+        try:
+            size, other = (each.load(i).shape[1:] for each, i in zip((samples, reference), pair, strict=True))
+        except UnreadableImage:
+            continue
         errors += [other_sizes(samples, reference, pair, size, other)] if size != other else []
     if errors:
         raise ValueError(f"{len(errors)} of {len(pairs)} pairs differ in size: {errors[0]}: pass --resize")

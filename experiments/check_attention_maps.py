@@ -20,7 +20,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.report import progress, table
 from experiments.metrics.heat_pictures import draw_sheet, heat_panels
 from experiments.metrics.layout.layout_pictures import save_picture
-from models.attention_recorder import MapRecorder
+from models.attention_recorder import MapRecorder, Reads
 from models.conditioning import RegionEncoder
 from models.conditions.text import CaptionEncoder, find_words
 from models.heat_maps import enlarge, heat_maps, intersection_over_union, mean_heat, share_inside
@@ -105,7 +105,8 @@ def find_things(model: TrainedSampler, images: RealImages, index: int) -> list[T
                 if is_named_once(caption, words, item["box_words"], encoder) and mask.any():
                     (target,) = find_targets(model, {"caption": [caption]}, 1, [words])[0]
                     things.append(Thing(WORDS, target, mask))
-        if isinstance(encoder, RegionEncoder) and encoder.tokens_per_region == 1 and "boxes" in item:
+        reads_boxes = isinstance(encoder, RegionEncoder) and "segment_id" not in encoder.fields  # regions are its boxes
+        if reads_boxes and encoder.tokens_per_region == 1 and "boxes" in item:
             if encoder.token_width or encoder.gated_width:
                 for region, box in enumerate(item["boxes"].as_subclass(Tensor)):
                     target = Target(f"box {region}", name, tuple(encoder.tokens_of_region(region)))
@@ -147,7 +148,7 @@ def measure(
     """Records the maps, computes all figures and saves attention_maps.png. All ranks must call it; only the main rank
     gets the results."""
     is_main, most = batches.world.is_main, max(map(len, things))
-    draw = compared_images(settings, images, things, most)
+    draw = compared_images(settings, images, things, most, streams_of(model, things))
     parts = batches.resume("compared", range(settings.n_images), draw)
     parts = list(progress(parts, settings.n_images, "mapping", is_main))
     if not is_main:
@@ -164,8 +165,19 @@ def measure(
     return {name: compute_figures(whole, chosen) for name, chosen in names.items() if chosen.any()}
 
 
+def streams_of(model: TrainedSampler, things: Sequence[Sequence[Thing]]) -> list[Reads]:
+    """Returns which attention the objects of all images are read from: to tokens, to gated tokens, or both."""
+    encoders = model.sampler.network.encoders
+    gated = {bool(encoders[thing.target.condition].gated_width) for own in things for thing in own}
+    return ["gated" if each else "tokens" for each in sorted(gated)]
+
+
 def compared_images(
-    settings: CheckMapsConfig, images: RealImages, things: Sequence[Sequence[Thing]], most: int
+    settings: CheckMapsConfig,
+    images: RealImages,
+    things: Sequence[Sequence[Thing]],
+    most: int,
+    streams: Sequence[Reads],
 ) -> Callable[[list[int]], Batch]:
     """Returns a function from indices to batches: "image", "heat" (B, T, h, w) of T objects, their overlaps with the
     objects at each of K thresholds, "iou" and that of "other" objects' maps (B, T, K), the shares of the heat "inside"
@@ -173,7 +185,7 @@ def compared_images(
 
     def draw(indices: list[int]) -> Batch:
         own = [things[i] for i in indices]
-        pixels, heat = record_things(settings, images, indices, own, most)
+        pixels, heat = record_things(settings, images, indices, own, most, streams)
         size = tuple(pixels.shape[2:])
         columns = {name: (len(THRESHOLDS),) for name in ("iou", "other")}
         columns |= dict.fromkeys(("inside", "inside_other", "area"), ())
@@ -194,18 +206,21 @@ def compared_images(
 
 
 def record_things(
-    settings: CheckMapsConfig, images: RealImages, indices: list[int], things: Sequence[Sequence[Thing]], most: int
+    settings: CheckMapsConfig,
+    images: RealImages,
+    indices: list[int],
+    things: Sequence[Sequence[Thing]],
+    most: int,
+    streams: Sequence[Reads],
 ) -> tuple[Tensor, Tensor]:
     """Returns images uint8 (B, C, H, W) and the heat (B, most, h, w) of their objects, NaN after the last."""
     pixels, heat = None, None
-    encoders = images.model.sampler.network.encoders
-    conditions = dict.fromkeys(thing.target.condition for own in things for thing in own)
-    for gated in sorted({bool(encoders[name].gated_width) for name in conditions} or {False}):
-        recorder = MapRecorder("gated" if gated else "tokens", layers=settings.map_layers or None)
+    for reads in streams:
+        recorder = MapRecorder(reads, layers=settings.map_layers or None)
         pixels, maps = images.record(indices, recorder), recorder.maps()
         whole = heat_maps(maps, settings.map_layers or None).cpu()
         if settings.relative:
-            others = find_targets(images.model, images.conditions(indices), len(indices), gated=gated)
+            others = find_targets(images.model, images.conditions(indices), len(indices), gated=reads == "gated")
             whole = relative_heat(whole, others, maps.spans)
         heat = whole.new_full((len(indices), most, *whole.shape[2:]), torch.nan) if heat is None else heat
         for row, own in enumerate(things):

@@ -1,5 +1,8 @@
 """Code that reads values runs on a fake device (helpers/fake_device.py), with the same results as on the CPU."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from diffusion.likelihood import bits_per_code
 from diffusion.logits_warper import LogitsWarper
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
+from experiments.harness import attention_targets
 from helpers.fake_device import DEVICE, FakeDeviceMode, FakeDeviceTensor
 from helpers.labels import label_encoders
 from helpers.parametrize import slow_after
@@ -164,3 +168,33 @@ def test_likelihoods(steps, calls):
         return bits_per_code(lambda x, t: network(x), AbsorbingDiffusion(CODES, steps, "cosine"), x0, rng, calls).total
 
     assert (assert_same_results(function) > 0).all()
+
+
+def test_codes_of_real_images_are_noised_at_times_of_training(monkeypatch):
+    """On the device of the codes, at times 1/3, 2/3 and 1 of three steps, which denoisers take on the CPU."""
+    times = []
+
+    def function(to):
+        def denoise(x, t):
+            noised.append(x)
+            times.append(t.tolist())
+
+        noised = []
+        monkeypatch.setattr(
+            attention_targets, "encode_images", lambda images, model: to(torch.arange(32).view(2, 4, 4) % CODES)
+        )
+        model = SimpleNamespace(
+            sampler=SimpleNamespace(process=PROCESS, n_classes=0),
+            device=to.device,
+            conditions_of=lambda item, index: {},
+            inference=nullcontext,
+            make_denoiser=lambda *_, **__: denoise,
+        )
+        source = [{"image": torch.zeros(1, 4, 4, dtype=torch.uint8)}] * 2
+        images = attention_targets.RealImages(model, source, (0, 1), absorbing.Sampling(), 0, 4)
+        images.record([0, 1], None)
+        return torch.stack(noised)
+
+    noised = assert_same_results(function)
+    assert noised.shape == (4, 2, 4, 4) and (noised == PROCESS.mask).any()
+    assert torch.allclose(torch.tensor(times[:4]), torch.tensor([1, 2, 2, 3]).view(4, 1) / 3)

@@ -16,13 +16,8 @@ EXECUTION = {
     "text_encoder", "target_file",
 }  # fmt: skip
 PLACES = {
-    "ae_load_dir",
-    "ae_load_step",
-    "load_dir",
-    "load_step",
-    "base",
-    "merged_from",
-}  # of weights
+    "ae_load_dir", "ae_load_step", "load_dir", "load_step", "load_control", "base", "merged_from",
+}  # of weights  # fmt: skip
 # A training run may resume with other values of these. The data of its training split are identified by content.
 NOT_IDENTITY = EXECUTION | PLACES | {
     "data_dir", "val_shards", "class_names", "accumulate", "steps_per_ema_snapshot", "change", "lora_trigger_words",

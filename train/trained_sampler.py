@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,6 +75,11 @@ class TrainedSampler:
     def dataset(self, split: str) -> Dataset:
         """Returns a split of the training data, read from the folder that the run or datasets.yaml names."""
         return build_dataset(self.data, self.reader, split)
+
+    @cached_property
+    def region_classes(self) -> tuple[str, ...]:
+        """The names of the classes of regions, by number; () if the data have none. The data are read once for it."""
+        return tuple(getattr(self.dataset("val"), "region_classes", ()))
 
     def batches(self, split: str) -> BatchSource:
         """Returns a split in a fixed shuffle (train: with its augmentations): a list of positions -> a batch."""

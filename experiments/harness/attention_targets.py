@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process import ContinuousProcess
-from diffusion.rng import Streams, seed_of
+from diffusion.rng import Streams, seed_of, to_device
 from experiments.harness.editing import encode_images
 from models.attention_recorder import MapRecorder
 from models.conditioning import RegionEncoder
@@ -54,7 +54,7 @@ def find_targets(
         if isinstance(encoder, CaptionEncoder):
             own = [word_targets(name, encoder, caption, words) for caption in batch["caption"]]
         elif isinstance(encoder, RegionEncoder) and not words:
-            own = region_targets(name, encoder, batch, getattr(model.dataset("val"), "region_classes", ()))
+            own = region_targets(name, encoder, batch, model.region_classes)
         elif isinstance(encoder, MetadataEncoder) and not words:
             own = [field_targets(name, encoder, batch, row) for row in range(count)]
         else:
@@ -64,7 +64,7 @@ def find_targets(
         there, kind = ", ".join(encoders) or "none", "words" if words else "gated tokens" if gated else "tokens"
         got = f"got {model.run}, whose network attends to no {kind} of its conditions ({there})"
         why = "what is a vector, as classes are, is added to the embedding of the time"
-        wanted = "a run with --conditions text" + ("" if words else ", objects or boxes")
+        wanted = "a run with --conditions text" + ("" if words else ", objects, boxes, or --metadata_as tokens")
         raise ValueError(f"{got}: {why}; wanted {wanted}")
     return targets
 
@@ -126,7 +126,8 @@ class MappedImages(Protocol):
 class RealImages:
     """Held-out images, noised at several times, one network call each, without guidance: `MappedImages`.
 
-    The times are evenly spaced among those of training. The noise of an image follows from the seed and its index.
+    The times are evenly spaced quantiles of those of training. The noise of an image follows from the seed and its
+    index.
     """
 
     model: TrainedSampler
@@ -138,7 +139,11 @@ class RealImages:
 
     @classmethod
     def open(cls, model: TrainedSampler, count: int, options: SamplingConfig, seed: int, times: int) -> Self:
-        """Returns a fixed random subset of held-out images. ValueError for more than there are."""
+        """Returns a fixed random subset of held-out images. ValueError for more than there are, and for options with
+        other conditions than theirs."""
+        if given := [name for name in ("condition_file", "metadata", "hint") if getattr(options, name)]:
+            got = f"got {given[0]} for held-out images, which have conditions of their own"
+            raise ValueError(f"{got}: leave --{given[0]} out")
         data = replace(model.data.without_augmentation, in_memory=False, cache_images=False)
         source = ImageSource(model.dataset("val"), data)
         if count > len(source):
@@ -161,7 +166,11 @@ class RealImages:
         is_continuous, options = isinstance(process, ContinuousProcess), self.options.without_guidance()
         with model.inference():
             denoise = model.make_denoiser(x0, options, self.conditions(indices), recorder=recorder)
-            for t in (process.quantile(times) if is_continuous else times).float():
-                t = t.expand(len(x0))
-                denoise(process.corrupt(x0, t, rng.normal(tuple(x0.shape)) if is_continuous else rng), t)
+            for t in process.quantile(times).float():
+                t = t.repeat(len(x0))  # on the CPU, as denoisers take it
+                if is_continuous:
+                    x = process.corrupt(x0, t, rng.normal(tuple(x0.shape)))
+                else:
+                    x = process.corrupt(x0, to_device(t, model.device), rng)
+                denoise(x, t)
         return images

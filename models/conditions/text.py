@@ -330,11 +330,6 @@ def tokens_of_words(caption: str, phrase: str, encoder: CaptionEncoder) -> list[
     return [token_of_id(place, encoder) for place in places]
 
 
-def tokens_of_caption(caption: str, encoder: CaptionEncoder) -> list[int]:
-    """Returns the tokens of a caption without start, end and padding, by their numbers in the condition."""
-    return [token_of_id(place, encoder) for place in range(len(encoder.tokenizer.encode(caption)))]
-
-
 def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:
     """Builds the encoder, whose pooled vectors have width `width`; it does not depend on the number of classes."""
     encoder = Bert(config.encoder) if config.text_encoder == MINILM else TextEncoder(config.encoder)

@@ -14,6 +14,7 @@ from PIL import Image
 from diffusion.process import ContinuousProcess
 from experiments.harness.editing import encode_images, load_input_images, redraw_input
 from experiments.metrics.classifier import classifier_for, predict_classes
+from experiments.metrics.features import pixels
 from helpers.tiny_runs import call
 from train.config import DataConfig
 from train.inference import load
@@ -213,6 +214,8 @@ def test_measures_are_those_of_the_images(ablate, runs):
         lines = list(csv.DictReader(file))
     assert [line["label"] for line in lines] == ["label 8", "label none"] * 2
     assert float(lines[0]["distance"]) == rows[0]["distance"]
+    models = json.loads((folder / "results.json").read_text())["models"].values()
+    assert [(model["features_name"], model["features_version"]) for model in models] == [("pixels", pixels.VERSION)] * 2
 
 
 def test_mse_does_not_wrap_at_8_bits(ablate, runs, tmp_path):

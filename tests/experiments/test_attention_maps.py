@@ -14,6 +14,8 @@ from helpers.tiny_runs import DDPM, ROOT, call
 from models.attention_recorder import MapRecorder
 from models.heat_maps import heat_maps, mean_heat
 from train.inference import load
+from train.samplers import ddpm
+from train.trained_sampler import TrainedSampler
 
 DATA = "--dataset digit_pairs --digit_pairs_count 12 --img_size 8 --img_width 16 --n_channels 1"
 TEXT = "--conditions text --text_width 16 --text_layers 1 --text_heads 2"
@@ -96,7 +98,7 @@ def test_objects_of_held_out_images_are_mapped_by_their_classes(logs):
         ModelConfig(sampler="ddpm", dataset="digit_pairs", load_dir="boxes"),
         OutputConfig(logs_root=str(logs), amp=False),
     )
-    images = RealImages.open(model, 3, None, 0, 4)
+    images = RealImages.open(model, 3, ddpm.Sampling(), 0, 4)
     items = [images.source[index] for index in images.items]
     assert arrays["names"].tolist() == [item["box_words"] for item in items]
     assert np.array_equal(arrays["image"], np.stack([item["image"].numpy() for item in items]))
@@ -122,8 +124,21 @@ def test_codes_show_what_a_box_attends_to(trained):
         (TINY, ["--map_layers", "up_blocks.9.1.cross"], "wanted some of down_blocks"),
         (TINY, ["--look_from", "0.5", "0", "0.5", "1"], "wanted left < right and top < bottom"),
         (TINY, ["--real", *PROMPT], "leave one of them out"),
+        (TINY, ["--real", "--condition_file", "rows.json"], "got condition_file for held-out images, which have"),
+        (TINY, ["--real", "--metadata", "light=day"], "leave --metadata out"),
+        (TINY, ["--real_times", "3"], "got real_times 3 without --real: pass --real"),
     ],
-    ids=["part of a word", "no captions", "words without captions", "layer", "box", "real and a prompt"],
+    ids=[
+        "part of a word",
+        "no captions",
+        "words without captions",
+        "layer",
+        "box",
+        "real and a prompt",
+        "real and a file",
+        "real and words",
+        "times",
+    ],
 )
 def test_what_cannot_be_mapped_is_refused(logs, flags, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -148,6 +163,16 @@ def test_targets_of_a_batch_are_its_words(logs):
     assert one[1].tokens == (3, 6) and one[1].keys({"text": slice(5, 20)}) == [8, 11]
     with pytest.raises(ValueError, match="encoded already, whose words are not known"):
         find_targets(model, {"caption": torch.zeros(1, 4, 16)}, 1)
+
+
+def test_names_of_classes_are_read_once(logs, monkeypatch):
+    model, opened = load(logs / "boxes", amp=False).model, []
+    dataset = model.dataset("val")
+    monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: opened.append(split) or dataset)
+    batch = {"boxes": torch.tensor([[[0, 0, 4.0, 4.0]]]), "box_class": torch.tensor([[3]])}
+    for _ in range(3):
+        assert [target.name for target in find_targets(model, batch, 1)[0]] == ["three"]
+    assert opened == ["val"]
 
 
 def test_images_with_fewer_targets_end_with_nan():
@@ -185,6 +210,13 @@ def test_the_example_of_the_page_runs(logs, monkeypatch):
 
 
 def test_settings_that_exclude_each_other_are_refused():
-    for settings in ({"prompt": "a", "layouts": "b"}, {"look_from": (0, 0, 1, 1), "words": ("hat",)}):
+    signed = {"relative": True, "signed": True}
+    for settings in ({"prompt": "a", "layouts": "b"}, {"look_from": (0, 0, 1, 1), "words": ("hat",)}, signed):
         with pytest.raises(ValueError, match="pass one of them|leave one of them out"):
             MapsConfig(**settings)
+
+
+def test_words_are_not_mapped_under_the_null():
+    with pytest.raises(ValueError, match="got chain_part 0 for words and objects.*or pass --look_from"):
+        MapsConfig(chain_part=0)
+    assert MapsConfig(chain_part=0, look_from=(0, 0, 1, 1)).make_recorder().part == 0

@@ -123,6 +123,17 @@ def test_all_kinds_of_pictures_are_read(tmp_path):
     assert "float.tif" in results["left_out"]["unreadable"][0]
 
 
+def test_pairs_that_cannot_be_read_stop_no_others_by_their_size(tmp_path):
+    for folder in "ab":
+        save(tmp_path / folder / "good.png", noise(0, 12, 12, 3))
+    save(tmp_path / "a" / "cut.png", noise(1, 24, 36, 3))
+    cut = tmp_path / "a" / "cut.png"
+    cut.write_bytes(cut.read_bytes()[:300])  # whose header tells another size
+    save(tmp_path / "b" / "cut.png", noise(2, 12, 18, 3))
+    results, rows = measure(tmp_path, f"{tmp_path}/a {tmp_path}/b --lpips none")
+    assert [*rows] == ["good"] and "cut.png" in results["left_out"]["unreadable"][0]
+
+
 def test_other_sizes_are_refused_or_resized(tmp_path, capfd):
     save(tmp_path / "a" / "0.png", np.full((24, 36, 3), 60, np.uint8))
     save(tmp_path / "b" / "0.png", np.full((12, 18, 3), 50, np.uint8))

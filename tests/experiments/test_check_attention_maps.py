@@ -18,11 +18,13 @@ from experiments.check_attention_maps import (
     find_things,
     is_named_once,
     report,
+    streams_of,
     visible_masks,
 )
 from experiments.harness.attention_targets import RealImages, Target
 from helpers.tiny_runs import DDPM, ROOT, call, parse_config
 from models.conditions import text
+from models.conditions.layout import FIELDS_OF
 from train.inference import load
 from train.samplers import ddpm
 
@@ -33,12 +35,13 @@ MODEL = DDPM.replace("--img_size 8 ", "") + " --attn_block_type transformer"
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A run with captions and boxes, trained for a step."""
+    """A run with captions and boxes, and one with gated boxes alone, trained for a step."""
     logs = tmp_path_factory.mktemp("logs")
     preset = logs / "tiny.yaml"  # in place of that of the data
     preset.write_text("dataset: digit_pairs\n")
-    flags = f"--config {preset} --logs_root {logs} {DATA} {MODEL} {TEXT} --conditions text boxes --boxes_width 16"
-    call("train_sampler.py", f"{flags} --train_steps 1 --no_amp --log_dir both", validation_images=4)
+    flags = f"--config {preset} --logs_root {logs} {DATA} {MODEL} --boxes_width 16 --train_steps 1 --no_amp"
+    call("train_sampler.py", f"{flags} --conditions text boxes {TEXT} --log_dir both", validation_images=4)
+    call("train_sampler.py", f"{flags} --conditions boxes --boxes_gated --log_dir gated", validation_images=4)
     return logs
 
 
@@ -58,6 +61,13 @@ def test_objects_are_those_of_words_and_of_boxes(images):
         assert torch.equal(things[i].mask, item["masks"].as_subclass(torch.Tensor)[i] > 0)
         assert (things[i].mask != things[2 + i].mask).float().mean() < 0.1  # the box of a square is the square
     assert [thing.target.tokens for thing in things[2:]] == [(1,), (2,)]
+
+
+def test_tokens_of_segments_are_not_those_of_boxes(images, monkeypatch):
+    conditions = images.conditions([0])
+    monkeypatch.setattr(RealImages, "conditions", lambda images, indices: conditions)
+    monkeypatch.setattr(images.model.sampler.network.encoders["boxes"], "fields", FIELDS_OF["segments"])
+    assert {thing.kind for thing in find_things(images.model, images, 0)} == {WORDS}
 
 
 def test_objects_whose_words_are_ambiguous_are_left_out():
@@ -88,11 +98,11 @@ def known_things(count):
 
 
 def figures_of(monkeypatch, heat, things):
-    def record(settings, images, indices, things, most):
+    def record(settings, images, indices, things, most, streams):
         return torch.zeros(len(indices), 1, 8, 8, dtype=torch.uint8), heat[indices]
 
     monkeypatch.setattr(check_attention_maps, "record_things", record)
-    batch = compared_images(CheckMapsConfig(), None, things, 2)(list(range(len(things))))
+    batch = compared_images(CheckMapsConfig(), None, things, 2, ["tokens"])(list(range(len(things))))
     return compute_figures(batch, torch.ones(len(things), 2, dtype=torch.bool))
 
 
@@ -131,6 +141,17 @@ def test_the_command_measures_words_and_boxes(logs, capsys):
     assert (logs / "checked" / "attention_maps.png").is_file()
     assert "words: overlap (IoU) of its map with the object" in capsys.readouterr().out
     assert report(results, logs).count("\n") > 10
+
+
+def test_batches_without_objects_are_read_as_all_others(logs):
+    """Of a network that attends to nothing but gated boxes."""
+    images = RealImages.open(load(logs / "gated", amp=False).model, 2, ddpm.Sampling(), 0, 2)
+    things = [find_things(images.model, images, 0), []]
+    streams = streams_of(images.model, things)
+    assert streams == ["gated"] and streams_of(images.model, []) == []
+    draw = compared_images(CheckMapsConfig(), images, things, 2, streams)
+    empty, other = draw([1])["heat"], draw([0])["heat"]
+    assert empty.shape == other.shape and empty.isnan().all() and other.isfinite().all()
 
 
 def test_models_without_words_and_boxes_are_refused(trained_ddpm, capsys):

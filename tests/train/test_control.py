@@ -274,7 +274,8 @@ def test_a_branch_starts_from_the_weights_of_a_file(logs, strong, tmp_path):
     content = read_run(run)
     assert content["fine_tuning"]["hint_widths"] == [4, 6] and content["origin"][START_OF_BRANCH] == sha256(strong)
     copy.unlink()  # the checkpoint has the branch
-    call("train_sampler.py", f"--logs_root {tmp_path} --log_dir more --train_steps 3 --change lr --lr 1e-2")
+    moved = "--load_control moved.safetensors"
+    call("train_sampler.py", f"--logs_root {tmp_path} --log_dir more --train_steps 3 --change lr --lr 1e-2 {moved}")
     learned = weights(run, 3)["network.control.hint.middle_zero_conv.weight"]
     assert not torch.equal(learned, load_file(strong)["middle_zero_conv.weight"])
     assert opened(tmp_path, "more").sample(1, hint_image=HINTS_OF_TWO[0], label=3, **SAMPLING).shape == (1, 1, 8, 8)

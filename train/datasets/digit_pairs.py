@@ -35,13 +35,17 @@ class Config(DatasetConfig):
 
 
 def build(config: Config, split: str) -> "DigitPairs":
-    """Returns the canvases of a split; ValueError for another split or a data_dir."""
+    """Returns the canvases of a split; ValueError for another split, a data_dir, and a split without all classes."""
     check_split(split)
     if config.data_dir is not None:
         got = f"digit_pairs reads no folder, got {config.data_dir}"
         raise ValueError(f"{got}: leave --data_dir out or use --dataset folder")
     own = digits.Config(val_fraction=config.val_fraction, split_seed=config.split_seed)
-    return DigitPairs(digits.build(own, split), split, N_VAL if split == SPLITS[1] else config.digit_pairs_count)
+    pool = digits.build(own, split)
+    if missing := [name for number, name in enumerate(NAMES) if number not in pool.labels]:
+        got = f"got val_fraction {config.val_fraction}, which leaves the {split} split without {', '.join(missing)}"
+        raise ValueError(f"{got}, wanted all ten digits in both: pass --val_fraction 0.2")
+    return DigitPairs(pool, split, N_VAL if split == SPLITS[1] else config.digit_pairs_count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,3 +61,9 @@ def test_canvases_are_resized_with_their_masks(canvases):
 def test_a_folder_is_refused():
     with pytest.raises(ValueError, match="digit_pairs reads no folder"):
         build(Config(data_dir="here"), "train")
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(0.002, "val"), (0.998, "train")])
+def test_splits_without_some_digits_are_refused(fraction, split):
+    with pytest.raises(ValueError, match=f"which leaves the {split} split without .*: pass --val_fraction 0.2"):
+        build(Config(val_fraction=fraction), split)
