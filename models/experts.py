@@ -129,7 +129,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 class ExpertOptions:
     """Options of experts: those of groups of classes of regions, or `learned` of them behind a learned router."""
 
-    groups: tuple[tuple[int, ...], ...] = ()  # classes of regions; what is in no group has one more expert
+    groups: tuple[tuple[int, ...], ...]  # classes of regions; what is in no group has one more expert; (): learned
     rule: Rule = "nearest"  # groups: how cells of several regions are routed, see ClassRouter
     learned: int = 0
     top: int = 1  # learned: experts of each row

@@ -127,6 +127,9 @@ def test_repaint_is_counted_and_keeps_what_is_visible(trained_ddpm, starts, caps
     results = read_results(trained_ddpm / "repainted")
     assert results["network_calls_per_image"] == 4 + 3 * 2
     assert results["run"]["sampling"]["repaint_resamplings"] == 3
+    with pytest.raises(SystemExit):  # the calls belong to a batch size
+        inpaint(trained_ddpm, f"{flags} --repaint_resamplings 3 --repaint_jump 1 --batch_size 1 --log_dir repainted")
+    assert "batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("logs", "sampler"), [("trained", "absorbing"), ("trained_ddpm", "ddpm")])

@@ -247,8 +247,8 @@ def call(network):
 OPTIONS = [
     ExpertOptions(groups=GROUPS),
     ExpertOptions(groups=GROUPS, rule="share"),
-    ExpertOptions(learned=3),
-    ExpertOptions(learned=3, top=2),
+    ExpertOptions(groups=(), learned=3),
+    ExpertOptions(groups=(), learned=3, top=2),
 ]
 NETWORKS = [unet, transformer, lambda: transformer(CausalTransformer), lambda: transformer(feed_forward="geglu")]
 
@@ -312,11 +312,11 @@ def test_networks_without_regions_or_layers_are_refused():
     with pytest.raises(ValueError, match="without a condition of regions: pass --conditions layout"):
         add_experts(before, ExpertOptions(groups=GROUPS))
     assert before.state_dict().keys() == old.keys()
-    add_experts(before, ExpertOptions(learned=2))  # needs none
+    add_experts(before, ExpertOptions(groups=(), learned=2))  # needs none
     with pytest.raises(ValueError, match="got experts for a UNet without transformer blocks: pass --attn_block_type"):
-        add_experts(unet("softmax"), ExpertOptions(learned=2))
+        add_experts(unet("softmax"), ExpertOptions(groups=(), learned=2))
     with pytest.raises(ValueError, match="got experts for .* with a Experts, wanted one of gelu, geglu"):
-        add_experts(before, ExpertOptions(learned=2))
+        add_experts(before, ExpertOptions(groups=(), learned=2))
     with pytest.raises(ValueError, match="of groups and learned ones, or neither"):
-        ExpertOptions()
+        ExpertOptions(groups=())
     assert issubclass(GEGLU, FeedForward)

@@ -70,7 +70,8 @@ class ExpertsConfig(ForegroundConfig):
             groups = tuple(tuple(map(int, split(group))) for group in numbered.experts)
             add_experts(network, ExpertOptions(groups=groups, rule=self.expert_rule))
         if self.router_experts:
-            options = {"learned": self.router_experts, "top": self.router_top, "rate": self.router_rate}
+            options = {"groups": (), "learned": self.router_experts}
+            options |= {"top": self.router_top, "rate": self.router_rate}
             add_experts(network, ExpertOptions(**options))
 
 

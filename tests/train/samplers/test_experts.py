@@ -117,7 +117,7 @@ def test_experts_start_as_copies_of_a_trained_network(make):
 
 def routed():
     network = open_all(unet())
-    add_experts(network, ExpertOptions(learned=3, rate=0.1))
+    add_experts(network, ExpertOptions(groups=(), learned=3, rate=0.1))
     return network.train()
 
 
