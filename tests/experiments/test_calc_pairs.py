@@ -148,9 +148,11 @@ def test_all_sizes_are_checked_before_anything_is_measured(tmp_path, capfd, monk
     for folder, sizes in {"a": [(9, 8), (12, 18), (9, 8), (9, 8)], "b": [(9, 8), (9, 8), (9, 8), (18, 24)]}.items():
         for number, size in enumerate(sizes):
             save(tmp_path / folder / f"{number}.png", np.zeros((*size, 3), np.uint8))
-    monkeypatch.setattr(ImageFolder, "read", None)  # headers tell
+    reads, read = [], ImageFolder.read
+    monkeypatch.setattr(ImageFolder, "read", lambda folder, index: reads.append(index) or read(folder, index))
     message = refused(tmp_path / "logs", f"{tmp_path}/a {tmp_path}/b --lpips none", capfd)
     assert "2 of 4 pairs differ in size: " in message and "a/1.png has 12x18 pixels, wanted 9x8 as" in message
+    assert {*reads} == {1, 3}  # of the others headers tell
 
 
 def test_an_image_that_its_header_turns_fits_its_reference(tmp_path, capfd):
