@@ -62,6 +62,7 @@ class UNetConfig:
     feed_forward: str = "geglu"  # in blocks of type "transformer"
     qkv_bias: bool = True  # in blocks of type "transformer": queries, keys and values have a bias
     transformer_eps: float = EPS  # in blocks of type "transformer": of the norm at their entry
+    attn_places: bool = False  # blocks of type "transformer" know where in the image a cell lies
     region_attention: str = "none"  # or one of REGION_ATTENTION: a block after each attention block but the middle one
     overlap: str = "mean"  # region attention: one of OVERLAPS
     region_places: bool = True  # region attention: prompts know where in the box a pixel lies
@@ -176,6 +177,7 @@ class BlockFactory:
             feed_forward=config.feed_forward,
             qkv_bias=config.qkv_bias,
             transformer_eps=config.transformer_eps,
+            places=config.attn_places,
             region_attention=config.region_attention,
             overlap=config.overlap,
             region_places=config.region_places,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from models.attention import ATTENTION_TYPES, Attention, CrossAttention, GatedCr
 from models.blocks import FEED_FORWARDS, ConditionBlock, RoutedFeedForward, group_norm, zero_module
 from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
-from models.region_attention import RegionAttention, layout_of, prompts_of
+from models.region_attention import FEATURES, RegionAttention, layout_of, place_features, prompts_of
 from models.registry import resolve_class
 from models.streams import Cells, GatedTokens
 
@@ -35,6 +36,7 @@ class AttentionOptions:
     feed_forward: str = "geglu"  # of a transformer block: one of FEED_FORWARDS, or a dotted path
     qkv_bias: bool = True  # of a transformer block: its queries, keys and values have a bias
     transformer_eps: float = EPS  # of a transformer block: of the norm at its entry
+    places: bool = False  # of a transformer block: it knows where in the image a cell lies
     region_attention: str = "v2"  # of a region block: one of REGION_ATTENTION
     overlap: str = "mean"  # of a region block: one of OVERLAPS
     region_places: bool = True  # of a region block: its prompts know where in the box a cell lies
@@ -73,13 +75,17 @@ class SpatialTransformer(ConditionBlock):
     """Transformer block on a feature map, between two linear layers and with a skip (Rombach et al. 2022).
 
     Self-attention, cross-attention to the condition's tokens if the network has them, and a feed-forward layer. The
-    last linear layer starts at zero.
+    last linear layer starts at zero, and so does the one that adds where in the image a cell lies, if there is one.
     """
 
     def __init__(self, channels: int, options: AttentionOptions):
         super().__init__()
         self.norm = group_norm(channels, eps=options.transformer_eps)
         self.proj_in = nn.Linear(channels, channels)
+        self.places = None
+        if options.places:
+            self.places = nn.Linear(FEATURES, channels, bias=False)
+            nn.init.zeros_(self.places.weight)
         self.norm1 = nn.LayerNorm(channels)
         kind, bias = options.transformer_attention, options.qkv_bias
         self.attention = build_self_attention(kind, channels, options, bias)
@@ -94,6 +100,8 @@ class SpatialTransformer(ConditionBlock):
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b h w c"))
+        if self.places is not None:
+            h = h + self.places(grid_places(*x.shape[2:], x.device).to(h.dtype))
         h = h + self.attention(self.norm1(h))
         if self.cross is not None:
             context = None if condition is None else condition.context(*x.shape[2:])
@@ -108,6 +116,13 @@ class SpatialTransformer(ConditionBlock):
         if isinstance(self.feed_forward, RoutedFeedForward):
             return self.feed_forward(h, Cells(None if condition is None else condition.regions, h.shape[1:3]))
         return self.feed_forward(h)
+
+
+def grid_places(height: int, width: int, device: torch.device) -> Tensor:
+    """Returns features of where in the image the centre of each cell of a grid lies, (height, width, FEATURES)."""
+    rows, columns = (place_features((torch.arange(side, device=device) + 0.5) / side) for side in (height, width))
+    rows, columns = rows.unsqueeze(1).expand(-1, width, -1), columns.unsqueeze(0).expand(height, -1, -1)
+    return torch.cat([columns, rows], -1)
 
 
 class RegionBlock(ConditionBlock):

@@ -76,7 +76,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("heads", "head_width", "dropout", "resblock_updown", "scale_shift", "scale_skip"),
         *("res_block_type", "attn_block_type", "middle_attn_block_type"),
         *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
-        *("qkv_bias", "transformer_eps"),
+        *("qkv_bias", "transformer_eps", "attn_places"),
         *("region_attention", "overlap", "region_places"),
         *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
         *("foreground", "foreground_weight", "foreground_norm"),

@@ -12,7 +12,8 @@ from torch import nn
 from models.attention import record_maps
 from models.blocks import FEED_FORWARDS, GEGLU, FeedForward, count_parameters
 from models.conditioning import Condition, Regions, Tokens
-from models.unet_attention import ATTENTION_BLOCKS, SELF_ATTENTION, AttentionOptions, SpatialTransformer
+from models.region_attention import FEATURES
+from models.unet_attention import ATTENTION_BLOCKS, SELF_ATTENTION, AttentionOptions, SpatialTransformer, grid_places
 
 C, HEADS, M, D = 40, 4, 5, 6
 
@@ -139,6 +140,28 @@ def test_feed_forward_layers_are_their_formulas():
     hidden = gated.expand(x)
     assert hidden.shape[-1] == 32 and plain.expand.out_features == 16
     assert torch.allclose(gated(x), gated.contract(hidden[..., :16] * F.gelu(hidden[..., 16:])))
+
+
+def test_a_transformer_takes_places_without_changing_at_first():
+    without = randomize(block_of("transformer", context_width=D))
+    block, x, condition = block_of("transformer", context_width=D, places=True), feature_map(), text_condition()
+    block.load_state_dict(without.state_dict() | {"places.weight": block.places.weight})
+    assert torch.equal(block(x, condition), without(x, condition))
+    flat = torch.ones_like(x)
+    assert torch.allclose(block(flat, condition).std((2, 3)), torch.zeros(2, C), atol=1e-6)
+    randomize(block)
+    assert block(flat, condition).std((2, 3)).min() > 1e-3
+
+
+def test_places_are_those_of_the_centres_of_cells():
+    places = grid_places(2, 4, torch.device("cpu"))
+    assert places.shape == (2, 4, FEATURES)
+    x, y = places[..., : FEATURES // 2], places[..., FEATURES // 2 :]
+    angles = math.pi * torch.tensor([1.0, 3, 5, 7]) / 8  # at the lowest frequency, half a turn over the image
+    assert torch.allclose(x[:, :, 0], angles.sin().expand(2, 4)) and torch.equal(x[0], x[1])
+    half = FEATURES // 4
+    assert torch.allclose(x[:, :, half], angles.cos().expand(2, 4), atol=1e-6)
+    assert torch.allclose(y[:, :, half], torch.tensor([1, -1]).unsqueeze(1) * math.sqrt(0.5), atol=1e-6)
 
 
 def test_the_feed_forward_of_a_transformer_is_named(monkeypatch):

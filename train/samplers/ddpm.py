@@ -102,6 +102,8 @@ class Config(ProcessConfig, ConditionsConfig):
     """attn_block_type transformer: queries, keys and values have a bias."""
     transformer_eps: float = 1e-5
     """attn_block_type transformer: epsilon of the norm at its entry; Stable Diffusion: 1e-6."""
+    attn_places: bool = False
+    """attn_block_type transformer: add where in the image a pixel lies, which a UNet knows from its borders alone."""
     region_attention: Literal["none", "v2", "v1", "no_partial", "segmentation"] = "none"
     """Attention of pixels to those of the same object, with its prompt, after each attention block of attn_factors (see
     docs/attention.md); it needs a condition such as objects."""
@@ -123,6 +125,9 @@ class Config(ProcessConfig, ConditionsConfig):
         ):
             if self.region_attention == "none" and not is_default:
                 raise ValueError(f"got {got} for region_attention none: pass --region_attention v2, or {remedy}")
+        if self.attn_places and "transformer" not in (self.attn_block_type, self.middle_attn_block_type):
+            got = f"got attn_places with attn_block_type {self.attn_block_type}, whose blocks have none"
+            raise ValueError(f"{got}: pass --attn_block_type transformer, or leave --attn_places out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,12 @@ def test_region_attention_reads_tokens_of_regions_alone():
     assert len(build("boxes", {"boxes_everywhere": False}).network.region_blocks["up"]) == 2
 
 
+def test_places_are_refused_without_transformer_blocks():
+    with pytest.raises(ValueError, match="got attn_places with attn_block_type softmax, whose blocks have none: pass"):
+        ddpm.Config(attn_places=True)
+    ddpm.Config(attn_places=True, middle_attn_block_type="transformer")
+
+
 def test_options_of_region_attention_are_refused_without_it():
     for options, message in (
         (
