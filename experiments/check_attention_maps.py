@@ -1,8 +1,8 @@
 """Checks whether the attention to words and boxes lies on their objects, in held-out images whose masks are known.
 
 The images are noised and read under their own captions and boxes. A map marks the places above a threshold, which is
-chosen on one half of the images and applied to the other. Beside each figure stands that of the word, or the box, of
-another object of the same image.
+chosen on one half of the images and applied to the other; so is the layer, on wish. Beside each figure stands that of
+the word, or the box, of another object of the same image.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.report import progress, table
 from experiments.metrics.heat_pictures import draw_sheet, heat_panels
 from experiments.metrics.layout.layout_pictures import save_picture
-from models.attention_recorder import MapRecorder, Reads
+from models.attention_recorder import MapRecorder, Reads, find_layers
 from models.conditioning import RegionEncoder
 from models.conditions.text import CaptionEncoder, find_words
 from models.heat_maps import enlarge, heat_maps, intersection_over_union, mean_heat, share_inside
@@ -34,6 +34,7 @@ WORDS, BOXES = "words", "boxes"
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))  # of the range of an image's heat
 MOST_ROWS = 8  # images in the picture
 PICTURE = "attention_maps.png"
+Choices = dict[Reads, list[tuple[str, ...] | None]]  # of the layers that maps are averaged over; None: as in DAAM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +47,20 @@ class CheckMapsConfig:
     """Noise levels of each image, one network call each."""
     map_layers: tuple[str, ...] = ()
     """Layers to average, such as up_blocks.0.1.cross; if omitted, those going up and down, as DAAM, or all."""
+    best_layer: bool = False
+    """Compare each layer alone with the mean of all, and choose the one with the largest overlap with the objects, on
+    the half of the images on which the threshold is chosen."""
 
     relative: bool = False
     """Divide the heat in each place by that of all words and objects of the image."""
 
-    EVERYDAY = ("n_images", "real_times", "relative")
+    EVERYDAY = ("n_images", "real_times", "best_layer", "relative")
     RANGES = {"n_images": COUNT, "real_times": MILLION}
 
     def __post_init__(self):
         check_ranges(self)
+        if self.best_layer and self.map_layers:
+            raise ValueError("got best_layer and map_layers: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,21 +154,24 @@ def measure(
     """Records the maps, computes all figures and saves attention_maps.png. All ranks must call it; only the main rank
     gets the results."""
     is_main, most = batches.world.is_main, max(map(len, things))
-    draw = compared_images(settings, images, things, most, streams_of(model, things))
+    choices = find_choices(settings, model, streams_of(model, things))
+    draw = compared_images(settings, images, things, most, choices)
     parts = batches.resume("compared", range(settings.n_images), draw)
     parts = list(progress(parts, settings.n_images, "mapping", is_main))
     if not is_main:
         return None
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    rows = []
-    for image, heat, own in list(zip(whole["image"], whole["heat"], things, strict=True))[:MOST_ROWS]:
-        rows.append(heat_panels(image, heat[: len(own)], [thing.target.name for thing in own]))
-    save_picture(batches.folder / PICTURE, draw_sheet(rows))
     kinds = torch.zeros(len(things), most, dtype=torch.long)  # 1 and 2: WORDS and BOXES
     for row, own in enumerate(things):
         kinds[row, : len(own)] = torch.tensor([1 + (thing.kind == BOXES) for thing in own], dtype=torch.long)
     names = {WORDS: kinds == 1, BOXES: kinds == 2}
-    return {name: compute_figures(whole, chosen) for name, chosen in names.items() if chosen.any()}
+    results = {name: compute_figures(whole, chosen) for name, chosen in names.items() if chosen.any()}
+    rows = []
+    for number, (image, own) in enumerate(list(zip(whole["image"], things, strict=True))[:MOST_ROWS]):
+        heat = [whole[f"heat_{results[thing.kind]['choice']}"][number, i] for i, thing in enumerate(own)]
+        rows.append(heat_panels(image, heat, [thing.target.name for thing in own]))
+    save_picture(batches.folder / PICTURE, draw_sheet(rows))
+    return {kind: {**figures, "layers": name_layers(choices, figures["choice"])} for kind, figures in results.items()}
 
 
 def streams_of(model: TrainedSampler, things: Sequence[Sequence[Thing]]) -> list[Reads]:
@@ -172,35 +181,54 @@ def streams_of(model: TrainedSampler, things: Sequence[Sequence[Thing]]) -> list
     return ["gated" if each else "tokens" for each in sorted(gated)]
 
 
+def find_choices(settings: CheckMapsConfig, model: TrainedSampler, streams: Sequence[Reads]) -> Choices:
+    """Returns the layers that maps may be averaged over: those of the settings and, for the best layer, each alone."""
+    given: list[tuple[str, ...] | None] = [settings.map_layers or None]
+    if not settings.best_layer:
+        return dict.fromkeys(streams, given)
+    return {reads: given + [(name,) for name in find_layers(model.sampler.network, reads)] for reads in streams}
+
+
+def name_layers(choices: Choices, choice: int) -> str:
+    """Returns the names of the layers of a choice."""
+    named = [each[choice] for each in choices.values() if choice < len(each)]
+    return "; ".join("mean of layers" if layers is None else " ".join(layers) for layers in named)
+
+
 def compared_images(
     settings: CheckMapsConfig,
     images: RealImages,
     things: Sequence[Sequence[Thing]],
     most: int,
-    streams: Sequence[Reads],
+    choices: Choices,
 ) -> Callable[[list[int]], Batch]:
-    """Returns a function from indices to batches: "image", "heat" (B, T, h, w) of T objects, their overlaps with the
-    objects at each of K thresholds, "iou" and that of "other" objects' maps (B, T, K), the shares of the heat "inside"
-    them and of other objects' heat, "inside_other", and the "area" of the objects, (B, T). NaN where there is none."""
+    """Returns a function from indices to batches of images with T objects, whose maps are of C choices of layers.
+
+    "image"; "heat_0" (B, T, h, w) of the first choice, and so on; the overlaps with the objects at each of K
+    thresholds, "iou", and those of "other" objects' maps (B, T, C, K); the shares of the heat "inside" the objects and
+    of other objects' heat, "inside_other" (B, T, C); the "area" of the objects, (B, T). NaN where there is none.
+    """
+    count = max(map(len, choices.values()))
 
     def draw(indices: list[int]) -> Batch:
         own = [things[i] for i in indices]
-        pixels, heat = record_things(settings, images, indices, own, most, streams)
+        pixels, heats = record_things(settings, images, indices, own, most, choices)
         size = tuple(pixels.shape[2:])
-        columns = {name: (len(THRESHOLDS),) for name in ("iou", "other")}
-        columns |= dict.fromkeys(("inside", "inside_other", "area"), ())
+        columns = {"area": ()} | dict.fromkeys(("inside", "inside_other"), (count,))
+        columns |= dict.fromkeys(("iou", "other"), (count, len(THRESHOLDS)))
         batch = {name: torch.full((len(indices), most, *shape), torch.nan) for name, shape in columns.items()}
         for row, each in enumerate(own):
             for i, thing in enumerate(each):
                 same_kind = [j for j, other in enumerate(each) if other.kind == thing.kind]
                 other = same_kind[(same_kind.index(i) + 1) % len(same_kind)]
-                batch["iou"][row, i] = overlaps(heat[row, i], thing.mask, size)
-                batch["inside"][row, i] = share_in(heat[row, i], thing.mask, size)
                 batch["area"][row, i] = thing.mask.float().mean()
-                if other != i:
-                    batch["other"][row, i] = overlaps(heat[row, other], thing.mask, size)
-                    batch["inside_other"][row, i] = share_in(heat[row, other], thing.mask, size)
-        return batch | {"image": pixels, "heat": heat}
+                for choice, heat in enumerate(heats):
+                    batch["iou"][row, i, choice] = overlaps(heat[row, i], thing.mask, size)
+                    batch["inside"][row, i, choice] = share_in(heat[row, i], thing.mask, size)
+                    if other != i:
+                        batch["other"][row, i, choice] = overlaps(heat[row, other], thing.mask, size)
+                        batch["inside_other"][row, i, choice] = share_in(heat[row, other], thing.mask, size)
+        return batch | {"image": pixels} | {f"heat_{choice}": heat for choice, heat in enumerate(heats)}
 
     return draw
 
@@ -211,23 +239,25 @@ def record_things(
     indices: list[int],
     things: Sequence[Sequence[Thing]],
     most: int,
-    streams: Sequence[Reads],
-) -> tuple[Tensor, Tensor]:
-    """Returns images uint8 (B, C, H, W) and the heat (B, most, h, w) of their objects, NaN after the last."""
-    pixels, heat = None, None
-    for reads in streams:
+    choices: Choices,
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns images uint8 (B, C, H, W) and, for each choice of layers, the heat (B, most, h, w) of their objects: NaN
+    after the last, and of objects that are read by other layers."""
+    pixels, heats = None, {}
+    for reads, options in choices.items():
         recorder = MapRecorder(reads, layers=settings.map_layers or None)
         pixels, maps = images.record(indices, recorder), recorder.maps()
-        whole = heat_maps(maps, settings.map_layers or None).cpu()
-        if settings.relative:
-            others = find_targets(images.model, images.conditions(indices), len(indices), gated=reads == "gated")
-            whole = relative_heat(whole, others, maps.spans)
-        heat = whole.new_full((len(indices), most, *whole.shape[2:]), torch.nan) if heat is None else heat
-        for row, own in enumerate(things):
-            for i, thing in enumerate(own):
-                if thing.target.condition in maps.spans:
-                    heat[row, i] = mean_heat(whole[row, None], thing.target.keys(maps.spans))[0]
-    return pixels, heat
+        others = find_targets(images.model, images.conditions(indices), len(indices), gated=reads == "gated")
+        for choice, names in enumerate(options):
+            whole = heat_maps(maps, names).cpu()
+            whole = relative_heat(whole, others, maps.spans) if settings.relative else whole
+            if choice not in heats:
+                heats[choice] = whole.new_full((len(indices), most, *whole.shape[2:]), torch.nan)
+            for row, own in enumerate(things):
+                for i, thing in enumerate(own):
+                    if thing.target.condition in maps.spans:
+                        heats[choice][row, i] = mean_heat(whole[row, None], thing.target.keys(maps.spans))[0]
+    return pixels, list(heats.values())
 
 
 def overlaps(heat: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -243,22 +273,31 @@ def share_in(heat: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def compute_figures(whole: Batch, chosen: Tensor) -> dict[str, Any]:
     """Computes the mean figures of the objects `chosen` (N, T) bool: overlaps of the images with odd numbers, at the
-    threshold that is best on the others, and shares inside the objects of all images."""
-    even = torch.arange(len(chosen)) % 2 == 0
-    figures: dict[str, Any] = {"n": int(chosen.sum())}
+    threshold that is best on the others, and shares inside the objects of all images; of the "choice" of layers that is
+    best on the others too."""
+    even = (torch.arange(len(chosen)) % 2 == 0)[:, None]
+    fitted = mean_of_finite(whole["iou"][even & chosen])  # (C, K)
+    choice = int(fitted.amax(1).argmax())
+    figures: dict[str, Any] = {"n": int(chosen.sum()), "choice": choice}
     for name in ("iou", "other"):
-        fitted, tested = (whole[name][half & chosen] for half in (even[:, None], ~even[:, None]))
-        fitted, tested = (part[part.isfinite().all(1)] for part in (fitted, tested))  # (n, K)
+        fitted, tested = (whole[name][half & chosen][:, choice] for half in (even, ~even))  # (n, K)
+        fitted, tested = (part[part.isfinite().all(1)] for part in (fitted, tested))
         if not len(fitted) or not len(tested):
             continue
         best = int(fitted.mean(0).argmax())
         figures[name] = {"n": len(tested), "threshold": THRESHOLDS[best], **spread(tested[:, best])}
     for name in ("inside", "inside_other", "area"):
         values = whole[name][chosen]
+        values = values if name == "area" else values[:, choice]
         values = values[values.isfinite()]
         if len(values):
             figures[name] = {"n": len(values), **spread(values)}
     return figures
+
+
+def mean_of_finite(values: Tensor) -> Tensor:
+    """Returns the mean of the finite values (n, ...) in each place, 0 where there are none: (...)."""
+    return values.where(values.isfinite(), 0).sum(0) / values.isfinite().sum(0).clamp(min=1)
 
 
 def spread(values: Tensor) -> dict[str, float]:
@@ -277,6 +316,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
         "area": "share of the image that the object is",
     }
     rows = [("", "objects", "threshold", "mean")]
+    chosen = [f"{kind}: maps of {results[kind]['layers']}" for kind in (WORDS, BOXES) if kind in results]
     for kind in (WORDS, BOXES):
         for name, heading in headings.items() if kind in results else ():
             if name in results[kind]:
@@ -285,7 +325,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
                 rows.append(
                     (f"{kind}: {heading}", str(each["n"]), threshold, f"{each['mean']:.3f} ± {each['error']:.3f}")
                 )
-    return f"{table(rows)}\n\n± standard error\n{folder / PICTURE}"
+    return "\n".join((table(rows), "", *chosen, "± standard error", str(folder / PICTURE)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments.check_attention_maps import (
 )
 from experiments.harness.attention_targets import RealImages, Target
 from helpers.tiny_runs import DDPM, ROOT, call, parse_config
+from models.attention_recorder import find_layers
 from models.conditions import text
 from models.conditions.layout import FIELDS_OF
 from train.inference import load
@@ -98,11 +99,14 @@ def known_things(count):
 
 
 def figures_of(monkeypatch, heat, things):
-    def record(settings, images, indices, things, most, streams):
-        return torch.zeros(len(indices), 1, 8, 8, dtype=torch.uint8), heat[indices]
+    heats = [heat] if isinstance(heat, torch.Tensor) else heat
+
+    def record(settings, images, indices, things, most, choices):
+        return torch.zeros(len(indices), 1, 8, 8, dtype=torch.uint8), [each[indices] for each in heats]
 
     monkeypatch.setattr(check_attention_maps, "record_things", record)
-    batch = compared_images(CheckMapsConfig(), None, things, 2, ["tokens"])(list(range(len(things))))
+    choices = {"tokens": [None] * len(heats)}
+    batch = compared_images(CheckMapsConfig(), None, things, 2, choices)(list(range(len(things))))
     return compute_figures(batch, torch.ones(len(things), 2, dtype=torch.bool))
 
 
@@ -122,13 +126,34 @@ def test_maps_of_the_wrong_objects_do_not(monkeypatch):
 
 def test_thresholds_are_chosen_on_other_images_than_measured():
     """Images with odd numbers would want the last threshold; those with even ones want the first."""
-    iou = torch.zeros(4, 1, len(THRESHOLDS))
-    iou[0::2, :, 0], iou[1::2, :, -1] = 1.0, 1.0
-    whole = {"iou": iou, "other": torch.full_like(iou, torch.nan)}
-    whole |= dict.fromkeys(("inside", "inside_other", "area"), torch.ones(4, 1))
-    figures = compute_figures(whole, torch.ones(4, 1, dtype=torch.bool))
+    iou = torch.zeros(4, 1, 1, len(THRESHOLDS))
+    iou[0::2, ..., 0], iou[1::2, ..., -1] = 1.0, 1.0
+    figures = compute_figures(overlapping(iou), torch.ones(4, 1, dtype=torch.bool))
     assert figures["iou"]["threshold"] == THRESHOLDS[0] and figures["iou"]["mean"] == 0
     assert "other" not in figures
+
+
+def overlapping(iou):
+    """What is measured of objects whose maps overlap them so, and lie in them by the number of the choice."""
+    inside = torch.arange(iou.shape[2]).expand(iou.shape[:3]).float()
+    whole = {"iou": iou, "other": torch.full_like(iou, torch.nan), "area": torch.ones(iou.shape[:2])}
+    return whole | {"inside": inside, "inside_other": inside}
+
+
+def test_layers_are_chosen_on_other_images_than_measured():
+    """The third choice is best where layers are chosen, the second where they are measured."""
+    iou = torch.zeros(4, 1, 3, len(THRESHOLDS))
+    iou[0::2, :, 2, 5], iou[1::2, :, 1, 5], iou[1::2, :, 2, 5] = 0.7, 1.0, 0.5
+    figures = compute_figures(overlapping(iou), torch.ones(4, 1, dtype=torch.bool))
+    assert figures["choice"] == 2 and figures["iou"]["mean"] == 0.5 and figures["inside"]["mean"] == 2
+    iou[0::2, :, 2] = torch.nan  # layers that do not read these objects
+    assert compute_figures(overlapping(iou), torch.ones(4, 1, dtype=torch.bool))["choice"] == 0
+
+
+def test_the_best_of_several_layers_is_measured(monkeypatch):
+    things, heat = known_things(4)
+    figures = figures_of(monkeypatch, [heat.flip(1), heat, 0.5 + 0 * heat], things)
+    assert figures["choice"] == 1 and figures["iou"]["mean"] == 1 and figures["inside"]["mean"] == pytest.approx(1)
 
 
 def test_the_command_measures_words_and_boxes(logs, capsys):
@@ -149,9 +174,20 @@ def test_batches_without_objects_are_read_as_all_others(logs):
     things = [find_things(images.model, images, 0), []]
     streams = streams_of(images.model, things)
     assert streams == ["gated"] and streams_of(images.model, []) == []
-    draw = compared_images(CheckMapsConfig(), images, things, 2, streams)
-    empty, other = draw([1])["heat"], draw([0])["heat"]
+    draw = compared_images(CheckMapsConfig(), images, things, 2, dict.fromkeys(streams, [None]))
+    empty, other = draw([1])["heat_0"], draw([0])["heat_0"]
     assert empty.shape == other.shape and empty.isnan().all() and other.isfinite().all()
+
+
+def test_the_command_compares_layers(logs, capsys):
+    flags = f"--logs_root {logs} --sampler ddpm --load_dir both --n_images 6 --real_times 2 --no_amp --log_dir layers"
+    call("experiments/check_attention_maps.py", f"{flags} --best_layer")
+    results = json.loads((logs / "layers" / "results.json").read_text())
+    layers = find_layers(load(logs / "both", amp=False).model.sampler.network)
+    assert len(layers) > 1 and all(results[kind]["layers"] in ("mean of layers", *layers) for kind in (WORDS, BOXES))
+    assert f"words: maps of {results[WORDS]['layers']}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="got best_layer and map_layers"):
+        CheckMapsConfig(best_layer=True, map_layers=("a",))
 
 
 def test_models_without_words_and_boxes_are_refused(trained_ddpm, capsys):
