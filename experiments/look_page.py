@@ -26,6 +26,7 @@ COLUMNS = 4  # of the gallery
 MOST_STEPS = 50  # whose maps are kept
 FRAME = (255, 255, 255)  # of the place that was clicked
 WORDS, CODES = "words, objects and fields", "codes"
+MEAN = "mean of layers"
 KINDS: dict[str, Reads] = {WORDS: "tokens", "gated boxes": "gated", CODES: "self"}
 HELP = (
     "Samples one image, the first of the seed, and shows where it attends to each word or object: blue little, red "
@@ -43,7 +44,12 @@ class Moment(NamedTuple):
 
     step: int  # from 1; 0: the mean of all steps
     image: Tensor  # uint8 (C, H, W): what the network predicts in this step; the final image for the mean
-    heat: Tensor  # (M, h, w) of M tokens, or (h w, h, w): of each code, how much it attends to each
+    heats: dict[str, Tensor]  # by layer and MEAN: (M, h, w) of M tokens, or (h w, h, w) of each code, over the codes
+
+    @property
+    def heat(self) -> Tensor:
+        """The mean of the layers."""
+        return self.heats[MEAN]
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,13 @@ class Attention:
         """Returns the moment whose step is nearest."""
         return min(self.moments, key=lambda each: abs(each.step - step))
 
-    def maps(self, play: Playground, words: Sequence[str], moment: Moment) -> list[tuple[str, Tensor]]:
-        """Returns names and heat (h, w): of these words or, without any, of all words, objects and fields.
+    def maps(self, play: Playground, words: Sequence[str], heat: Tensor) -> list[tuple[str, Tensor]]:
+        """Returns names and their heat (h, w): of these words or, without any, of all words, objects and fields.
 
         ValueError for words that the caption does not have.
         """
         targets = targets_of(play, self.conditions, self.kind, words)
-        return [(target.name, moment.heat[target.keys(self.spans)].mean(0)) for target in targets]
+        return [(target.name, heat[target.keys(self.spans)].mean(0)) for target in targets]
 
 
 def targets_of(play: Playground, conditions: Batch | None, kind: str, words: Sequence[str]) -> list[Target]:
@@ -107,14 +113,16 @@ def cell_at(place: Place, grid: tuple[int, int]) -> tuple[int, int]:
     return min(int(y * h), h - 1), min(int(x * w), w - 1)
 
 
-def heat_of(maps: AttentionMaps, reads: Reads) -> Tensor:
-    """Returns the heat of the tokens of an image, (M, h, w); of its codes (h w, h, w). Differential attention keeps its
-    sign."""
+def heats_of(maps: AttentionMaps, reads: Reads) -> dict[str, Tensor]:
+    """Returns the heat of the tokens of an image, (M, h, w), by layer and MEAN; of its codes (h w, h, w). Differential
+    attention keeps its sign."""
     if reads == "self":
-        mean = torch.stack([layer[0].mean(0) for layer in maps.layers.values()]).mean(0)  # (h, w, h w)
-        return mean.flatten(0, 1).unflatten(1, mean.shape[:2])
+        layers = {name: layer[0].mean(0).cpu() for name, layer in maps.layers.items()}  # (h, w, h w)
+        layers = {MEAN: torch.stack([*layers.values()]).mean(0)} | layers
+        return {name: layer.flatten(0, 1).unflatten(1, layer.shape[:2]) for name, layer in layers.items()}
     signed = any((layer < 0).any() for layer in maps.layers.values())
-    return heat_maps(maps, signed=signed)[0]
+    choices = {MEAN: None} | {name: [name] for name in maps.layers}
+    return {name: heat_maps(maps, layers, signed=signed)[0].cpu() for name, layers in choices.items()}
 
 
 def look(play: Playground, request: Request, kind: str, words: Sequence[str] = ()) -> Attention:
@@ -135,7 +143,7 @@ def look(play: Playground, request: Request, kind: str, words: Sequence[str] = (
         nonlocal moments, stride
         if recorder.steps and i % stride == 0:  # a step that changes no code calls no network
             image = play.trained.space.preview(x, predicted)[1][0].cpu()
-            moments.append(Moment(i + 1, image, heat_of(mean_of_calls(recorder), reads).cpu()))
+            moments.append(Moment(i + 1, image, heats_of(mean_of_calls(recorder), reads)))
         if len(moments) > MOST_STEPS:
             stride *= 2
             moments = [each for each in moments if (each.step - 1) % stride == 0]
@@ -143,7 +151,7 @@ def look(play: Playground, request: Request, kind: str, words: Sequence[str] = (
         return x
 
     image = play.draw(request, on_step=on_step, recorder=recorder)[0]
-    mean, trained = Moment(0, image, heat_of(recorder.maps(), reads).cpu()), play.trained
+    mean, trained = Moment(0, image, heats_of(recorder.maps(), reads)), play.trained
     return Attention(trained.run, trained.step, kind, conditions, recorder.spans, [mean, *moments])
 
 
@@ -154,21 +162,24 @@ def mean_of_calls(recorder: MapRecorder) -> AttentionMaps:
     return AttentionMaps(layers, recorder.spans, recorder.size, torch.tensor([len(calls)]))
 
 
-def draw_maps(play: Playground, attention: Attention, words: Sequence[str], place: Place, step: float) -> list:
+def draw_maps(
+    play: Playground, attention: Attention, words: Sequence[str], place: Place, step: float, layer: str = MEAN
+) -> list:
     """Returns the picture of a step, and a list of maps over it with their names: of words, or of the codes of a place,
     which has a frame in the picture."""
     moment = attention.nearest(step)
+    heat = moment.heats[layer]
     picture = enlarge_to_picture(moment.image, SIDE).convert("RGB")
     size = picture.height, picture.width
     if KINDS[attention.kind] == "self":
-        h, w = moment.heat.shape[1:]
+        h, w = heat.shape[1:]
         row, column = cell_at(place, (h, w))
-        maps = [(f"row {row + 1}, column {column + 1}", moment.heat[row * w + column])]
+        maps = [(f"row {row + 1}, column {column + 1}", heat[row * w + column])]
         box = (column * size[1] // w, row * size[0] // h, (column + 1) * size[1] // w, (row + 1) * size[0] // h)
         ImageDraw.Draw(picture).rectangle(box, outline=FRAME, width=3)
     else:
-        maps = attention.maps(play, words, moment)
-    return [picture, [(draw_heat(moment.image, heat, size), name) for name, heat in maps]]
+        maps = attention.maps(play, words, heat)
+    return [picture, [(draw_heat(moment.image, each, size), name) for name, each in maps]]
 
 
 def parse_words(text: str) -> list[str]:
@@ -196,18 +207,21 @@ class Handlers:
 
     settings: Settings
 
-    def look(self, kind: str, words: str, *values: Any) -> list:
-        """Returns the attention, the place, and what the slider, the picture and the maps show, and the seed."""
+    def look(self, kind: str, words: str, layer: str, *values: Any) -> list:
+        """Returns the attention, the place, and what the slider, the choice of layers, the picture and the maps show,
+        and the seed."""
         import gradio as gr
 
         with show_errors():
             play, request = self.settings.read(*values)
             attention = look(play, request, kind, parse_words(words))
             last = attention.moments[-1].step
-            slider = gr.Slider(maximum=max(1, last), value=0)
-            return [attention, CENTRE, slider, *self.show(attention, words, CENTRE, 0), request.seed]
+            slider, layers = gr.Slider(maximum=max(1, last), value=0), list(attention.moments[0].heats)
+            layer = layer if layer in layers else MEAN
+            choice = gr.Dropdown(layers, value=layer, visible=len(layers) > 2)  # with one layer, its mean is itself
+            return [attention, CENTRE, slider, choice, *self.show(attention, words, CENTRE, 0, layer), request.seed]
 
-    def show(self, attention: Attention | None, words: str, place: Place, step: float | None) -> list:
+    def show(self, attention: Attention | None, words: str, place: Place, step: float | None, layer: str) -> list:
         """Returns the picture and the maps of a step."""
         import gradio as gr
 
@@ -216,7 +230,7 @@ class Handlers:
         with show_errors():
             runs = self.settings.runs
             play = runs.open(runs.name(attention.run), attention.checkpoint)
-            return draw_maps(play, attention, parse_words(words), place, step or 0)
+            return draw_maps(play, attention, parse_words(words), place, step or 0, layer)
 
     def show_kind(self, kind: str, run: str, step: int | str) -> list:
         """Returns updates of the box of words and of the note on codes."""
@@ -251,7 +265,10 @@ def add_look_tab(settings: Settings, loaded: Any) -> None:
                 kind, words, note = kind_boxes(play)
             button = gr.Button("Look", variant="primary")
             with gr.Column(visible=False) as results:
-                step = gr.Slider(0, 1, value=0, step=1, label="step", info="0: the mean of all steps.")
+                with gr.Row():
+                    step = gr.Slider(0, 1, value=0, step=1, label="step", info="0: the mean of all steps.", scale=2)
+                    about = "Single layers may find things that the mean hides."
+                    layer = gr.Dropdown([MEAN], value=MEAN, label="layer", info=about, min_width=200)
                 with gr.Row():
                     style = {"show_label": False, "format": "png", "interactive": False, "buttons": []}
                     picture = gr.Image(**style, min_width=200)
@@ -259,18 +276,20 @@ def add_look_tab(settings: Settings, loaded: Any) -> None:
         attention, place, last_choice = gr.State(None), gr.State(CENTRE), gr.State(settings.run.value)
     handlers = Handlers(settings)
 
-    def click_place(attention: Attention | None, words: str, step: float | None, event: gr.SelectData) -> list:
+    def click_place(
+        attention: Attention | None, words: str, step: float | None, layer: str, event: gr.SelectData
+    ) -> list:
         x, y = event.index
         width, height = enlarge_to_picture(attention.moments[0].image, SIDE).size
         place = (x / width, y / height)
-        return [place, *handlers.show(attention, words, place, step)]
+        return [place, *handlers.show(attention, words, place, step, layer)]
 
     outputs, quietly = [picture, maps], {"show_progress": "hidden", "api_visibility": "private"}
-    inputs, show = [kind, words, *settings.inputs], [attention, words, place, step]
-    changed = [attention, place, step, *outputs, settings.seed]
+    inputs, show = [kind, words, layer, *settings.inputs], [attention, words, place, step, layer]
+    changed = [attention, place, step, layer, *outputs, settings.seed]
     fill_on([button.click], handlers.look, inputs, changed, results, attention, show_progress_on=outputs)
-    gr.on([words.submit, step.input], handlers.show, show, outputs, trigger_mode="always_last", **quietly)
-    picture.select(click_place, [attention, words, step], [place, *outputs], **quietly)
+    gr.on([words.submit, step.input, layer.input], handlers.show, show, outputs, trigger_mode="always_last", **quietly)
+    picture.select(click_place, [attention, words, step, layer], [place, *outputs], **quietly)
     kind.input(handlers.show_kind, [kind, *settings.inputs[:2]], [words, note], **quietly)
     switched = [area, message, results, attention, kind, words, note, last_choice]
     loaded.success(handlers.pick_run, [settings.run, last_choice], switched, **quietly)

@@ -11,6 +11,7 @@ from experiments import look_page
 from experiments.look_page import (
     CENTRE,
     CODES,
+    MEAN,
     WORDS,
     draw_maps,
     kind_boxes,
@@ -36,6 +37,7 @@ from helpers.browser import (
 from helpers.captioned import write_captioned_images
 from helpers.prompted import MODELS, make_model, options_of
 from helpers.tiny_runs import DDPM, call
+from models.attention_recorder import find_layers
 from models.conditioning import ConditionConfig
 
 PROMPT = "a red star, a redder ring"
@@ -67,12 +69,12 @@ def test_maps_are_of_whole_words_and_phrases(page):
     play, request = page
     attention = look(play, request, WORDS)
     moment = attention.moments[0]
-    assert [name for name, _ in attention.maps(play, (), moment)] == ["a", "red", "star", "redder", "ring"]
-    star, phrase = attention.maps(play, ["star", "a red star"], moment)
+    assert [name for name, _ in attention.maps(play, (), moment.heat)] == ["a", "red", "star", "redder", "ring"]
+    star, phrase = attention.maps(play, ["star", "a red star"], moment.heat)
     assert (star[0], phrase[0]) == ("star", "a red star") and star[1].shape == (4, 4)
     assert not torch.equal(star[1], phrase[1])
     with pytest.raises(ValueError, match="got the word 'hat', wanted one of 'a red star"):
-        attention.maps(play, ["hat"], moment)
+        attention.maps(play, ["hat"], moment.heat)
 
 
 def test_words_are_checked_before_sampling(page, conditions):
@@ -115,6 +117,18 @@ def test_maps_of_words_lie_over_the_picture_of_the_step(page):
     assert [name for _, name in maps] == ["star"] and maps[0][0].size == picture.size
     small = picture.resize((4, 4), Image.Resampling.NEAREST).convert("L")
     assert list(small.tobytes()) == attention.nearest(2).image[0].flatten().tolist()
+
+
+def test_a_layer_is_shown_alone(page):
+    play, request = page
+    attention = look(play, request, WORDS)
+    layers = find_layers(play.trained.sampler.network)
+    averaged = [name for name in layers if not name.startswith("middle")]  # as in DAAM
+    for moment in attention.moments:
+        assert list(moment.heats) == [MEAN, *layers]
+        torch.testing.assert_close(torch.stack([moment.heats[name] for name in averaged]).mean(0), moment.heat)
+    (mean,), (last,) = (draw_maps(play, attention, ["star"], CENTRE, 0, name)[1] for name in (MEAN, layers[-1]))
+    assert mean[1] == last[1] == "star" and (mean[0].tobytes() != last[0].tobytes()) == (len(layers) > 1)
 
 
 def test_models_have_the_kinds_of_their_attention():
@@ -179,6 +193,8 @@ def test_words_are_looked_at_step_by_step(captioned):
         tab.get_by_text("got the word 'hat', wanted one of").wait_for()
         enter(tab, "words", "red star")
         field(tab, "words").press("Enter")
+        _, sources = new_images(tab, 1, sources)
+        choose(tab, "layer", "up_blocks.0.1.cross")
         new_images(tab, 1, sources)
         choose(tab, "run", "classes")
         tab.get_by_text("attends to none of its conditions (label)").wait_for()
