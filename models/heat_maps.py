@@ -14,6 +14,7 @@ from models.attention_recorder import AttentionMaps
 SKIPPED_FACTOR = 8  # of the size of x to that of a layer: too coarse, of an image of 64 x 64 latents 8 x 8 places
 SIDES = ("up_blocks.", "gated_blocks.up.", "down_blocks.", "gated_blocks.down.")
 SMALLEST = 1e-6  # added to sums, which may be 0
+FLAT = 1e-4  # of the largest heat: maps that vary less are even, and what they vary by is rounding
 
 
 def daam_layers(maps: AttentionMaps) -> list[str]:
@@ -57,11 +58,14 @@ def mean_heat(heat: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def enlarge(heat: Tensor, size: tuple[int, int]) -> Tensor:
-    """Enlarges heat (..., h, w) to the height and width of an image, scaled to [0, 1] in each map: (..., H, W)."""
+    """Enlarges heat (..., h, w) to the height and width of an image, scaled to [0, 1] in each map: (..., H, W).
+
+    Even maps, such as those of a token that is the only one, are 0.
+    """
     planes = heat.reshape(1, -1, *heat.shape[-2:])
     large = F.interpolate(planes, size=size, mode="bicubic").reshape(*heat.shape[:-2], *size)
     low, high = large.amin((-2, -1), keepdim=True), large.amax((-2, -1), keepdim=True)
-    return (large - low) / (high - low + 1e-8)
+    return ((large - low) / (high - low + 1e-8)).where(high - low > FLAT * high.abs(), 0)
 
 
 def intersection_over_union(one: Tensor, other: Tensor) -> Tensor:

@@ -127,6 +127,11 @@ def test_overlaps_of_masks_and_heat():
     assert share_inside(heat, left).item() == pytest.approx(3 / 8) and share_inside(heat, both).item() == 0.5
 
 
+def test_even_heat_is_not_enlarged_to_its_rounding():
+    noisy = 1 + 1e-6 * torch.rand(3, 4, 4)
+    assert torch.equal(enlarge(noisy, (16, 16)), torch.zeros(3, 16, 16))
+
+
 def test_enlarged_heat_runs_from_0_to_1_in_each_map():
     large = enlarge(torch.rand(2, 5, 2, 3), (8, 12))
     assert large.shape == (2, 5, 8, 12)
