@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
-from experiments.harness.batches import ResumableBatches
+from experiments.harness.batches import MakeBatch, ResumableBatches
 from experiments.harness.edit_methods import (
     EditingConfig,
     EditTask,
@@ -204,9 +205,6 @@ def measure(
     return results
 
 
-MakeBatch = Callable[[list[int]], dict[str, Tensor]]
-
-
 def collect(name: str, count: int, make: MakeBatch, batches: ResumableBatches) -> dict[str, Tensor]:
     """Returns what `make` gives for all numbers below `count`, from resumable batches; {} on other ranks than the
     main one."""
@@ -269,8 +267,7 @@ def measure_round_trips(
         return {key: errors[key] for key in ("latent_max", "pixels_max")} | calls
 
     for name in INVERSIONS:
-        make = lambda numbers, name=name: make_batch(name, numbers)  # noqa: E731
-        parts = collect(f"round_trip_{name}", len(edits.inputs), make, batches)
+        parts = collect(f"round_trip_{name}", len(edits.inputs), partial(make_batch, name), batches)
         if parts:
             worst = {key: parts[key].max().item() for key in ("latent_max", "pixels_max")}
             worst = {key: value if math.isfinite(value) else None for key, value in worst.items()}
@@ -317,7 +314,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     compared, methods = results["compared_with"], results["methods"]
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {  # heading and format, by name of the figure
         ASKED: ("asked, higher is better", share_text),
-        "of_own": ("of the own, %", percent),
+        "of_own": ("of own samples, %", percent),
         CLASS: ("class", share_text),
         COLOR: ("colour", share_text),
         "change": ("change, % of range", percent),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments import compare_edits
 from experiments.compare_edits import OWN, REAL, UNCHANGED, Method, changes_of, figures_of, parse_method, plan_methods
-from experiments.harness import edit_methods
+from experiments.harness import edit_methods, inversion
 from experiments.harness.edit_methods import METHODS, Edited
 from experiments.harness.editing import InputImages
 from experiments.metrics.edit_tasks import ASKED, CLASS, COLOR, MOVE, OTHERS, Edits
@@ -20,6 +20,7 @@ from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.ddpm import GaussianSampler
 from train.trained_sampler import TrainedSampler
 
+LEARNED = "--train_steps 20 --lr 0.02 --warmup_iters 0 --ema_beta 0.5 --no_amp --steps_per_eval 0"  # conditions matter
 DIGITS = "--sampler ddpm --n_images 3 --classes 2 --sample_steps 3 --guidance 2"
 
 
@@ -102,10 +103,18 @@ def test_changes_are_measured_where_they_may_not_be():
 
 
 @pytest.fixture(scope="module")
-def digits(trained_ddpm):
+def logs(tmp_path_factory):
+    """A model of classes of 8x8 digits."""
+    logs = tmp_path_factory.mktemp("logs")
+    call("train_sampler.py", f"--logs_root {logs} {DDPM} {LEARNED} --log_dir ddpm_digits", validation_images=4)
+    return logs
+
+
+@pytest.fixture(scope="module")
+def digits(logs):
     """Results of all methods on a model of classes of digits."""
-    compare(trained_ddpm, f"{DIGITS} --log_dir compared")
-    return trained_ddpm / "compared"
+    compare(logs, f"{DIGITS} --log_dir compared")
+    return logs / "compared"
 
 
 def test_every_method_is_compared_on_classes(digits):
@@ -141,16 +150,24 @@ def test_tables_and_the_picture_are_saved(digits, capsys):
         assert picture.width > 6 * 160 and picture.height > 3 * 160  # original, 4 methods, own samples
 
 
-def test_a_method_that_returns_its_input_changes_nothing(trained_ddpm, monkeypatch):
-    monkeypatch.setitem(METHODS[GaussianSampler], "flowedit", lambda task: Edited(task.images, None))
-    compare(trained_ddpm, f"{DIGITS} --methods flowedit:0.5 --log_dir same")
-    results = read_results(trained_ddpm / "same")
-    (row,) = results["methods"]
+def test_a_method_that_returns_its_input_changes_nothing(logs, monkeypatch, conditions):
+    tasks, options, find = [], [], inversion.ddim_steps
+    same = lambda task: tasks.append(task) or Edited(task.images, None)  # noqa: E731
+    monkeypatch.setitem(METHODS[GaussianSampler], "flowedit", same)
+    monkeypatch.setattr(inversion, "ddim_steps", lambda *args: options.append(args[1]) or find(*args))
+    compare(logs, f"{DIGITS} --methods flowedit:0.5 --log_dir same")
+    results = read_results(logs / "same")
+    (row,), (task,), (samples,) = results["methods"], tasks, conditions
     assert (row["change"], row["calls"], row["strength"]) == (0, 0, 0.5)
     assert row[ASKED] == results["compared_with"][UNCHANGED][ASKED]
+    assert task.settings.strength == 0.5 and task.indices == [0, 0, 1, 1, 2, 2]
+    source, target = (side.conditions["label"] for side in (task.source, task.target))
+    assert torch.equal(samples["label"], target) and (source != target).all() and torch.equal(source[::2], source[1::2])
+    assert (task.target.options.guidance, task.source.options.guidance) == (2, 1)
+    assert len(options) == 3 and all(each.guidance == 1 for each in options)  # the round trips
 
 
-def test_an_interrupted_comparison_runs_no_method_again(trained_ddpm, monkeypatch):
+def test_an_interrupted_comparison_runs_no_method_again(logs, monkeypatch):
     runs = []
 
     def method(name):
@@ -166,12 +183,12 @@ def test_an_interrupted_comparison_runs_no_method_again(trained_ddpm, monkeypatc
         monkeypatch.setitem(METHODS[GaussianSampler], name, method(name))
     flags = f"{DIGITS} --methods flowedit sdedit --log_dir again"
     with pytest.raises(SystemExit):
-        compare(trained_ddpm, flags)
+        compare(logs, flags)
     monkeypatch.setattr(TrainedSampler, "draw", None)  # the own samples are there too
     monkeypatch.setattr(TrainedSampler, "dry_run", None)
-    compare(trained_ddpm, flags)
-    assert runs == ["flowedit", "sdedit", "sdedit"] and len(read_results(trained_ddpm / "again")["methods"]) == 2
-    assert not (trained_ddpm / "again" / ".kept").exists()
+    compare(logs, flags)
+    assert runs == ["flowedit", "sdedit", "sdedit"] and len(read_results(logs / "again")["methods"]) == 2
+    assert not (logs / "again" / ".kept").exists()
 
 
 @pytest.mark.parametrize(
@@ -184,10 +201,10 @@ def test_an_interrupted_comparison_runs_no_method_again(trained_ddpm, monkeypatc
         ("--methods flowedit:0.001", "wanted more noise than the least"),
     ],
 )
-def test_unsupported_comparisons_are_refused(trained_ddpm, capsys, flags, expected):
+def test_unsupported_comparisons_are_refused(logs, capsys, flags, expected):
     with pytest.raises(SystemExit) as stop:
-        compare(trained_ddpm, f"--sampler ddpm --n_images 2 {flags} --log_dir refused")
-    assert stop.value.code == 2 and not (trained_ddpm / "refused").exists()
+        compare(logs, f"--sampler ddpm --n_images 2 {flags} --log_dir refused")
+    assert stop.value.code == 2 and not (logs / "refused").exists()
     assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
@@ -198,13 +215,13 @@ def test_scenes_are_edited_by_their_layouts(tmp_path, tiny_judges, monkeypatch):
     call("train_sampler.py", f"--logs_root {tmp_path} {flags}")
     given, find = [], edit_methods.conditions_for
     monkeypatch.setattr(edit_methods, "conditions_for", lambda *args: given.append(find(*args)) or given[-1])
-    options = "--methods flowedit --n_images 2 --sample_steps 2 --log_dir compared"
+    options = "--methods sdedit flowedit --n_images 2 --sample_steps 2 --log_dir compared"
     compare(tmp_path, f"--sampler ddpm --dataset shapes --load_dir run {options}")
     target, source = (batch for batch, _ in given[-2:])
     differing = [name for name in ("box_color", "box_class", "boxes") if not torch.equal(target[name], source[name])]
     assert len(differing) == 3 and len(target["boxes"]) == 6
     results = read_results(tmp_path / "compared")
-    (row,) = results["methods"]
+    row, _ = results["methods"]
     assert (results["by"], results["n_edits"]) == ("layout", 6) and {*row["of_change"]} == {COLOR, CLASS, MOVE}
     assert row["outside_thing"] > 0 and {ASKED, CLASS, COLOR, OTHERS} <= row.keys()
     assert results["compared_with"][REAL][COLOR]["value"] > 0.6 and {*results["judges"]} == {

@@ -29,7 +29,6 @@ from experiments.metrics.layout import scene_network
 from experiments.metrics.layout.crops import NOTHING_IOU
 from experiments.metrics.layout.detections import Detections
 from experiments.metrics.layout.judges import load_scenes
-from experiments.metrics.layout.layouts import Layouts
 from experiments.metrics.layout.layouts import box_iou as tensor_iou
 from train.config import DataConfig
 from train.data.captions import choose_caption
@@ -87,6 +86,15 @@ def test_no_scene_shows_what_is_asked_for(planned):
             assert overlaps.pop(number) < NOTHING_IOU and not any(overlaps)
             left, right = (BAR * bar for bar in CAMERAS[before.camera])
             assert left <= new.box[0] and new.box[2] <= 1 - right and new.box[1] >= 0 and new.box[3] <= 1
+
+
+@pytest.mark.parametrize(("change", "field"), [(COLOR, "color"), (CLASS, "kind")])
+def test_a_thing_becomes_all_that_the_scene_lacks(planned, change, field):
+    for edit in planned:
+        there = {getattr(thing, field) for thing in edit.before.things}
+        every = range(len(COLORS) if change == COLOR else len(THINGS))
+        new = edit_tasks.new_things(edit.before, edit.things[0], change, READER)
+        assert [getattr(thing, field) for thing in new] == [each for each in every if each not in there]
 
 
 def test_a_new_colour_has_the_jitter_of_the_old(planned):
@@ -295,6 +303,17 @@ def test_a_thing_at_both_places_has_not_moved(planned, judge_of):
     assert not shown[ASKED].any() and shown[CLASS].all() and shown[COLOR].all()
 
 
+def test_the_colour_of_another_thing_is_not_what_is_asked_for(planned, judge_of):
+    edits = [edit for edit in planned if edit.change == COLOR and len({each.kind for each in edit.before.things}) > 1]
+    shown = []
+    for edit in edits:
+        old, new = edit.things
+        other = next(k for k, each in enumerate(edit.before.things) if each.kind != old.kind)
+        shown.append(with_thing(edit.before, other, edit.before.things[other]._replace(color=new.color)))
+    found = judge_of(edits, shown, False)
+    assert edits and found[CLASS].all() and found[COLOR].all() and not found[ASKED].any()
+
+
 def test_other_things_that_change_are_missed(planned, judge_of):
     edits, shown = [], []
     for edit in planned:
@@ -304,4 +323,3 @@ def test_other_things_that_change_are_missed(planned, judge_of):
             edits.append(edit)
             shown.append(with_thing(edit.after, other, edit.after.things[other]._replace(kind=kind)))
     assert edits and (judge_of(edits, shown, True)[OTHERS] == 0).all()
-    assert isinstance(load_scenes(edit_tasks.open_given_scenes(shown, DATA, READER), [0], "a").layouts, Layouts)
