@@ -260,7 +260,7 @@ def kinds_apart(reader: shapes.ScenesConfig) -> tuple[str, ...]:
 def readable_changes(fields: Collection[str], captions: str) -> tuple[str, ...]:
     """Returns the changes that a model with these fields of conditions, and with --captions own or templates, can be
     asked for."""
-    colors = "box_color" in fields or ("caption" in fields and captions == "own")
+    colors = bool({"box_color", "box_words"} & {*fields}) or ("caption" in fields and captions == "own")
     placed = bool(PLACES & {*fields})
     known = {COLOR: colors, CLASS: placed or "caption" in fields, MOVE: placed}
     return tuple(change for change in CHANGES if known[change])

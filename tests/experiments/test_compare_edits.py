@@ -208,6 +208,13 @@ def test_unsupported_comparisons_are_refused(logs, capsys, flags, expected):
     assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_codes_are_compared_without_round_trips(trained):
+    compare(trained, "--n_images 2 --classes 1 --sample_steps 2 --log_dir codes")
+    results = read_results(trained / "codes")
+    assert [each["method"] for each in results["methods"]] == ["sdedit", "diffedit"]
+    assert results["round_trips"] == {} and "round trip" not in (trained / "codes" / "table.md").read_text()
+
+
 def test_scenes_are_edited_by_their_layouts(tmp_path, tiny_judges, monkeypatch):
     boxes = "--conditions boxes --boxes_colors 6 --boxes_width 8 --attn_block_type transformer"
     data = "--dataset shapes --img_size 16 --shapes_count 8 --shapes_kinds large"

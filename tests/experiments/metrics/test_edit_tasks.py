@@ -139,6 +139,7 @@ def test_what_conditions_say_can_be_changed():
     assert readable_changes(("caption",), "templates") == (CLASS,)
     assert readable_changes(BOXES, "own") == CHANGES
     assert readable_changes(("boxes", "box_class"), "own") == (CLASS, MOVE)
+    assert readable_changes(("panoptic", "box_words"), "own") == CHANGES
     assert readable_changes(("light",), "own") == ()
 
 
