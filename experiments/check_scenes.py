@@ -19,27 +19,22 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import progress, share, share_words, table
 from experiments.metrics.contact_sheet import GAP, LINE, TEXT, cut_text
-from experiments.metrics.layout.colors import NOT_SEEN, nearest_colors
-from experiments.metrics.layout.detections import Detections
+from experiments.metrics.edit_tasks import kinds_apart
 from experiments.metrics.layout.judges import load_judges, open_scenes
 from experiments.metrics.layout.layout_pictures import save_picture
-from experiments.metrics.layout.layouts import Layouts, box_iou
-from experiments.metrics.layout.scene_network import SceneNetwork, detect, segment
+from experiments.metrics.layout.scene_network import Contents, find_contents
 from models.ranges import check_ranges
 from train.config import DataConfig, SamplingConfig
 from train.data.nouns import NUMBERS
 from train.data.transforms import as_uint8
 from train.datasets import shapes
-from train.datasets._shapes_scene import COLORS, GROUNDS, PAIRS, PALETTE, THINGS
+from train.datasets._shapes_scene import COLORS, GROUNDS, PAIRS, THINGS
 from train.distributed import DistContext
 from train.logging import grid_image
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
 COUNTS = (1, 2, 3)  # things that a caption asks for
-KINDS = ("free", "large")  # of scenes whose things are apart from each other
-LEAST_SCORE = 0.3  # of a detection that counts
-MOST_OVERLAP = 0.5  # intersection over union of two things
 JUDGE_SEED = 0
 SEEN, HELD_OUT = "of training", "held out"  # pairs of a colour and a class
 SAMPLES, REAL, FLOOR = "samples", "real scenes", "any caption"  # what is measured
@@ -101,13 +96,6 @@ class Request(NamedTuple):
         return HELD_OUT if self.held_out else SEEN
 
 
-class Contents(NamedTuple):
-    """What is found in N images."""
-
-    things: Tensor  # (N, classes, colours) int64: how many
-    grounds: Tensor  # (N, 2) int64: at the top and at the bottom
-
-
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Plans the scenes. ValueError: a model of other data than coloured shapes, or not of captions alone."""
     if not isinstance(model.reader, shapes.Config) or model.data.n_channels != 3:
@@ -152,9 +140,8 @@ def scenes_of(pair: str, data: DataConfig, reader: shapes.Config, n: int) -> Ite
 
     They are of the kinds that the model was trained on, if their things are apart from each other.
     """
-    kinds = tuple(kind for kind in KINDS if kind in reader.shapes_kinds) or KINDS[:1]
     only = {"shapes_things": (pair.partition("-")[2],), "shapes_held_out": (pair,), "shapes_val_pairs": "held_out"}
-    source = open_scenes(data, replace(reader, shapes_kinds=kinds, **only), "val")
+    source = open_scenes(data, replace(reader, shapes_kinds=kinds_apart(reader), **only), "val")
     missing = dict.fromkeys(COUNTS, n)
     for index in range(len(source)):
         item = source[index]
@@ -202,48 +189,6 @@ def measure(
     if model.data.captions != "own":
         del figures[PLACES]  # of which sentences by template say nothing
     return figures | {"judge": judges.hashes["scene network"]}
-
-
-def find_contents(network: SceneNetwork, images: Tensor) -> Contents:
-    """Finds the things and the grounds in images uint8 (N, 3, H, W).
-
-    The horizon is never in the upper or lower quarter of an image: the ground there is the one of most pixels.
-    """
-    classes, detections = segment(network, images), detect(network, images)  # classes: (N, H, W)
-    detections = without_overlaps(detections[detections.scores > LEAST_SCORE])
-    N, M, H = len(images), len(detections.image), images.shape[2]
-    layouts = Layouts(N, detections.image, detections.boxes, detections.classes, torch.ones(M), torch.zeros(M).bool())
-    layouts = replace(layouts, owner=find_owners(layouts, classes < len(THINGS)))
-    colors, things = nearest_colors(images, layouts, PALETTE), torch.zeros(N, len(THINGS), len(COLORS)).long()
-    for image, thing, color in zip(layouts.image.tolist(), layouts.classes.tolist(), colors.tolist(), strict=True):
-        if color != NOT_SEEN:
-            things[image, thing, color] += 1
-    numbers = len(THINGS) + torch.arange(len(GROUNDS))[:, None]
-    quarters = [each.flatten(1)[:, None] for each in (classes[:, : H // 4], classes[:, -(H // 4) :])]  # (N, 1, pixels)
-    return Contents(things, torch.stack([(each == numbers).sum(2).argmax(1) for each in quarters], 1))
-
-
-def without_overlaps(detections: Detections) -> Detections:
-    """Returns the detections, sorted as they are, without those that overlap one of a higher score, of any class, by
-    more than MOST_OVERLAP."""
-    kept = torch.zeros(len(detections.image)).bool()
-    for row in detections.scores.argsort(descending=True, stable=True).tolist():
-        others = kept & (detections.image == detections.image[row])
-        kept[row] = not (box_iou(detections.boxes[row, None], detections.boxes[others]) > MOST_OVERLAP).any()
-    return detections[kept]
-
-
-def find_owners(layouts: Layouts, is_thing: Tensor) -> Tensor:
-    """Returns which object of its image each pixel shows, -1: none, (N, H, W) int16: the last one in whose box it is,
-    if it shows a thing, (N, H, W) bool."""
-    N, H, W = is_thing.shape
-    owner = torch.full((N, H, W), -1, dtype=torch.int16)
-    sides = (layouts.boxes * torch.tensor([W, H, W, H])).round().long().tolist()
-    numbers = (torch.arange(len(layouts)) - layouts.first[layouts.image]).tolist()
-    for image, number, (left, top, right, bottom) in zip(layouts.image.tolist(), numbers, sides, strict=True):
-        box = owner[image, top:bottom, left:right]
-        box[is_thing[image, top:bottom, left:right]] = number
-    return owner
 
 
 def compute_figures(requests: Sequence[Request], samples: Contents, real: Contents) -> dict[str, Any]:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.edit_methods import EditingConfig, EditTask, Side, edit_times, find_method
+from experiments.harness.edit_methods import (
+    EditingConfig,
+    EditTask,
+    Side,
+    edit_times,
+    find_method,
+    open_sides,
+    own_conditions,
+)
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
@@ -18,7 +26,6 @@ from experiments.harness.editing import (
     apply_masks,
     change_within,
     condition_source_for,
-    conditions_for,
     load_input_images,
     mean_abs_difference,
     save_comparison_grid,
@@ -29,7 +36,6 @@ from experiments.harness.prompt_inputs import check_reads_prompts
 from experiments.harness.report import progress, table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
 from experiments.metrics.cost import count_nfe
-from models.control import is_hint_field
 from train.condition_source import Row, condition_provenance
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -119,16 +125,6 @@ def read_targets(settings: EditingConfig, sampling: SamplingConfig, model: Train
     raise ValueError(f"{model.run} was trained without classes: {remedy}")
 
 
-def own_conditions(inputs: InputImages, settings: EditingConfig, model: TrainedSampler) -> tuple[Row, ...]:
-    """Returns the conditions that describe each image: those of its item or row, with what the settings say."""
-    given = {"label": settings.source_label, "caption": settings.source_prompt}
-    given = {name: value for name, value in given.items() if value is not None}
-    labels = inputs.labels if model.sampler.n_classes else ()
-    rows = [inputs.rows[i % len(inputs.rows)] if inputs.rows else {} for i in range(len(inputs))]
-    rows = [{"label": label, **row} for label, row in zip(labels, rows, strict=True)] if labels else rows
-    return tuple({**row, **given} for row in rows)
-
-
 def make_sides(
     inputs: InputImages,
     targets: list[Target],
@@ -140,25 +136,7 @@ def make_sides(
     """Returns the source and the target of results of these numbers: those of the first image come first."""
     images = [number // len(targets) for number in numbers]
     fields = [targets[number % len(targets)].row(image) for number, image in zip(numbers, images, strict=True)]
-    target = Side(*conditions_for(model, inputs, images, None, sampling, fields))
-    options = settings.source_options(sampling)
-    if settings.method == "sdedit":  # which has no source
-        return Side(None, options.without_guidance()), target
-    if settings.source == "null" or not any(inputs.rows):
-        return null_side(inputs, images, options.without_guidance(), model), target
-    return Side(*conditions_for(model, inputs, images, None, options)), target
-
-
-def null_side(inputs: InputImages, images: list[int], options: SamplingConfig, model: TrainedSampler) -> Side:
-    """Returns null conditions, but with the hints of --hint, which the target has too; ValueError if the model reads
-    others than classes beside them."""
-    if not options.hint:
-        return Side(None, options)
-    others = [name for name in model.sampler.conditions if name != "label" and not is_hint_field(name)]
-    if others:
-        got = f"got hint for a source without {', '.join(others)}"
-        raise ValueError(f"{got}: pass --source_prompt, or --condition_file with rows of the images")
-    return Side(*conditions_for(model, replace(inputs, rows=()), images, None, options))
+    return open_sides(inputs, images, fields, settings, sampling, model)
 
 
 def measure(

@@ -3,14 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import _root
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion.inversion import bdia, bdia_inversion, ddim_inversion, ddpm_noise_maps, replay
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from experiments.harness.batches import ResumableBatches
@@ -24,10 +23,18 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import STRIP_STEPS, save_grid
-from experiments.harness.inversion import DDIMSteps, check_invertible, ddim_steps, ddim_times, in_double_precision
+from experiments.harness.inversion import (
+    INVERSIONS,
+    DDIMSteps,
+    InversionConfig,
+    Inverted,
+    check_invertible,
+    ddim_steps,
+    ddim_times,
+    in_double_precision,
+    round_trip_errors,
+)
 from experiments.harness.report import progress, table, three_digits
-from models.ranges import NOT_NEGATIVE, check_ranges
-from train.class_names import ClassLabel
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.files import atomic_write, write_errors_as_oserror
@@ -39,35 +46,6 @@ ERRORS = {  # headings of the report, by name of the number
     "pixels_max": "pixels, levels of 255, largest",
     "pixels_rms": "pixels, RMS",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class InversionConfig:
-    """Inversion."""
-
-    method: Literal["fixed_point", "bdia", "ddpm"] = "fixed_point"
-    """fixed_point: DDIM, each step solved by iteration; bdia: exact, from two noises; ddpm: exact, from one noise for
-    each step (edit-friendly)."""
-    iterations: int = 20
-    """fixed_point: network calls in each step, at most; 1 is naive DDIM inversion."""
-    tolerance: float = 1e-6
-    """fixed_point: error of a step at which its iterations end."""
-    gamma: float = 1.0
-    """bdia: in (0, 1]; less makes sampling more stable, and inversion less."""
-    label: ClassLabel | None = None
-    """Class of the images, by name or number; if omitted, that of their row of conditions, or of held-out images their
-    own."""
-
-    EVERYDAY = ("method", "label")
-    RANGES = {"iterations": "[1, 10000]", "tolerance": "[0, 1]", "gamma": "(0, 1]", "label": NOT_NEGATIVE}
-
-    def __post_init__(self):
-        check_ranges(self)
-        for name, method in (("iterations", "fixed_point"), ("tolerance", "fixed_point"), ("gamma", "bdia")):
-            value, default = getattr(self, name), self.__dataclass_fields__[name].default
-            if value != default and self.method != method:
-                got = f"got {name} {value} for method {self.method}"
-                raise ValueError(f"{got}: pass --method {method}, or leave --{name} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +65,6 @@ class Config:
     model: ModelConfig
     sampling: SamplingConfig
     output: OutputConfig
-
-
-class Inverted(NamedTuple):
-    """What a method found for x_0."""
-
-    states: list[Tensor]  # x (B, C, H, W) at each time, from x_0 to x_T
-    back: Tensor  # x_0 again
-    arrays: dict[str, Tensor]  # (B, ...) each: what leads back to x_0
-    calls: Tensor  # (B,): network calls
-    calls_back: int
-    residual: Tensor  # (B,): of the worst step of fixed_point; 0 of others
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
@@ -120,39 +87,6 @@ def classes_of(
         return [label] * len(inputs)
     in_rows = sampling.condition_file is not None or not model.sampler.n_classes
     return None if in_rows or not inputs.labels else list(inputs.labels)
-
-
-def by_fixed_point(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
-    """Inverts x0 (B, C, H, W) step by step, by iteration."""
-    limits = {"iterations": config.iterations, "tolerance": config.tolerance}
-    found = ddim_inversion(ddim.denoise, ddim.process, x0, ddim.times, **limits)
-    x_T, calls, residual = found.states[-1], found.iterations.sum(0).cpu(), found.residual.amax(0).cpu()
-    return Inverted(found.states, ddim.sample(x_T), {"noise": x_T}, calls, len(ddim.times) - 1, residual)
-
-
-def by_bdia(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
-    """Inverts x0 (B, C, H, W) by BDIA's recursion in two states."""
-    states = bdia_inversion(ddim.denoise, ddim.process, x0, ddim.times, gamma=config.gamma)
-    back = bdia(ddim.denoise, ddim.process, states[-1], states[-2], ddim.times, gamma=config.gamma)
-    arrays, calls = {"noise": states[-1], "next_noise": states[-2]}, len(ddim.times) - 1
-    return Inverted(states, back, arrays, torch.full((len(x0),), calls), calls - 1, torch.zeros(len(x0)))
-
-
-def by_ddpm(ddim: DDIMSteps, x0: Tensor, config: InversionConfig, rng: Streams) -> Inverted:
-    """Inverts x0 (B, C, H, W) to the noise of ancestral sampling."""
-    x, maps = ddpm_noise_maps(ddim.denoise, ddim.process, x0, ddim.times, rng)
-    states = [x]
-
-    def keep(i: int, t: float, s: float, x_s: Tensor, predicted: Tensor) -> Tensor:
-        states.append(x_s)
-        return x_s
-
-    back, calls = replay(ddim.denoise, ddim.process, x, maps, ddim.times, on_step=keep), len(maps)
-    arrays = {"noise": x, "maps": maps.transpose(0, 1)}
-    return Inverted(states[::-1], back, arrays, torch.full((len(x0),), calls), calls, torch.zeros(len(x0)))
-
-
-METHODS = {"fixed_point": by_fixed_point, "bdia": by_bdia, "ddpm": by_ddpm}
 
 
 def check_finite(inverted: Inverted, method: str) -> None:
@@ -181,17 +115,6 @@ def scale(process: ContinuousProcess, t: float) -> float:
     return torch.hypot(alpha, sigma).item()
 
 
-def round_trip_errors(x0: Tensor, back: Tensor, model: TrainedSampler) -> dict[str, Tensor]:
-    """Returns the largest and the root mean square error of each image (B,), in the sampler's space and in decoded
-    pixels, in levels of 255; what a first stage loses is not counted."""
-    pixels = [model.space.decode(x.float()).cpu().double() for x in (back, x0)]
-    errors = {}
-    for name, error in (("latent", (back - x0).cpu().double()), ("pixels", pixels[0] - pixels[1])):
-        flat = error.flatten(1)
-        errors |= {f"{name}_max": flat.abs().amax(1), f"{name}_rms": flat.square().mean(1).sqrt()}
-    return errors
-
-
 def measure(
     inputs: InputImages,
     labels: list[int] | None,
@@ -211,7 +134,7 @@ def measure(
         begin = time.perf_counter()
         with model.inference():
             ddim = ddim_steps(model, options, conditions, x0)
-            inverted = METHODS[config.method](ddim, x0, config, rng)
+            inverted = INVERSIONS[config.method](ddim, x0, config, rng)
             check_finite(inverted, config.method)  # which waits for the device
             seconds = torch.full((len(numbers),), (time.perf_counter() - begin) / len(numbers))
             images = {"strip": strip(inverted.states, ddim, model), "back": model.space.decode(inverted.back.float())}

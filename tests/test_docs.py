@@ -117,6 +117,7 @@ SMALL = {  # by script: flags for runs of a few seconds
     "experiments/edit.py": "--n_images 2 --sample_steps 2",
     "experiments/interpolate.py": "--n_images 2 --sample_steps 2 --points 3",
     "experiments/invert.py": "--n_images 2 --sample_steps 4",
+    "experiments/compare_edits.py": "--n_images 2 --classes 1 --sample_steps 2",
     "experiments/compare_samplers.py": "--n_samples 4 --steps 2 --features pixels",
     "experiments/ablate.py": "--n_images 2",
     "experiments/calc_approximate_ELBO.py": "--n_images 2 --calls 2 --train_steps 2",

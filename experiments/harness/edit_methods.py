@@ -1,6 +1,6 @@
 """The methods of experiments/edit.py: each edits a batch of images, from their own conditions to those of a target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -13,10 +13,21 @@ from diffusion.inversion import ddim_inversion, ddpm_noise_maps, replay
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Denoiser
-from experiments.harness.editing import StrengthMaps, draw, encode_images, expand_mask, redraw_input, scale_strength
+from experiments.harness.editing import (
+    InputImages,
+    StrengthMaps,
+    conditions_for,
+    draw,
+    encode_images,
+    expand_mask,
+    redraw_input,
+    scale_strength,
+)
 from experiments.harness.inversion import ddim_steps, ddim_times, in_double_precision
+from models.control import is_hint_field
 from models.ranges import COUNT, COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, check_ranges
 from train.class_names import ClassLabel
+from train.condition_source import Row
 from train.config import SamplingConfig
 from train.loop import Batch
 from train.samplers import LearnedSampler, NotFiniteError, select_solver
@@ -121,6 +132,47 @@ class Side(NamedTuple):
 
     conditions: Batch | None  # as `TrainedSampler.draw` takes them; None: null
     options: SamplingConfig
+
+
+def own_conditions(inputs: InputImages, settings: EditingConfig, model: TrainedSampler) -> tuple[Row, ...]:
+    """Returns the conditions that describe each image: those of its item or row, with what the settings say."""
+    given = {"label": settings.source_label, "caption": settings.source_prompt}
+    given = {name: value for name, value in given.items() if value is not None}
+    labels = inputs.labels if model.sampler.n_classes else ()
+    rows = [inputs.rows[i % len(inputs.rows)] if inputs.rows else {} for i in range(len(inputs))]
+    rows = [{"label": label, **row} for label, row in zip(labels, rows, strict=True)] if labels else rows
+    return tuple({**row, **given} for row in rows)
+
+
+def open_sides(
+    inputs: InputImages,
+    images: list[int],
+    fields: Sequence[Row],
+    settings: EditingConfig,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+) -> tuple[Side, Side]:
+    """Returns the source and the target of edits of the input images of these numbers; `fields` are those of each
+    target that differ from its image's own, which are the `rows` of the inputs."""
+    target = Side(*conditions_for(model, inputs, images, None, sampling, fields))
+    options = settings.source_options(sampling)
+    if settings.method == "sdedit":  # which has no source
+        return Side(None, options.without_guidance()), target
+    if settings.source == "null" or not any(inputs.rows):
+        return null_side(inputs, images, options.without_guidance(), model), target
+    return Side(*conditions_for(model, inputs, images, None, options)), target
+
+
+def null_side(inputs: InputImages, images: list[int], options: SamplingConfig, model: TrainedSampler) -> Side:
+    """Returns null conditions, but with the hints of --hint, which the target has too; ValueError if the model reads
+    others than classes beside them."""
+    if not options.hint:
+        return Side(None, options)
+    others = [name for name in model.sampler.conditions if name != "label" and not is_hint_field(name)]
+    if others:
+        got = f"got hint for a source without {', '.join(others)}"
+        raise ValueError(f"{got}: pass --source_prompt, or --condition_file with rows of the images")
+    return Side(*conditions_for(model, replace(inputs, rows=()), images, None, options))
 
 
 def edit_times(

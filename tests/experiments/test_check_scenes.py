@@ -21,19 +21,18 @@ from experiments.check_scenes import (
     REAL,
     SAMPLES,
     SEEN,
-    Contents,
     compute_figures,
     draw_picture,
-    find_contents,
     plan_requests,
     report,
     requested_images,
     scenes_of,
-    without_overlaps,
 )
 from experiments.harness.batches import ResumableBatches
-from experiments.metrics.layout.detections import Detections
+from experiments.metrics.layout import scene_network
+from experiments.metrics.layout.detections import Detections, without_overlaps
 from experiments.metrics.layout.judges import load_scenes, open_scenes
+from experiments.metrics.layout.scene_network import Contents, find_contents
 from helpers.tiny_runs import DDPM, ROOT, call, parse_config
 from train.config import DataConfig
 from train.datasets import shapes
@@ -113,8 +112,8 @@ def oracle(monkeypatch):
     def use(layouts):
         scores = torch.full((len(layouts),), 0.9, dtype=torch.float64)
         found = Detections(layouts.image, layouts.boxes, layouts.classes, scores)
-        monkeypatch.setattr(check_scenes, "detect", lambda network, images: found)
-        monkeypatch.setattr(check_scenes, "segment", lambda network, images: layouts.pixels)
+        monkeypatch.setattr(scene_network, "detect", lambda network, images: found)
+        monkeypatch.setattr(scene_network, "segment", lambda network, images: layouts.pixels)
 
     return use
 
@@ -147,7 +146,7 @@ def test_real_scenes_show_what_their_captions_say(planned, oracle):
 def test_things_that_are_doubtful_or_found_twice_do_not_count(oracle, monkeypatch):
     scenes = load_scenes(open_scenes(DATA, shapes.Config(shapes_kinds=("free",)), "val"), [0, 1], "scenes")
     oracle(scenes.layouts)
-    found = check_scenes.detect(None, None)
+    found = scene_network.detect(None, None)
     weak = Detections(found.image, found.boxes, found.classes, torch.full((len(found.image),), 0.2).double())
     shown = find_contents(None, scenes.images).things
     assert shown.sum() == len(scenes.layouts)
@@ -156,13 +155,13 @@ def test_things_that_are_doubtful_or_found_twice_do_not_count(oracle, monkeypatc
         *(each.repeat_interleave(2, 0) for each in (found.boxes, found.classes, found.scores)),
     )
     twice.scores[1::2], twice.classes[1::2] = 0.5, (twice.classes[1::2] + 1) % len(THINGS)  # also as another class
-    monkeypatch.setattr(check_scenes, "detect", lambda *_: twice)
+    monkeypatch.setattr(scene_network, "detect", lambda *_: twice)
     assert torch.equal(find_contents(None, scenes.images).things, shown)
     oracle(scenes.layouts)
-    monkeypatch.setattr(check_scenes, "segment", lambda *_: torch.full((2, 32, 32), len(THINGS)))
+    monkeypatch.setattr(scene_network, "segment", lambda *_: torch.full((2, 32, 32), len(THINGS)))
     assert find_contents(None, scenes.images).things.sum() == 0
     oracle(scenes.layouts)
-    monkeypatch.setattr(check_scenes, "detect", lambda *_: weak)
+    monkeypatch.setattr(scene_network, "detect", lambda *_: weak)
     assert find_contents(None, scenes.images).things.sum() == 0
 
 

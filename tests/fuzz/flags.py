@@ -47,6 +47,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/check_numbers.py": f"{SAMPLE} --n_samples 2",
     "experiments/check_scenes.py": f"{SAMPLE} --n_samples 1",
     "experiments/compare_attention.py": "--features pixels",
+    "experiments/compare_edits.py": f"{SAMPLE} --n_images 2 --classes 1",
     "experiments/compare_layouts.py": "--n_images 4",
     "experiments/compare_quantizers.py": "--features pixels",
     "experiments/compare_samplers.py": f"{SAMPLE} --steps 2 --n_samples 4 --features pixels --log_dir new",

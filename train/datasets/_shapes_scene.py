@@ -290,13 +290,18 @@ class Placer:
 
     def visible_shares(self, *front: NDArray[np.bool_]) -> Array:
         """Returns the visible share of each thing, behind the masks of further things."""
-        masks = np.array([*self.masks, *front]).reshape(-1, GRID * GRID)
-        covered = np.zeros(GRID * GRID, bool)
-        shares = np.ones(len(masks))
-        for i in range(len(masks) - 1, -1, -1):
-            shares[i] = 1 - np.count_nonzero(masks[i] & covered) / np.count_nonzero(masks[i])
-            covered |= masks[i]
-        return shares
+        return visible_shares(np.array([*self.masks, *front]))
+
+
+def visible_shares(masks: NDArray[np.bool_]) -> Array:
+    """Returns the visible share (n,) of things with these masks (n, GRID, GRID), each behind those after it."""
+    masks = masks.reshape(-1, GRID * GRID)
+    covered = np.zeros(GRID * GRID, bool)
+    shares = np.ones(len(masks))
+    for i in range(len(masks) - 1, -1, -1):
+        shares[i] = 1 - np.count_nonzero(masks[i] & covered) / np.count_nonzero(masks[i])
+        covered |= masks[i]
+    return shares
 
 
 def place_scattered(placer: Placer, fewest: int, most: int, low: float, high: float) -> None:

@@ -13,6 +13,7 @@ from train.files import parse_json
 THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))  # of the intersection over union
 RECALLS = torch.arange(101, dtype=torch.float64) / 100
 MOST_DETECTIONS = 100  # of a class in an image, those of the highest scores
+MOST_OVERLAP = 0.5  # intersection over union of two things
 SPURIOUS_SCORE, SPURIOUS_IOU = 0.3, 0.5  # an object is spurious if it is surer and overlaps no box by as much
 COCO_KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -113,6 +114,16 @@ def count_spurious(detections: Detections, asked: Layouts) -> Tensor:
         iou = box_iou(detections.boxes[detections.image == index], asked.boxes[rows], asked.crowd[rows])
         counts[index] = int((~(iou >= SPURIOUS_IOU).any(1)).sum())
     return counts
+
+
+def without_overlaps(detections: Detections) -> Detections:
+    """Returns the detections, sorted as they are, without those that overlap one of a higher score, of any class, by
+    more than MOST_OVERLAP."""
+    kept = torch.zeros(len(detections.image)).bool()
+    for row in detections.scores.argsort(descending=True, stable=True).tolist():
+        others = kept & (detections.image == detections.image[row])
+        kept[row] = not (box_iou(detections.boxes[row, None], detections.boxes[others]) > MOST_OVERLAP).any()
+    return detections[kept]
 
 
 def read_detections(path: Path, n_images: int, n_classes: int, size: tuple[int, int]) -> Detections:

@@ -6,14 +6,18 @@ and the offset of the box at each centre.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.metrics.layout.detections import MOST_DETECTIONS, Detections
+from experiments.metrics.layout.colors import NOT_SEEN, nearest_colors
+from experiments.metrics.layout.detections import MOST_DETECTIONS, Detections, without_overlaps
 from experiments.metrics.layout.fitting import Recipe, fit
 from experiments.metrics.layout.layouts import UNLABELLED, Layouts
+from train.datasets._shapes_scene import COLORS, GROUNDS, PALETTE, THINGS
 
 STRIDE = 2  # pixels of an image per cell of the heat map, along each side
 WIDTHS = (32, 48, 64)  # channels at strides 2, 4, 8
@@ -21,6 +25,7 @@ SIGMA = 1 / 6  # of the Gaussian around a centre, times the smaller side of the 
 LEAST_SIGMA = 0.5  # cells
 PRIOR = 0.02  # initial probability of a centre in a cell
 LEAST_SCORE = 0.05  # of a detection
+SURE_SCORE = 0.3  # of a detection that counts as a thing of a scene
 BOX_WEIGHT = 1.0  # of the losses of size and offset, beside that of the heat map
 RECIPE = Recipe(steps=1200, batch_size=64, peak_lr=4e-3)  # of images of 32 x 32: of others, as many pixels a step
 LEAST_BATCH = 4
@@ -172,3 +177,42 @@ def detect(network: SceneNetwork, images: Tensor) -> Detections:
 def segment(network: SceneNetwork, images: Tensor) -> Tensor:
     """Returns the most likely class of each pixel of images uint8 (N, C, H, W): uint8 (N, H, W)."""
     return torch.cat([network(batch)[1].argmax(1).to(torch.uint8) for batch in images.split(EVALUATED)])
+
+
+class Contents(NamedTuple):
+    """What is found in N images."""
+
+    things: Tensor  # (N, classes, colours) int64: how many
+    grounds: Tensor  # (N, 2) int64: at the top and at the bottom
+
+
+def find_contents(network: SceneNetwork, images: Tensor) -> Contents:
+    """Finds the things and the grounds in images uint8 (N, 3, H, W).
+
+    The horizon is never in the upper or lower quarter of an image: the ground there is the one of most pixels.
+    """
+    classes, detections = segment(network, images), detect(network, images)  # classes: (N, H, W)
+    detections = without_overlaps(detections[detections.scores > SURE_SCORE])
+    N, M, H = len(images), len(detections.image), images.shape[2]
+    layouts = Layouts(N, detections.image, detections.boxes, detections.classes, torch.ones(M), torch.zeros(M).bool())
+    layouts = replace(layouts, owner=find_owners(layouts, classes < len(THINGS)))
+    colors, things = nearest_colors(images, layouts, PALETTE), torch.zeros(N, len(THINGS), len(COLORS)).long()
+    for image, thing, color in zip(layouts.image.tolist(), layouts.classes.tolist(), colors.tolist(), strict=True):
+        if color != NOT_SEEN:
+            things[image, thing, color] += 1
+    numbers = len(THINGS) + torch.arange(len(GROUNDS))[:, None]
+    quarters = [each.flatten(1)[:, None] for each in (classes[:, : H // 4], classes[:, -(H // 4) :])]  # (N, 1, pixels)
+    return Contents(things, torch.stack([(each == numbers).sum(2).argmax(1) for each in quarters], 1))
+
+
+def find_owners(layouts: Layouts, is_thing: Tensor) -> Tensor:
+    """Returns which object of its image each pixel shows, -1: none, (N, H, W) int16: the last one in whose box it is,
+    if it shows a thing, (N, H, W) bool."""
+    N, H, W = is_thing.shape
+    owner = torch.full((N, H, W), -1, dtype=torch.int16)
+    sides = (layouts.boxes * torch.tensor([W, H, W, H])).round().long().tolist()
+    numbers = (torch.arange(len(layouts)) - layouts.first[layouts.image]).tolist()
+    for image, number, (left, top, right, bottom) in zip(layouts.image.tolist(), numbers, sides, strict=True):
+        box = owner[image, top:bottom, left:right]
+        box[is_thing[image, top:bottom, left:right]] = number
+    return owner
