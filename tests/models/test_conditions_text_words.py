@@ -20,10 +20,13 @@ def places(caption, phrase):
 
 
 @pytest.mark.skipif(not WORDS.is_file(), reason="TEXT_FIXTURES names no folder with daam/words.json, words of daam")
-def test_words_of_the_fixture_are_found_as_a_whole():
-    for case, wanted in json.loads(WORDS.read_text())["search_cases"].items():
-        caption, phrase = case.split(" | ")
-        assert [place + 1 for place in places(caption, phrase)] == wanted["whole_words_only"], case
+def test_words_of_the_fixture_are_found_as_a_whole(agrees):
+    recorded = json.loads(WORDS.read_text())
+    cases = {case: wanted["whole_words_only"] for case, wanted in recorded["search_cases"].items()}
+    cases |= {f"{recorded['prompt']} | {phrase}": tokens for phrase, tokens in recorded["indices_in_77"].items()}
+    for case, wanted in cases.items():
+        found = [place + 1 for place in places(*case.split(" | "))]
+        assert agrees(torch.tensor(found), torch.tensor(wanted), f"daam: tokens of {case}", 0), case
 
 
 def test_phrases_and_words_of_several_pieces_are_found():
