@@ -41,8 +41,8 @@ def visited(descents):
 )
 def test_the_times_are_those_of_the_papers_code(name, steps, jump, resamplings, stride, agrees):
     descents = split_descents(list(range(steps, -1, -1)), jump, resamplings)
-    times = torch.tensor([stride * n for n in visited(descents)])
-    assert agrees(times, torch.tensor(TIMES[name]), f"RePaint: times of {steps} steps, jumps of {jump}, {resamplings} times", 0)
+    times, line = torch.tensor([stride * n for n in visited(descents)]), f"RePaint: times of {steps} steps"
+    assert agrees(times, torch.tensor(TIMES[name]), f"{line}, jumps of {jump}, {resamplings} times", 0)
     jumps = len(range(0, steps - jump, jump))
     assert sum(len(times) - 1 for times in descents) == steps + jumps * jump * (resamplings - 1)
 
