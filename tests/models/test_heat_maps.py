@@ -127,6 +127,11 @@ def test_overlaps_of_masks_and_heat():
     assert share_inside(heat, left).item() == pytest.approx(3 / 8) and share_inside(heat, both).item() == 0.5
 
 
+def test_shares_are_of_the_named_tokens_alone():
+    heat = torch.tensor([5.0, 1.0, 3.0]).view(1, 3, 1, 1)
+    assert share_of_tokens(heat, [1, 2]).flatten().tolist() == pytest.approx([1.25, 0.25, 0.75], rel=1e-5)
+
+
 def test_enlarged_heat_runs_from_0_to_1_in_each_map():
     large = enlarge(torch.rand(2, 5, 2, 3), (8, 12))
     assert large.shape == (2, 5, 8, 12)
