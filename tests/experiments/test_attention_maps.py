@@ -74,7 +74,7 @@ def test_maps_of_a_prompt_are_those_of_the_recorder(logs):
         )
 
 
-def test_a_negative_prompt_is_mapped_where_it_stands_for_the_null(logs):
+def test_words_of_a_negative_prompt_are_mapped(logs):
     """Equal prompts attend equally on both sides of guidance; another one has words of its own."""
     flags = f"{TINY} --daam"
     last, _ = draw_maps(logs, "last", flags, *PROMPT, "--negative", PROMPT[1])

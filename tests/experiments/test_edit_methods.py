@@ -255,6 +255,14 @@ def test_pixels_that_may_not_change_are_those_of_the_input(model):
     assert torch.equal(edited.image[..., 0, :], task.images[..., 0, :])
 
 
+def test_plain_steps_alone_ignore_the_source(model):
+    task = task_of(model, "flowedit", ["a cat"], strength=1.0, plain_steps=4)
+    other = replace(task, source=Side({"caption": ["a hat"]}, task.source.options))
+    target = replace(task, target=other.source)
+    first, second, third = (find_method("flowedit", model)(each).image for each in (task, other, target))
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
 def test_the_source_has_a_guidance_of_its_own(model):
     options = options_of(model, guidance=3.0)
     scales = {
