@@ -4,11 +4,10 @@ Maps of words follow DAAM (Tang et al. 2023), for samples and for real images. S
 images, and how much those of an image overlap.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import _root
 import numpy as np
@@ -17,11 +16,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from experiments.harness.attention_targets import MappedImages, RealImages, Target, find_targets, relative_heat
+from experiments.harness.attention_targets import (
+    MappedImages,
+    RealImages,
+    Target,
+    conditions_of_part,
+    file_word,
+    find_targets,
+    read_masks,
+    relative_heat,
+)
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.layout_inputs import open_layouts
-from experiments.harness.prompt_inputs import check_reads_prompts
+from experiments.harness.prompt_inputs import FIELD as CAPTION
+from experiments.harness.prompt_inputs import check_reads_prompts, encode_with_weights
 from experiments.harness.report import progress, table
 from experiments.metrics.heat_pictures import Panel, draw_heat, draw_sheet, heat_panels
 from experiments.metrics.layout.layout_pictures import panel_size, save_picture
@@ -33,6 +42,7 @@ from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.files import atomic_write
 from train.loop import Batch
+from train.samplers._conditions import fields_by_condition
 from train.trained_sampler import TrainedSampler
 
 MOST_ROWS, MOST_STEPS = 8, 10  # images of a sheet, and steps of an image
@@ -49,10 +59,17 @@ class MapsConfig:
     prompt: str | None = None
     """Text that all images show, for a run with --conditions text; if omitted, captions are those of held-out
     images."""
+    negative: str | None = None
+    """Text that guidance moves away from, in place of the null; --chain_part 0 maps its words."""
+    prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
+    """Syntax of --prompt and --negative; see get_samples.py. --words are plain: red of (red:1.3)."""
     words: tuple[str, ...] = ()
     """Words or phrases of the text to map, such as hat "red disc"; if omitted, all words, objects and fields."""
     layouts: str | None = None
     """File or folder of layouts, used in turn, whose objects are mapped; see get_samples.py."""
+    masks: str | None = None
+    """Folder of pictures, white where a word or object is, to compare the maps with: red_disc.png for the red disc of
+    all images, 000001_red_disc.png for that of image 1."""
     look_from: Box | None = None
     """Instead, what this part of the image attends to by self-attention: left, top, right and bottom as fractions."""
     real: bool = False
@@ -62,8 +79,8 @@ class MapsConfig:
     gated: bool = False
     """Read the attention to gated tokens, of --boxes_gated, instead of the other cross-attention."""
     chain_part: int = -1
-    """Which condition of the guidance chain, for --look_from: 0 is the null, -1 the last, which has all. Words and
-    objects are tokens of the last alone."""
+    """Which condition of the guidance chain is mapped, with its words and objects: -1 is the last, which has all, 0 the
+    null, or --negative."""
     map_layers: tuple[str, ...] = ()
     """Layers to average, such as up_blocks.0.1.cross; if omitted, those going up and down, as DAAM, or all."""
     relative: bool = False
@@ -89,15 +106,16 @@ class MapsConfig:
             raise ValueError(f"got real images, which have conditions of their own, and {given}: leave one of them out")
         if self.relative and self.signed:
             raise ValueError("got --relative and --signed, whose negative values have no shares: leave one of them out")
+        if self.real and self.negative is not None:
+            raise ValueError("got negative for real images, which are read without guidance: leave --negative out")
+        if self.prompt_syntax != "plain" and self.prompt is None:
+            raise ValueError(f"got prompt_syntax {self.prompt_syntax} without a prompt: pass --prompt TEXT")
         if not self.real and self.real_times != MapsConfig.real_times:
             raise ValueError(f"got real_times {self.real_times} without --real: pass --real, or leave --real_times out")
         if self.look_from is not None:
-            if given := [name for name in ("words", "gated", "relative") if getattr(self, name)]:
+            if given := [name for name in ("words", "masks", "gated", "relative") if getattr(self, name)]:
                 raise ValueError(f"got look_from, which reads self-attention, and {given[0]}: leave one of them out")
             self.make_recorder()
-        elif self.chain_part != -1:
-            got = f"got chain_part {self.chain_part} for words and objects, which are tokens of the last condition"
-            raise ValueError(f"{got}: leave --chain_part out, or pass --look_from")
 
     def make_recorder(self) -> MapRecorder:
         """Returns a recorder of these maps."""
@@ -130,12 +148,16 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
         images = RealImages.open(model, settings.n_samples, sampling, output.seed, settings.real_times)
     else:
         source, provenance = open_source(settings, model, sampling)
-        images = GeneratedImages(model, output.seed, sampling, source)
+        images = GeneratedImages(model, output.seed, sampling, source, settings.negative, settings.prompt_syntax)
     targets = [[PLACE]] * settings.n_samples
     if settings.look_from is None:
         targets = targets_of(model, images, settings, output.batch_size)
+    masks = None
+    if settings.masks is not None:
+        masks, digest = read_masks(settings.masks, targets, model.data.size)
+        provenance |= {"masks_sha256": digest}
     draw = mapped_images(settings, images, targets)
-    arguments = settings, targets, draw
+    arguments = settings, targets, masks, draw
     return ExperimentSetup(arguments, provenance, source=source, draws=source is not None)
 
 
@@ -143,6 +165,11 @@ def open_source(
     settings: MapsConfig, model: TrainedSampler, options: SamplingConfig
 ) -> tuple[ConditionSource, dict[str, str]]:
     """Returns the source of the conditions of samples, and what identifies its file."""
+    if settings.negative is not None:
+        check_reads_prompts(model, replace(options, condition_file=None))
+        if options.guidance == 1:
+            got = f"got negative {settings.negative!r} with guidance 1, which ignores it"
+            raise ValueError(f"{got}: pass --guidance 3, or so")
     if settings.layouts is not None:
         inputs = open_layouts(settings.layouts, model, options)
         return inputs.source, inputs.provenance
@@ -160,13 +187,24 @@ class GeneratedImages:
     seed: int
     options: SamplingConfig
     source: ConditionSource
+    negative: str | None  # text that guidance moves away from
+    syntax: str  # of texts
 
     def conditions(self, indices: list[int]) -> Batch | None:
         return self.source.draw(self.seed, indices)
 
+    def conditions_of_part(self, indices: list[int], part: int) -> Batch:
+        negative = None if self.negative is None else {CAPTION: [self.negative] * len(indices)}
+        return conditions_of_part(self.model, self.options, self.conditions(indices), part, negative)
+
     def record(self, indices: list[int], recorder: MapRecorder) -> Tensor:
-        conditions = self.conditions(indices)
-        return self.model.draw(indices, self.seed, self.options, conditions, recorder=recorder)["image"]
+        conditions, negative = self.conditions(indices), None
+        if self.syntax != "plain":
+            conditions |= encode_with_weights(conditions[CAPTION], self.syntax, self.model)
+        if self.negative is not None:
+            negative = encode_with_weights([self.negative] * len(indices), self.syntax, self.model)
+        options = {"negative": negative, "recorder": recorder}
+        return self.model.draw(indices, self.seed, self.options, conditions, **options)["image"]
 
 
 def targets_of(
@@ -175,13 +213,34 @@ def targets_of(
     """Returns what is mapped in each image. ValueError for a model without conditions that are attended to."""
     targets, count = [], settings.n_samples
     for indices in torch.arange(count).split(batch_size):
-        batch = images.conditions(indices.tolist())
-        if batch is None:
+        if images.conditions(indices.tolist()) is None:
             raise ValueError(f"got {model.run}, which has no conditions: pass --look_from, or a run with --conditions")
-        targets += find_targets(model, batch, len(indices), settings.words, settings.gated)
+        targets += targets_in_batch(images, settings, indices.tolist(), settings.words)
     if not any(targets):
         raise ValueError(f"got {count} images without words or objects to map: pass --prompt TEXT or --layouts FILE")
     return targets
+
+
+def targets_in_batch(
+    images: MappedImages, settings: MapsConfig, indices: list[int], words: Sequence[str] = ()
+) -> list[list[Target]]:
+    """Returns these words of images, or all of their targets, in the part of the chain that is mapped.
+
+    ValueError: that part is null.
+    """
+    batch = images.conditions_of_part(indices, settings.chain_part)
+    encoders = images.model.sampler.network.encoders
+    fields_of = fields_by_condition(encoders)
+    mapped = {
+        field
+        for name in encoders
+        if encoders[name].token_width or encoders[name].gated_width
+        for field in fields_of[name]
+    }
+    if settings.chain_part != -1 and mapped.isdisjoint(batch):
+        got = f"got chain_part {settings.chain_part}, which has no words or objects"
+        raise ValueError(f"{got}: pass --negative TEXT, whose words part 0 has, or leave --chain_part out")
+    return find_targets(images.model, batch, len(indices), words, settings.gated, settings.prompt_syntax)
 
 
 def mapped_images(
@@ -198,7 +257,7 @@ def mapped_images(
         maps = recorder.maps(mean=not settings.daam)
         layers, others = settings.map_layers or None, None
         if settings.relative:
-            others = find_targets(images.model, images.conditions(indices), len(indices), gated=settings.gated)
+            others = targets_in_batch(images, settings, indices)
 
         def heat_of(maps: AttentionMaps, rows: Sequence[int]) -> Tensor:
             heat = heat_maps(maps, layers, signed=settings.signed).cpu()
@@ -236,6 +295,7 @@ def select_targets(heat: Tensor, targets: Sequence[Sequence[Target]], spans: dic
 def measure(
     settings: MapsConfig,
     targets: list[list[Target]],
+    masks: list[list[Tensor | None]] | None,
     draw: Callable[[list[int]], Batch],
     model: TrainedSampler,
     batches: ResumableBatches,
@@ -261,7 +321,11 @@ def measure(
         {"names": own, "calls": calls, "overlaps": overlaps(heat[: len(own)], size)}
         for own, calls, heat in zip(names, arrays["calls"].tolist(), arrays["heat"], strict=True)
     ]
-    return {"n_samples": count, "seed": batches.seed, "prompt": settings.prompt, "images": records}
+    if masks is not None:
+        for record, heat, own in zip(records, arrays["heat"], masks, strict=True):
+            record["mask_overlaps"] = mask_overlaps(heat[: len(own)], own)
+    results = {"n_samples": count, "seed": batches.seed, "prompt": settings.prompt, "images": records}
+    return results if settings.negative is None else results | {"negative": settings.negative}
 
 
 def join_batches(parts: Sequence[Batch]) -> dict[str, Tensor]:
@@ -285,6 +349,15 @@ def overlaps(heat: Tensor, size: tuple[int, int]) -> list[list[float]]:
     return intersection_over_union(masks.unsqueeze(1), masks.unsqueeze(0)).tolist()
 
 
+def mask_overlaps(heat: Tensor, masks: Sequence[Tensor | None]) -> list[float | None]:
+    """Returns the intersection over union of what heat (T, h, w) marks in an image with the mask (H, W) bool of each
+    map, None without one."""
+    return [
+        None if mask is None else intersection_over_union(enlarge(own, tuple(mask.shape)) > OVERLAP, mask).item()
+        for own, mask in zip(heat, masks, strict=True)
+    ]
+
+
 def save_pictures(folder: Path, images: Tensor, heat: Tensor, names: Sequence[Sequence[str]]) -> None:
     """Saves maps.png, the first images with their maps, and overlays/, each map of all images."""
     rows = []
@@ -292,8 +365,7 @@ def save_pictures(folder: Path, images: Tensor, heat: Tensor, names: Sequence[Se
         panels = heat_panels(image, own[: len(words)], words, f"image {i}")
         rows += [panels] if i < MOST_ROWS else []
         for k, panel in enumerate(panels[1:]):
-            word = re.sub(r"\W+", "_", panel.name)
-            save_picture(folder / "overlays" / f"{i:06d}_{k:02d}_{word}.png", panel.picture)
+            save_picture(folder / "overlays" / f"{i:06d}_{k:02d}_{file_word(panel.name)}.png", panel.picture)
     save_picture(folder / "maps.png", draw_sheet(rows))
 
 
@@ -312,7 +384,8 @@ def draw_steps(image: Tensor, heat: Tensor, times: Tensor, names: Sequence[str])
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Formats the mean overlap of the maps of each word with those of the others, if all images have the same words."""
+    """Formats the mean overlap of the maps of each word with its masks, if there are any, and with those of the other
+    words, if all images have the same."""
     lines, images = (
         [f"{results['n_samples']} images: {folder / 'maps.npz'}", f"{folder / 'maps.png'}"],
         results["images"],
@@ -325,7 +398,20 @@ def report(results: dict[str, Any], folder: Path) -> str:
             *((name, *(f"{each:.2f}" for each in row)) for name, row in zip(names, mean, strict=True)),
         ]
         lines = [table(rows), "", *lines]
+    if "mask_overlaps" in images[0]:
+        lines = [mask_table(images), "", *lines]
     return "\n".join(lines)
+
+
+def mask_table(images: Sequence[dict[str, Any]]) -> str:
+    """Formats the mean overlap of the maps of each word with its masks."""
+    found: dict[str, list[float]] = {}
+    for image in images:
+        for name, overlap in zip(image["names"], image["mask_overlaps"], strict=True):
+            if overlap is not None:
+                found.setdefault(name, []).append(overlap)
+    rows = [(name, f"{np.mean(own):.2f}", f"{len(own):,}") for name, own in found.items()]
+    return table([("overlap with masks", "mean", "images"), *rows])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The tab Edit of the demo page: changes an image from one class or text to another, and leaves the rest as it is.
+"""The tab Edit of the demo page: changes what an image shows, and leaves the rest as it is.
 
-harness/edit_methods.py has the methods.
+edit_descriptions.py has what it shows and should show; harness/edit_methods.py has the methods.
 """
 
 import time
@@ -12,12 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from experiments.edit_descriptions import (
+    PER_SIDE,
+    Description,
+    describe_side,
+    description_boxes,
+    description_values,
+    held_out_image,
+    link_boxes,
+    read_description,
+    sample_image,
+)
 from experiments.harness.controls import Control, component, make_controls, parse_value
 from experiments.harness.edit_methods import (
     USED_BY,
     EditingConfig,
     EditTask,
-    Side,
     find_mask,
     find_method,
     methods_for,
@@ -38,8 +48,6 @@ from experiments.page_components import (
     show_errors,
 )
 from experiments.playground import (
-    AS_IN_DATA,
-    CAPTION,
     NO_CLASS,
     Playground,
     Request,
@@ -47,9 +55,6 @@ from experiments.playground import (
     preprocess,
 )
 from models.conditions.image import MASK
-from train.config import SamplingConfig
-from train.data.loading import ImageSource
-from train.data.transforms import as_uint8
 from train.datasets._channels import PICTURES
 from train.loop import Batch
 from train.samplers.ddpm import GaussianSampler
@@ -63,19 +68,8 @@ OF_COMPUTED_MASKS = ("mask_rule", "noisings")  # options of diffedit that have n
 HELP = (
     "Take an image, and enter what it shows (*from*) and what it should show (*to*). *diffedit* changes the image "
     "where these two differ: *Find the mask* shows where, and brush and eraser change the mask. *sdedit* redraws what "
-    "you brush over, or all of the image. Class and prompts in the settings have no effect here."
+    "you brush over, or all of the image. What the settings say of the image has no effect here, but hints do."
 )
-
-
-class Description(NamedTuple):
-    """What an image shows."""
-
-    label: str | int = NO_CLASS  # a number or a text of `Playground.classes`
-    prompt: str = ""
-
-    @property
-    def is_empty(self) -> bool:
-        return self.label == NO_CLASS and not self.prompt
 
 
 class Edit(NamedTuple):
@@ -105,22 +99,9 @@ def reason_against(play: Playground) -> str:
     """Returns in Markdown why the page cannot edit images with a model; "" if it can."""
     if play.trained.data.n_channels not in PICTURES or MASK in play.trained.sampler.conditions:
         return "This run reads more than pictures: edit them with `experiments/edit.py`."
-    if not (play.classes or play.reads_prompts):
-        return "This run has no classes and reads no texts. Choose one of a data set with classes, or with captions."
+    if not (play.classes or play.reads_prompts or play.layout_names or play.metadata_fields.unknown):
+        return "This run has no classes and reads no texts, boxes or numbers. Choose one of a data set with them."
     return ""
-
-
-def describe_side(play: Playground, request: Request, shows: Description, options: SamplingConfig) -> Side:
-    """Returns the conditions of images of a description, null ones for an empty one, and the options for them.
-
-    ValueError: the model reads texts, and there is a class alone.
-    """
-    if shows.is_empty:
-        return Side(None, options.without_guidance())
-    if play.reads_prompts and not shows.prompt:
-        raise ValueError("got a class without a text, which this run reads too: enter a text")
-    label = shows.label if play.classes else AS_IN_DATA
-    return Side(play.conditions(replace(request, label=label, prompt=shows.prompt)), options)
 
 
 def make_task(play: Playground, request: Request, edit: Edit, image: Tensor, mask: Tensor | None) -> EditTask:
@@ -168,34 +149,6 @@ def edit_image(play: Playground, request: Request, edit: Edit, image: Tensor, ma
     return EditResult({"image": edited.image, **labels}, mask, nfe.evaluations / request.count, seconds)
 
 
-def held_out_image(play: Playground, number: int) -> tuple[Tensor, Description]:
-    """Returns a held-out image, uint8 (C, H, W), and what it shows."""
-    source, shown = ImageSource(play.trained.dataset("val"), play.trained.data), Description()
-    index = number % len(source)
-    item = source[index]
-    if play.classes:
-        shown = shown._replace(label=int(source.dataset.labels[index]))
-    if play.reads_prompts:
-        shown = shown._replace(prompt=text_of(play.trained.conditions_of(item, index)[CAPTION]))
-    return as_uint8(item["image"].as_subclass(Tensor)), shown
-
-
-def sample_image(play: Playground, request: Request) -> tuple[Tensor, Description]:
-    """Samples an image, uint8 (C, H, W), and returns what it should show."""
-    request = replace(request, count=1)
-    batch, shown = play.sample(request), Description()
-    if play.classes and batch.get("label", torch.tensor([-1]))[0] in dict(play.classes).values():
-        shown = shown._replace(label=int(batch["label"][0]))
-    if play.reads_prompts:
-        shown = shown._replace(prompt=text_of(play.conditions(request)[CAPTION][0]))
-    return batch["image"][0], shown
-
-
-def text_of(caption: str | Tensor) -> str:
-    """Returns a caption as a text; "" for one that is encoded."""
-    return caption if isinstance(caption, str) else ""
-
-
 def option_controls() -> dict[str, Control]:
     """Returns the controls of the method and of OPTIONS."""
     controls = {each.name: each for each in make_controls(EditingConfig(), [], *[True] * 4)}
@@ -229,20 +182,6 @@ def first_method(play: Playground) -> str:
     return PREFERRED if PREFERRED in methods else next(iter(methods))
 
 
-def description_boxes(play: Playground) -> list:
-    """Returns the boxes of class and text, of the source and then of the target, or the updates of them."""
-    import gradio as gr
-
-    boxes, classes = [], play.classes[1:]
-    for side, choices, about in (("from", classes, "What it shows."), ("to", classes[1:], "What it should show.")):
-        value = choices[0][1] if choices else None
-        style = {"label": f"{side} class", "info": about, "min_width": 160, "visible": bool(choices)}
-        boxes.append(gr.Dropdown(choices, value=value, allow_custom_value=True, **style))
-        style |= {"label": f"{side} text", "visible": play.reads_prompts}
-        boxes.append(gr.Textbox("", **style))
-    return boxes
-
-
 def method_boxes(play: Playground) -> list:
     """Returns the boxes of the method, the strength and OPTIONS, or the updates of them."""
     import gradio as gr
@@ -273,15 +212,15 @@ class Handlers:
         the settings. The mask is None where nothing is brushed."""
         if not has_picture(canvas):
             raise ValueError(f"there is no image: press {SAMPLE}, {ITEM} or {UPLOAD}")
-        first, values = values[: 6 + len(OPTIONS)], values[6 + len(OPTIONS) :]
-        from_label, from_text, to_label, to_text, method, strength, *options = first
+        sides, values = values[: 2 * PER_SIDE], values[2 * PER_SIDE :]
+        (method, strength, *options), values = values[: 2 + len(OPTIONS)], values[2 + len(OPTIONS) :]
         play, request = self.settings.read(*values)
         picture, data = canvas["background"], play.trained.data
         image, mask = preprocess(picture, brushed_mask(canvas), data.size, data.n_channels, data.data_range)
         mask = mask if mask.any() else None
         edit = Edit(
-            read_description(play, from_label, from_text),
-            read_description(play, to_label, to_text),
+            read_description(play, *sides[:PER_SIDE]),
+            read_description(play, *sides[PER_SIDE:]),
             read_settings(method, strength, options, mask is not None),
         )
         return play, request, edit, image, mask
@@ -289,12 +228,14 @@ class Handlers:
     def take_sample(self, *values: Any) -> list:
         with show_errors():
             play, request = self.settings.read(*values)
-            return [*show_image(*sample_image(play, request)), request.seed]
+            image, shows = sample_image(play, request)
+            return [enlarge_to_picture(image, SIDE), *description_values(play, shows), request.seed]
 
     def take_item(self, *values: Any) -> list:
         with show_errors():
             play, request = self.settings.read(*values)
-            return [*show_image(*held_out_image(play, request.seed)), request.seed]
+            image, shows = held_out_image(play, request.seed)
+            return [enlarge_to_picture(image, SIDE), *description_values(play, shows), request.seed]
 
     def find_mask(self, canvas: dict | None, *values: Any) -> list:
         with show_errors():
@@ -319,21 +260,11 @@ class Handlers:
         import gradio as gr
 
         if run == last_choice:
-            return [gr.skip()] * (10 + len(OPTIONS))
+            return [gr.skip()] * (6 + 2 * PER_SIDE + len(OPTIONS))
         play = self.settings.runs.open(run)
         reason, find = reason_against(play), gr.update(visible=first_method(play) == "diffedit")
         areas = [gr.update(visible=not reason), gr.update(value=reason, visible=bool(reason))]
         return [*areas, *description_boxes(play), *method_boxes(play), find, run]
-
-
-def read_description(play: Playground, label: str | int | None, text: str) -> Description:
-    """Returns what the boxes of a side say, those that the model reads."""
-    return Description(label if play.classes else NO_CLASS, text.strip() if play.reads_prompts else "")
-
-
-def show_image(image: Tensor, shows: Description) -> list:
-    """Returns the values of the editor and of the source's boxes for an image uint8 (C, H, W)."""
-    return [enlarge_to_picture(image, SIDE), shows.label, shows.prompt]
 
 
 def with_mask(picture: Image.Image, mask: Tensor) -> dict[str, Any]:
@@ -366,6 +297,7 @@ def add_edit_tab(settings: Settings, loaded: Any, gallery: Any) -> None:
                 sample, item, upload = gr.Button(SAMPLE), gr.Button(ITEM), gr.UploadButton(UPLOAD)
             with gr.Row():
                 descriptions = description_boxes(play)
+            link_boxes(descriptions)
             with gr.Row():
                 methods = method_boxes(play)
             with gr.Row():
@@ -387,7 +319,7 @@ def add_edit_tab(settings: Settings, loaded: Any, gallery: Any) -> None:
     def select_result(images: list, event: gr.SelectData) -> tuple[str, str]:
         return images[0][0], images[event.index][0]
 
-    handlers, source = Handlers(settings, results), [editor, *descriptions[:2]]
+    handlers, source = Handlers(settings, results), [editor, *descriptions[:PER_SIDE]]
     filled, quietly = (pictures, editor, has_picture), {"show_progress": "hidden", "api_visibility": "private"}
     for each, take in ((sample, handlers.take_sample), (item, handlers.take_item)):
         fill_on([each.click], take, settings.inputs, [*source, settings.seed], *filled, show_progress_on=editor)

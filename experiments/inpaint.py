@@ -117,9 +117,11 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     if inpainting.strength_map and reads_masks(model):
         raise ValueError(f"got strength_map for {model.run}, which reads masks: pass --mask, or another --load_dir")
     own = inpainting.prompt is not None or reads_masks(model)
+    provenance = {"given_images": replace(inputs, strength_map=None).fingerprint}
+    provenance |= {} if inputs.strength_map is None else {"given_strengths": inputs.fingerprint}
     return ExperimentSetup(
         (inputs, inpainting, sampling),
-        {"given_images": inputs.fingerprint},
+        provenance,
         shape=canvas_shape(inputs, model),
         window_stride=inpainting.window_stride,
         source=condition_source_for(model, inputs, [0], label, sampling) if own else None,

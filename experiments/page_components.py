@@ -8,7 +8,7 @@ import math
 import random
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -85,34 +85,50 @@ def text_inputs(play: Playground) -> list:
     import gradio as gr
 
     visible = {"visible": play.reads_prompts, "min_width": 320}
-    fields, initial = play.metadata_fields, play.initial_metadata
     about = "What all images show. Empty: captions of the data."
     prompt = gr.Textbox("", label="prompt", info=about, **visible)
     about = "What guidance moves away from. It needs a guidance scale above 1."
     boxes = [prompt, gr.Textbox("", label="negative prompt", info=about, **visible)]
-    for name, words in islice(fields.words.items(), MOST_FIELDS):
-        boxes.append(gr.Dropdown([UNKNOWN, *words], value=initial[name], label=name, visible=True, min_width=150))
-    boxes += [gr.Dropdown([UNKNOWN], value=UNKNOWN, visible=False) for _ in range(MOST_FIELDS + 2 - len(boxes))]
-    return boxes + number_inputs(play)
+    return boxes + metadata_inputs(play, play.initial_metadata)
 
 
-def number_inputs(play: Playground) -> list:
+def metadata_inputs(play: Playground, initial: Mapping[str, str | float], side: str = "") -> list:
+    """Returns the boxes of words and `number_inputs`, or the updates of them: those that the model reads are visible,
+    with `initial` values, and labels that begin with `side`."""
+    import gradio as gr
+
+    boxes = []
+    for name, words in islice(play.metadata_fields.words.items(), MOST_FIELDS):
+        style = {"label": side + name, "visible": True, "min_width": 150}
+        boxes.append(gr.Dropdown([UNKNOWN, *words], value=initial[name], **style))
+    boxes += [gr.Dropdown([UNKNOWN], value=UNKNOWN, visible=False) for _ in range(MOST_FIELDS - len(boxes))]
+    return boxes + number_inputs(play, initial, side)
+
+
+def number_inputs(play: Playground, initial: Mapping[str, str | float], side: str = "") -> list:
     """Returns the sliders of the numbers, each followed by its switch "unknown", or the updates of them: those of the
     fields that the model reads are visible."""
     import gradio as gr
 
     inputs = []
     for name, (low, high, _) in islice(play.metadata_fields.numbers.items(), MOST_FIELDS):
-        value = parse_number(name, play.initial_metadata[name])
+        value = parse_number(name, initial[name])
         unknown = math.isnan(value)
         value, step = low if unknown else value, slider_step(low, high)
         ends = min(low, value), max(high, value)  # --metadata may be outside the range
         style = {"visible": True, "min_width": 320, "buttons": []}
-        inputs.append(gr.Slider(*ends, value=value, step=step, label=name, **style))
-        inputs.append(gr.Checkbox(unknown, label=f"{name} unknown", visible=True, elem_classes=["full-line"]))
+        inputs.append(gr.Slider(*ends, value=value, step=step, label=side + name, **style))
+        inputs.append(gr.Checkbox(unknown, label=f"{side}{name} unknown", visible=True, elem_classes=["full-line"]))
     for _ in range(MOST_FIELDS - len(inputs) // 2):
         inputs += [gr.Slider(visible=False), gr.Checkbox(visible=False)]
     return inputs
+
+
+def know_moved_numbers(boxes: list) -> None:
+    """Makes the numbers among `metadata_inputs` known when their sliders are moved."""
+    numbers = boxes[MOST_FIELDS:]
+    for slider, unknown in zip(numbers[::2], numbers[1::2], strict=True):
+        slider.input(None, None, unknown, js="() => false")
 
 
 def slider_step(low: float, high: float) -> float:
@@ -308,9 +324,7 @@ def add_settings(runs: Runs, most: int, seed: int | None, heading: Any, run: Any
     settings = Settings(runs, most, run, step, *boxes, main | others)
     updated, last_choice = list(settings.controls.values()), gr.State(runs.name(runs.first))
     seed_box.input(None, None, fixed, js="() => true")
-    numbers = texts[2 + MOST_FIELDS :]
-    for slider, unknown in zip(numbers[::2], numbers[1::2], strict=True):
-        slider.input(None, None, unknown, js="() => false")
+    know_moved_numbers(texts[2:])
     outputs = [heading, step, label, note, settings_run, last_choice, *texts, *hints, *updated]
     loaded = run.input(settings.pick_run, [run, last_choice], outputs, show_progress_on=heading)
     loaded.success(None, run, None, js=f"run => {{ document.title = run + '{TAB_TITLE}' }}")

@@ -301,13 +301,7 @@ class Playground:
 
     def draw_layout(self, seed: int) -> Layout:
         """Returns the layout of a held-out item, or that of a row of the --condition_file."""
-        batch = self.source.draw(seed, [seed])
-        present = {
-            name: batch.get(f"{name}_mask", torch.ones(batch[name].shape[:2], dtype=torch.bool))
-            for name in FIELDS
-            if name in batch
-        }
-        return read_layout({name: batch[name][mask] for name, mask in present.items()})
+        return first_layout(self.source.draw(seed, [seed]))
 
     def edit_layout(self, request: Request, image: Tensor, layout: EditedLayout) -> Batch:
         """Samples the boxes that change in an image uint8 (C, H, W) anew, under the layout after the edits.
@@ -371,6 +365,13 @@ class Runs:
                     raise ValueError(f"got step {step} of {name}, wanted {describe_choices(step, steps)}")
                 self.current = self.load(folder, steps[step])
             return self.current
+
+
+def first_layout(batch: Batch) -> Layout:
+    """Returns the layout of the first image of a batch of conditions."""
+    fields = [name for name in FIELDS if name in batch]
+    present = {name: batch.get(f"{name}_mask", torch.ones(batch[name].shape[:2], dtype=torch.bool)) for name in fields}
+    return read_layout({name: batch[name][0][mask[0]] for name, mask in present.items()})
 
 
 def describe_choices(got: str, choices: Collection[str]) -> str:

@@ -75,6 +75,38 @@ def plain_words(prompt: Prompt) -> str:
     return " ".join(word for word in words if word)
 
 
+class Word(NamedTuple):
+    """A word of a prompt."""
+
+    text: str
+    places: tuple[int, ...]  # of its tokens among the C L of the prompt
+
+
+def words_of_prompt(prompt: Prompt, tokenizer: PromptTokenizer, split: str, length: int = CHUNK) -> list[list[Word]]:
+    """Returns the words of each text of a prompt, with the places of their tokens in the encoded prompt, (C L, D).
+
+    The texts of a clause, whose mean is taken, have places in common.
+    """
+    words, first = [], 0
+    for clause in prompt:
+        texts = [split_text(text, tokenizer, split, length) for text in clause.texts]
+        words += [words_of_chunks(chunks, first, length) for chunks in texts]
+        first += length * max(map(len, texts))
+    return words
+
+
+def words_of_chunks(chunks: Sequence[Sequence[Token]], first: int, length: int) -> list[Word]:
+    """Returns the words of a text whose first chunk begins at the place `first`."""
+    words, places = [], []
+    for number, chunk in enumerate(chunks):
+        for place, token in enumerate(chunk, first + number * length + 1):
+            places.append(place)
+            if token.word is not None:
+                words.append(Word(token.word, tuple(places)))
+                places = []
+    return words
+
+
 def chunk_text(
     text: Text, tokenizer: PromptTokenizer, split: str, length: int = CHUNK, pad_id: int | None = None
 ) -> Chunks:
@@ -84,14 +116,7 @@ def chunk_text(
     Longer sections are cut by the rule that `split` names, a key of SPLITS. After its end a chunk is filled with the
     tokenizer's padding, or with `pad_id`: 0 for weights of SD 2.
     """
-    if split not in SPLITS:
-        raise ValueError(f"got split {split!r}{did_you_mean(split, SPLITS)}: choose {', '.join(SPLITS)}")
-    parts, number, room = [], 0, length - 2
-    for i, section in enumerate(text):
-        tokens = tokenize_section(section, tokenizer, number)
-        number += len(section)
-        if tokens or not parts or i < len(text) - 1:
-            parts += SPLITS[split](tokens, room) or [[]]
+    parts, room = split_text(text, tokenizer, split, length), length - 2
     pad = tokenizer.pad_id if pad_id is None else pad_id
     ids, weights, pieces = [], [], []
     for part in parts:
@@ -101,6 +126,19 @@ def chunk_text(
         pieces.append([MARKER, *(token.piece for token in part), MARKER, *[MARKER] * empty])
     ends = torch.tensor([1 + len(part) for part in parts])
     return Chunks(torch.tensor(ids), torch.tensor(weights), torch.tensor(pieces), ends)
+
+
+def split_text(text: Text, tokenizer: PromptTokenizer, split: str, length: int = CHUNK) -> list[list[Token]]:
+    """Returns the tokens of each chunk that `chunk_text` makes."""
+    if split not in SPLITS:
+        raise ValueError(f"got split {split!r}{did_you_mean(split, SPLITS)}: choose {', '.join(SPLITS)}")
+    parts, number = [], 0
+    for i, section in enumerate(text):
+        tokens = tokenize_section(section, tokenizer, number)
+        number += len(section)
+        if tokens or not parts or i < len(text) - 1:
+            parts += SPLITS[split](tokens, length - 2) or [[]]
+    return parts
 
 
 def tokenize_section(section: Section, tokenizer: PromptTokenizer, first: int) -> list[Token]:

@@ -67,7 +67,7 @@ def encode_condition_images(
     or, for inpainting, scaled latents, or pixels, of the image in grey where the mask is white (Rombach et al. 2022).
     Latents are the mean of their distribution. ValueError for latents of other channels than the condition has.
     """
-    if batch is None or IMAGE not in batch:
+    if batch is None or batch.get(IMAGE) is None:
         return batch
     encoder = find_image_encoder(network)
     if encoder is None or encoder.reads == "pixels" or not {*encoder.fields} <= batch.keys():

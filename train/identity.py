@@ -42,6 +42,7 @@ OTHER = {  # what a difference of these means, whose values are hashes or long
     "models_sha256": "--models: other weights",
     "given_images": "--image: other images",
     "given_masks": "--mask: other masks",
+    "masks_sha256": "--masks: other content",
     "given_strengths": "--strength_map: other maps",
     "target_sha256": "--target_file: other content",
 }

@@ -213,7 +213,8 @@ class TrainedSampler:
         """Returns {"image": uint8 (B, C, H, W)}, with "codes" (B, h, w) and "label" (B,) where the model has them.
 
         Image i of a seed does not depend on the batch it is drawn in; each image may have a seed of its own.
-        `conditions` are raw fields, as the `draw` of a `condition_source` returns them; None: all null. `negative` are
+        `conditions` are raw fields, as the `draw` of a `condition_source` returns them; None: all null, as those that
+        are None. `negative` are
         fields that guidance moves away from instead of the null. `edit` is known data to begin from, `network` replaces
         the sampler's own. `on_step(i, t, s, x, prediction)` is called after each step, with x in the sampler's space.
         `recorder` adds up the attention maps of the network.

@@ -1,17 +1,22 @@
 """What attention is recorded of: the words, objects and fields of the conditions of each image, and real images, which
 are noised for it."""
 
+import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams, seed_of, to_device
-from experiments.harness.editing import encode_images
+from experiments.harness.editing import encode_images, preprocess_mask
 from models.attention_recorder import MapRecorder
 from models.conditioning import RegionEncoder
 from models.conditions.metadata import UNKNOWN, MetadataEncoder
@@ -22,7 +27,11 @@ from train.config import SamplingConfig
 from train.data.collate import collate
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import as_uint8
+from train.datasets._decode import decode, to_grey_or_rgb
+from train.files import sha256
 from train.loop import Batch
+from train.samplers._conditions import fields_by_condition
+from train.samplers._guidance import guidance_chain
 from train.trained_sampler import TrainedSampler
 
 
@@ -39,20 +48,28 @@ class Target(NamedTuple):
 
 
 def find_targets(
-    model: TrainedSampler, batch: Batch, count: int, words: Sequence[str] = (), gated: bool = False
+    model: TrainedSampler,
+    batch: Batch,
+    count: int,
+    words: Sequence[str] = (),
+    gated: bool = False,
+    syntax: str = "plain",
 ) -> list[list[Target]]:
     """Returns the targets of each of `count` images with a batch of conditions: these words or phrases of its caption,
-    or all of its words, objects and fields of metadata; with `gated` those that are gated tokens.
+    or all of its words, objects and fields of metadata; with `gated` those that are gated tokens. Conditions of which
+    the batch has no field are null, which has no targets.
 
-    ValueError for words that a caption does not have, captions that come encoded, and a model without such tokens.
+    Captions are texts in a `syntax`. ValueError for words that a caption does not have, captions that come encoded, and
+    a model without such tokens.
     """
     targets: list[list[Target]] = [[] for _ in range(count)]
     encoders, found = model.sampler.network.encoders, False
+    fields_of = fields_by_condition(encoders)
     for name, encoder in encoders.items():
-        if not (encoder.gated_width if gated else encoder.token_width):
+        if not (encoder.gated_width if gated else encoder.token_width) or batch.keys().isdisjoint(fields_of[name]):
             continue
         if isinstance(encoder, CaptionEncoder):
-            own = [word_targets(name, encoder, caption, words) for caption in batch["caption"]]
+            own = [word_targets(name, encoder, caption, words, syntax) for caption in batch["caption"]]
         elif isinstance(encoder, RegionEncoder) and not words:
             own = region_targets(name, encoder, batch, model.region_classes)
         elif isinstance(encoder, MetadataEncoder) and not words:
@@ -69,12 +86,14 @@ def find_targets(
     return targets
 
 
-def word_targets(name: str, encoder: CaptionEncoder, caption: str | Tensor, words: Sequence[str]) -> list[Target]:
+def word_targets(
+    name: str, encoder: CaptionEncoder, caption: str | Tensor, words: Sequence[str], syntax: str
+) -> list[Target]:
     """Returns these words of a caption, or all."""
     if not isinstance(caption, str):
         raise ValueError("got captions that are encoded already, whose words are not known: pass --prompt TEXT")
-    words = words or distinct_words(caption, encoder.tokenizer)
-    return [Target(word, name, tuple(tokens_of_words(caption, word, encoder))) for word in words]
+    words = words or distinct_words(caption, encoder.tokenizer, syntax)
+    return [Target(word, name, tuple(tokens_of_words(caption, word, encoder, syntax))) for word in words]
 
 
 def region_targets(name: str, encoder: RegionEncoder, batch: Batch, class_names: Sequence[str]) -> list[list[Target]]:
@@ -110,6 +129,51 @@ def relative_heat(heat: Tensor, targets: Sequence[Sequence[Target]], spans: dict
     return torch.cat([share_of_tokens(each[None], own) for each, own in zip(heat, keys, strict=True)])
 
 
+def file_word(name: str) -> str:
+    """Returns the name of a target as it is in names of files: red_disc of "red disc"."""
+    return re.sub(r"\W+", "_", name)
+
+
+def read_masks(
+    folder: str, targets: Sequence[Sequence[Target]], size: tuple[int, int]
+) -> tuple[list[list[Tensor | None]], str]:
+    """Returns the masks of the targets of each image, (H, W) bool or None, and the SHA-256 of their files.
+
+    <word>.png is that of a word or object of all images, <number of the image, six digits>_<word>.png of one. They are
+    resized to the `size` of the images, and white where the word is. FileNotFoundError, ValueError: there is no such
+    folder, it has no masks, or masks of what no image has.
+    """
+    files = {path.stem: path for path in sorted(Path(os.path.expanduser(folder)).glob("*.png"))}
+    if not files:
+        raise FileNotFoundError(f"{folder} has no PNG files: pass a folder of masks as --masks, such as disc.png")
+    words = [[file_word(target.name) for target in own] for own in targets]
+    known = {name for i, own in enumerate(words) for word in own for name in (word, f"{i:06d}_{word}")}
+    if unknown := sorted(files.keys() - known):
+        wanted = ", ".join(f"{word}.png" for word in dict.fromkeys(word for own in words for word in own))
+        raise ValueError(f"got the mask {files[unknown[0]]}, wanted some of {wanted}, or 000000_ and one of them")
+    masks = {name: preprocess_mask(to_grey_or_rgb(decode(path)), np.empty(size), size) for name, path in files.items()}
+    digest = hashlib.sha256("".join(f"{name} {sha256(path)}\n" for name, path in files.items()).encode()).hexdigest()
+    return [[masks.get(f"{i:06d}_{word}", masks.get(word)) for word in own] for i, own in enumerate(words)], digest
+
+
+def conditions_of_part(
+    model: TrainedSampler, options: SamplingConfig, batch: Batch | None, part: int, negative: Batch | None = None
+) -> Batch:
+    """Returns the fields of the conditions that a part of the guidance chain has: of the first those of `negative`.
+
+    ValueError for a part that the chain does not have.
+    """
+    sampler, encoders = model.sampler, model.sampler.network.encoders
+    fields_of = fields_by_condition(encoders)
+    chain = guidance_chain(sampler.config, encoders, fields_of, batch, options, sampler.n_classes, negative).raw
+    if not -len(chain) <= part < len(chain):
+        raise ValueError(f"got part {part} of a chain of {len(chain)} conditions, wanted 0 to {len(chain) - 1}")
+    fields: Batch = {}
+    for name, raw in chain[part].items():
+        fields |= raw if isinstance(raw, dict) else {fields_of[name][0]: raw}
+    return fields
+
+
 class MappedImages(Protocol):
     """Images whose attention is recorded, by their indices."""
 
@@ -117,6 +181,9 @@ class MappedImages(Protocol):
 
     def conditions(self, indices: list[int]) -> Batch | None:
         """Returns the raw fields of their conditions, None without any."""
+
+    def conditions_of_part(self, indices: list[int], part: int) -> Batch:
+        """Returns those of a part of the guidance chain."""
 
     def record(self, indices: list[int], recorder: MapRecorder) -> Tensor:
         """Records them; returns them as uint8 (B, C, H, W) on the CPU."""
@@ -157,6 +224,9 @@ class RealImages:
             label = {"label": item["label"]} if self.model.sampler.n_classes else {}
             rows.append({**self.model.conditions_of(item, index), **label})
         return collate(rows) or None
+
+    def conditions_of_part(self, indices: list[int], part: int) -> Batch:
+        return conditions_of_part(self.model, self.options.without_guidance(), self.conditions(indices), part)
 
     def record(self, indices: list[int], recorder: MapRecorder) -> Tensor:
         images = torch.stack([as_uint8(self.source[self.items[i]]["image"].as_subclass(Tensor)) for i in indices])

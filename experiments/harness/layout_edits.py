@@ -148,6 +148,46 @@ def layout_fields(layout: Layout, colors: bool) -> Row:
     return fields
 
 
+# Layouts as text
+
+
+def format_layout(layout: Layout, names: LayoutNames) -> str:
+    """Returns a line for each region, as `parse_layout` reads them."""
+    lines = []
+    for region in layout:
+        color = () if region.color is None else (names.colors[region.color],)
+        labels = shlex.join((names.classes[region.number], *color))
+        lines.append(" ".join([labels, *(f"{edge:.4g}" for edge in region.box)]))
+    return "\n".join(lines)
+
+
+def parse_layout(text: str, names: LayoutNames) -> Layout:
+    """Reads a region a line: its class, its colour if the model reads it, and its left, top, right and bottom.
+
+    ValueError for any other text, for unknown names, and for boxes without area or outside the image.
+    """
+    regions = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        try:
+            words = shlex.split(line)
+        except ValueError:  # a quotation mark without its partner
+            words = []
+        labels, box, known = words[:-4], parse_numbers(words[-4:]), {"class": names.classes}
+        known |= {"colour": names.colors} if names.colors else {}
+        if len(labels) != len(known) or len(box) != 4:
+            form = f"CLASS {'COLOR ' * bool(names.colors)}LEFT TOP RIGHT BOTTOM, names of several words in quotes"
+            raise ValueError(f"got the box {line!r}, wanted {form}")
+        numbers = []
+        for word, (kind, own) in zip(labels, known.items(), strict=True):
+            numbers.append(find_name(word, own))
+            if numbers[-1] is None:
+                got = f"got the box {line!r}, unknown {kind} {word!r}{did_you_mean(word, own)}"
+                raise ValueError(f"{got}; wanted one of {', '.join(own)}")
+        check_box(box, f"the box {line!r}")
+        regions.append(Region(box, *numbers))
+    return tuple(regions)
+
+
 # Edits as text
 
 

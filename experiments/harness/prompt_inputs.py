@@ -133,13 +133,8 @@ class PromptInputs:
         return (self.seed, number) if own is None else (own, repetition)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Returns the fields of prompts: plain ones as texts, others as tokens with weights."""
-        if self.syntax == "plain":
-            return {FIELD: list(prompts)}
-        encoder, device = self.trained.sampler.network.encoders["text"], self.trained.device
-        rules = rules_of(encoder, self.syntax)
-        tokens, mask = encode_prompts(prompts, encoder.tokenizer, embed_with(encoder, device), rules)
-        return {FIELD: tokens, f"{FIELD}_mask": mask}
+        """Returns the fields of prompts."""
+        return encode_with_weights(prompts, self.syntax, self.trained)
 
     def records(self, count: int) -> list[dict[str, Any]]:
         """Returns what each of the first `count` images was drawn with, for results.json."""
@@ -156,6 +151,16 @@ class PromptInputs:
         record |= {"source": self.sources[item]} if self.sources else {}
         metadata = self.items[item].metadata
         return record | settings | ({} if metadata is None else {"metadata": dict(metadata)})
+
+
+def encode_with_weights(prompts: Sequence[str], syntax: str, trained: TrainedSampler) -> dict[str, Any]:
+    """Returns the fields of prompts in a syntax: plain ones as texts, others as tokens with weights."""
+    if syntax == "plain":
+        return {FIELD: list(prompts)}
+    encoder, device = trained.sampler.network.encoders["text"], trained.device
+    rules = rules_of(encoder, syntax)
+    tokens, mask = encode_prompts(prompts, encoder.tokenizer, embed_with(encoder, device), rules)
+    return {FIELD: tokens, f"{FIELD}_mask": mask}
 
 
 def embed_with(encoder: CaptionEncoder, device: torch.device) -> Embed:

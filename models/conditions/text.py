@@ -6,7 +6,7 @@ Shapes: C chunks of a caption, L tokens of a chunk with its start and end, M = C
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from models.bert import Bert, BertConfig
 from models.blocks import zero_module
 from models.conditioning import ConditionConfig, ConditionEncoder, Tokens, Vector, tokens_after_null
-from models.prompts import PromptTokenizer
+from models.prompt_weights import DEFAULT_SPLITS
+from models.prompts import PromptTokenizer, parse_prompt, words_of_prompt
 from models.ranges import SIZE
 from models.text_encoder import CHUNK, VOCABULARY, TextEncoder, TextEncoderConfig
 from models.tokenizer import Tokenizer
@@ -295,39 +296,49 @@ def find_words(text: str, phrase: str, tokenizer: PromptTokenizer) -> list[range
 
     Case and spaces do not matter. ValueError for a phrase without words, and for one that the text does not have.
     """
-    words, wanted = tokenizer.words(text), [word for word, _ in tokenizer.words(phrase)]
+    words = tokenizer.words(text)
+    found = find_phrase([word for word, _ in words], phrase, tokenizer)
+    if not found:
+        raise_unknown_word(phrase, text, [word for word, _ in words])
+    return [range(words[each.start][1].start, words[each.stop - 1][1].stop) for each in found]
+
+
+def find_phrase(words: Sequence[str], phrase: str, tokenizer: PromptTokenizer) -> list[range]:
+    """Returns where words in a row are those of a phrase; ValueError for a phrase without words."""
+    wanted = [word for word, _ in tokenizer.words(phrase)]
     if not wanted:
         raise ValueError(f"got the word {phrase!r}, wanted letters, digits or signs")
     starts = range(len(words) - len(wanted) + 1)
-    found = [i for i in starts if [word for word, _ in words[i : i + len(wanted)]] == wanted]
-    if not found:
-        raise ValueError(f"got the word {phrase!r}, wanted one of {text!r}: {', '.join(word for word, _ in words)}")
-    return [range(words[i][1].start, words[i + len(wanted) - 1][1].stop) for i in found]
+    return [range(i, i + len(wanted)) for i in starts if [*words[i : i + len(wanted)]] == wanted]
 
 
-def distinct_words(text: str, tokenizer: PromptTokenizer) -> list[str]:
-    """Returns the words of a text in their order, each once, without signs such as commas."""
-    words = (word for word, _ in tokenizer.words(text))
-    return [word for word in dict.fromkeys(words) if any(map(str.isalnum, word))]
+def raise_unknown_word(phrase: str, text: str, words: Sequence[str]) -> NoReturn:
+    """Raises the ValueError for a phrase that a text does not have."""
+    raise ValueError(f"got the word {phrase!r}, wanted one of {text!r}: {', '.join(words)}")
 
 
-def token_of_id(place: int, encoder: CaptionEncoder) -> int:
-    """Returns the token of the condition that is id number `place` of a caption in `encode(caption)`.
-
-    Tokens of the null come first if padding is not read; each chunk has a start and an end. Where there are several,
-    all have the encoder's full length.
-    """
-    chunk, rest = divmod(place, encoder.length - 2)
-    return encoder.null_length + chunk * encoder.length + 1 + rest
+def distinct_words(text: str, tokenizer: PromptTokenizer, syntax: str = "plain") -> list[str]:
+    """Returns the words of a text in their order, each once, without signs such as commas and those of a syntax."""
+    words = words_of_prompt(parse_prompt(text, syntax), tokenizer, DEFAULT_SPLITS[syntax])
+    distinct = dict.fromkeys(word.text for own in words for word in own)
+    return [word for word in distinct if any(map(str.isalnum, word))]
 
 
-def tokens_of_words(caption: str, phrase: str, encoder: CaptionEncoder) -> list[int]:
+def tokens_of_words(caption: str, phrase: str, encoder: CaptionEncoder, syntax: str = "plain") -> list[int]:
     """Returns the tokens of all occurrences of a word or phrase in a caption, by their numbers in the condition.
 
-    They are of captions that were given as texts. ValueError as in `find_words`.
+    Tokens of the null come first if padding is not read; each chunk has a start and an end, and where there are several
+    the encoder's full length. In a syntax with weights, words are those without it: "red disc" is in "a (red:1.3)
+    disc". ValueError as in `find_words`, and for captions that the syntax does not allow.
     """
-    places = [place for occurrence in find_words(caption, phrase, encoder.tokenizer) for place in occurrence]
-    return [token_of_id(place, encoder) for place in places]
+    texts = words_of_prompt(parse_prompt(caption, syntax), encoder.tokenizer, DEFAULT_SPLITS[syntax], encoder.length)
+    places: dict[int, None] = {}  # texts of which the mean is taken have places in common
+    for words in texts:
+        for found in find_phrase([word.text for word in words], phrase, encoder.tokenizer):
+            places |= dict.fromkeys(place for word in words[found.start : found.stop] for place in word.places)
+    if not places:
+        raise_unknown_word(phrase, caption, [word.text for words in texts for word in words])
+    return [encoder.null_length + place for place in places]
 
 
 def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:

@@ -16,6 +16,7 @@ from models.conditioning import Condition, Tokens
 
 pytestmark = HAS_FIXTURES
 FIRST = 1 / 1000  # the time of the state after the first step of noise, for which the image is taken
+PREDICTED = {"sd1": "eps", "sd2": "v"}  # by the networks of the fixtures
 
 
 def recorded(name):
@@ -24,7 +25,7 @@ def recorded(name):
 
 def setting(version, steps=10):
     """The denoiser in float64 around a float32 network, its process, the times and the image."""
-    process = GaussianDiffusion(scaled_linear(1000), "eps" if version == "sd1" else "v", "fixed_small")
+    process = GaussianDiffusion(scaled_linear(1000), PREDICTED[version], "fixed_small")
     source = recorded("inversion")["source"] if version == "sd1" else recorded("exact_inversions")["condition"]
     network, condition = load_unet(version, "folder")[0], Condition({"text": Tokens(source)})
 
@@ -36,43 +37,47 @@ def setting(version, steps=10):
 
 
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_the_first_iterate_is_that_of_the_public_scheduler(version):
+def test_the_first_iterate_is_that_of_the_public_scheduler(version, agrees):
     denoise, process, times, _ = setting(version)
     states = recorded("inversion")[f"{version}_inverted_1"].double()
     for i in range(10):
         step = [times[-2 - i], times[-1 - i]]
         found = ddim_inversion(denoise, process, states[i : i + 1], step, iterations=1)
-        assert torch.allclose(found.states[-1], states[i + 1 : i + 2], atol=1e-5)
+        name = f"DDIM inversion: first iterates, {PREDICTED[version]}"
+        assert agrees(found.states[-1], states[i + 1 : i + 2], name)
 
 
 @pytest.mark.parametrize(
     ("version", "steps", "most"),
     [("sd2", 10, 5e-6), pytest.param("sd1", 50, 1e-3, marks=pytest.mark.slow)],
 )
-def test_twenty_iterations_return_to_the_image(version, steps, most):
+def test_twenty_iterations_return_to_the_image(version, steps, most, agrees):
     denoise, process, times, latent = setting(version, steps)
     found = ddim_inversion(denoise, process, latent, times, iterations=20, tolerance=1e-8)
-    error = (ddim(denoise, process, found.states[-1], times, rng=Streams([0])) - latent).abs().max().item()
-    assert error <= most
+    back = ddim(denoise, process, found.states[-1], times, rng=Streams([0]))
+    name = f"DDIM inversion: round trip of 20 iterations, {PREDICTED[version]}, {steps} steps"
+    assert agrees(back, latent, name, most)
     kind = {"sd1": "sd1_epsilon", "sd2": "sd2_v_prediction"}[version]
     errors = json.loads((FIXTURES / "editing/inversion_errors.json").read_text())
-    assert error < 1e-4 * errors[f"{kind}_{steps}steps_1iterations"]["max"]
+    assert (back - latent).abs().max() < 1e-4 * errors[f"{kind}_{steps}steps_1iterations"]["max"]
 
 
-def test_twenty_iterations_find_the_recorded_states():
+def test_twenty_iterations_find_the_recorded_states(agrees):
     denoise, process, times, latent = setting("sd2")
     found = ddim_inversion(denoise, process, latent, times, iterations=20, tolerance=1e-8)
-    assert torch.allclose(torch.cat(found.states), recorded("inversion")["sd2_inverted_20"].double(), atol=1e-5)
+    states = recorded("inversion")["sd2_inverted_20"].double()
+    assert agrees(torch.cat(found.states), states, "DDIM inversion: states of 20 iterations, v, 10 steps")
 
 
-def test_bdia_finds_the_recorded_states_and_returns():
+def test_bdia_finds_the_recorded_states_and_returns(agrees):
     denoise, process, times, latent = setting("sd2")
     states = recorded("exact_inversions")["bdia_states"].double()
     back = bdia(denoise, process, states[-1:], states[-2:-1], times)
-    assert torch.allclose(back, latent, atol=1e-5)
+    assert agrees(back, latent, "BDIA: round trip of stored states, float32")
     own = bdia_inversion(denoise, process, latent, times)
     back = bdia(denoise, process, own[-1], own[-2], times)
-    assert torch.allclose(torch.cat(own), states, atol=1e-5) and (back - latent).abs().max() <= 1e-12
+    assert agrees(torch.cat(own), states, "BDIA: states")
+    assert agrees(back, latent, "BDIA: round trip of states made here, float64", 1e-12)
 
 
 class RecordedNoise:
@@ -86,12 +91,15 @@ class RecordedNoise:
         return self.noise.pop(0)
 
 
-def test_noise_maps_are_the_recorded_ones():
+def test_noise_maps_are_the_recorded_ones(agrees):
     denoise, process, times, latent = setting("sd2")
     record = recorded("exact_inversions")
     states, maps = record["ddpm_noisings"].double().flip(0).unsqueeze(1), record["ddpm_noise_maps"].double()
     rng = RecordedNoise(process, latent, states[:-1], times[:-1])
     noise = ddpm_noise_maps(denoise, process, latent, times, rng)
-    assert torch.allclose(noise.x, states[0], atol=1e-5) and torch.allclose(noise.maps[:, 0], maps, atol=1e-4)
-    assert (replay(denoise, process, *noise, times) - latent).abs().max() <= 1e-12
-    assert torch.allclose(replay(denoise, process, states[0], maps.unsqueeze(1), times), latent, atol=1e-5)
+    assert agrees(noise.x, states[0], "DDPM inversion: the noisiest state")
+    assert agrees(noise.maps[:, 0], maps, "DDPM inversion: noise maps", 1e-4)
+    back = replay(denoise, process, *noise, times)
+    assert agrees(back, latent, "DDPM inversion: round trip of maps made here, float64", 1e-12)
+    back = replay(denoise, process, states[0], maps.unsqueeze(1), times)
+    assert agrees(back, latent, "DDPM inversion: round trip of stored maps, float32")

@@ -39,9 +39,10 @@ def visited(descents):
     ("name", "steps", "jump", "resamplings", "stride"),
     [("T1000_steps20_jump5_n3", 20, 5, 3, 50), ("T250_steps250_jump10_n10", 250, 10, 10, 1)],
 )
-def test_the_times_are_those_of_the_papers_code(name, steps, jump, resamplings, stride):
+def test_the_times_are_those_of_the_papers_code(name, steps, jump, resamplings, stride, agrees):
     descents = split_descents(list(range(steps, -1, -1)), jump, resamplings)
-    assert [stride * n for n in visited(descents)] == TIMES[name]
+    times, line = torch.tensor([stride * n for n in visited(descents)]), f"RePaint: times of {steps} steps"
+    assert agrees(times, torch.tensor(TIMES[name]), f"{line}, jumps of {jump}, {resamplings} times", 0)
     jumps = len(range(0, steps - jump, jump))
     assert sum(len(times) - 1 for times in descents) == steps + jumps * jump * (resamplings - 1)
 

@@ -1,18 +1,20 @@
 """attention_maps.py on tiny models: what is mapped, that the maps are those of the recorder, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from experiments.attention_maps import MapsConfig, join_batches, overlaps, select_targets
+from experiments.attention_maps import OVERLAP, MapsConfig, join_batches, overlaps, select_targets
 from experiments.harness.attention_targets import RealImages, Target, find_targets, relative_heat
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.pages import blocks
 from helpers.tiny_runs import DDPM, ROOT, call
 from models.attention_recorder import MapRecorder
-from models.heat_maps import heat_maps, mean_heat
+from models.heat_maps import enlarge, heat_maps, intersection_over_union, mean_heat
 from train.inference import load
 from train.samplers import ddpm
 from train.trained_sampler import TrainedSampler
@@ -72,6 +74,50 @@ def test_maps_of_a_prompt_are_those_of_the_recorder(logs):
         )
 
 
+def test_words_of_a_negative_prompt_are_mapped(logs):
+    """Equal prompts attend equally on both sides of guidance; another one has words of its own."""
+    flags = f"{TINY} --daam"
+    last, _ = draw_maps(logs, "last", flags, *PROMPT, "--negative", PROMPT[1])
+    first, _ = draw_maps(logs, "first", f"{flags} --chain_part 0", *PROMPT, "--negative", PROMPT[1])
+    assert np.array_equal(first["names"], last["names"]) and np.allclose(first["heat"], last["heat"], atol=1e-5)
+    assert np.array_equal(first["image"], last["image"])
+    words = ["--negative", "two (blue:1.5) rings", "--prompt_syntax", "a1111"]
+    other, results = draw_maps(logs, "away", f"{flags} --chain_part 0 --relative", *PROMPT, *words)
+    assert other["names"].tolist() == [["two", "blue", "rings"]] * 3 and results["negative"] == words[1]
+    assert np.allclose(other["heat"].sum(1), 1, atol=0.02)  # the shares of all words
+
+
+def test_weights_of_words_change_the_maps_but_not_the_words(logs):
+    plain, _ = draw_maps(logs, "plain", TINY, *PROMPT, "--words", "three", "left of")
+    words = ["--words", "three", "left of", "--prompt_syntax", "a1111"]
+    one, _ = draw_maps(logs, "one", TINY, "--prompt", "a (three:1.0) left of a seven, a three", *words)
+    most, _ = draw_maps(logs, "most", TINY, "--prompt", "a (three:9) left of a seven, a three", *words)
+    assert plain["names"].tolist() == one["names"].tolist() == most["names"].tolist()
+    assert np.allclose(one["heat"], plain["heat"], atol=1e-4) and not np.allclose(
+        most["heat"], plain["heat"], atol=1e-4
+    )
+
+
+def test_maps_are_compared_with_masks_of_words(logs, tmp_path, capsys):
+    """A mask that is what the map marks overlaps wholly; one of another image with none of it."""
+    arrays, _ = draw_maps(logs, "unmasked", TINY, *PROMPT, "--words", "three", "left of")
+    marked = enlarge(torch.from_numpy(arrays["heat"]), (8, 16)) > OVERLAP
+    for name, mask in {"three": ~marked[0, 0], "000000_three": marked[0, 0], "000002_left_of": marked[2, 1]}.items():
+        Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize((32, 16), 0).save(tmp_path / f"{name}.png")
+    words = ["--words", "three", "left of", "--masks", str(tmp_path)]
+    _, results = draw_maps(logs, "masked", TINY, *PROMPT, *words)
+    found = [image["mask_overlaps"] for image in results["images"]]
+    assert found[0] == [1.0, None] and found[2][1] == 1.0 and found[1][1] is None
+    assert found[1][0] == pytest.approx(intersection_over_union(marked[1, 0], ~marked[0, 0]).item())
+    text = capsys.readouterr().out
+    assert re.search(r"left of +1.00 +1\n", text) and re.search(r"three +0.\d\d +3\n", text)
+    (tmp_path / "seven.png").write_bytes((tmp_path / "three.png").read_bytes())
+    with pytest.raises(SystemExit):
+        draw_maps(logs, "mistaken", TINY, *PROMPT, *words)
+    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "seven.png, wanted some of three.png, left_of.png" in text
+
+
 def test_a_recorder_is_for_one_batch(logs):
     run = load(logs / "ddpm_digit_pairs", amp=False)
     with pytest.raises(ValueError, match="for one batch, and 3 images in batches of 2: pass batch_size=3"):
@@ -126,6 +172,16 @@ def test_codes_show_what_a_box_attends_to(trained):
         (TINY, ["--real", *PROMPT], "leave one of them out"),
         (TINY, ["--real", "--condition_file", "rows.json"], "got condition_file for held-out images, which have"),
         (TINY, ["--real", "--metadata", "light=day"], "leave --metadata out"),
+        (f"{TINY} --chain_part 0", PROMPT, "got chain_part 0, which has no words or objects: pass --negative TEXT"),
+        (f"{TINY} --chain_part 2", PROMPT, "got part 2 of a chain of 2 conditions, wanted 0 to 1"),
+        (
+            f"{TINY} --guidance 1",
+            [*PROMPT, "--negative", "a two"],
+            "with guidance 1, which ignores it: pass --guidance",
+        ),
+        (f"{TINY} --real", ["--negative", "a two"], "got negative for real images, which are read without guidance"),
+        (TINY, ["--prompt_syntax", "a1111"], "got prompt_syntax a1111 without a prompt: pass --prompt TEXT"),
+        (TINY, ["--masks", "nowhere"], "nowhere has no PNG files: pass a folder of masks as --masks"),
         (TINY, ["--real_times", "3"], "got real_times 3 without --real: pass --real"),
     ],
     ids=[
@@ -137,6 +193,12 @@ def test_codes_show_what_a_box_attends_to(trained):
         "real and a prompt",
         "real and a file",
         "real and words",
+        "the null",
+        "no such part",
+        "negative without guidance",
+        "real and negative",
+        "syntax without a prompt",
+        "no masks",
         "times",
     ],
 )
@@ -216,7 +278,5 @@ def test_settings_that_exclude_each_other_are_refused():
             MapsConfig(**settings)
 
 
-def test_words_are_not_mapped_under_the_null():
-    with pytest.raises(ValueError, match="got chain_part 0 for words and objects.*or pass --look_from"):
-        MapsConfig(chain_part=0)
+def test_self_attention_is_mapped_under_any_condition():
     assert MapsConfig(chain_part=0, look_from=(0, 0, 1, 1)).make_recorder().part == 0

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments.harness import edit_methods, inversion
 from experiments.harness.edit_methods import EditingConfig, EditTask, Side, find_method
-from experiments.harness.editing import load_input_images
+from experiments.harness.editing import StrengthMaps, load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.captioned import write_captioned_images
 from helpers.prompted import make_model, options_of
@@ -226,6 +226,41 @@ def test_the_inversion_is_neither_guided_nor_clipped(model, monkeypatch):
     find_method("diffedit", model)(task_of(model, "diffedit", ["a cat"]))
     unguided = [(options.clip, conditions["caption"]) for options, conditions in given if options.guidance == 1]
     assert unguided == [(False, ["a dog"])] and len(given) == 4
+
+
+def test_the_mask_is_found_at_its_own_noise_level(model, monkeypatch):
+    given = []
+
+    def record(source, target, process, x, t, *, rng, n):
+        given.append((process.start, t, n))
+        return torch.rand(len(x), 4, 4)
+
+    monkeypatch.setattr(edit_methods, "noise_differences", record)
+    task = task_of(model, "diffedit", ["a cat"], strength=1.0, mask_strength=0.3, noisings=7)
+    edit_methods.find_mask(task)
+    start = edit_methods.ddim_times(model, task.target.options.without_guidance(), 0.3)[0].start
+    assert given == [(start, start, 7)] and start < task.ddim_times[0].start
+
+
+def test_pixels_that_may_not_change_are_those_of_the_input(model):
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    task = task_of(model, "diffedit", ["a cat"], mask=mask, paste=True)
+    edited, inside = task.edited(255 - task.images, mask), mask.unsqueeze(1)
+    assert torch.equal(edited.image, torch.where(inside, 255 - task.images, task.images))
+    maps = torch.zeros(1, 4, 4)
+    maps[:, 1:] = 0.2
+    edited = replace(task, strengths=StrengthMaps(maps, 0.2)).edited(255 - task.images, mask)
+    assert torch.equal(edited.mask, mask & (maps > 0)) and not edited.mask[:, 0].any()
+    assert torch.equal(edited.image[..., 0, :], task.images[..., 0, :])
+
+
+def test_plain_steps_alone_ignore_the_source(model):
+    task = task_of(model, "flowedit", ["a cat"], strength=1.0, plain_steps=4)
+    other = replace(task, source=Side({"caption": ["a hat"]}, task.source.options))
+    target = replace(task, target=other.source)
+    first, second, third = (find_method("flowedit", model)(each).image for each in (task, other, target))
+    assert torch.equal(first, second) and not torch.equal(first, third)
 
 
 def test_the_source_has_a_guidance_of_its_own(model):

@@ -7,25 +7,33 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.edit_descriptions import (
+    PER_SIDE,
+    Description,
+    describe_side,
+    description_boxes,
+    description_values,
+    first_description,
+    held_out_image,
+    read_description,
+    sample_image,
+)
 from experiments.edit_page import (
     OPTIONS,
-    Description,
     Edit,
     Handlers,
-    description_boxes,
     edit_image,
     find_difference,
     has_effect,
-    held_out_image,
     method_boxes,
     read_settings,
     reason_against,
-    sample_image,
     with_mask,
 )
 from experiments.harness.edit_methods import EditingConfig
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
-from experiments.page_components import SIDE, brushed_mask
+from experiments.harness.layout_edits import LayoutNames, Region
+from experiments.page_components import MOST_FIELDS, SIDE, brushed_mask
 from experiments.playground import AS_IN_DATA, NO_CLASS, Playground, Request, enlarge_to_picture, preprocess
 from helpers.browser import (
     choose,
@@ -40,8 +48,11 @@ from helpers.browser import (
     tab_at,
     turn_to,
 )
-from helpers.prompted import MODELS, make_model, options_of
+from helpers.prompted import MODELS, TEXT, make_model, options_of
 from models.conditioning import ConditionConfig
+from models.conditions import boxes, metadata, numbers, text
+from models.conditions.metadata import UNKNOWN
+from train.cli.plugins import merge_configs
 
 DOG, CAT = Description(prompt="a dog"), Description(prompt="a cat")
 IMAGE = torch.randint(256, (1, 4, 4), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
@@ -50,7 +61,7 @@ IMAGE = torch.randint(256, (1, 4, 4), generator=torch.Generator().manual_seed(3)
 def page_of(model, **settings):
     """A model as the page has it, and a request for three images."""
     options = options_of(model, **{"sample_steps": 4, "guidance": 3.0} | settings)
-    play = Playground(model, options, model.condition_source(options, skip=("caption",)))
+    play = Playground(model, options, model.condition_source(options, skip=model.sampler.conditions))
     return play, Request(options=options, count=3, seed=5)
 
 
@@ -116,7 +127,7 @@ def test_empty_descriptions_are_null_or_refused():
     assert first.batch["label"].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="there is nothing to edit the image to"):
         edit_image(play, request, edit_of("flowedit", both, empty), IMAGE, None)
-    with pytest.raises(ValueError, match="got a class without a text"):
+    with pytest.raises(ValueError, match="got a description without a text, which this run reads too"):
         edit_image(play, request, edit_of("flowedit", both, label), IMAGE, None)
 
 
@@ -149,17 +160,73 @@ def test_boxes_are_those_that_the_model_reads():
         found[name] = {box.label for box in boxes if box.visible}
     assert found["texts"] == found["codes"] == {"from text", "to text"}
     assert found["both"] == {"from class", "from text", "to class", "to text"}
-    choices = [[text for text, _ in box.choices] for box in description_boxes(page_of(with_classes)[0])[::2]]
+    choices = [[text for text, _ in box.choices] for box in description_boxes(page_of(with_classes)[0])[::PER_SIDE]]
     assert choices == [[NO_CLASS, "0", "1", "2"], ["0", "1", "2"]]
     shown = [box.label for box in method_boxes(page_of(MODELS["ddpm"])[0]) if box.visible]
     assert shown == ["method", "strength", "mask rule", "noisings", "source guidance", "paste"]
     assert [text for text, _ in method_boxes(page_of(MODELS["absorbing"])[0])[0].choices] == ["sdedit", "diffedit"]
 
 
+def page_of_fields(*names, **fields):
+    """A model of captions and other conditions, as the page has it, with names of boxes."""
+    kinds = {"numbers": numbers.Config, "boxes": boxes.Config, "metadata": metadata.Config}
+    options = merge_configs([text.Config, *(kinds[name] for name in names)], ConditionConfig)
+    play, request = page_of(make_model(conditions=("text", *names), condition_options=options(**TEXT, **fields)))
+    play.__dict__["layout_names"] = LayoutNames(("disc", "ring")) if "boxes" in names else None
+    return play, request
+
+
+def test_sides_differ_by_numbers_and_words():
+    fields = {"numbers_fields": ("lon",), "numbers_ranges": ("lon=-180:180",), "metadata_values": ("light=day",)}
+    play, request = page_of_fields("numbers", "metadata", **fields)
+    shows = [Description(prompt="a dog", metadata=given) for given in ({"lon": 5.0}, {"lon": -7.0, "light": "day"})]
+    batches = [describe_side(play, request, each, request.options).conditions for each in shows]
+    assert [batch["lon"].tolist() for batch in batches] == [[5.0] * 3, [-7.0] * 3]
+    assert [batch["light"][0] for batch in batches] == [UNKNOWN, "day"]
+    assert Description(metadata={"lon": torch.nan, "light": UNKNOWN}).is_empty and not shows[0].is_empty
+    assert first_description(play, batches[1], NO_CLASS) == shows[1]
+
+
+def test_sides_differ_by_boxes():
+    play, request = page_of_fields("boxes", boxes_width=16, boxes_classes=2)
+    layouts = (Region((0.0, 0.0, 0.5, 0.5), 0),), (Region((0.25, 0.0, 0.75, 0.5), 1), Region((0.0, 0.5, 1.0, 1.0), 0))
+    shows = [Description(prompt="a dog", layout=layout) for layout in layouts]
+    batches = [describe_side(play, request, each, request.options).conditions for each in shows]
+    assert [batch["box_class"][0].tolist() for batch in batches] == [[0], [1, 0]]
+    assert [first_description(play, batch, NO_CLASS).layout for batch in batches] == [*layouts]
+    assert not Description(layout=layouts[0]).is_empty
+
+
+@needs_gradio
+def test_boxes_of_a_side_hold_what_an_image_shows():
+    fields = {
+        "numbers_fields": ("lon", "lat"),
+        "numbers_ranges": ("lon=-180:180", "lat=-90:90"),
+        "boxes_width": 16,
+        "boxes_classes": 2,
+    }
+    play, _ = page_of_fields("boxes", "numbers", **fields)
+    labels = [box.label for box in description_boxes(play) if box.visible]
+    one = ["text", "boxes", "lon", "lon unknown", "lat", "lat unknown"]
+    assert labels == [f"{side} {name}" for side in ("from", "to") for name in one]
+    shows = Description(
+        prompt="a dog", layout=(Region((0.0, 0.25, 1.0, 0.5), 1),), metadata={"lon": 5.0, "lat": torch.nan}
+    )
+    values = description_values(play, shows)
+    initial = [box.value for box in description_boxes(play)[:PER_SIDE]]
+    values = [first if isinstance(new, dict) else new for first, new in zip(initial, values, strict=True)]
+    read = read_description(play, *values)
+    assert (read.prompt, read.layout) == (shows.prompt, shows.layout)
+    assert read.metadata == {"lon": 5.0, "lat": UNKNOWN}
+
+
 def test_models_without_classes_and_texts_have_a_reason():
     plain = make_model(conditions=(), condition_options=ConditionConfig())
     play = Playground(plain, options_of(plain), plain.condition_source(options_of(plain)))
-    assert "no classes and reads no texts" in reason_against(play) and reason_against(page_of(MODELS["ddpm"])[0]) == ""
+    assert (
+        "no classes and reads no texts, boxes or numbers" in reason_against(play)
+        and reason_against(page_of(MODELS["ddpm"])[0]) == ""
+    )
 
 
 def test_images_of_the_data_and_samples_come_with_their_class(trained_ddpm):
@@ -192,7 +259,8 @@ def test_the_tab_edits_what_its_boxes_hold(trained_ddpm):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     picture = Image.fromarray(pixels).resize((384, 384), Image.Resampling.NEAREST)
     canvas = {"background": picture, "layers": [], "composite": picture}
-    boxes = [3, "", 8, "", "diffedit", 0.7, "", "5", "", "", False]
+    sides = [[label, "", "", *[UNKNOWN] * MOST_FIELDS, *[0, True] * MOST_FIELDS] for label in (3, 8)]
+    boxes = [*sides[0], *sides[1], "diffedit", 0.7, "", "5", "", "", False]
     found, seed = handlers.find_mask(canvas, *boxes)
     assert seed == 4 and found["background"].size == (384, 384)
     asked = handlers.read(found, *boxes)[2:]

@@ -132,6 +132,19 @@ def test_repaint_is_counted_and_keeps_what_is_visible(trained_ddpm, starts, caps
     assert "batch_size" in capsys.readouterr().err
 
 
+def test_other_strength_maps_are_another_experiment(trained_ddpm, picture, capsys):
+    flags = f"--sampler ddpm --image {picture / 'one.png'} --results 1 --sample_steps 2 --log_dir same_maps"
+    for grey in (255, 128):
+        Image.new("L", (16, 16), grey).save(picture / "levels.png")
+        if grey == 255:
+            inpaint(trained_ddpm, f"{flags} --strength_map {picture / 'levels.png'}")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        inpaint(trained_ddpm, f"{flags} --strength_map {picture / 'levels.png'}")
+    error = capsys.readouterr().err
+    assert "--strength_map: other maps" in error and "--image" not in error
+
+
 @pytest.mark.parametrize(("logs", "sampler"), [("trained", "absorbing"), ("trained_ddpm", "ddpm")])
 def test_a_strength_map_softens_the_mask(logs, sampler, request, picture, starts):
     logs, levels = request.getfixturevalue(logs), np.zeros((16, 16), np.uint8)

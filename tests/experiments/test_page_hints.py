@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.edit_descriptions import Description, describe_side
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.page_components import Settings, all_controls, hint_inputs, text_inputs
-from experiments.playground import AS_IN_DATA, Playground, Runs
+from experiments.playground import AS_IN_DATA, Playground, Request, Runs
 from helpers.browser import content, enter, needs_browser, needs_gradio, new_images, press, served, tab_at
 from helpers.tiny_runs import DDPM, call
 from train.data.transforms import as_uint8
@@ -57,6 +58,21 @@ def test_hints_of_uploads_reach_every_image(controlled, conditions, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="broken.png: its content is none of"):
         drawn(str(tmp_path / "broken.png"), None, None)
+
+
+@needs_gradio
+def test_an_empty_description_keeps_the_hint(controlled):
+    """As the other side of an edit has it: both differ in the class alone."""
+    play, _ = page_of(controlled, "grey")
+    hint = torch.full((1, 8, 8), 77, dtype=torch.uint8)
+    request = Request(options=play.options, count=2, hints={"hint_image": hint})
+    null, target = (describe_side(play, request, shows, play.options) for shows in (Description(), Description(3)))
+    assert torch.equal(null.conditions["hint_image"], target.conditions["hint_image"])
+    assert null.conditions["label"].tolist() == [10, 10] and target.conditions["label"].tolist() == [3, 3]
+    x = torch.zeros(2, 1, 8, 8)
+    with play.trained.inference():
+        denoise = play.trained.make_denoiser(x, null.options, null.conditions)
+        assert denoise(x, torch.full((2,), 0.5)).x0.isfinite().all()
 
 
 @needs_gradio

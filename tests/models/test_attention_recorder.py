@@ -121,6 +121,25 @@ def test_a_box_keeps_what_its_places_attend_to():
         assert torch.allclose(some.layers[name][..., 0].flatten(2), wanted, atol=1e-6)
 
 
+def test_rows_of_a_chain_are_added_to_their_images():
+    """Rows 3 to 5 are those of the recorded condition of images 0 to 2."""
+    network, ids = make_transformer(), torch.randint(0, 5, (4, *SIZE))
+    recorder = MapRecorder("self", per_step=True)
+    recorder.start(network, Condition(), 3, 2, SIZE)
+    with record_maps(network) as wanted:
+        for rows, t in (([0, 1, 4, 5], [0.9, 0.8, 0.5, 0.25]), ([4], [0.1]), ([2], [0.1])):
+            with recorder.record_call(torch.tensor(rows), torch.tensor(t), Condition()):
+                network(ids[: len(rows)])
+    assert [step.images.tolist() for step in recorder.steps] == [[1, 2], [1]]
+    assert [step.times.tolist() for step in recorder.steps] == [[0.5, 0.25], [pytest.approx(0.1)]]
+    maps = recorder.maps()
+    assert maps.counts.tolist() == [0, 2, 1]
+    for name, layer in maps.layers.items():
+        first, second, _ = wanted[name]
+        assert torch.allclose(layer[1].flatten(1, 2), (first[2] + second[0]) / 2, atol=1e-6)
+        assert torch.equal(layer[2].flatten(1, 2), first[3]) and not layer[0].any()
+
+
 def test_differential_maps_keep_their_signs():
     network = make_transformer(attention=AttentionConfig(attention_type="diff_v2"))
     assert isinstance(network.blocks[0].attention, DiffAttentionV2)

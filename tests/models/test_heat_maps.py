@@ -132,6 +132,11 @@ def test_even_heat_is_not_enlarged_to_its_rounding():
     assert torch.equal(enlarge(noisy, (16, 16)), torch.zeros(3, 16, 16))
 
 
+def test_shares_are_of_the_named_tokens_alone():
+    heat = torch.tensor([5.0, 1.0, 3.0]).view(1, 3, 1, 1)
+    assert share_of_tokens(heat, [1, 2]).flatten().tolist() == pytest.approx([1.25, 0.25, 0.75], rel=1e-5)
+
+
 def test_enlarged_heat_runs_from_0_to_1_in_each_map():
     large = enlarge(torch.rand(2, 5, 2, 3), (8, 12))
     assert large.shape == (2, 5, 8, 12)

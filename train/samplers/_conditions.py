@@ -140,9 +140,12 @@ def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, t
 def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:
     """Collects the encoders' inputs, keyed by condition name: a field, or a dict of several fields and padding masks.
 
-    ValueError if the batch lacks a field.
+    A condition whose fields are None is null, and left out. ValueError if the batch lacks a field.
     """
     batch = batch or {}
+    fields_of = {
+        name: fields for name, fields in fields_of.items() if any(batch.get(field, ()) is not None for field in fields)
+    }
     missing = sorted({field for fields in fields_of.values() for field in fields} - {*batch})
     if missing:
         raise ValueError(

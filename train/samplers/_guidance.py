@@ -142,7 +142,7 @@ def check_scale(
 def check_nulls(config: ConditionsConfig, fields: Collection[str], batch: Batch | None, n_classes: int) -> None:
     """Raises ValueError if a batch lacks a condition whose null training never used; label `n_classes` is the null."""
     for name, reason in untrained_nulls(config, fields).items():
-        if not batch or (name == "label" and (batch["label"] == n_classes).any()):
+        if not batch or batch.get(name, ()) is None or (name == "label" and (batch["label"] == n_classes).any()):
             raise ValueError(f"got no {name}, {reason}: pass a {name}")
 
 

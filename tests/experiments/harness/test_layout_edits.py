@@ -13,8 +13,10 @@ from experiments.harness.layout_edits import (
     Region,
     apply_edits,
     changed_pixels,
+    format_layout,
     layout_fields,
     parse_edit,
+    parse_layout,
     read_layout,
     read_layout_names,
 )
@@ -154,3 +156,21 @@ def test_edits_against_each_other_or_the_model_are_refused():
 
 def test_a_layout_without_edits_is_unchanged():
     assert EditedLayout(LAYOUT, LAYOUT).changed_boxes == [] and EditedLayout(LAYOUT, LAYOUT).after == LAYOUT
+
+
+def test_a_layout_is_written_a_region_a_line():
+    names = LayoutNames(("disc", "big ring"), ("red", "blue"))
+    layout = (Region((0.0, 0.125, 0.5, 0.75), 1, 0), Region((0.25, 0.0, 1.0, 1.0), 0, 1))
+    text = "'big ring' red 0 0.125 0.5 0.75\ndisc blue 0.25 0 1 1"
+    assert format_layout(layout, names) == text and parse_layout(f"\n{text}\n ", names) == layout
+    plain = LayoutNames(("disc", "big ring"))
+    assert parse_layout("disc 0 0 1 1", plain) == (Region((0.0, 0.0, 1.0, 1.0), 0),) and parse_layout("", plain) == ()
+    for line, message in (
+        ("disc 0 0 1 1", "got the box 'disc 0 0 1 1', wanted CLASS COLOR LEFT TOP RIGHT BOTTOM"),
+        ("disk red 0 0 1 1", "unknown class 'disk', did you mean 'disc'"),
+        ("disc green 0 0 1 1", "unknown colour 'green'.*; wanted one of red, blue"),
+        ("disc red 0 1 1 0", "TOP < BOTTOM"),
+        ("'disc red 0 0 1 1", "names of several words in quotes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_layout(line, names)

@@ -41,6 +41,14 @@ def test_several_or_ragged_fields_become_a_dict():
     assert raw_conditions({"boxes": ("boxes",)}, batch)["boxes"].keys() == {"boxes", "boxes_mask"}
 
 
+def test_a_condition_of_nones_is_null():
+    fields_of, batch = {"label": ("label",), "boxes": ("boxes", "ids")}, {"label": torch.zeros(2)}
+    raw = raw_conditions(fields_of, {**batch, "boxes": None, "ids": None, "boxes_mask": None})
+    assert raw.keys() == {"label"} and raw["label"] is batch["label"]
+    with pytest.raises(ValueError, match="conditions need ids"):
+        raw_conditions(fields_of, {**batch, "boxes": torch.zeros(2)})
+
+
 def test_a_missing_batch_field_is_named():
     with pytest.raises(ValueError, match="conditions need ids"):
         raw_conditions({"boxes": ("boxes", "ids")}, {"boxes": torch.zeros(2)})
