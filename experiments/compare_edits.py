@@ -275,9 +275,9 @@ def measure_round_trips(
     return trips
 
 
-def figures_of(shown: Shown, edits: Edits) -> dict[str, Any]:
+def figures_of(findings: Shown, edits: Edits) -> dict[str, Any]:
     """Returns the shares of what images show, all with standard errors over the N images, and of each kind of edits."""
-    grid = {name: each.double().view(len(edits.inputs), -1) for name, each in shown.items()}  # (N, R)
+    grid = {name: each.double().view(len(edits.inputs), -1) for name, each in findings.items()}  # (N, R)
     figures = {name: proportion(each)._asdict() for name, each in grid.items() if name != OTHERS}
     if OTHERS in grid:
         known = grid[OTHERS][~grid[OTHERS].isnan()]
