@@ -56,8 +56,8 @@ def build(kind, names=("region_words", "text"), options=None, **settings):
     else:
         module = {"absorbing": absorbing, "autoregressive": autoregressive}[kind]
         sampler = module.build(module.Config(**CODES, **settings), codes=7, grid=(8, 12), n_classes=0)
-    for parameter in sampler.network.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    for name, parameter in sampler.network.named_parameters():
+        nn.init.normal_(parameter, std=2.0 if ".cross." in name else 0.3)  # codes change only if logits do by much
     sampler.network.eval()
     return sampler
 
@@ -123,7 +123,9 @@ def test_words_follow_flips_caches_and_workers(tmp_path, cached):
             words = alone[region_words.WORDS][0, number, ..., 1:-1]
             expected = words[alone[f"{region_words.WORDS}_mask"][0, number]]
             place = batch[region_words.NUMBERS][row, region]
-            assert torch.equal(own[place][mask[place]], expected) and len(expected) == 2 - (expected[0] == MOUTH)
+            assert torch.equal(own[place][mask[place]], expected) and len(expected) == (
+                1 if expected[0] == MOUTH else 2
+            )
     assert batch["box_words"] != [item["box_words"] for item in (face_dataset()[images.order[p]] for p in positions)]
 
 
@@ -177,9 +179,9 @@ def test_fields_of_words_are_optional(kind):
     )
     batch = collate(rows(*OTHERS))
     plain = {name: value for name, value in batch.items() if not name.startswith("box_")}
-    assert not torch.equal(sample(sampler, kind, plain)[0], sample(sampler, kind, batch)[0])
-    raw = raw_conditions(sampler.fields_of, plain, sampler.optional_of)
+    raw, full = (raw_conditions(sampler.fields_of, each, sampler.optional_of) for each in (plain, batch))
     assert {*raw["region_words"]} == {*plain} - {"caption"}
+    assert {*full["region_words"]} == {*batch} - {"caption", "box_words_mask"}
 
 
 @KINDS
@@ -188,8 +190,9 @@ def test_images_follow_their_words_whatever_the_batch(kind):
     together = sample(sampler, kind, collate(items))
     alone = sample(sampler, kind, collate(items[:1]), seeds=[0])
     assert torch.allclose(together[0], alone[0], atol=1e-4)
-    same_noise = sample(sampler, kind, collate(items), seeds=[5, 5, 5])
-    assert not torch.equal(same_noise[0], same_noise[1]) and not torch.equal(same_noise[1], same_noise[2])
+    seeds = [seed for seed in range(6) for _ in items]
+    one, other, third = sample(sampler, kind, collate(items * 6), seeds=seeds).unflatten(0, (6, 3)).unbind(1)
+    assert not torch.equal(one, other) and not torch.equal(other, third)
 
 
 @KINDS
