@@ -56,8 +56,8 @@ def build(kind, names=("region_words", "text"), options=None, **settings):
     else:
         module = {"absorbing": absorbing, "autoregressive": autoregressive}[kind]
         sampler = module.build(module.Config(**CODES, **settings), codes=7, grid=(8, 12), n_classes=0)
-    for name, parameter in sampler.network.named_parameters():
-        nn.init.normal_(parameter, std=2.0 if ".cross." in name else 0.3)  # codes change only if logits do by much
+    for parameter in sampler.network.parameters():
+        nn.init.normal_(parameter, std=0.3)
     sampler.network.eval()
     return sampler
 
@@ -190,9 +190,12 @@ def test_images_follow_their_words_whatever_the_batch(kind):
     together = sample(sampler, kind, collate(items))
     alone = sample(sampler, kind, collate(items[:1]), seeds=[0])
     assert torch.allclose(together[0], alone[0], atol=1e-4)
-    seeds = [seed for seed in range(6) for _ in items]
-    one, other, third = sample(sampler, kind, collate(items * 6), seeds=seeds).unflatten(0, (6, 3)).unbind(1)
-    assert not torch.equal(one, other) and not torch.equal(other, third)
+    raw = raw_conditions(sampler.fields_of, collate(items), sampler.optional_of)
+    if kind == "ddpm":
+        outputs = sampler.predict(sampler.network, torch.ones(3, 1, 8, 12), torch.full((3,), 0.5), raw)
+    else:
+        outputs = sampler.network(torch.ones(3, 8, 12, dtype=torch.long), raw)  # few codes change if their logits do
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3 and (outputs[1] - outputs[2]).abs().max() > 1e-3
 
 
 @KINDS
