@@ -39,6 +39,8 @@ class Config(EncoderOptions):
     masks: of the field of that name, and box_class."""
     region_words_names: tuple[str, ...] = ()
     """Words for each class of regions, by number; default: the names in the data set."""
+    region_words_classes: tuple[str, ...] = ()
+    """Names of the classes in the data set, which count as no words of an instance; default: those of the data set."""
     region_words_stuff: tuple[int, ...] = ()
     """Numbers of the classes that are stuff, not things; default: those of the data set."""
     region_words_everywhere: str = ""
@@ -64,8 +66,12 @@ class Config(EncoderOptions):
             got = f"got region_words_names of {len(own)} classes"
             raise ValueError(f"{got}, the data set has {region_classes}: name each, or leave --region_words_names out")
         stuff = tuple(number for number, is_thing in enumerate(things) if not is_thing)
-        stuff = self.region_words_stuff or stuff
-        return replace(options, region_words_names=own or tuple(names), region_words_stuff=stuff)
+        return replace(
+            options,
+            region_words_names=own or tuple(names),
+            region_words_classes=self.region_words_classes or tuple(names),
+            region_words_stuff=self.region_words_stuff or stuff,
+        )
 
     @property
     def rule(self) -> "WordRule":
@@ -74,6 +80,7 @@ class Config(EncoderOptions):
             mode=self.region_words_mode,
             regions=self.region_words_regions,
             names=self.region_words_names,
+            classes=self.region_words_classes or self.region_words_names,
             stuff=frozenset(self.region_words_stuff),
             everywhere=self.region_words_everywhere,
         )
@@ -97,7 +104,8 @@ class WordRule:
 
     mode: Mode = "all"
     regions: Shape = "segments"
-    names: tuple[str, ...] = ()  # of the classes, by number
+    names: tuple[str, ...] = ()  # the words for each class, by number
+    classes: tuple[str, ...] = ()  # the names of the classes in the data, by number
     stuff: frozenset[int] = frozenset()  # numbers of classes
     everywhere: str = ""  # words that all places read
 
@@ -119,8 +127,8 @@ class WordRule:
 
         Blank ones, and the name of the class, count as none given.
         """
-        name = self.names[number] if number < len(self.names) else ""
-        given = "" if given == name or not given.strip() else given
+        name, own = (each[number] if number < len(each) else "" for each in (self.names, self.classes))
+        given = "" if given == own or not given.strip() else given
         if self.mode == "instances":
             return given
         if self.mode != "all" and (number in self.stuff) != (self.mode == "background"):

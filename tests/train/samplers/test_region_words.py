@@ -37,7 +37,7 @@ UNET = {"channels": 8, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (
 KINDS = pytest.mark.parametrize("kind", ["ddpm", "absorbing", "autoregressive"])
 DATA = DataConfig(img_size=8, img_width=12, n_channels=1)
 MOUTH = text.TextEncoder.tokenizer.encode("mouth")[0]
-RULE = WordRule(names=NAMES, stuff=frozenset((0,)))
+RULE = WordRule(names=NAMES, classes=NAMES, stuff=frozenset((0,)))
 
 
 def options_of(*names, **options):
@@ -254,7 +254,7 @@ def test_names_of_data_are_saved_with_the_run():
 
     config = ddpm.Config(conditions=("region_words",), condition_options=region_words.Config(**SMALL))
     options = with_declared_values(config, Data()).condition_options
-    assert options.region_words_names == NAMES and options.region_words_stuff == (0,)
+    assert options.region_words_names == options.region_words_classes == NAMES and options.region_words_stuff == (0,)
 
 
 # Sources of conditions
