@@ -268,6 +268,8 @@ def test_words_come_with_their_regions():
     drawn = source.with_rows([{"caption": "mine"}]).draw(0, [0, 1])
     assert drawn["caption"] == ["mine"] * 2 and drawn["box_words"] == [["held", "out", "", ""]] * 2
     assert "box_id_mask" in drawn and "panoptic" in drawn
+    drawn = source.with_rows([{"box_words": ["mine"]}]).draw(0, [0])
+    assert drawn["box_words"] == [["mine"]] and "box_id" not in drawn  # no words of others beside those given
     names = ("panoptic", "segment_id", "segment_class")
     row = {name: value for name, value in rows({})[0].items() if name in names}
     drawn = source.with_rows([row]).draw(0, [0])
