@@ -102,7 +102,7 @@ class WordRule:
     stuff, that there are not.
     """
 
-    mode: Mode = "all"
+    mode: Mode
     regions: Shape = "segments"
     names: tuple[str, ...] = ()  # the words for each class, by number
     classes: tuple[str, ...] = ()  # the names of the classes in the data, by number
@@ -172,44 +172,45 @@ class WordRule:
         return {place: of_id[each] for place, each in enumerate(batch["segment_id"][row].tolist()) if each in of_id}
 
 
-def arrange(found: RegionTexts, values: Tensor, mask: Tensor, places: Mapping[str, int]) -> dict[str, Tensor]:
+def arrange(words: RegionTexts, values: Tensor, mask: Tensor, places: Mapping[str, int]) -> dict[str, Tensor]:
     """Returns the fields WORDS (B, T, ...), its mask, and NUMBERS (B, R), from the `values` (U, ...) of all different
     texts and which of their tokens are read, `mask`; `places` are those of the texts, "" that of padding."""
-    longest = max(1, *map(len, found.texts))  # at least one, so that all ranks use the text encoder
-    rows = [[places[text] for text in own] + [places[""]] * (longest - len(own)) for own in found.texts]
+    longest = max(1, *map(len, words.texts))  # at least one, so that all ranks use the text encoder
+    rows = [[places[text] for text in own] + [places[""]] * (longest - len(own)) for own in words.texts]
     index = torch.tensor(rows)
-    return {WORDS: values[index], f"{WORDS}_mask": mask[index], NUMBERS: found.numbers}
+    return {WORDS: values[index], f"{WORDS}_mask": mask[index], NUMBERS: words.numbers}
 
 
-def different_texts(found: RegionTexts) -> dict[str, int]:
+def different_texts(words: RegionTexts) -> dict[str, int]:
     """Returns the place of each different text of a batch, of "" too, which pads the lists of an image."""
-    return {text: place for place, text in enumerate(dict.fromkeys([*sum(found.texts, []), ""]))}
+    return {text: place for place, text in enumerate(dict.fromkeys([*sum(words.texts, []), ""]))}
 
 
-def tokenize_words(found: RegionTexts, length: int, tokenizer: PromptTokenizer) -> dict[str, Tensor]:
+def tokenize_words(words: RegionTexts, length: int, tokenizer: PromptTokenizer) -> dict[str, Tensor]:
     """Returns the ids of words, (B, T, C, L), and which between the first and the last are words, (B, T, C, L - 2), as
     `arrange` does."""
-    places = different_texts(found)
+    places = different_texts(words)
     ids, mask = tokenize([*places], length, tokenizer)
     longest = max(3, int(mask.sum(-1).max()))  # a place to read at least
     inside = mask[..., 2:longest]  # what has two tokens before it, a start and another: as many as stand between
-    return arrange(found, ids[..., :longest], inside, places)
+    return arrange(words, ids[..., :longest], inside, places)
 
 
 class RegionWords(RegionEncoder):
     """Encodes the words of regions as tokens, of which a region reads its own, and places without any region none.
 
     The start and the end of a text, and padding, are not read, whatever --text_padding. The null is no token at all.
-    The text encoder is that of `captions`; with `shared`, it is the part of another condition, which holds its weights.
+    The text encoder is that of `captions`; unless `owns_encoder`, it is part of another condition, which holds its
+    weights.
     """
 
     describes_regions = True
 
-    def __init__(self, captions: CaptionEncoder, rule: WordRule, shared: bool = False):
+    def __init__(self, captions: CaptionEncoder, rule: WordRule, owns_encoder: bool = True):
         super().__init__()
         self.rule, self.token_width = rule, captions.token_width
-        self.own = None if shared else captions
-        self.shared = [captions] if shared else []  # in a list: its weights are those of the other condition alone
+        self.own = captions if owns_encoder else None
+        self.other = [] if owns_encoder else [captions]  # in a list: its weights are those of that condition alone
         self.fields = FIELDS_OF[rule.regions]
         instances = ("box_id", "box_words") if rule.kind == "segment" else ("box_words",)
         self.optional_fields = (*instances, WORDS, NUMBERS)
@@ -218,7 +219,7 @@ class RegionWords(RegionEncoder):
     @property
     def captions(self) -> CaptionEncoder:
         """The encoder of texts."""
-        return self.shared[0] if self.own is None else self.own
+        return self.other[0] if self.own is None else self.own
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -275,12 +276,12 @@ class RegionWords(RegionEncoder):
 
     def tokens_of_texts(self, batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
         """Returns the tokens that each text of each image has, by their numbers in the condition; of raw texts."""
-        found, (_, mask, _) = self.rule.read(batch), self.tokenize(batch).values()
+        words, (_, mask, _) = self.rule.read(batch), self.tokenize(batch).values()
         read = mask.flatten(2)
         length = read.shape[2]
         return [
             {text: (read[row, i].nonzero()[:, 0] + i * length).tolist() for i, text in enumerate(own)}
-            for row, own in enumerate(found.texts)
+            for row, own in enumerate(words.texts)
         ]
 
     def tokens_of_words(self, batch: Mapping[str, Any], phrase: str) -> list[list[int]]:
@@ -298,5 +299,5 @@ def build(config: Config, width: int, n_classes: int, text: CaptionEncoder | Non
     """Builds the encoder, which shares the text encoder of the condition `text`, or has one of its own; it depends on
     neither the width of embeddings nor the number of classes of images."""
     if text is not None:
-        return RegionWords(text, config.rule, shared=True)
+        return RegionWords(text, config.rule, owns_encoder=False)
     return RegionWords(CaptionEncoder(config.build_encoder(), "empty", bool(config.text_encoder)), config.rule)

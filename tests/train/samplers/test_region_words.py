@@ -37,7 +37,7 @@ UNET = {"channels": 8, "channel_mults": (1,), "res_blocks": 1, "attn_factors": (
 KINDS = pytest.mark.parametrize("kind", ["ddpm", "absorbing", "autoregressive"])
 DATA = DataConfig(img_size=8, img_width=12, n_channels=1)
 MOUTH = text.TextEncoder.tokenizer.encode("mouth")[0]
-RULE = WordRule(names=NAMES, classes=NAMES, stuff=frozenset((0,)))
+RULE = WordRule(mode="all", names=NAMES, classes=NAMES, stuff=frozenset((0,)))
 
 
 def options_of(*names, **options):
