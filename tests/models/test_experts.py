@@ -77,7 +77,8 @@ def test_experts_are_the_dense_form_with_its_gradients(router, kind, dtype, erro
 def test_copies_compute_the_layer_that_they_are_copies_of(router, dtype, error):
     experts, layer = make_experts(router=router, dtype=dtype, spread=False)
     for own, one in ((experts.expand, layer.expand), (experts.contract, layer.contract)):
-        assert all(torch.equal(w, one.weight) and torch.equal(b, one.bias) for w, b in own.layers(dtype))
+        assert all(torch.equal(weight, one.weight) for weight in own.weight) and len(own.weight) == 3
+        assert all(torch.equal(bias, one.bias) for bias in own.bias)
     x = torch.randn(2, *GRID, 8, dtype=dtype)
     for known in (regions(), None):
         assert (experts(x, Cells(known, GRID)) - layer(x)).abs().max() < error
@@ -129,7 +130,7 @@ def test_all_rows_may_have_one_expert(expert, compute, monkeypatch):
     experts, _ = make_experts(dtype=torch.float32)
     experts.router, x = Fixed(expert), torch.randn(2, *GRID, 8)
     out = experts(x, Cells(None, GRID))
-    (w1, b1), (w2, b2) = (each.layers(x.dtype)[expert] for each in (experts.expand, experts.contract))
+    (w1, b1), (w2, b2) = ((each.weight[expert], each.bias[expert]) for each in (experts.expand, experts.contract))
     assert torch.allclose(out, F.linear(GEGLU.activate(F.linear(x, w1, b1)), w2, b2), atol=1e-6)
     out.square().sum().backward()
     for p in experts.parameters():  # all of them have a gradient, that of the others is 0
