@@ -357,7 +357,7 @@ def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
     config, base = replace(read_fine_tuning(run), load_control=None), read_base(run)
     if base is None and not config.changes_network:
         return frozenset(f"network.{key}" for key in text_keys)
-    base = None if config.save == "full" else base
+    base = None if base is None else replace(base, needed=config.save != "full")
     train_only = content.get("training", {}).get("train_only", ())
     return fine_tune(network, config, train_only, base, text_keys=text_keys).loaded
 

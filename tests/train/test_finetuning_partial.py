@@ -98,10 +98,13 @@ def test_a_merged_run_of_a_larger_network_is_a_plain_one(logs):
     assert not content["training"]["load_partial"] and "load_report" not in content["origin"]
 
 
+ROUTED = "--conditions text boxes --boxes_gated --router_experts 3 --router_rate 0.1"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--save full", "--train_only experts encoders.boxes"])
+@pytest.mark.parametrize("flags", ["", "--save full", "--train_only experts encoders.boxes", ROUTED])
 def test_a_resumed_larger_network_is_an_uninterrupted_one(logs, tmp_path, flags):
-    own = f"{PANOPTIC} {LORA} --load_dir {logs}/text --steps_per_eval 0 {flags}"
+    own = f"{PANOPTIC if flags != ROUTED else ''} {LORA} --load_dir {logs}/text --steps_per_eval 0 {flags}"
     for name, steps in (("stopped", 1), ("whole", 3), ("stopped", 3)):
         train(tmp_path, name, f"{own} --train_steps {steps}")
     for file in ("model.safetensors", "ema.safetensors"):
@@ -109,6 +112,8 @@ def test_a_resumed_larger_network_is_an_uninterrupted_one(logs, tmp_path, flags)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     gates = [value for key, value in one.items() if key.endswith(".gate")]  # the base has none: saved, also if frozen
     assert gates and all(value.any() != ("train_only" in flags) for value in gates)
+    balances = [value for key, value in one.items() if key.endswith(".balance")]
+    assert bool(balances) == (flags == ROUTED) and all(value.any() for value in balances)
     branch = f"--logs_root {tmp_path} --log_dir on --resume {checkpoint(tmp_path / 'whole', 3)} --train_steps 4"
     call("train_sampler.py", branch)
     assert weights(tmp_path / "on", 4).keys() == one.keys() and read_base(tmp_path / "on").partial
