@@ -3,7 +3,8 @@
 The prompt of the whole image is the condition `text`, whose text encoder this one shares. Equal words are one group of
 tokens, whose membership names all regions that read it.
 
-Shapes: R regions, T different texts of an image, C chunks of a text, L tokens of a chunk, M = C L.
+Shapes: R regions, T different texts of an image, C chunks of a text, L tokens of a chunk with its start and end, M =
+C (L - 2) tokens of a text that are read, perhaps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ class Config(EncoderOptions):
     masks: of the field of that name, and box_class."""
     region_words_names: tuple[str, ...] = ()
     """Words for each class of regions, by number; default: the names in the data set."""
+    region_words_classes: tuple[str, ...] = ()
+    """Names of the classes in the data set, which count as no words of an instance; default: those of the data set."""
     region_words_stuff: tuple[int, ...] = ()
     """Numbers of the classes that are stuff, not things; default: those of the data set."""
     region_words_everywhere: str = ""
@@ -67,8 +70,12 @@ class Config(EncoderOptions):
             got = f"got region_words_names of {len(own)} classes"
             raise ValueError(f"{got}, the data set has {region_classes}: name each, or leave --region_words_names out")
         stuff = tuple(number for number, is_thing in enumerate(things) if not is_thing)
-        stuff = self.region_words_stuff or stuff
-        return replace(options, region_words_names=own or tuple(names), region_words_stuff=stuff)
+        return replace(
+            options,
+            region_words_names=own or tuple(names),
+            region_words_classes=self.region_words_classes or tuple(names),
+            region_words_stuff=self.region_words_stuff or stuff,
+        )
 
     @property
     def rule(self) -> "WordRule":
@@ -77,6 +84,7 @@ class Config(EncoderOptions):
             mode=self.region_words_mode,
             regions=self.region_words_regions,
             names=self.region_words_names,
+            classes=self.region_words_classes or self.region_words_names,
             stuff=frozenset(self.region_words_stuff),
             everywhere=self.region_words_everywhere,
         )
@@ -100,7 +108,8 @@ class WordRule:
 
     mode: Mode = "all"
     regions: Shape = "segments"
-    names: tuple[str, ...] = ()  # of the classes, by number
+    names: tuple[str, ...] = ()  # the words for each class, by number
+    classes: tuple[str, ...] = ()  # the names of the classes in the data, by number
     stuff: frozenset[int] = frozenset()  # numbers of classes
     everywhere: str = ""  # words that all places read
 
@@ -122,8 +131,8 @@ class WordRule:
 
         Blank ones, and the name of the class, count as none given.
         """
-        name = self.names[number] if number < len(self.names) else ""
-        given = "" if given == name or not given.strip() else given
+        name, own = (each[number] if number < len(each) else "" for each in (self.names, self.classes))
+        given = "" if given == own or not given.strip() else given
         if self.mode == "instances":
             return given
         if self.mode != "all" and (number in self.stuff) != (self.mode == "background"):
@@ -182,14 +191,13 @@ def different_texts(found: RegionTexts) -> dict[str, int]:
 
 
 def tokenize_words(found: RegionTexts, length: int, tokenizer: PromptTokenizer) -> dict[str, Tensor]:
-    """Returns the ids of words, (B, T, C, L), and which are read, as `arrange` does: not start, end and padding."""
+    """Returns the ids of words, (B, T, C, L), and which between the first and the last are words, (B, T, C, L - 2), as
+    `arrange` does."""
     places = different_texts(found)
     ids, mask = tokenize([*places], length, tokenizer)
-    inside = mask.clone()
-    inside[..., 0] = False
-    inside[..., :-1] &= mask[..., 1:]
-    inside[..., -1] = False
-    return arrange(found, ids, inside, places)
+    longest = max(3, int(mask.sum(-1).max()))  # a place to read at least
+    inside = mask[..., 2:longest]  # what has two tokens before it, a start and another: as many as stand between
+    return arrange(found, ids[..., :longest], inside, places)
 
 
 class RegionWords(RegionEncoder):
@@ -255,20 +263,23 @@ class RegionWords(RegionEncoder):
         else:
             fields = self.tokenize(raw)
             words, mask, numbers = (each.to(device) for each in fields.values())
-        values = words if words.is_floating_point() else self.encode(words)
+        values = words if words.is_floating_point() else self.encode(words)[..., 1:-1, :].flatten(2, 3)
         return values, mask.flatten(2), numbers
 
     def tokenize(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the ids of the words of a batch, which are read, and the number of each region's text."""
+        """Returns the ids of the words of a batch, which are read, and the number of each region's text; see
+        `tokenize_words`."""
         return tokenize_words(self.rule.read(batch), self.captions.length, self.tokenizer)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Encodes ids (B, T, C, L), equal texts once where that costs no wait for a device: (B, T, M, D)."""
+        """Encodes ids (B, T, C, L), equal texts once where that costs no wait for a device: (B, T, C, L, D)."""
         texts = ids.flatten(0, 1)
         if self.training and ids.device.type == "cpu" and not torch.compiler.is_compiling():
             texts, places = texts.unique(dim=0, return_inverse=True)
-            return self.captions.encode_ids(texts)[places].unflatten(0, ids.shape[:2])
-        return self.captions.encode_ids(texts).unflatten(0, ids.shape[:2])  # elsewhere it encodes equal chunks once
+            tokens = self.captions.encode_ids(texts)[places]
+        else:
+            tokens = self.captions.encode_ids(texts)  # in sampling it encodes equal chunks once
+        return tokens.view(*ids.shape, -1)
 
     def tokens_of_texts(self, batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
         """Returns the tokens that each text of each image has, by their numbers in the condition; of raw texts."""
