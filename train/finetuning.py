@@ -5,8 +5,8 @@ softmax attention becomes differential, adapters or a control branch are added, 
 what learns; the frozen rest stays in the base, which config.yaml names by its path, step and SHA-256, or in the file of
 the text encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 
-With --load_partial the base of adapters is a smaller network: one without experts, or without a condition. Parameters
-that it lacks, or that grew from its own, learn beside the adapters, unless --train_only names what does.
+With --load_partial the base of adapters is a smaller network, such as one without experts. Parameters that it lacks, or
+that grew from its own, learn beside the adapters, unless --train_only names what does.
 """
 
 import os
@@ -131,7 +131,10 @@ def find_base(
         raise ValueError(f"got {flag} with {others[0]}: train one after the other, each from the same --load_dir RUN")
     if flag not in ("", "--text_new_tokens") and training.load_dir is None:
         raise ValueError(f"got {flag} without trained weights: pass --load_dir RUN, or leave it out")
-    refuse_partial(training, config, flag)
+    whole = [each for each in (flag, *others) if each and (training.load_optim or each != "--lora_rank")]
+    if whole and (training.load_partial or training.load_optim):
+        other = "load_partial" if training.load_partial else "load_optim"
+        raise ValueError(f"got --{other} with {whole[0]}, which change a whole network: leave one of them out")
     if training.load_dir is None or (training.load_partial and not config.lora_rank):
         return None
     source = run_folder(logs_root, training.load_dir)
@@ -147,17 +150,6 @@ def find_base(
     manifest = verify_checkpoint(checkpoint_path(source, step))
     file = EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS
     return Base(source, step, file, manifest[file]["sha256"], partial=training.load_partial)
-
-
-def refuse_partial(training: TrainingConfig, config: FineTuningConfig, flag: str) -> None:
-    """Raises ValueError for a change of the network, `flag`, that does not go with --load_partial or --load_optim;
-    adapters alone go with the former."""
-    if not config.changes_network:
-        return
-    others = config.differential or config.text_new_tokens or config.control
-    if training.load_optim or (training.load_partial and others):
-        other = "load_optim" if training.load_optim else "load_partial"
-        raise ValueError(f"got --{other} with {flag}, which change a whole network: leave one of them out")
 
 
 def refuse_other_hints(source: Path, hints: HintsConfig) -> None:

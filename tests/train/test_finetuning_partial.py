@@ -15,7 +15,7 @@ RUN = (
     f"{DDPM} --dataset shapes --shapes_count 24 --no_amp --lr 1e-2 --warmup_iters 0 --attn_block_type transformer "
     "--text_width 8 --steps_per_log 1 --steps_per_eval 2 --steps_per_checkpoint 1 --keep_last 0"
 )
-PANOPTIC = "--conditions text boxes --boxes_gated --experts disc,ring sky"
+PANOPTIC = "--conditions text region_words --region_words_gated --experts disc,ring sky"
 LORA = "--lora_rank 2 --load_partial"
 
 
@@ -26,7 +26,7 @@ def train(logs, name, flags):
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Logs with `text`, a model of captions; `tuned` has boxes and experts, and adapters, in 2 steps."""
+    """Logs with `text`, a model of captions; `tuned` has words of regions, experts and adapters, in 2 steps."""
     logs = tmp_path_factory.mktemp("partial")
     train(logs, "text", "--conditions text --train_steps 2")
     train(logs, "tuned", f"{PANOPTIC} {LORA} --load_dir text --train_steps 2 --save merged")
@@ -40,7 +40,7 @@ def opened(logs, name, ema=True, step=None):
 
 def learns_anew(key):
     """Whether a text model lacks a weight, or has one layer where there are experts now."""
-    return key.startswith(("encoders.boxes.", "gated_blocks.")) or (".feed_forward." in key and "text" not in key)
+    return key.startswith("gated_blocks.") or (".feed_forward." in key and "text" not in key)
 
 
 def test_a_larger_network_starts_at_the_loss_of_its_base(logs):
@@ -78,7 +78,7 @@ def test_what_the_base_lacks_learns_and_is_saved(logs, file):
     assert all(torch.equal(loaded[key.removeprefix("network.")], base[key]) for key in kept)
 
 
-def test_the_base_and_what_it_gave_are_recorded(logs, capfd):
+def test_the_base_and_what_it_gave_are_recorded(logs):
     origin = yaml.safe_load((logs / "tuned" / "config.yaml").read_text())["origin"]
     assert origin["base"]["partial"] and origin["base"]["path"] == "text" and origin["load_report"]["taken"]
     assert all(".feed_forward." in key for key in origin["load_report"]["grown"])
@@ -98,11 +98,11 @@ def test_a_merged_run_of_a_larger_network_is_a_plain_one(logs):
     assert not content["training"]["load_partial"] and "load_report" not in content["origin"]
 
 
-ROUTED = "--conditions text boxes --boxes_gated --router_experts 3 --router_rate 0.1"
+ROUTED = "--conditions text region_words --region_words_gated --router_experts 3 --router_rate 0.1"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--save full", "--train_only experts encoders.boxes", ROUTED])
+@pytest.mark.parametrize("flags", ["", "--save full", "--train_only experts", ROUTED])
 def test_a_resumed_larger_network_is_an_uninterrupted_one(logs, tmp_path, flags):
     own = f"{PANOPTIC if flags != ROUTED else ''} {LORA} --load_dir {logs}/text --steps_per_eval 0 {flags}"
     for name, steps in (("stopped", 1), ("whole", 3), ("stopped", 3)):
