@@ -101,6 +101,7 @@ def main(config: Config) -> None:
         options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
         provenance |= text_provenance(options) | ({"base": base.record(run, logging.logs_root)} if base else {})
+        provenance |= {"load_report": state.load_report} if state.load_report else {}
         provenance |= start_provenance(tuning, resumed, is_new)
         provenance |= {} if save_text else text_location(options, run, logging.logs_root)
         open_or_resume(run, config, state, world, provenance, images["train"])

@@ -6,13 +6,14 @@ one layer, with which the layer computes the same as that one at first.
 Shapes: N rows (the cells of a batch), E experts, P pairs of a row and one of its experts, D width, H hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.blocks import FEED_FORWARDS, RoutedFeedForward
 from models.conditioning import Conditioner
@@ -42,9 +43,74 @@ class StackedLinear(nn.Module):
         last = len(self.bias) - 1
         return out + F.embedding(routing.experts.clamp(max=last), self.bias).to(dtype)
 
-    def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Returns the weight (out, in) and the bias (out,) of each layer, all cast at once."""
-        return list(zip(self.weight.to(dtype).unbind(), self.bias.to(dtype).unbind(), strict=True))
+    def in_loop(self, x: Tensor, ends: Sequence[int]) -> Tensor:
+        """The same, expert by expert, of which each has the rows up to one of the `ends`; the rows after the last one
+        are 0."""
+        return LoopProducts.apply(x.to(product_dtype(x)), self.weight, self.bias, ends)
+
+
+class LoopProducts(torch.autograd.Function):
+    """The products of a `StackedLinear`, one expert after the other: x (P, in) -> (P, out), in the dtype of x.
+
+    With few rows, moving the weights of all experts takes longer than multiplying. So those of each are cast when they
+    are used, in memory that stays in the CPU's cache, and its gradient is written where it belongs among all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ends: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ends, ctx.bias_dtype = ends, bias.dtype
+        out, scratch, bias = x.new_empty(len(x), weight.shape[1]), scratch_like(weight, x), bias.to(x.dtype)
+        for expert, rows in spans(ends):
+            own, transposed = x[rows], cast_into(scratch, weight[expert]).mT
+            if len(own) < LEAST_ROWS:
+                padded = F.pad(own, (0, 0, 0, LEAST_ROWS - len(own)))
+                out[rows] = torch.addmm(bias[expert], padded, transposed)[: len(own)]
+            else:
+                torch.addmm(bias[expert], own, transposed, out=out[rows])
+        out[ends[-1] :] = 0
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (x, weight), (needs_x, needs_weight, needs_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+        own_rows, scratch = dict(spans(ctx.ends)), scratch_like(weight, x)
+        of_x = torch.empty_like(x) if needs_x else None
+        of_weight = torch.empty_like(weight) if needs_weight else None
+        of_bias = weight.new_zeros(weight.shape[:2], dtype=ctx.bias_dtype) if needs_bias else None
+        if needs_x:
+            of_x[ctx.ends[-1] :] = 0
+        if needs_weight:
+            of_weight[[expert for expert in range(len(weight)) if expert not in own_rows]] = 0
+        for expert, rows in own_rows.items():
+            own = grad[rows]
+            if needs_x:
+                torch.mm(own, cast_into(scratch, weight[expert]), out=of_x[rows])
+            if needs_weight:
+                product = torch.mm(own.mT, x[rows], out=of_weight[expert] if scratch is None else scratch)
+                if scratch is not None:
+                    of_weight[expert] = product
+            if needs_bias:
+                of_bias[expert] = own.sum(0)
+        return of_x, of_weight, of_bias, None
+
+
+def spans(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yields each expert that has rows, with these, from the `ends` of all."""
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if end > start:
+            yield expert, slice(start, end)
+
+
+def scratch_like(weight: Tensor, x: Tensor) -> Tensor | None:
+    """Returns memory for the weights (out, in) of one expert in the dtype of x; None if they have it."""
+    return None if weight.dtype == x.dtype else torch.empty_like(weight[0], dtype=x.dtype)
+
+
+def cast_into(scratch: Tensor | None, weight: Tensor) -> Tensor:
+    """Returns a weight in the dtype of `scratch`, in its memory; as it is without."""
+    return weight if scratch is None else scratch.copy_(weight)
 
 
 class Experts(RoutedFeedForward):
@@ -95,14 +161,8 @@ class Experts(RoutedFeedForward):
         A row of float32 has the same bits however many others its expert has, on CPUs on which that holds for linear
         layers of `LEAST_ROWS` rows and more.
         """
-        start, outputs, ends = 0, [], routing.ends.tolist()
-        expand, contract = (each.layers(product_dtype(x)) for each in (self.expand, self.contract))
-        for end, first, second in zip(ends, expand, contract, strict=True):
-            if end > start:
-                own = F.pad(x[start:end], (0, 0, 0, max(0, LEAST_ROWS - (end - start))))
-                outputs.append(F.linear(self.activate(F.linear(own, *first)), *second)[: end - start])
-            start = end
-        return F.pad(torch.cat(outputs), (0, 0, 0, len(x) - start))
+        ends = routing.ends.tolist()
+        return self.contract.in_loop(self.activate(self.expand.in_loop(x, ends)), ends)
 
 
 def combine(outputs: Tensor, routing: Routing) -> Tensor:

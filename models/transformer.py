@@ -140,8 +140,9 @@ class Transformer(nn.Module):
             width = block.attention.width
             block.gated = GatedCrossAttention(width, heads, self.encoders.gated_width, **options)
         encoders = [e for e in self.encoders.values() if e.gated_width]
+        kept = {module for encoder in encoders for module in encoder.kept_modules()}
         for part in (*encoders, *(block.gated for block in self.blocks)):
-            part.apply(init_normal)
+            part.apply(lambda module: None if module in kept else init_normal(module))
 
     def encode(
         self, fields: Mapping[str, Any] | None, ids: Tensor, drop: Mapping[str, Tensor] | None = None

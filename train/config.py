@@ -177,7 +177,8 @@ class TrainingConfig:
     """Train on images of rare classes more often: 0: as often as in the data; 1: all classes equally often; 0.5: as
     often as the square root of their number of images."""
     train_only: tuple[str, ...] = ()
-    """Train only these parts of the network (for example encoders up_blocks.0); all of it by default."""
+    """Train only these parts of the network (for example encoders up_blocks.0); experts are all layers with experts;
+    all of it by default."""
 
     EVERYDAY = ("train_steps", "batch_size", "lr", "device")
     RANGES = {
@@ -314,7 +315,7 @@ class FineTuningConfig(ControlConfig):
     """Attention that --differential replaces."""
     lr_scale: tuple[str, ...] = ()
     """Factors of the learning rate of parts of the network, named as in --train_only, as in lora=2 text=0.75: lora are
-    the adapters, new_tokens the new words, text the encoder of that condition."""
+    the adapters, new_tokens the new words, experts the experts, text the encoder of that condition."""
     save: Literal["learned", "full", "merged"] = "learned"
     """Checkpoints hold what learns; the frozen rest stays in the run of --load_dir or the file of --text_encoder. full:
     they hold all; merged: also write <log_dir>_merged at the end, a run with the adapters merged into the weights."""

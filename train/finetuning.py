@@ -4,6 +4,9 @@ In this order: the network is built, the text encoder of --text_encoder and the 
 softmax attention becomes differential, adapters or a control branch are added, and the rest is frozen. Checkpoints hold
 what learns; the frozen rest stays in the base, which config.yaml names by its path, step and SHA-256, or in the file of
 the text encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
+
+With --load_partial the base of adapters is a smaller network, such as one without experts. Parameters that it lacks, or
+that grew from its own, learn beside the adapters, unless --train_only names what does.
 """
 
 import os
@@ -21,9 +24,11 @@ from train.checkpoint import (
     EMA_WEIGHTS,
     WEIGHTS,
     CheckpointData,
+    PartialLoadReport,
     checkpoint_path,
     gather_to_cpu,
     load_into_module,
+    load_matching,
     module_tensors,
     read_tensors,
     resolve_step,
@@ -49,7 +54,7 @@ ADAPTER = "lora"  # the name of the adapters that learn
 ADAPTERS = "lora.safetensors"  # their file
 MERGED_FROM = "merged_from"  # in the origin of a merged run: the path of the base
 START_OF_BRANCH = "load_control_sha256"  # in the origin of a run
-PLACES_OF_WEIGHTS = ("base", "load_weights", "text_encoder")  # in the origin of a run
+PLACES_OF_WEIGHTS = ("base", "load_weights", "load_report", "text_encoder")  # in the origin of a run
 
 
 @dataclass(frozen=True)
@@ -61,31 +66,38 @@ class Base:
     file: str  # of the checkpoint
     sha256: str
     needed: bool = True  # False: the run's own checkpoint, which is loaded afterwards, holds all weights
+    partial: bool = False  # its network is smaller than that of the run
+    report: PartialLoadReport | None = None  # of a resumed run: what was loaded of a smaller network
 
     def record(self, run: Path, logs_root: str) -> dict[str, Any]:
         """Returns what the config.yaml of the fine-tuned `run` says of it."""
         path = recorded_path(self.run, run, logs_root)
-        return {"path": path, "step": self.step, "file": self.file, "sha256": self.sha256}
+        content = {"path": path, "step": self.step, "file": self.file, "sha256": self.sha256}
+        return content | ({"partial": True} if self.partial else {})
 
 
 class FineTuned(NamedTuple):
     """What learns beside the parts of --train_only; the keys loaded from another run or file, which checkpoints may
-    lack; and those of them that checkpoints leave out."""
+    lack; those of them that checkpoints leave out; and what was loaded of a base with a smaller network."""
 
     learned: frozenset[str]
     loaded: frozenset[str]
     left_out: frozenset[str]
+    report: PartialLoadReport | None = None
 
 
 def read_base(run: Path) -> Base | None:
     """Returns the base that a run's config.yaml names; None for a run that holds all of its weights."""
-    base = read_run(run).get("origin", {}).get("base")
+    origin = read_run(run).get("origin", {})
+    base = origin.get("base")
     if base is None:
         return None
     try:
         path = (run.parent / str(base["path"])).resolve()
-        return Base(path, int(base["step"]), str(base["file"]), str(base["sha256"]))
-    except (KeyError, TypeError, ValueError) as error:
+        report = PartialLoadReport(**origin["load_report"]) if base.get("partial") else None
+        facts = int(base["step"]), str(base["file"]), str(base["sha256"])
+        return Base(path, *facts, partial=report is not None, report=report)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         got = f"{run / 'config.yaml'} has a damaged base in its origin ({error!r})"
         raise ValueError(f"{got}: put back the path, step, file and sha256 of the run it was trained from") from error
 
@@ -119,10 +131,11 @@ def find_base(
         raise ValueError(f"got {flag} with {others[0]}: train one after the other, each from the same --load_dir RUN")
     if flag not in ("", "--text_new_tokens") and training.load_dir is None:
         raise ValueError(f"got {flag} without trained weights: pass --load_dir RUN, or leave it out")
-    if config.changes_network and (training.load_partial or training.load_optim):
+    whole = [each for each in (flag, *others) if each and (training.load_optim or each != "--lora_rank")]
+    if whole and (training.load_partial or training.load_optim):
         other = "load_partial" if training.load_partial else "load_optim"
-        raise ValueError(f"got --{other} with {flag}, which change a whole network: leave one of them out")
-    if training.load_dir is None or training.load_partial:
+        raise ValueError(f"got --{other} with {whole[0]}, which change a whole network: leave one of them out")
+    if training.load_dir is None or (training.load_partial and not config.lora_rank):
         return None
     source = run_folder(logs_root, training.load_dir)
     if config.control and (source / "config.yaml").is_file() and read_fine_tuning(source).text_new_tokens:
@@ -136,7 +149,7 @@ def find_base(
     step = resolve_step(source, training.load_step, "--load_step")
     manifest = verify_checkpoint(checkpoint_path(source, step))
     file = EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS
-    return Base(source, step, file, manifest[file]["sha256"])
+    return Base(source, step, file, manifest[file]["sha256"], partial=training.load_partial)
 
 
 def refuse_other_hints(source: Path, hints: HintsConfig) -> None:
@@ -212,11 +225,12 @@ def fine_tune(
     which they are loaded afterwards. ValueError or FileNotFoundError: see `read_base_tensors`, and the flags.
     """
     before = {key for key, _ in network.named_parameters()}
-    tensors = load_base(network, config.text_new_tokens, base, name, text_keys)
+    tensors, report = load_base(network, config.text_new_tokens, base, name, text_keys)
     if config.differential:
         make_differential(network, config.differential, config.differential_in)
+    whole = frozenset() if train_only else new_parameters(network, report, name) - {*text_keys}
     if config.lora_rank:
-        add_adapters(network, config)
+        add_adapters(network, config, whole)
     if config.load_control:
         add_start_of_branch(network, config.load_control, "" if base is None else base.sha256)
     else:
@@ -225,23 +239,39 @@ def fine_tune(
     alone = config.lora_rank or (config.control and config.control_lock)
     new = frozenset(key for key in added if alone or config.control or is_selected(key, [NEW_TOKENS]))
     learned = new if alone or train_only else frozenset()
+    learned |= whole
     freeze_all_but(network, train_only, learned)
     parameters = network.named_parameters(remove_duplicate=False)
     frozen = {key: p.shape for key, p in parameters if not p.requires_grad and config.save != "full"}
     left_out = {key for key, shape in frozen.items() if key in tensors and shape == tensors[key].shape}
     left_out |= set() if save_text else {key for key in frozen if key in text_keys}
     loaded, left_out = (frozenset(f"{name}.{key}" for key in keys) for keys in ({*text_keys} | left_out, left_out))
-    return FineTuned(learned, loaded, left_out)
+    return FineTuned(learned, loaded, left_out, report)
+
+
+def new_parameters(network: nn.Module, report: PartialLoadReport | None, name: str) -> frozenset[str]:
+    """Returns the parameters that a smaller base lacks, that grew from its own, or whose shapes are others."""
+    if report is None:
+        return frozenset()
+    entries = [*report.missing, *report.grown, *report.misshapen]
+    keys = {entry.partition(":")[0].removeprefix(f"{name}.") for entry in entries}
+    return frozenset(key for key, p in network.named_parameters() if key in keys and p.requires_grad)
 
 
 def load_base(
     network: nn.Module, words: Sequence[str], base: Base | None, name: str, text_keys: Collection[str]
-) -> dict[str, Tensor]:
-    """Adds new words to a network, and loads the weights of the base if they are needed, which it returns. Words that
-    the base does not have start from those that it has."""
+) -> tuple[dict[str, Tensor], PartialLoadReport | None]:
+    """Adds new words to a network, and loads the weights of the base if they are needed, which it returns, with what
+    was loaded of a smaller one. Words that the base does not have start from those that it has."""
     if base is None or not base.needed:
         add_new_words(network, words)
-        return {}
+        return {}, None if base is None else base.report
+    if base.partial:
+        tensors = read_base_tensors(base, name, network)
+        report = load_matching(network, {f"{name}.{key}": value for key, value in tensors.items()}, name)
+        if not report.taken:
+            raise ValueError(f"--load_partial found nothing in {base.run} that fits: pass a run of a similar network")
+        return tensors, report
     has_words = read_words(base.run, words)
     if has_words:
         add_new_words(network, words)
@@ -251,7 +281,7 @@ def load_base(
     load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source, loaded)
     if not has_words:
         add_new_words(network, words)
-    return tensors
+    return tensors, None
 
 
 def read_words(run: Path, words: Sequence[str]) -> bool:
@@ -284,9 +314,11 @@ def start_provenance(config: FineTuningConfig, resumed: Mapping[str, Any], is_ne
     return {START_OF_BRANCH: resumed[START_OF_BRANCH]} if START_OF_BRANCH in resumed else {}
 
 
-def add_adapters(network: nn.Module, config: FineTuningConfig) -> None:
-    """Adds the adapters of --lora_rank and --lora_rank_of to a network; they change nothing at first."""
-    ranks = dict.fromkeys(select_layers(network, config.lora_targets), config.lora_rank)
+def add_adapters(network: nn.Module, config: FineTuningConfig, whole: Collection[str] = ()) -> None:
+    """Adds the adapters of --lora_rank and --lora_rank_of to a network; they change nothing at first. Layers whose
+    weights learn themselves, `whole`, need none."""
+    targets = [layer for layer in select_layers(network, config.lora_targets) if f"{layer}.weight" not in whole]
+    ranks = dict.fromkeys(targets, config.lora_rank)
     for part, rank in parse_ranks(config.lora_rank_of).items():
         own = [layer for layer in select_layers(network, [part], "--lora_rank_of") if layer in ranks]
         if not own:
@@ -317,7 +349,7 @@ def reopen_fine_tuned(run: Path, network: nn.Module) -> frozenset[str]:
     config, base = replace(read_fine_tuning(run), load_control=None), read_base(run)
     if base is None and not config.changes_network:
         return frozenset(f"network.{key}" for key in text_keys)
-    base = None if config.save == "full" else base
+    base = None if base is None else replace(base, needed=config.save != "full")
     train_only = content.get("training", {}).get("train_only", ())
     return fine_tune(network, config, train_only, base, text_keys=text_keys).loaded
 
@@ -357,8 +389,8 @@ def write_additions(
 ) -> None:
     """Writes what a run adds to its base, averaged if there are averages, as small files: new words, and adapters as
     <run>/lora.safetensors or a control branch as <run>/control.safetensors, which name the weights of the base by their
-    SHA-256. A branch beside which other parts learn is not written. `hints` are the options that its hints were made
-    with. All ranks must call it."""
+    SHA-256. A branch beside which other parts learn is not written, nor are adapters of a network that is larger than
+    that of the base. `hints` are the options that its hints were made with. All ranks must call it."""
     average = state.averages.get("network")
     network = average.module if average is not None else state.modules["network"]
     if config.text_new_tokens:
@@ -366,7 +398,7 @@ def write_additions(
     if config.control and only_branch_learns(state.modules["network"]):
         facts = BranchFacts.of(HintMaker(config.control, hints), base.sha256, state.step)
         write_branch(run, network, facts, world)
-    if not config.lora_rank:
+    if not config.lora_rank or base.partial:
         return
     facts = {"base": base.sha256, "trigger_words": config.lora_trigger_words, "step": state.step}
     tensors = adapter_tensors(network, ADAPTER)  # gathers sharded ones
@@ -392,7 +424,7 @@ def write_merged_run(run: Path, state: TrainState) -> Path:
     kept = ("differential", "differential_in", "text_new_tokens")
     plain = FineTuningConfig(**{key: content["fine_tuning"][key] for key in kept}, save="full")
     content["fine_tuning"] = flatten_group(plain)
-    content["training"] |= {"load_dir": None, "load_step": None, "train_only": []}
+    content["training"] |= {"load_dir": None, "load_step": None, "load_partial": False, "train_only": []}
     content["origin"] = {key: value for key, value in content["origin"].items() if key not in PLACES_OF_WEIGHTS}
     if (base := read_base(run)) is not None:
         content["origin"][MERGED_FROM] = os.path.relpath(base.run, folder.parent)

@@ -97,7 +97,7 @@ class Logger:
         self.last_read_step, self.bar_metrics, self.service = start, bar_metrics, service
         self.latest: dict[str, float] = {}
         if world.is_main:
-            earlier = truncate_metrics(folder / "metrics.jsonl", start)
+            earlier = truncate_metrics(folder / "metrics.jsonl", start or -1)  # a run that starts anew has no step 0
             self.has_layout = any('"val/' in line for line in earlier)
             if start == 0:  # an attempt that ended before its first checkpoint is gone
                 for path in folder.glob("events.out.tfevents.*"):
@@ -138,8 +138,11 @@ class Logger:
         return (norms[0] / norms[1]).sqrt().item()
 
     def log_best(self, state: TrainState, name: str, value: float) -> None:
-        """Updates the lowest value of a metric and its step in the state, and logs it as `<name>_best`."""
-        if value < state.best.get(name, (float("inf"), 0))[0]:
+        """Updates the lowest value of a metric and its step in the state, and logs it as `<name>_best`.
+
+        Step 0, the weights of another run, has no checkpoint and is not the best.
+        """
+        if state.step and value < state.best.get(name, (float("inf"), 0))[0]:
             state.best[name] = (value, state.step)
         if name in state.best:  # absent while all values are non-finite
             self.log_scalars(state.step, {f"{name}_best": state.best[name][0]})

@@ -118,6 +118,7 @@ class TrainState:
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
     left_out: frozenset[str] = frozenset()  # of checkpoints: keys such as "network.conv_in.weight"
     loaded: frozenset[str] = frozenset()  # from another run or file; `left_out` are among them
+    load_report: dict[str, list[str]] = field(default_factory=dict)  # what a base with a smaller network gave
     pending: PendingStep | None = None  # the last step, until `settle` is called
 
     def settle(self) -> bool:

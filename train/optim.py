@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
+from models.experts import experts_of
 from train.data.collate import field_to_tensor, pad
 from train.distributed import DistContext, grad_norm, is_sharded, local_grads
 from train.execution import LossScale
@@ -19,6 +20,7 @@ from train.registry import did_you_mean, import_callable
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # with fused optimizer kernels in torch
 NEW_TOKENS = "new_tokens"  # the part of a network that are the new words of its text encoder
+EXPERTS = "experts"  # the part of a network that are its experts, with their routers
 WINDOW = 1_000  # recent steps among which bad ones are counted
 
 
@@ -77,11 +79,12 @@ def is_selected(name: str, prefixes: Sequence[str]) -> bool:
 def freeze_all_but(module: nn.Module, prefixes: Sequence[str], learned: Collection[str] = ()) -> None:
     """Freezes all parameters whose dotted names neither are in `learned` nor start with one of the prefixes.
 
-    Without both nothing changes. ValueError for a prefix that matches no parameter or buffer, and if no trainable
-    parameter is left.
+    Without both nothing changes; the prefix "experts" are all experts, with their routers. ValueError for a prefix that
+    matches no parameter or buffer, and if no trainable parameter is left.
     """
     if not prefixes and not learned:
         return
+    prefixes = name_experts(module, prefixes)
     names = [name for name, _ in module.named_parameters()]
     names += [name for name, _ in module.named_buffers()]
     for prefix in prefixes:
@@ -99,6 +102,12 @@ def freeze_all_but(module: nn.Module, prefixes: Sequence[str], learned: Collecti
     for name, parameter in module.named_parameters():
         if name not in selected:  # never unfreezes what the module itself has frozen
             parameter.requires_grad_(False)
+
+
+def name_experts(module: nn.Module, prefixes: Sequence[str]) -> list[str]:
+    """Returns the prefixes with the names of the layers of experts instead of "experts", if the module has any."""
+    layers = list(experts_of(module))
+    return [name for prefix in prefixes for name in (layers if prefix == EXPERTS and layers else [prefix])]
 
 
 def can_fuse(parameters: list[nn.Parameter]) -> bool | None:
@@ -262,7 +271,8 @@ def scale_learning_rates(optimizer: Optimizer, module: nn.Module, scales: Mappin
     learned = {id(p) for p in group["params"]}
     factors = {}
     for part, factor in scales.items():
-        own = [p for name, p in module.named_parameters() if is_part(name, part) and id(p) in learned]
+        parts, parameters = name_experts(module, [part]), module.named_parameters()
+        own = [p for name, p in parameters if any(is_part(name, each) for each in parts) and id(p) in learned]
         if not own:
             tops = dict.fromkeys(n.partition(".")[0] for n, p in module.named_parameters() if id(p) in learned)
             raise ValueError(f"got --lr_scale {part}, in which nothing learns; what learns is in: {', '.join(tops)}")

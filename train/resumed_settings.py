@@ -12,8 +12,9 @@ Every setting is taken over, so that the preset, the sampler, the data and their
 given, if any, and no data set is. `logs_root` in a file is read from the section of the sampler that is given, or of
 the default one.
 
-`--load_dir RUN` without `--load_partial` takes over the settings of the sampler, its first stage and its data, but not
-those of training; with a data set that is given, of the data only the size, channels and range of the images.
+`--load_dir RUN` without `--load_partial`, or with it and `--lora_rank` and a data set, takes over the settings of the
+sampler, its first stage and its data, but not those of training; with a data set that is given, of the data only the
+size, channels and range of the images.
 
 `data_dir`, `val_shards`, `condition_file`, `perceptual_weights`, `text_encoder` and `shard_cache` are taken over as
 they were typed: if the files have moved, the error names the flag.
@@ -218,9 +219,9 @@ def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings
 
 def base_run(cls: type, argv: list[str], given: dict[str, Any], logs_root: str) -> Path | None:
     """Returns the run of --load_dir, if it is one of this script and of the sampler that is given, if any, and all of
-    its weights are to be loaded."""
+    its weights are to be loaded, or those that fit and adapters."""
     partial = any(word.replace("-", "_") == "__load_partial" for word in argv)
-    if partial or given["load_dir"] is None:
+    if (partial and peek_flag(argv, "lora_rank") is None) or given["load_dir"] is None:
         return None
     run = run_folder(logs_root, given["load_dir"])
     content = read_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else {}

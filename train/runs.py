@@ -270,6 +270,9 @@ def open_or_resume(
             check_text_encoder(run_folder(config.logging.logs_root, training.load_dir), provenance)
         loaded = "base" in provenance
         provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world, loaded)
+        if world.is_main and "load_report" in provenance:
+            report = format_report(PartialLoadReport(**provenance["load_report"]))
+            print(f"weights of {run_folder(config.logging.logs_root, training.load_dir)}: {report}", flush=True)
     provenance = provenance | branch_provenance(run, point, training.resume)
     world.barrier()  # all processes have read the folder before one writes to it
     if world.is_main:
@@ -320,15 +323,13 @@ def load_initial_weights(
     """
     source = run_folder(logs_root, training.load_dir)
     step = resolve_step(source, training.load_step, "--load_step")
-    if training.load_partial:
-        weights, report = load_partial_checkpoint(source, step, state)
-        provenance = {"load_weights": weights, "load_report": report._asdict()}
-        if world.is_main:
-            print(f"weights of {source}, step {step}: {format_report(report)}", flush=True)
-    elif loaded:
+    if loaded:
         provenance = {"load_weights": verify_checkpoint(checkpoint_path(source, step))[WEIGHTS]["sha256"]}
         if training.load_optim:
             load_train_state(checkpoint_path(source, step), state)
+    elif training.load_partial:
+        weights, report = load_partial_checkpoint(source, step, state)
+        provenance = {"load_weights": weights, "load_report": report._asdict()}
     else:
         provenance = {"load_weights": load_checkpoint(source, step, state, optimizers=training.load_optim)}
     state.step, state.best, state.bad_steps, state.unfinished = 0, {}, [], []  # not those of the other run

@@ -83,6 +83,7 @@ def build_state(
         share_frozen=base is not None,
     )
     state.loaded = changed.loaded
+    state.load_report = {} if changed.report is None else changed.report._asdict()
     scales = parse_scales(fine_tuning.lr_scale)
     scale_learning_rates(state.optimizers["network"], state.modules["network"], scales)
     return sampler, state

@@ -172,7 +172,8 @@ def train(
     `source` supplies the batches; `make_reports(logger)` returns the evaluation hooks, and `make_distance_hook(logger)`
     the hook that computes Fréchet distances every --steps_per_FD steps. `workers` processes load batches, each
     `prefetch` micro-batches ahead. `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
-    `timer` records the time of each phase.
+    `timer` records the time of each phase. A run that starts from the weights of another one is also validated before
+    its first step.
     """
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(
@@ -193,9 +194,8 @@ def train(
     logger = Logger(
         run, world, monitor, every=every, start=start, steps=steps, bar_metrics=step.bar_metrics, service=service
     )
-    evaluation = evaluation_hooks(
-        logging, make_reports(logger), make_distance_hook(logger) if make_distance_hook else None
-    )
+    reports = make_reports(logger)
+    evaluation = evaluation_hooks(logging, reports, make_distance_hook(logger) if make_distance_hook else None)
     options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
     with world.stop as stop:
@@ -206,6 +206,9 @@ def train(
         all_hooks.append(("checkpoints", 1, checkpointer))  # last: it saves the state of the other hooks too
         try:
             bad_steps = BadStepRecorder(run, world, training.max_bad_steps)
+            if start == 0 and training.load_dir is not None and logging.steps_per_eval:
+                with timer("validation"):
+                    reports.validate(state, {})
             fit(state, batches, monitor, hooks=all_hooks, on_skipped=bad_steps, **options)
             with timer("checkpoints"):
                 checkpointer.wait()

@@ -142,14 +142,12 @@ def stored_bytes(layer: Layer, module: nn.Module, precision: str, x: Tensor) -> 
 
 
 def compare_experts(rows: Sequence[Row], name: str) -> Iterator[str]:
-    """Yields the ratios of the ways in rows of results whose workloads are `name`, case and way."""
-    seconds = {row["workload"]: row["seconds"] for row in rows}
+    """Yields the ratios to one layer in rows of results whose workloads are `name`, case and way."""
+    ratios = {row["workload"]: row["ratio"] for row in rows}
     for case in (case_name(n, precision, part) for n in ROWS for precision in PRECISIONS for part in PASSES):
-        ours, one, many, all_of_them = (
-            seconds[f"{name}, {case}, {way}"] for way in (OURS, ONE_LAYER, MANY_EXPERTS, EVERYWHERE)
-        )
-        ratios = f"{ours / one:.2f}x the time of one layer, {many / one:.2f}x with {MANY} experts"
-        yield f"{case}: {ratios}, {all_of_them / one:.2f}x computed everywhere"
+        ours, many, all_of_them = (ratios[f"{name}, {case}, {way}"] for way in (OURS, MANY_EXPERTS, EVERYWHERE))
+        words = f"{ours:.2f}x the time of one layer, {many:.2f}x with {MANY} experts"
+        yield f"{case}: {words}, {all_of_them:.2f}x computed everywhere"
 
 
 def compare_memory(device: torch.device) -> Iterator[str]:

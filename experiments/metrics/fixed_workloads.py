@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from experiments.harness.report import table, three_digits
 from experiments.metrics.attention_speed import AttentionConfig, attention_timings, measure_attention
-from experiments.metrics.experts_speed import compare_experts, compare_memory, experts_cases
+from experiments.metrics.experts_speed import ONE_LAYER, compare_experts, compare_memory, experts_cases
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.prdc import prdc
 from experiments.metrics.pretrained_speed import PretrainedBenchmarkConfig, check_packages, measure_pretrained
@@ -78,7 +79,7 @@ def measure_region_attention(repeats: int, device: torch.device) -> list[Row]:
 
 def measure_experts(repeats: int, device: torch.device) -> list[Row]:
     """Times experts, one layer, and all experts everywhere; prints their ratios and their memory."""
-    rows = report_in_turn("experts", experts_cases(device), repeats, device)
+    rows = report_in_turn("experts", experts_cases(device), repeats, device, ONE_LAYER)
     print("\n".join([*compare_experts(rows, "experts"), *compare_memory(device)]))
     return rows
 
@@ -205,22 +206,30 @@ def run_first_step(device: torch.device) -> None:
         raise RuntimeError(f"the training did not reach its first step: {errors}")
 
 
-def report_in_turn(name: str, cases: dict[str, Runs], repeats: int, device: torch.device) -> list[Row]:
-    """Times the runs of each case in turn, after a warm-up, and prints a table; no round starts after a minute."""
-    heading = (name, "package", "median s", "min s", "max s", "relative to ours")
+def report_in_turn(
+    name: str, cases: dict[str, Runs], repeats: int, device: torch.device, reference: str | None = None
+) -> list[Row]:
+    """Times the runs of each case in turn, after a warm-up, and prints a table; no round starts after a minute.
+
+    The "ratio" in a row is the median of its times relative to those of `reference` (None: ours) in the same rounds: a
+    machine that is busy for a while slows both.
+    """
+    heading = (name, "package", "median s", "min s", "max s", f"relative to {reference or OURS}")
     rows, cells = [], []
     for case, runs in cases.items():
         seconds, start = {package: [] for package in runs}, time.perf_counter()
+        other = reference or next(iter(runs))
         for i in range(1 + repeats):
             if i > 1 and time.perf_counter() - start > MAX_SECONDS:
                 break
             for package, run in runs.items():
                 elapsed = time_call(run, device)
                 seconds[package] += [elapsed] if i else []
-        timings = [timing_row(f"{name}, {case}, {package}", times) for package, times in seconds.items()]
-        for package, row in zip(runs, timings, strict=True):
+        for package, times in seconds.items():
+            ratio = median(one / two for one, two in zip(times, seconds[other], strict=True))
+            row = timing_row(f"{name}, {case}, {package}", times, ratio=ratio)
             spread = (three_digits(row[key]) for key in ("seconds", "min_seconds", "max_seconds"))
-            cells.append((case, package, *spread, f"{row['seconds'] / timings[0]['seconds']:.2f}x"))
-        rows += timings
+            cells.append((case, package, *spread, f"{ratio:.2f}x"))
+            rows.append(row)
     print(f"\n{table([heading, *cells])}\n", flush=True)
     return rows

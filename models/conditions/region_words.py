@@ -19,6 +19,7 @@ from models.conditions.layout import FIELDS_OF
 from models.conditions.text import CaptionEncoder, EncoderOptions, occurrences, tokenize
 from models.prompts import PromptTokenizer
 from models.regions import Regions, find_present
+from models.streams import GatedTokens
 
 FIELDS = FIELDS_OF["segments"]  # batch fields that the encoder reads, with its default options
 SHARES = "text"  # the condition whose text encoder it reads with, if a network has it
@@ -45,6 +46,9 @@ class Config(EncoderOptions):
     """Numbers of the classes that are stuff, not things; default: those of the data set."""
     region_words_everywhere: str = ""
     """Words that all places read, such as the name of the data set; they are dropped with the regions."""
+    region_words_gated: bool = False
+    """A cross-attention of their own, through a gate that starts at 0, reads the words, not that of the prompt: a
+    trained network that gets them by --load_partial starts unchanged."""
 
     RANGES = {"region_words_stuff": "[0, 65536]"}
 
@@ -201,14 +205,16 @@ class RegionWords(RegionEncoder):
 
     The start and the end of a text, and padding, are not read, whatever --text_padding. The null is no token at all.
     The text encoder is that of `captions`; unless `owns_encoder`, it is part of another condition, which holds its
-    weights.
+    weights. With `gated`, they are GatedTokens.
     """
 
     describes_regions = True
 
-    def __init__(self, captions: CaptionEncoder, rule: WordRule, owns_encoder: bool = True):
+    def __init__(self, captions: CaptionEncoder, rule: WordRule, owns_encoder: bool = True, gated: bool = False):
         super().__init__()
-        self.rule, self.token_width = rule, captions.token_width
+        width = captions.token_width
+        self.token_width, self.gated_width = (0, width) if gated else (width, 0)
+        self.rule, self.kind = rule, GatedTokens if gated else Tokens
         self.own = captions if owns_encoder else None
         self.other = [] if owns_encoder else [captions]  # in a list: its weights are those of that condition alone
         self.fields = FIELDS_OF[rule.regions]
@@ -237,7 +243,8 @@ class RegionWords(RegionEncoder):
         regions: Regions | None = None,
     ) -> Tokens:
         if regions is None:
-            return Tokens(torch.zeros(len(x), 0, self.token_width, device=x.device), x.new_zeros(len(x), 0).bool())
+            values = torch.zeros(len(x), 0, self.captions.token_width, device=x.device)
+            return self.kind(values, x.new_zeros(len(x), 0).bool())
         values, mask, numbers = self.read(raw, x.device)  # (B, T, M, D), (B, T, M), (B, R)
         texts = torch.arange(values.shape[1], device=x.device)
         membership = (numbers.unsqueeze(1) == texts[:, None]) & regions.present.unsqueeze(1)  # (B, T, R)
@@ -247,7 +254,7 @@ class RegionWords(RegionEncoder):
         values = values.masked_fill(~present.unsqueeze(-1), 0)  # padding is the same in all images
         length = values.shape[2]
         membership, everywhere = (each.repeat_interleave(length, 1) for each in (membership, everywhere))
-        return Tokens(values.flatten(1, 2), present.flatten(1), membership, everywhere)
+        return self.kind(values.flatten(1, 2), present.flatten(1), membership, everywhere)
 
     def read(self, raw: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the tokens of all texts, which of them are read, and the number of each region's text."""
@@ -298,6 +305,8 @@ class RegionWords(RegionEncoder):
 def build(config: Config, width: int, n_classes: int, text: CaptionEncoder | None = None) -> RegionWords:
     """Builds the encoder, which shares the text encoder of the condition `text`, or has one of its own; it depends on
     neither the width of embeddings nor the number of classes of images."""
+    gated = config.region_words_gated
     if text is not None:
-        return RegionWords(text, config.rule, owns_encoder=False)
-    return RegionWords(CaptionEncoder(config.build_encoder(), "empty", bool(config.text_encoder)), config.rule)
+        return RegionWords(text, config.rule, owns_encoder=False, gated=gated)
+    captions = CaptionEncoder(config.build_encoder(), "empty", bool(config.text_encoder))
+    return RegionWords(captions, config.rule, gated=gated)

@@ -481,3 +481,48 @@ def test_other_conditions_of_regions_stand_beside_words():
     network = random_unet(encoders)
     fields = {name: value for name, value in scenes().items() if not name.startswith("box")}
     assert torch.isfinite(run(network, {"text": ["a", "b"], "objects": fields, "region_words": scenes()})).all()
+
+
+# Gated
+
+
+@network_kinds
+@torch.no_grad()
+def test_gated_words_start_as_no_words_at_all(kind):
+    """With gates at 0 the output is that without words, to the bit; open, places with words change, and no others."""
+    encoder, captions = build(shared=True, region_words_gated=True)
+    plain = NETWORKS[kind]({"text": captions})
+    network = NETWORKS[kind]({"text": captions, "region_words": encoder})
+    missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
+    gates = [p for name, p in network.named_parameters() if name.endswith(".gate")]
+    assert not unexpected and gates and all(key.partition("gated")[1] for key in missing)
+    fields = {"text": ["a scene", "sand"], "region_words": scenes()}
+    expected = run(plain, {"text": fields["text"]})
+    for value, same in ((0.0, True), (0.5, False)):
+        for gate in gates:
+            gate.data.fill_(value)
+        assert torch.equal(run(network, fields), expected) == same
+        assert torch.equal(run(network, {"text": fields["text"]}), expected)  # the null: no token is seen
+    condition = network.encoders(fields, X, {"regions": torch.tensor([True, False])})
+    out = network(*inputs_of(network), condition)
+    assert torch.equal(out[0], expected[0]) and not torch.equal(out[1], expected[1])  # the first one is dropped
+
+
+def inputs_of(network):
+    """What `run` calls a network with, but for the condition."""
+    if isinstance(network, UNet):
+        x = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(2))
+        return x.expand(2, -1, -1, -1), torch.full((2,), 0.5)
+    return (torch.randint(5, (1, 4, 6), generator=torch.Generator().manual_seed(2)).expand(2, -1, -1),)
+
+
+def test_a_pretrained_encoder_of_gated_words_is_kept():
+    """A transformer of codes initialises gated encoders itself, but not a text encoder that keeps its weights."""
+    torch.manual_seed(0)
+    encoder = build(region_words_gated=True)
+    kept = {name for name, module in encoder.named_modules() if module in encoder.kept_modules()}
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    Transformer(codes=5, grid=(4, 6), width=16, heads=2, layers=2, encoders={"region_words": encoder})
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]) or name.rpartition(".")[0] not in kept
+    assert kept

@@ -11,7 +11,7 @@ from torch import nn
 
 from models.blocks import FEED_FORWARDS, GEGLU, FeedForward
 from models.conditions import layout, objects
-from models.experts import ExpertOptions, Experts, add_experts, combine, experts_of
+from models.experts import ExpertOptions, Experts, LoopProducts, add_experts, combine, experts_of
 from models.regions import Regions
 from models.router import ClassRouter, LearnedRouter, Router, sort_by_expert
 from models.streams import Cells
@@ -77,7 +77,8 @@ def test_experts_are_the_dense_form_with_its_gradients(router, kind, dtype, erro
 def test_copies_compute_the_layer_that_they_are_copies_of(router, dtype, error):
     experts, layer = make_experts(router=router, dtype=dtype, spread=False)
     for own, one in ((experts.expand, layer.expand), (experts.contract, layer.contract)):
-        assert all(torch.equal(w, one.weight) and torch.equal(b, one.bias) for w, b in own.layers(dtype))
+        assert all(torch.equal(weight, one.weight) for weight in own.weight) and len(own.weight) == 3
+        assert all(torch.equal(bias, one.bias) for bias in own.bias)
     x = torch.randn(2, *GRID, 8, dtype=dtype)
     for known in (regions(), None):
         assert (experts(x, Cells(known, GRID)) - layer(x)).abs().max() < error
@@ -109,6 +110,37 @@ def test_grouped_products_are_those_of_the_loop(router, dtype):
         assert all((each - first).abs().max() <= error * (1 + first.abs().max()) for each in others)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("learns", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+def test_products_in_a_loop_have_the_gradients_of_autograd(dtype, learns, monkeypatch):
+    """Also of experts without rows, in memory that holds anything at first, and of a part of what may learn."""
+    weight, bias = torch.randn(4, 24, 8).double(), torch.randn(4, 24).double()
+    inputs, wanted = [torch.randn(30, 8).to(dtype), weight, bias], torch.randn(30, 24).to(dtype)
+    ends = [3, 3, 21, 27]  # the last three rows are padding
+    for name in ("new_empty", "empty_like"):
+        owner = torch.Tensor if name == "new_empty" else torch
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, make=make, **options: make(*args, **options).fill_(torch.nan))
+
+    leaves = [each.clone().requires_grad_(own) for each, own in zip(inputs, learns, strict=True)]
+    out = LoopProducts.apply(*leaves, ends)
+    out.backward(wanted)
+    others = [each.detach().clone().requires_grad_() for each in inputs]
+    parts = [
+        F.linear(others[0][start:end], others[1][i].to(dtype), others[2][i].to(dtype))
+        for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]
+    expected = F.pad(torch.cat(parts), (0, 0, 0, 3))
+    expected.backward(wanted)
+    error = 1e-12 if dtype == torch.float64 else 0.05
+    assert (out - expected).abs().max() <= error * expected.abs().max() and not out[27:].any()
+    for leaf, other, own in zip(leaves, others, learns, strict=True):
+        assert (leaf.grad is not None) == own
+        assert not own or (leaf.grad - other.grad).abs().max() <= error * other.grad.abs().max()
+    if learns[1]:
+        assert not leaves[1].grad[1].any()
+
+
 class Fixed(Router):
     """The same expert for all rows."""
 
@@ -129,7 +161,7 @@ def test_all_rows_may_have_one_expert(expert, compute, monkeypatch):
     experts, _ = make_experts(dtype=torch.float32)
     experts.router, x = Fixed(expert), torch.randn(2, *GRID, 8)
     out = experts(x, Cells(None, GRID))
-    (w1, b1), (w2, b2) = (each.layers(x.dtype)[expert] for each in (experts.expand, experts.contract))
+    (w1, b1), (w2, b2) = ((each.weight[expert], each.bias[expert]) for each in (experts.expand, experts.contract))
     assert torch.allclose(out, F.linear(GEGLU.activate(F.linear(x, w1, b1)), w2, b2), atol=1e-6)
     out.square().sum().backward()
     for p in experts.parameters():  # all of them have a gradient, that of the others is 0

@@ -292,7 +292,7 @@ def one_line(text):
 REFUSED = {
     f"--load_dir lora {LORA}": "is itself fine-tuned, with adapters: pass the run that --save merged writes",
     LORA: "without trained weights: pass --load_dir RUN",
-    f"--load_dir base --load_partial {LORA}": "which change a whole network",
+    f"--load_dir base --load_partial --differential diff_v2 {LORA}": "got --load_partial with --differential diff_v2",
     "--load_dir base --lora_alpha 2": "got lora_alpha without adapters",
     "--load_dir base --save merged": "without adapters",
     "--load_dir base --lora_rank_of time=4": "got lora_rank_of without adapters",

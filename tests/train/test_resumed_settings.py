@@ -227,6 +227,9 @@ def test_other_samplers_and_partial_loads_take_nothing_over(logs):
     for flags in ("--sampler absorbing", "--load_partial --dataset folder"):
         config = parse(f"--logs_root {logs} --load_dir ddpm_digits {flags}").config
         assert config.data.img_size != 8 and getattr(config.sampler, "schedule", "") != "cosine"
+    adapters = "--load_partial --lora_rank 2 --dataset folder"  # what they are added to is the network of the base
+    config = parse(f"--logs_root {logs} --load_dir ddpm_digits {adapters}").config
+    assert config.data.img_size == 8 and config.sampler.schedule == "cosine" and config.training.load_partial
 
 
 def test_code_of_the_base_must_be_given_again(logs, tmp_path, monkeypatch, capfd):

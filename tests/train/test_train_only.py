@@ -9,15 +9,16 @@ from helpers.labels import label_encoders
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import weights
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
-from models.conditions import image, layout, objects
+from models.conditions import image, layout, objects, text
 from models.conditions.label import LabelEncoder
 from models.conditions.metadata import MetadataEncoder
 from models.conditions.objects import ObjectsEncoder
 from models.embeddings import GrowingEmbedding
+from models.experts import ExpertOptions, add_experts
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.checkpoint import checkpoint_path, load_matching
-from train.optim import freeze_all_but, is_selected
+from train.optim import freeze_all_but, is_selected, scale_learning_rates
 from vq.quantizers.nearest import NearestQuantizer
 
 RUN = (
@@ -161,6 +162,26 @@ def test_a_star_stands_for_any_one_part():
     names = ["blocks.0.gated.gate", "blocks.11.gated.cross.q.bias", "blocks.0.cross.q.bias", "blocks.0", "gated.gate"]
     assert [is_selected(name, ["blocks.*.gated"]) for name in names] == [True, True, False, False, False]
     assert not is_selected("blocks", ["blocks.*"]) and is_selected("blocks.0.cross", ["embed", "*.0"])
+
+
+def test_experts_are_a_part_of_a_network():
+    """By name alone, in --train_only and --lr_scale; not the feed-forward layers of its text encoder."""
+    torch.manual_seed(0)
+    captions = text.build(text.Config(text_width=8, text_layers=1, text_heads=1), 16, 0)
+    network = Transformer(codes=5, grid=(2, 2), width=16, heads=2, layers=2, encoders={"text": captions})
+    with pytest.raises(ValueError, match="got --train_only experts, which matches no parameter"):
+        freeze_all_but(network, ["experts"])
+    add_experts(network, ExpertOptions(groups=(), learned=2))
+    freeze_all_but(network, ["experts", "norm"])
+    learned = {name for name, p in network.named_parameters() if p.requires_grad}
+    experts = {name for name in learned if name.startswith("blocks.") and ".feed_forward." in name}
+    assert {name.split(".")[3] for name in experts} == {"expand", "contract", "router"}
+    assert learned - experts == {"norm.weight", "norm.bias"}
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    scale_learning_rates(optimizer, network, {"experts": 0.5})
+    factors = {group["lr_scale"]: len(group["params"]) for group in optimizer.param_groups}
+    assert factors == {0.5: len(experts), 1.0: 2}
 
 
 def test_prefixes_end_at_dots():

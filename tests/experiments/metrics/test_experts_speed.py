@@ -46,8 +46,9 @@ def test_each_case_has_its_rows_and_its_ratios(small, capsys):
     assert len({row["workload"] for row in rows}) == len(rows) == 2 * 2 * 2 * 4
     lines = capsys.readouterr().out
     assert lines.count("the time of one layer") == 8 and lines.count("kept for backward") == 4
-    seconds = {OURS: 2.0, ONE_LAYER: 1.6, MANY_EXPERTS: 4.0, EVERYWHERE: 8.0}
-    way_of = {row["workload"]: way for row in rows for way in seconds if row["workload"].endswith(f", {way}")}
-    rows = [{**row, "seconds": seconds[way_of[row["workload"]]]} for row in rows]
+    ratios = {OURS: 1.25, ONE_LAYER: 1.0, MANY_EXPERTS: 2.5, EVERYWHERE: 5.0}
+    way_of = {row["workload"]: way for row in rows for way in ratios if row["workload"].endswith(f", {way}")}
+    assert all(row["ratio"] == 1 for row in rows if way_of[row["workload"]] == ONE_LAYER)
+    rows = [{**row, "ratio": ratios[way_of[row["workload"]]]} for row in rows]
     expected = "24 rows, float32, forward: 1.25x the time of one layer, 2.50x with 5 experts, 5.00x computed everywhere"
     assert next(compare_experts(rows, "experts")) == expected

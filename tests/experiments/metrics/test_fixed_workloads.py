@@ -64,6 +64,18 @@ def test_runs_take_turns_after_a_warm_up_for_a_minute(monkeypatch, capsys):
     assert fixed_workloads.report_in_turn("name", cases, 2, CPU)[0]["runs"] == 1
 
 
+def test_ratios_are_medians_of_those_of_each_round(monkeypatch, capsys):
+    """A machine that is twice as slow in one round changes none of them."""
+    times = iter([9.0, 9.0, 1.0, 3.0, 2.0, 6.0, 1.0, 4.0])  # a warm-up, then three rounds of two
+    monkeypatch.setattr(fixed_workloads, "time_call", lambda run, device: next(times))
+    runs = {OURS: None, "other": None}
+    ours, other = fixed_workloads.report_in_turn("name", {"a": runs}, 3, CPU)
+    assert (ours["ratio"], other["ratio"], other["seconds"]) == (1.0, 3.0, 4.0)
+    times = iter([9.0, 9.0, 1.0, 4.0])
+    rows = fixed_workloads.report_in_turn("name", {"a": runs}, 1, CPU, "other")
+    assert [row["ratio"] for row in rows] == [0.25, 1.0] and "relative to other" in capsys.readouterr().out
+
+
 WRITES = "p=__import__('sys').argv[2]+'/startup';__import__('os').mkdir(p);open(p+'/metrics.jsonl','w').write('1')"
 
 
