@@ -1,0 +1,345 @@
+"""Panoptic maps with the prompts of images and of instances, as layouts of images to generate; and their files.
+
+    maps/a.png              a map in one of three encodings; maps.json with its segments, for coco
+    prompts.csv             img_name,prompt
+    instances.json          {"a.png": {"24001": "a man"}}, by the ids in the map
+
+Images, maps and prompts belong together by their names without suffixes, as in training.
+"""
+
+import hashlib
+import posixpath
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from experiments.harness.layout_inputs import LayoutInputs, source_of
+from models.ranges import COUNT, check_ranges
+from train.config import SamplingConfig
+from train.data.formats.categories import Categories
+from train.data.formats.panoptic import Encoding, check_encoding, decode
+from train.data.formats.prompts import (
+    decode_captions,
+    decode_instance_prompts,
+    encode_instance_prompts,
+    encode_prompts,
+)
+from train.datasets._coco_json import read_segments
+from train.datasets._regions import (
+    CLASS_FILES,
+    MAP_SUFFIXES,
+    MAPS_CHECKED,
+    naming,
+    panoptic_fields,
+    read_categories,
+    read_colors,
+    read_text,
+)
+from train.datasets.folder import walk_files
+from train.files import sha256, write_text
+from train.layout_files import LayoutVocabulary, file_stem, find_encoding, renumber_fields, semantic_fields
+from train.layouts import Layout, read_row, trained_vocabulary, write_maps
+from train.trained_sampler import TrainedSampler
+
+T = TypeVar("T")
+CAPTION, WORDS = "caption", "box_words"  # batch fields of the prompts of images and of instances
+PROMPTS_FILE, INSTANCES_FILE = "prompts.csv", "instances.json"
+UNMATCHED = "or pass --allow_unmatched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanopticMapsConfig:
+    """Maps."""
+
+    maps: str | None = None
+    """Folder of panoptic maps; they are resized and cropped as in training."""
+    panoptic_encoding: Encoding | None = None
+    """What the colours mean. coco: id = R + 256 G + 65536 B, with a JSON file; two_channel: R = category, G = number;
+    mamoe: id = 256 R + G, B = class. If omitted, coco where there is a JSON file, else what the colours can mean."""
+    panoptic_json: str | None = None
+    """JSON file with the segments of the maps, for coco; if omitted, <maps>.json."""
+    categories: str | None = None
+    """File with the classes of the maps: JSON or YAML with ids and names, or a name a line; if omitted, the one in the
+    folder of the maps, such as categories.json, or else the classes of the data set of the training."""
+    prompts: str | None = None
+    """CSV file with columns img_name and prompt, or JSON; if omitted, the prompt of a map is its classes, by name."""
+    prompt: str | None = None
+    """Prompt of all maps, instead of --prompts."""
+    instances: str | None = None
+    """JSON file with the prompts of instances by image and id, {"a.png": {"24001": "a man"}}; those of others are the
+    names of their classes."""
+    image_ending: str = ""
+    """What names of images in --prompts and --instances end in, before the suffix, and names of maps do not, such as
+    _leftImg8bit."""
+    panoptic_ending: str = ""
+    """What names of maps end in, before the suffix, such as _gtFine_panoptic."""
+    allow_unmatched: bool = False
+    """Draw maps without a prompt by the names of their classes, and ignore prompts without a map."""
+    n_images: int | None = None
+    """Number of maps, the first ones; if omitted, all."""
+    n_seeds: int = 4
+    """Images of each map."""
+
+    EVERYDAY = ("maps", "panoptic_encoding", "prompts", "prompt", "instances", "n_images", "n_seeds")
+    RANGES = {"n_images": COUNT, "n_seeds": COUNT}
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.prompts is not None and self.prompt is not None:
+            raise ValueError("got --prompts and --prompt: pass one of them")
+        if self.panoptic_json is not None and self.panoptic_encoding not in (None, "coco"):
+            raise ValueError(f"got --panoptic_json for maps of {self.panoptic_encoding}: leave one of them out")
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """A panoptic map as it is in its file."""
+
+    path: Path
+    name: str  # of the pictures of it
+    key: str  # by which prompts are found
+    fields: Mapping[str, Any]  # as those of an item of a data set, with the classes of the model
+
+
+def open_maps(settings: PanopticMapsConfig, trained: TrainedSampler, options: SamplingConfig) -> LayoutInputs:
+    """Opens the maps and their prompts for a model, as layouts with all that it reads of them.
+
+    Fields that neither the maps nor the prompts have come from where they come from without maps. All ranks must call
+    it. FileNotFoundError, ValueError: they cannot be used, or do not belong together.
+    """
+    vocabulary = segment_vocabulary(trained, settings)
+    if options.condition_file is not None:
+        raise ValueError("got --maps and --condition_file: pass one of them")
+    files = read_maps(settings, vocabulary)
+    captions = find_captions(settings, files) if CAPTION in vocabulary.fields else [None] * len(files)
+    words = find_words(settings, files)
+    layouts = []
+    for file, caption, own in zip(files, captions, words, strict=True):
+        if caption is None:
+            caption = name_classes(file.fields, vocabulary.classes)
+        fields = with_words(file.fields, own, vocabulary.classes) | {CAPTION: caption}
+        layouts.append(Layout(file.name, read_row(file.path, file.name, fields, vocabulary)))
+    layouts = tuple(layouts[: settings.n_images])
+    return LayoutInputs(layouts, vocabulary, source_of(layouts, trained, options), provenance_of(settings, files))
+
+
+def segment_vocabulary(trained: TrainedSampler, settings: PanopticMapsConfig) -> LayoutVocabulary:
+    """Returns the vocabulary of a model; ValueError unless it reads segments, and the prompts that are given."""
+    fields = trained.sampler.conditions
+    reads = f"{trained.run}, which reads {', '.join(fields) or 'no conditions'}"
+    if "panoptic" not in fields:
+        wanted = "--conditions region_words, or with --layout_regions segments"
+        others = " (boxes and masks: run_layout_to_image.py)" if {"boxes", "masks"} & {*fields} else ""
+        raise ValueError(f"got panoptic maps for {reads}: pass a run with {wanted}{others}")
+    for flag, field, conditions in (
+        ("prompts", CAPTION, "text"),
+        ("prompt", CAPTION, "text"),
+        ("instances", WORDS, "region_words"),
+    ):
+        if getattr(settings, flag) is not None and field not in fields:
+            raise ValueError(f"got --{flag} for {reads}: leave it out, or pass a run with --conditions {conditions}")
+    return trained_vocabulary(trained)
+
+
+# Maps
+
+
+def read_maps(settings: PanopticMapsConfig, vocabulary: LayoutVocabulary) -> list[MapFile]:
+    """Reads the maps of the settings, sorted by name. FileNotFoundError, ValueError: there are none, they are of
+    another encoding, have classes that the model does not know, or two have one name."""
+    folder = require_folder(settings.maps)
+    paths = sorted(folder / name for name in walk_files(folder) if name.lower().endswith(MAP_SUFFIXES))
+    if not paths:
+        raise ValueError(f"{folder} has no {' or '.join(MAP_SUFFIXES)} file: pass the folder of the maps as --maps")
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    files, table = [], find_table(settings, folder, vocabulary)
+    encoding = choose_encoding(settings.panoptic_encoding, paths, names, table, folder)
+    for path, name in zip(paths, names, strict=True):
+        colors = read_colors(path, None)
+        with naming(path):
+            if encoding is None:
+                fields = semantic_fields(colors, table.categories)
+            else:
+                segments = None if table.segments is None else table.segments.get(posixpath.basename(name))
+                fields = panoptic_fields(decode(colors, encoding), table.categories, segments)
+            fields = renumber_fields(fields, table.categories, vocabulary)
+        key = posixpath.splitext(posixpath.basename(name))[0].removesuffix(settings.panoptic_ending)
+        files.append(MapFile(path, file_stem(name), key, fields))
+    files.sort(key=lambda file: file.name)
+    for one, other in zip(files, files[1:], strict=False):
+        if one.name == other.name:
+            raise ValueError(f"{one.path} and {other.path} have the same name but for signs: rename one of them")
+    return files
+
+
+def require_folder(path: str | None) -> Path:
+    """Returns the folder of --maps; ValueError without one, FileNotFoundError if it is none."""
+    if path is None:
+        raise ValueError("got no maps: pass a folder of panoptic maps as --maps")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: pass the folder of the maps as --maps")
+    return folder
+
+
+@dataclass(frozen=True)
+class SegmentTable:
+    """The classes of maps by their ids and, of coco, the segments of each map: rows of id, category and iscrowd."""
+
+    categories: Categories
+    segments: Mapping[str, Sequence[Sequence[int]]] | None = None
+
+
+def find_table(settings: PanopticMapsConfig, folder: Path, vocabulary: LayoutVocabulary) -> SegmentTable:
+    """Reads the classes of the maps, and their segments if they are of coco. FileNotFoundError: a file is missing."""
+    path = Path(settings.panoptic_json or f"{folder}.json").expanduser()
+    wanted = settings.panoptic_encoding == "coco" or settings.panoptic_json is not None
+    if wanted or (settings.panoptic_encoding is None and path.is_file()):
+        return SegmentTable(*read_segments(path))
+    if settings.categories is not None:
+        return SegmentTable(read_categories(Path(), str(Path(settings.categories).expanduser())))
+    listed = any((folder / name).is_file() for name in CLASS_FILES)
+    return SegmentTable(read_categories(folder, None) if listed else vocabulary.categories)
+
+
+def choose_encoding(
+    given: Encoding | None, paths: Sequence[Path], names: Sequence[str], table: SegmentTable, folder: Path
+) -> Encoding | None:
+    """Returns the encoding of maps, None for grey levels that are classes; ValueError if it is not the one `given`, or
+    not to be told from the colours."""
+    if given is None and table.segments is None:
+        return find_encoding(paths[:MAPS_CHECKED], folder, table.categories)
+    encoding = given or "coco"
+    things = dict(zip(table.categories.ids, table.categories.things, strict=True))
+    pictures = [read_colors(path, None) for path in paths[:MAPS_CHECKED]]
+    listed = None
+    if table.segments is not None:
+        missing = [name for name in names if posixpath.basename(name) not in table.segments]
+        if missing:
+            raise ValueError(f"{folder}: {name_some(missing)} not in the JSON file: pass theirs as --panoptic_json")
+        listed = [[row[0] for row in table.segments[posixpath.basename(name)]] for name in names[:MAPS_CHECKED]]
+    with naming(folder):
+        check_encoding(pictures, encoding, things, listed)
+    return encoding
+
+
+def with_words(fields: Mapping[str, Any], words: Mapping[int, str], classes: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of a map with the words of its instances: their own or, without, the name of their class. An
+    image without instances that can be told apart has none."""
+    if "box_id" not in fields:
+        return dict(fields)
+    rows = zip(fields["box_id"].tolist(), fields["box_class"].tolist(), strict=True)
+    return {**fields, WORDS: [words.get(each, classes[number]) for each, number in rows]}
+
+
+def name_classes(fields: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """Returns the names of the classes of a map, each once, those of larger areas first: "road, car, sky"."""
+    ids = fields["panoptic"].as_subclass(Tensor).numpy()
+    pixels = dict(zip(*(each.tolist() for each in np.unique(ids, return_counts=True)), strict=True))
+    areas: dict[str, int] = {}
+    for each, number in zip(fields["segment_id"].tolist(), fields["segment_class"].tolist(), strict=True):
+        areas[classes[number]] = areas.get(classes[number], 0) + pixels.get(each, 0)
+    return ", ".join(sorted(areas, key=lambda name: -areas[name]))
+
+
+# Prompts
+
+
+def find_captions(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> list[str | None]:
+    """Returns the prompt of each map, None: it has none; ValueError for those that do not belong together."""
+    if settings.prompts is None:
+        return [settings.prompt] * len(files)
+    path = Path(settings.prompts).expanduser()
+    text = read_text(path, "pass a CSV file with columns img_name and prompt as --prompts")
+    with naming(path):
+        captions = {image: each[0].text for image, each in decode_captions(text, path.suffix.lower()).items()}
+    found = match_names(captions, files, path, settings)
+    missing = [file.path.name for file, caption in zip(files, found, strict=True) if caption is None]
+    if missing and not settings.allow_unmatched:
+        raise ValueError(f"{path} has no prompt for {name_some(missing)}: add one for each, {UNMATCHED}")
+    return found
+
+
+def find_words(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> list[Mapping[int, str]]:
+    """Returns the prompts of the instances of each map; ValueError for ids that are no instances of it."""
+    if settings.instances is None:
+        return [{}] * len(files)
+    path = Path(settings.instances).expanduser()
+    text = read_text(path, 'pass a JSON file such as {"a.png": {"24001": "a man"}} as --instances')
+    with naming(path):
+        words = decode_instance_prompts(text)
+    found = [own or {} for own in match_names(words, files, path, settings)]
+    for file, own in zip(files, found, strict=True):
+        check_ids(own, file, path)
+    return found
+
+
+def check_ids(words: Collection[int], file: MapFile, path: Path) -> None:
+    """Raises ValueError unless all ids are those of instances of a map."""
+    instances = file.fields["box_id"].tolist() if "box_id" in file.fields else []
+    if odd := sorted({*words} - {*instances}):
+        known = odd[0] in file.fields["segment_id"].tolist()
+        got = f"segment {odd[0]} of {file.path.name} is no thing" if known else f"{file.path.name} has no id {odd[0]}"
+        wanted = f"wanted ids of its things such as {instances[0]}" if instances else "nor any thing"
+        raise ValueError(f"{path}: {got}, {wanted}: check the ids, and --panoptic_encoding")
+
+
+def match_names(
+    values: Mapping[str, T], files: Sequence[MapFile], path: Path, settings: PanopticMapsConfig
+) -> list[T | None]:
+    """Returns the value of each map from those by name of the image; ValueError for two of one map, and for those of
+    which there is no map."""
+    by_key: dict[str, str] = {}
+    for name in values:
+        key = posixpath.splitext(posixpath.basename(name))[0].removesuffix(settings.image_ending)
+        if key in by_key:
+            raise ValueError(f"{path}: {by_key[key]} and {name} are the same but for the suffix: keep one of them")
+        by_key[key] = name
+    if strays := [name for key, name in by_key.items() if key not in {file.key for file in files}]:
+        if not settings.allow_unmatched or len(strays) == len(by_key):
+            got = f"{path} has prompts of {name_some(strays)}, but {settings.maps} has no such map"
+            raise ValueError(f"{got}: check --image_ending and --panoptic_ending, {UNMATCHED}")
+    return [values[by_key[file.key]] if file.key in by_key else None for file in files]
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Returns the first of names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+# Results
+
+
+def provenance_of(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> dict[str, str]:
+    """Returns what identifies the inputs by their content: hashes of maps, of prompts and of those of instances."""
+    digests = [f"{file.name} {sha256(file.path)}" for file in files]
+    folder = require_folder(settings.maps)
+    tables = [Path(each).expanduser() for each in (settings.panoptic_json, settings.categories) if each is not None]
+    tables += [Path(f"{folder}.json"), *(folder / name for name in CLASS_FILES)]
+    digests += [sha256(each) for each in tables if each.is_file()]
+    given = {"prompts_sha256": settings.prompts, "instances_sha256": settings.instances}
+    hashes = {name: sha256(Path(path).expanduser()) for name, path in given.items() if path is not None}
+    return {"maps_sha256": hashlib.sha256("\n".join(digests).encode()).hexdigest(), **hashes}
+
+
+def write_inputs(folder: Path, inputs: LayoutInputs) -> None:
+    """Writes maps of the size of the images, as coco, and the prompts of images and instances, so that `open_maps`
+    reads them again: maps/, maps.json, prompts.csv and instances.json."""
+    write_maps(folder, inputs.layouts, inputs.vocabulary, "maps")
+    rows = {f"{layout.name}.png": layout.row for layout in inputs.layouts}
+    if any(CAPTION in row for row in rows.values()):
+        write_text(folder / PROMPTS_FILE, encode_prompts({name: row[CAPTION] for name, row in rows.items()}))
+    if any(WORDS in row for row in rows.values()):
+        words = {name: words_in(row) for name, row in rows.items() if WORDS in row}
+        write_text(folder / INSTANCES_FILE, encode_instance_prompts(words) + "\n")
+
+
+def words_in(row: Mapping[str, Any]) -> dict[int, str]:
+    """Returns the words of the instances of which there is something in the image, by id."""
+    present = np.unique(row["panoptic"].as_subclass(Tensor).numpy()).tolist()
+    rows = zip(row["box_id"].tolist(), row[WORDS], strict=True)
+    return {each: words for each, words in rows if each in present}
