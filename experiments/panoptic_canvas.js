@@ -230,7 +230,7 @@ class PanopticCanvas extends HTMLElement {
     choice.append(swatch, name);
     choice.addEventListener("click", () => { this.selected = index; this.refresh(); });
     item.append(choice);
-    if (this.scene.words && this.scene.things[region.number]) {
+    if (this.scene.words) {
       const words = document.createElement("input");
       Object.assign(words, { type: "text", value: region.words, placeholder: name });
       words.setAttribute("aria-label", `words of region ${index + 1}`);

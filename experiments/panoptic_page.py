@@ -1,4 +1,4 @@
-"""The tab Panoptic of the demo page: samples images from a panoptic map that the user paints, with words for things.
+"""The tab Panoptic of the demo page: samples images of a painted panoptic map, with words for its regions.
 
 panoptic_canvas.js is the canvas in the browser; harness/painted_maps.py turns what is painted into conditions.
 """
@@ -26,8 +26,8 @@ READ = "(painting, ...others) => [document.querySelector('panoptic-canvas').pain
 COLUMNS = 3  # of the gallery
 SAMPLE = "Sample this map"
 HELP = (
-    "Choose a class and paint. *New instance* begins another thing of the class, which may have words of its own. Grey "
-    "is in no region. Without a prompt, the prompt is the names of the classes."
+    "Choose a class and paint. *New instance* begins another thing of the class. Regions without words of their own "
+    "read the name of their class; grey is in no region. Without a prompt, the prompt is the names of the classes."
 )
 
 

@@ -176,9 +176,10 @@ def write_maps(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVocabu
     returns the path of the JSON file."""
     images, annotations = [], []
     for number, layout in enumerate(layouts, 1):
-        ids, file = layout.row["panoptic"].as_subclass(Tensor).numpy(), f"{layout.name}.png"
+        row, file = layout.row, f"{layout.name}.png"
+        ids = row["panoptic"].as_subclass(Tensor).numpy()
         present = {*np.unique(ids).tolist()}
-        rows = zip(layout.row["segment_id"].tolist(), layout.row["segment_class"].tolist(), strict=True)
+        rows = zip(row["segment_id"].tolist(), row["segment_class"].tolist(), strict=True)
         segments = [{"id": i, "category_id": vocabulary.categories.ids[c]} for i, c in rows if i in present]
         words = dict(zip(row["box_id"].tolist(), row["box_words"], strict=True)) if "box_words" in row else {}
         segments = [each | ({"words": words[each["id"]]} if words.get(each["id"]) else {}) for each in segments]

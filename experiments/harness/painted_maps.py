@@ -28,7 +28,7 @@ class PaintedRegion(NamedTuple):
     """An instance of a thing, or all of a class of stuff."""
 
     number: int  # of the class
-    words: str = ""  # of a thing; "": the name of its class
+    words: str = ""  # "": the name of its class
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def parse_painting(text: str, vocabulary: LayoutVocabulary) -> PaintedMap:
 
 
 def row_of(painted: PaintedMap, vocabulary: LayoutVocabulary) -> Row:
-    """Returns a painted map as fields of one image, those that the model reads: its segments, and the boxes and words
-    of its things, as those of a data set. Its caption is the names of its classes."""
+    """Returns a painted map as fields of one image, those that the model reads: its segments with their words, and the
+    boxes of its things, as those of a data set. Its caption is the names of its classes."""
     categories, segment_id = vocabulary.categories, segments_of(painted.ids)
     numbers = [painted.regions[each - 1].number for each in segment_id.tolist()]
     segment_class = np.array([categories.ids[number] for number in numbers], np.int64)
     fields = panoptic_fields(PanopticMap(painted.ids, segment_id, segment_class), categories)
     words = {k + 1: region.words for k, region in enumerate(painted.regions) if region and region.words}
-    fields = with_words(renumber_fields(fields, categories, vocabulary), words, vocabulary.classes)
+    fields = with_words(renumber_fields(fields, categories, vocabulary), words)
     fields[CAPTION] = name_classes(fields, vocabulary.classes)
     return make_row({name: value for name, value in fields.items() if name in vocabulary.fields})
 

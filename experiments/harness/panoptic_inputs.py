@@ -2,7 +2,7 @@
 
     maps/a.png              a map in one of three encodings; maps.json with its segments, for coco
     prompts.csv             img_name,prompt
-    instances.json          {"a.png": {"24001": "a man"}}, by the ids in the map
+    instances.json          {"a.png": {"24001": "a man"}}, by the ids in the map, of things or of stuff
 
 Images, maps and prompts belong together by their names without suffixes, as in training.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from experiments.harness.layout_inputs import LayoutInputs, source_of
@@ -28,6 +29,7 @@ from train.data.formats.prompts import (
     encode_instance_prompts,
     encode_prompts,
 )
+from train.datasets import Ragged
 from train.datasets._coco_json import read_segments
 from train.datasets._regions import (
     CLASS_FILES,
@@ -48,6 +50,7 @@ from train.trained_sampler import TrainedSampler
 T = TypeVar("T")
 CAPTION, WORDS = "caption", "box_words"  # batch fields of the prompts of images and of instances
 PROMPTS_FILE, INSTANCES_FILE = "prompts.csv", "instances.json"
+LISTED = 8  # ids in a message
 UNMATCHED = "or pass --allow_unmatched"
 
 
@@ -70,8 +73,8 @@ class PanopticMapsConfig:
     prompt: str | None = None
     """Prompt of all maps, instead of --prompts."""
     instances: str | None = None
-    """JSON file with the prompts of instances by image and id, {"a.png": {"24001": "a man"}}; those of others are the
-    names of their classes."""
+    """JSON file with the words of instances by image and id, {"a.png": {"24001": "a man"}}; those of other segments
+    are the names of their classes. Stuff may have words, too."""
     image_ending: str = ""
     """What names of images in --prompts and --instances end in, before the suffix, and names of maps do not, such as
     _leftImg8bit."""
@@ -121,7 +124,7 @@ def open_maps(settings: PanopticMapsConfig, trained: TrainedSampler, options: Sa
     for file, caption, own in zip(files, captions, words, strict=True):
         if caption is None:
             caption = name_classes(file.fields, vocabulary.classes)
-        fields = with_words(file.fields, own, vocabulary.classes) | {CAPTION: caption}
+        fields = with_words(file.fields, own) | {CAPTION: caption}
         layouts.append(Layout(file.name, read_row(file.path, file.name, fields, vocabulary)))
     layouts = tuple(layouts[: settings.n_images])
     return LayoutInputs(layouts, vocabulary, source_of(layouts, trained, options), provenance_of(settings, files))
@@ -129,20 +132,21 @@ def open_maps(settings: PanopticMapsConfig, trained: TrainedSampler, options: Sa
 
 def segment_vocabulary(trained: TrainedSampler, settings: PanopticMapsConfig) -> LayoutVocabulary:
     """Returns the vocabulary of a model; ValueError unless it reads segments, and the prompts that are given."""
-    fields = trained.sampler.conditions
+    vocabulary, fields = None, trained.sampler.conditions
+    if "panoptic" in fields:
+        vocabulary = trained_vocabulary(trained)
+        fields = vocabulary.fields
     reads = f"{trained.run}, which reads {', '.join(fields) or 'no conditions'}"
-    if "panoptic" not in fields:
+    if vocabulary is None:
         wanted = "--conditions region_words, or with --layout_regions segments"
         others = " (boxes and masks: run_layout_to_image.py)" if {"boxes", "masks"} & {*fields} else ""
         raise ValueError(f"got panoptic maps for {reads}: pass a run with {wanted}{others}")
-    for flag, field, conditions in (
-        ("prompts", CAPTION, "text"),
-        ("prompt", CAPTION, "text"),
-        ("instances", WORDS, "region_words"),
-    ):
-        if getattr(settings, flag) is not None and field not in fields:
-            raise ValueError(f"got --{flag} for {reads}: leave it out, or pass a run with --conditions {conditions}")
-    return trained_vocabulary(trained)
+    given = {"prompts": settings.prompts, "prompt": settings.prompt, "instances": settings.instances}
+    for flag, value in given.items():
+        field, condition = (WORDS, "region_words") if flag == "instances" else (CAPTION, "text")
+        if value is not None and field not in fields:
+            raise ValueError(f"got --{flag} for {reads}: leave it out, or pass a run with --conditions {condition}")
+    return vocabulary
 
 
 # Maps
@@ -227,13 +231,13 @@ def choose_encoding(
     return encoding
 
 
-def with_words(fields: Mapping[str, Any], words: Mapping[int, str], classes: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of a map with the words of its instances: their own or, without, the name of their class. An
-    image without instances that can be told apart has none."""
-    if "box_id" not in fields:
-        return dict(fields)
-    rows = zip(fields["box_id"].tolist(), fields["box_class"].tolist(), strict=True)
-    return {**fields, WORDS: [words.get(each, classes[number]) for each, number in rows]}
+def with_words(fields: Mapping[str, Any], words: Mapping[int, str]) -> dict[str, Any]:
+    """Returns the fields of a map with the words of its segments by id: of its things, "" for the name of the class,
+    then of stuff that has words of its own."""
+    things = fields["box_id"].tolist() if "box_id" in fields else []
+    ids = [*things, *(each for each in fields["segment_id"].tolist() if each in words and each not in things)]
+    texts = [words.get(each, "") for each in ids]
+    return {**fields, "box_id": Ragged(torch.tensor(ids, dtype=torch.int64)), WORDS: texts}
 
 
 def name_classes(fields: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -265,7 +269,7 @@ def find_captions(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> lis
 
 
 def find_words(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> list[Mapping[int, str]]:
-    """Returns the prompts of the instances of each map; ValueError for ids that are no instances of it."""
+    """Returns the words of the segments of each map, by id; ValueError for ids that it does not have."""
     if settings.instances is None:
         return [{}] * len(files)
     path = Path(settings.instances).expanduser()
@@ -279,13 +283,12 @@ def find_words(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> list[M
 
 
 def check_ids(words: Collection[int], file: MapFile, path: Path) -> None:
-    """Raises ValueError unless all ids are those of instances of a map."""
-    instances = file.fields["box_id"].tolist() if "box_id" in file.fields else []
-    if odd := sorted({*words} - {*instances}):
-        known = odd[0] in file.fields["segment_id"].tolist()
-        got = f"segment {odd[0]} of {file.path.name} is no thing" if known else f"{file.path.name} has no id {odd[0]}"
-        wanted = f"wanted ids of its things such as {instances[0]}" if instances else "nor any thing"
-        raise ValueError(f"{path}: {got}, {wanted}: check the ids, and --panoptic_encoding")
+    """Raises ValueError unless all ids are those of segments of a map."""
+    segments = file.fields["segment_id"].tolist()
+    if odd := sorted({*words} - {*segments}):
+        known = f"its ids are {', '.join(map(str, segments[:LISTED]))}" + ", ..." * (len(segments) > LISTED)
+        got = f"{file.path.name} has no id {odd[0]}; {known if segments else 'it has no segments'}"
+        raise ValueError(f"{path}: {got}: check the ids, and --panoptic_encoding")
 
 
 def match_names(
@@ -334,12 +337,12 @@ def write_inputs(folder: Path, inputs: LayoutInputs) -> None:
     if any(CAPTION in row for row in rows.values()):
         write_text(folder / PROMPTS_FILE, encode_prompts({name: row[CAPTION] for name, row in rows.items()}))
     if any(WORDS in row for row in rows.values()):
-        words = {name: words_in(row) for name, row in rows.items() if WORDS in row}
+        words = {name: words_in(row) for name, row in rows.items()}
         write_text(folder / INSTANCES_FILE, encode_instance_prompts(words) + "\n")
 
 
 def words_in(row: Mapping[str, Any]) -> dict[int, str]:
-    """Returns the words of the instances of which there is something in the image, by id."""
+    """Returns the words of the segments of which there is something in the image, by id."""
     present = np.unique(row["panoptic"].as_subclass(Tensor).numpy()).tolist()
     rows = zip(row["box_id"].tolist(), row[WORDS], strict=True)
-    return {each: words for each, words in rows if each in present}
+    return {each: words for each, words in rows if words and each in present}

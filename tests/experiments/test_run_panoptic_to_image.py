@@ -13,7 +13,7 @@ from train.data.formats import panoptic
 
 QUICK = "--no_amp --device cpu --sample_steps 2 --batch_size 4"
 TEXT = "--attn_block_type transformer --text_width 16 --text_layers 1 --text_heads 2"
-READS = "--conditions text layout --layout_regions segments"
+READS = "--conditions text region_words"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logs(data, tmp_path_factory):
-    """A run of one step that reads segments and captions, and one of boxes."""
+    """A run of few steps that reads captions and words of regions, and one of boxes."""
     logs = tmp_path_factory.mktemp("logs")
     run = f"--logs_root {logs} --no_amp --train_steps 4 --lr 0.01 --ema_beta 0 --steps_per_eval 0 --num_workers 0"
     prompts = "--prompts prompts_{split}.csv --instance_prompts words_{split}.json"
@@ -67,8 +67,11 @@ def same_images(one, other):
 def test_each_map_gets_a_picture_beside_its_seeds(logs, maps, tmp_path, conditions, capsys):
     out = tmp_path / "out"
     words = f"--maps {maps / 'maps'} --panoptic_encoding mamoe --prompts {maps / 'prompts.csv'} --n_seeds 2"
+    words += f" --instances {maps / 'instances.json'}"
     draw(f"{logs / 'scenes' / 'checkpoints'} {words} --output_dir {out}")
     (batch,) = conditions
+    assert batch["box_words"][:2] == [[""], ["", "a red car"]]
+    assert batch["box_id"][1].tolist() == [1, 24001]
     assert batch["caption"] == ["a street", "two cars"] * 2  # image i has map i modulo their number
     assert batch["segment_class"].tolist()[:2] == [[13, 8, 0], [13, 8, 13]]
     assert batch["segment_id"][1].tolist() == [1, 2, 24001]
@@ -91,7 +94,8 @@ def test_the_inputs_written_give_the_same_images(logs, maps, tmp_path, condition
         f"{logs / 'scenes'} --maps {first / 'maps'} --prompts {first / 'prompts.csv'} --n_seeds 1 --output_dir {again}"
     )
     assert torch.equal(conditions[0]["panoptic"], conditions[1]["panoptic"])
-    assert conditions[0]["caption"] == conditions[1]["caption"]
+    for name in ("caption", "box_words"):
+        assert conditions[0][name] == conditions[1][name]
     assert same_images(pixels_in(first), pixels_in(again))
 
 
@@ -118,6 +122,17 @@ def test_finished_drawings_are_reported_and_others_refused(logs, maps, tmp_path,
     assert "--maps: other content" in refused(capfd, words)
 
 
+def test_words_of_instances_change_the_images(logs, maps, tmp_path):
+    words = f"{logs / 'scenes'} --maps {maps / 'maps'} --panoptic_encoding mamoe --n_seeds 1 --guidance 9"
+    draw(f"{words} --output_dir {tmp_path / 'plain'}")
+    draw(f"{words} --instances {maps / 'instances.json'} --output_dir {tmp_path / 'worded'}")
+    plain, worded = pixels_in(tmp_path / "plain"), pixels_in(tmp_path / "worded")
+    assert np.array_equal(plain["a_0.png"], worded["a_0.png"])  # whose instances have no words of their own
+    assert not np.array_equal(plain["b_0.png"], worded["b_0.png"])
+    pictures = [np.asarray(Image.open(tmp_path / name / "b_layout.png")) for name in ("plain", "worded")]
+    assert not np.array_equal(*pictures)  # which have the words
+
+
 def test_guidance_of_regions_changes_the_images(logs, maps, tmp_path):
     words = f"{logs / 'scenes'} --maps {maps / 'maps'} --panoptic_encoding mamoe --n_seeds 1 --guidance 2"
     for strength in (0, 3):
@@ -129,8 +144,8 @@ def test_what_does_not_fit_the_model_is_refused(logs, maps, tmp_path, capfd):
     words = f"--maps {maps / 'maps'} --panoptic_encoding mamoe --output_dir {tmp_path / 'odd'}"
     line = refused(capfd, f"{logs / 'boxes'} {words}")
     assert "which reads boxes, box_class: pass a run with --conditions region_words" in line
-    line = refused(capfd, f"{logs / 'scenes'} {words} --instances {maps / 'instances.json'}")
-    assert "got --instances for " in line and "leave it out" in line
+    line = refused(capfd, f"{logs / 'boxes'} {words} --prompt night")
+    assert "boxes and masks: run_layout_to_image.py" in line
     assert "got no maps" in refused(capfd, f"{logs / 'scenes'} --output_dir {tmp_path / 'odd'}")
     stray = f"{words} --prompts {maps / 'none.csv'}"
     assert "none.csv does not exist: pass a CSV file" in refused(capfd, f"{logs / 'scenes'} {stray}")

@@ -43,7 +43,7 @@ def painted():
     """Grass with a hole of a car in it and a dog of one pixel; the first row is not painted, a removed region."""
     ids = np.full(SIZE, 1, np.int32)
     ids[0], ids[2:4, 3:5], ids[5, 7] = 0, 3, 4
-    regions = PaintedRegion(GRASS), None, PaintedRegion(CAR, "a red car"), PaintedRegion(DOG)
+    regions = PaintedRegion(GRASS, "a lawn"), None, PaintedRegion(CAR, "a red car"), PaintedRegion(DOG)
     return PaintedMap(ids, regions)
 
 
@@ -74,8 +74,8 @@ def test_a_painted_map_has_the_fields_of_an_item(painted):
     assert row.keys() == {*FIELDS}
     assert torch.equal(torch.as_tensor(row["panoptic"]), torch.from_numpy(painted.ids))
     assert row["segment_id"].tolist() == [1, 3, 4] and row["segment_class"].tolist() == [GRASS, CAR, DOG]
-    assert row["box_id"].tolist() == [3, 4] and row["box_class"].tolist() == [CAR, DOG]
-    assert row["box_words"] == ["a red car", "dog"] and row["caption"] == "grass, car, dog"
+    assert row["box_id"].tolist() == [3, 4, 1] and row["box_class"].tolist() == [CAR, DOG]
+    assert row["box_words"] == ["a red car", "", "a lawn"] and row["caption"] == "grass, car, dog"
     assert torch.equal(
         torch.as_tensor(row["boxes"]), torch.tensor([[3 / 8, 2 / 6, 5 / 8, 4 / 6], [7 / 8, 5 / 6, 1, 1]])
     )
@@ -83,7 +83,7 @@ def test_a_painted_map_has_the_fields_of_an_item(painted):
 
 def test_regions_that_are_painted_over_are_not_there(painted):
     covered = PaintedMap(np.where(painted.ids == 3, 1, painted.ids).astype(np.int32), painted.regions)
-    assert row_of(covered, VOCABULARY)["box_words"] == ["dog"]
+    assert row_of(covered, VOCABULARY)["box_words"] == ["", "a lawn"]
     row = row_of(empty_map(SIZE), VOCABULARY)
     assert len(row["segment_id"]) == len(row["boxes"]) == 0 and row["box_words"] == [] and row["caption"] == ""
 

@@ -1,12 +1,15 @@
 """Folders of panoptic maps with prompts: what each map becomes, and the refusals of files that do not fit."""
 
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from torch import Tensor
 
+from experiments.harness import panoptic_inputs
 from experiments.harness.panoptic_inputs import (
     PanopticMapsConfig,
     find_captions,
@@ -14,6 +17,7 @@ from experiments.harness.panoptic_inputs import (
     name_classes,
     provenance_of,
     read_maps,
+    segment_vocabulary,
     with_words,
 )
 from helpers.tiny_regions import IDS, SIZE, save_json, save_picture, save_text
@@ -146,6 +150,23 @@ def test_options_that_contradict_each_other_are_refused():
         PanopticMapsConfig(panoptic_encoding="mamoe", panoptic_json="a.json")
 
 
+@pytest.mark.parametrize(
+    "reads, options, message",
+    [
+        (("panoptic", "segment_class"), {"instances": "a.json"}, "got --instances for logs/run, which reads panoptic"),
+        (("panoptic", "segment_class"), {"prompts": "a.csv"}, "got --prompts .* pass a run with --conditions text"),
+        (("label",), {}, "which reads label: pass a run with --conditions region_words, or with --layout_regions"),
+        (("boxes", "box_class"), {}, "boxes and masks: run_layout_to_image.py"),
+        ((), {}, "which reads no conditions"),
+    ],
+)
+def test_models_that_do_not_read_them_are_refused(monkeypatch, reads, options, message):
+    trained = SimpleNamespace(run="logs/run", sampler=SimpleNamespace(conditions=reads))
+    monkeypatch.setattr(panoptic_inputs, "trained_vocabulary", lambda trained: replace(VOCABULARY, fields=reads))
+    with pytest.raises(ValueError, match=message):
+        segment_vocabulary(trained, PanopticMapsConfig(**options))
+
+
 # Prompts
 
 
@@ -188,15 +209,19 @@ def words_of(folder, content, **options):
 def test_words_are_those_of_the_instances_named(folder):
     assert words_of(folder, {"b.png": {"1": "a red car"}}) == [{}, {1: "a red car"}]
     file, _ = files_of(folder)
-    assert with_words(file.fields, {1: "a red car"}, KNOWN.names)["box_words"] == ["a red car"]
-    assert with_words(file.fields, {}, KNOWN.names)["box_words"] == ["car"]
+    assert words_and_ids(with_words(file.fields, {1: "a red car"})) == (["a red car"], [1])
+    assert words_and_ids(with_words(file.fields, {})) == ([""], [1])  # the name of its class
+    assert words_and_ids(with_words(file.fields, {2: "a lawn"})) == (["", "a lawn"], [1, 2])  # of stuff
+
+
+def words_and_ids(fields):
+    return fields["box_words"], fields["box_id"].tolist()
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ({"a.png": {"7": "a man"}}, "a.png has no id 7, wanted ids of its things such as 1"),
-        ({"a.png": {"2": "a lawn"}}, "segment 2 of a.png is no thing, wanted ids of its things such as 1"),
+        ({"a.png": {"7": "a man"}}, "a.png has no id 7; its ids are 1, 2: check the ids"),
         ({"c.png": {"1": "a man"}}, "prompts of c.png, but "),
         (["a man"], "wanted {image: {instance id: prompt}}"),
     ],
@@ -211,9 +236,7 @@ def test_maps_of_grey_levels_part_no_instances(folder):
         Image.fromarray(np.array([255, 13, 8], np.uint8)[IDS]).save(folder / "maps" / name)
     file, _ = files_of(folder, panoptic_encoding=None)
     assert file.fields["segment_class"].tolist() == [0, 1] and "box_id" not in file.fields
-    assert "box_words" not in with_words(file.fields, {}, KNOWN.names)
-    with pytest.raises(ValueError, match="has no id 1, nor any thing"):
-        words_of(folder, {"a.png": {"1": "a car"}}, panoptic_encoding=None)
+    assert words_and_ids(with_words(file.fields, {9: "a lawn"})) == (["a lawn"], [9])
 
 
 def test_classes_are_named_once_larger_first(folder):
