@@ -12,7 +12,7 @@ import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -98,14 +98,12 @@ class PanopticMapsConfig:
             raise ValueError(f"got --panoptic_json for maps of {self.panoptic_encoding}: leave one of them out")
 
 
-@dataclass(frozen=True)
-class MapFile:
-    """A panoptic map as it is in its file."""
+class MapFile(NamedTuple):
+    """A panoptic map in a folder."""
 
     path: Path
     name: str  # of the pictures of it
-    key: str  # by which prompts are found
-    fields: Mapping[str, Any]  # as those of an item of a data set, with the classes of the model
+    key: str  # by which its prompts are found
 
 
 def open_maps(settings: PanopticMapsConfig, trained: TrainedSampler, options: SamplingConfig) -> LayoutInputs:
@@ -117,17 +115,17 @@ def open_maps(settings: PanopticMapsConfig, trained: TrainedSampler, options: Sa
     vocabulary = segment_vocabulary(trained, settings)
     if options.condition_file is not None:
         raise ValueError("got --maps and --condition_file: pass one of them")
-    files = read_maps(settings, vocabulary)
-    captions = find_captions(settings, files) if CAPTION in vocabulary.fields else [None] * len(files)
-    words = find_words(settings, files)
-    layouts = []
-    for file, caption, own in zip(files, captions, words, strict=True):
-        if caption is None:
-            caption = name_classes(file.fields, vocabulary.classes)
-        fields = with_words(file.fields, own) | {CAPTION: caption}
+    files = list_maps(settings)
+    captions, words = find_captions(settings, files), find_words(settings, files)
+    reader, layouts = open_reader(settings, files, vocabulary), []
+    for file, caption, own in list(zip(files, captions, words, strict=True))[: settings.n_images]:
+        fields = reader.read(file)
+        check_ids(own, fields, f"{settings.instances}: {file.path.name}")
+        caption = name_classes(fields, vocabulary.classes) if caption is None else caption
+        fields = with_words(fields, own) | {CAPTION: caption}
         layouts.append(Layout(file.name, read_row(file.path, file.name, fields, vocabulary)))
-    layouts = tuple(layouts[: settings.n_images])
-    return LayoutInputs(layouts, vocabulary, source_of(layouts, trained, options), provenance_of(settings, files))
+    source = source_of(layouts, trained, options)
+    return LayoutInputs(tuple(layouts), vocabulary, source, provenance_of(settings, files))
 
 
 def segment_vocabulary(trained: TrainedSampler, settings: PanopticMapsConfig) -> LayoutVocabulary:
@@ -152,28 +150,16 @@ def segment_vocabulary(trained: TrainedSampler, settings: PanopticMapsConfig) ->
 # Maps
 
 
-def read_maps(settings: PanopticMapsConfig, vocabulary: LayoutVocabulary) -> list[MapFile]:
-    """Reads the maps of the settings, sorted by name. FileNotFoundError, ValueError: there are none, they are of
-    another encoding, have classes that the model does not know, or two have one name."""
+def list_maps(settings: PanopticMapsConfig) -> list[MapFile]:
+    """Returns the maps of the settings, sorted by name. FileNotFoundError, ValueError: there are none, or two have one
+    name."""
     folder = require_folder(settings.maps)
-    paths = sorted(folder / name for name in walk_files(folder) if name.lower().endswith(MAP_SUFFIXES))
-    if not paths:
+    names = [name for name in walk_files(folder) if name.lower().endswith(MAP_SUFFIXES)]
+    if not names:
         raise ValueError(f"{folder} has no {' or '.join(MAP_SUFFIXES)} file: pass the folder of the maps as --maps")
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    files, table = [], find_table(settings, folder, vocabulary)
-    encoding = choose_encoding(settings.panoptic_encoding, paths, names, table, folder)
-    for path, name in zip(paths, names, strict=True):
-        colors = read_colors(path, None)
-        with naming(path):
-            if encoding is None:
-                fields = semantic_fields(colors, table.categories)
-            else:
-                segments = None if table.segments is None else table.segments.get(posixpath.basename(name))
-                fields = panoptic_fields(decode(colors, encoding), table.categories, segments)
-            fields = renumber_fields(fields, table.categories, vocabulary)
-        key = posixpath.splitext(posixpath.basename(name))[0].removesuffix(settings.panoptic_ending)
-        files.append(MapFile(path, file_stem(name), key, fields))
-    files.sort(key=lambda file: file.name)
+    keys = [posixpath.splitext(posixpath.basename(name))[0].removesuffix(settings.panoptic_ending) for name in names]
+    pairs = zip(names, keys, strict=True)
+    files = sorted((MapFile(folder / name, file_stem(name), key) for name, key in pairs), key=lambda file: file.name)
     for one, other in zip(files, files[1:], strict=False):
         if one.name == other.name:
             raise ValueError(f"{one.path} and {other.path} have the same name but for signs: rename one of them")
@@ -190,12 +176,39 @@ def require_folder(path: str | None) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class SegmentTable:
+class SegmentTable(NamedTuple):
     """The classes of maps by their ids and, of coco, the segments of each map: rows of id, category and iscrowd."""
 
     categories: Categories
     segments: Mapping[str, Sequence[Sequence[int]]] | None = None
+
+
+@dataclass(frozen=True)
+class MapReader:
+    """Reads maps of one encoding."""
+
+    table: SegmentTable
+    encoding: Encoding | None  # None: grey levels that are classes
+    vocabulary: LayoutVocabulary
+
+    def read(self, file: MapFile) -> dict[str, Any]:
+        """Returns the fields of a map as those of an item of a data set, with the classes of the model; ValueError for
+        others."""
+        colors, (categories, segments) = read_colors(file.path, None), self.table
+        with naming(file.path):
+            if self.encoding is None:
+                fields = semantic_fields(colors, categories)
+            else:
+                rows = None if segments is None else segments.get(file.path.name)
+                fields = panoptic_fields(decode(colors, self.encoding), categories, rows)
+            return renumber_fields(fields, categories, self.vocabulary)
+
+
+def open_reader(settings: PanopticMapsConfig, files: Sequence[MapFile], vocabulary: LayoutVocabulary) -> MapReader:
+    """Returns the reader of maps. FileNotFoundError, ValueError: a list of classes or segments is missing, or the first
+    maps are of another encoding."""
+    table = find_table(settings, require_folder(settings.maps), vocabulary)
+    return MapReader(table, choose_encoding(settings, files, table), vocabulary)
 
 
 def find_table(settings: PanopticMapsConfig, folder: Path, vocabulary: LayoutVocabulary) -> SegmentTable:
@@ -210,24 +223,21 @@ def find_table(settings: PanopticMapsConfig, folder: Path, vocabulary: LayoutVoc
     return SegmentTable(read_categories(folder, None) if listed else vocabulary.categories)
 
 
-def choose_encoding(
-    given: Encoding | None, paths: Sequence[Path], names: Sequence[str], table: SegmentTable, folder: Path
-) -> Encoding | None:
-    """Returns the encoding of maps, None for grey levels that are classes; ValueError if it is not the one `given`, or
-    not to be told from the colours."""
-    if given is None and table.segments is None:
-        return find_encoding(paths[:MAPS_CHECKED], folder, table.categories)
-    encoding = given or "coco"
-    things = dict(zip(table.categories.ids, table.categories.things, strict=True))
-    pictures = [read_colors(path, None) for path in paths[:MAPS_CHECKED]]
-    listed = None
+def choose_encoding(settings: PanopticMapsConfig, files: Sequence[MapFile], table: SegmentTable) -> Encoding | None:
+    """Returns the encoding of maps, None for grey levels that are classes; ValueError if it is not the one that the
+    settings name, or not to be told from the colours."""
+    folder, first = require_folder(settings.maps), [file.path for file in files[:MAPS_CHECKED]]
+    if settings.panoptic_encoding is None and table.segments is None:
+        return find_encoding(first, folder, table.categories)
+    encoding, listed = settings.panoptic_encoding or "coco", None
     if table.segments is not None:
-        missing = [name for name in names if posixpath.basename(name) not in table.segments]
+        missing = [file.path.name for file in files if file.path.name not in table.segments]
         if missing:
             raise ValueError(f"{folder}: {name_some(missing)} not in the JSON file: pass theirs as --panoptic_json")
-        listed = [[row[0] for row in table.segments[posixpath.basename(name)]] for name in names[:MAPS_CHECKED]]
+        listed = [[row[0] for row in table.segments[path.name]] for path in first]
+    things = dict(zip(table.categories.ids, table.categories.things, strict=True))
     with naming(folder):
-        check_encoding(pictures, encoding, things, listed)
+        check_encoding([read_colors(path, None) for path in first], encoding, things, listed)
     return encoding
 
 
@@ -254,7 +264,8 @@ def name_classes(fields: Mapping[str, Any], classes: Sequence[str]) -> str:
 
 
 def find_captions(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> list[str | None]:
-    """Returns the prompt of each map, None: it has none; ValueError for those that do not belong together."""
+    """Returns the prompt of each map, None: it has none; ValueError for those that do not belong together, but for maps
+    that are not drawn."""
     if settings.prompts is None:
         return [settings.prompt] * len(files)
     path = Path(settings.prompts).expanduser()
@@ -262,33 +273,31 @@ def find_captions(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> lis
     with naming(path):
         captions = {image: each[0].text for image, each in decode_captions(text, path.suffix.lower()).items()}
     found = match_names(captions, files, path, settings)
-    missing = [file.path.name for file, caption in zip(files, found, strict=True) if caption is None]
+    drawn = list(zip(files, found, strict=True))[: settings.n_images]
+    missing = [file.path.name for file, caption in drawn if caption is None]
     if missing and not settings.allow_unmatched:
         raise ValueError(f"{path} has no prompt for {name_some(missing)}: add one for each, {UNMATCHED}")
     return found
 
 
 def find_words(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> list[Mapping[int, str]]:
-    """Returns the words of the segments of each map, by id; ValueError for ids that it does not have."""
+    """Returns the words of the segments of each map, by id; ValueError for those of other images."""
     if settings.instances is None:
         return [{}] * len(files)
     path = Path(settings.instances).expanduser()
     text = read_text(path, 'pass a JSON file such as {"a.png": {"24001": "a man"}} as --instances')
     with naming(path):
         words = decode_instance_prompts(text)
-    found = [own or {} for own in match_names(words, files, path, settings)]
-    for file, own in zip(files, found, strict=True):
-        check_ids(own, file, path)
-    return found
+    return [own or {} for own in match_names(words, files, path, settings)]
 
 
-def check_ids(words: Collection[int], file: MapFile, path: Path) -> None:
-    """Raises ValueError unless all ids are those of segments of a map."""
-    segments = file.fields["segment_id"].tolist()
+def check_ids(words: Collection[int], fields: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError unless all ids are those of segments of a map; the message begins with `where`."""
+    segments = fields["segment_id"].tolist()
     if odd := sorted({*words} - {*segments}):
         known = f"its ids are {', '.join(map(str, segments[:LISTED]))}" + ", ..." * (len(segments) > LISTED)
-        got = f"{file.path.name} has no id {odd[0]}; {known if segments else 'it has no segments'}"
-        raise ValueError(f"{path}: {got}: check the ids, and --panoptic_encoding")
+        got = f"{where} has no id {odd[0]}; {known if segments else 'it has no segments'}"
+        raise ValueError(f"{got}: check the ids, and --panoptic_encoding")
 
 
 def match_names(
@@ -319,7 +328,7 @@ def name_some(names: Sequence[str]) -> str:
 
 def provenance_of(settings: PanopticMapsConfig, files: Sequence[MapFile]) -> dict[str, str]:
     """Returns what identifies the inputs by their content: hashes of maps, of prompts and of those of instances."""
-    digests = [f"{file.name} {sha256(file.path)}" for file in files]
+    digests = [f"{file.name} {sha256(file.path)}" for file in files[: settings.n_images]]
     folder = require_folder(settings.maps)
     tables = [Path(each).expanduser() for each in (settings.panoptic_json, settings.categories) if each is not None]
     tables += [Path(f"{folder}.json"), *(folder / name for name in CLASS_FILES)]

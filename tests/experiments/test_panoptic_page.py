@@ -35,12 +35,13 @@ def in_browser(test):
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A logs folder with a pixel model of segments and captions, and one of boxes."""
+    """A logs folder with a pixel model of segments, their words and captions, and one of boxes."""
     logs = tmp_path_factory.mktemp("panoptic_page")
     tiny = f"--logs_root {logs} --sampler ddpm {UNET} --batch_size 4 --total_steps 20 --sample_steps 3 --train_steps 4"
     tiny += f" --dataset shapes --img_size {SIZE} --shapes_count 20 --no_amp --lr 0.01 --ema_beta 0 --warmup_iters 1"
-    call("train_sampler.py", f"{tiny} --conditions text layout --layout_regions segments {TEXT} --log_dir scenes")
-    call("train_sampler.py", f"{tiny} --conditions layout --log_dir boxes")
+    reads = "--conditions text region_words layout --layout_regions segments"
+    call("train_sampler.py", f"{tiny} --steps_per_eval 0 {reads} {TEXT} --log_dir scenes")
+    call("train_sampler.py", f"{tiny} --steps_per_eval 0 --conditions layout --log_dir boxes")
     return logs
 
 
@@ -120,6 +121,8 @@ def test_maps_are_painted_pixel_by_pixel(tab):
     tab.get_by_label("remove region 2").click()
     ids, regions = map_on(tab)
     assert (ids == np.where(expected == 2, 0, expected)).all() and regions[1] is None
+    tab.get_by_label("words of region 3").fill("a red disc ")
+    assert [region and region["words"] for region in map_on(tab)[1]] == ["", None, "a red disc "]
     select(tab, "class to paint", "sky")
     assert tab.get_by_label("new instance").is_disabled()  # stuff has one region
     turn_to(tab, "Sample")

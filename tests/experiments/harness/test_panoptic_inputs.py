@@ -12,11 +12,13 @@ from torch import Tensor
 from experiments.harness import panoptic_inputs
 from experiments.harness.panoptic_inputs import (
     PanopticMapsConfig,
+    check_ids,
     find_captions,
     find_words,
+    list_maps,
     name_classes,
+    open_reader,
     provenance_of,
-    read_maps,
     segment_vocabulary,
     with_words,
 )
@@ -44,7 +46,11 @@ def settings_of(folder, **options):
 
 
 def files_of(folder, **options):
-    return read_maps(settings_of(folder, **options), VOCABULARY)
+    """The maps of a folder, each with the fields that are read of it."""
+    settings = settings_of(folder, **options)
+    files = list_maps(settings)
+    reader = open_reader(settings, files, VOCABULARY)
+    return [SimpleNamespace(**file._asdict(), fields=reader.read(file)) for file in files]
 
 
 def write_coco(folder, step=5_000_000, categories=None):
@@ -134,7 +140,7 @@ def test_maps_that_fit_no_list_are_refused(folder):
 
 def test_folders_without_maps_are_refused(tmp_path):
     with pytest.raises(ValueError, match="got no maps: pass a folder"):
-        read_maps(PanopticMapsConfig(), VOCABULARY)
+        list_maps(PanopticMapsConfig())
     with pytest.raises(FileNotFoundError, match="maps is not a folder"):
         files_of(tmp_path)
     (tmp_path / "maps").mkdir()
@@ -173,7 +179,7 @@ def test_models_that_do_not_read_them_are_refused(monkeypatch, reads, options, m
 def captions_of(folder, text, name="prompts.csv", **options):
     save_text(folder / name, text)
     settings = settings_of(folder, prompts=str(folder / name), **options)
-    return find_captions(settings, read_maps(settings, VOCABULARY))
+    return find_captions(settings, list_maps(settings))
 
 
 def test_prompts_are_found_by_names_without_suffixes(folder):
@@ -188,6 +194,7 @@ def test_maps_and_prompts_without_partners_are_refused(folder):
     with pytest.raises(ValueError, match="has no prompt for b.png: add one for each, or pass --allow_unmatched"):
         captions_of(folder, lines)
     assert captions_of(folder, lines, allow_unmatched=True) == ["grass", None]
+    assert captions_of(folder, lines, n_images=1) == ["grass", None]  # b.png is not drawn
     stray = f"{lines}b.png,car\nc.png,sky\nd.png,sea\n"
     with pytest.raises(ValueError, match=r"prompts of c.png and 1 more, but .*maps has no such map: check"):
         captions_of(folder, stray)
@@ -203,7 +210,7 @@ def test_maps_and_prompts_without_partners_are_refused(folder):
 def words_of(folder, content, **options):
     save_json(folder / "instances.json", content)
     settings = settings_of(folder, instances=str(folder / "instances.json"), **options)
-    return find_words(settings, read_maps(settings, VOCABULARY))
+    return find_words(settings, list_maps(settings))
 
 
 def test_words_are_those_of_the_instances_named(folder):
@@ -218,17 +225,15 @@ def words_and_ids(fields):
     return fields["box_words"], fields["box_id"].tolist()
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ({"a.png": {"7": "a man"}}, "a.png has no id 7; its ids are 1, 2: check the ids"),
-        ({"c.png": {"1": "a man"}}, "prompts of c.png, but "),
-        (["a man"], "wanted {image: {instance id: prompt}}"),
-    ],
-)
-def test_words_of_no_instance_are_refused(folder, words, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        words_of(folder, words)
+def test_words_of_other_images_or_ids_are_refused(folder):
+    with pytest.raises(ValueError, match="prompts of c.png, but "):
+        words_of(folder, {"c.png": {"1": "a man"}})
+    with pytest.raises(ValueError, match="wanted {image: {instance id: prompt}}"):
+        words_of(folder, ["a man"])
+    file, _ = files_of(folder)
+    check_ids({1: "a car", 2: "a lawn"}, file.fields, "a.png")
+    with pytest.raises(ValueError, match="a.png has no id 7; its ids are 1, 2: check the ids"):
+        check_ids({1: "a car", 7: "a man"}, file.fields, "a.png")
 
 
 def test_maps_of_grey_levels_part_no_instances(folder):
@@ -257,15 +262,15 @@ def test_classes_are_named_once_larger_first(folder):
 def test_inputs_are_identified_by_their_content(folder, tmp_path):
     save_json(folder / "instances.json", {"a.png": {"1": "a car"}})
     settings = settings_of(folder, instances=str(folder / "instances.json"))
-    first = provenance_of(settings, read_maps(settings, VOCABULARY))
+    first = provenance_of(settings, list_maps(settings))
     assert first.keys() == {"maps_sha256", "instances_sha256"}
     (folder / "maps").rename(folder / "moved")
     moved = PanopticMapsConfig(
         maps=str(folder / "moved") + "/", panoptic_encoding="mamoe", instances=settings.instances
     )
-    assert provenance_of(moved, read_maps(moved, VOCABULARY)) == first
+    assert provenance_of(moved, list_maps(moved)) == first
     save_json(folder / "instances.json", {"a.png": {"1": "a red car"}})
-    changed = provenance_of(moved, read_maps(moved, VOCABULARY))
+    changed = provenance_of(moved, list_maps(moved))
     assert changed["maps_sha256"] == first["maps_sha256"] != changed["instances_sha256"] != first["instances_sha256"]
     save_json(folder / "moved" / "categories.json", [{"id": 13, "name": "car"}, {"id": 8, "name": "vegetation"}])
-    assert provenance_of(moved, read_maps(moved, VOCABULARY))["maps_sha256"] != first["maps_sha256"]
+    assert provenance_of(moved, list_maps(moved))["maps_sha256"] != first["maps_sha256"]
