@@ -12,6 +12,7 @@ from PIL import Image
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model, model_run, run_defaults
 from experiments.layout_page import CANVAS_SCRIPT
 from experiments.page import build_page
+from experiments.panoptic_page import PAINT_SCRIPT
 from experiments.playground import Playground, Runs
 from models.ranges import check_ranges
 from train.cli.parse import run_script
@@ -89,7 +90,7 @@ def open_page(runs: Runs, config: Config) -> None:
     from starlette.middleware import Middleware
 
     style = {"theme": gr.themes.Base(font=FONTS, font_mono=("monospace",)), "css": STYLE, "footer_links": []}
-    style |= {"head": f"<script>{CANVAS_SCRIPT.read_text()}</script>"}
+    style |= {"head": "".join(f"<script>{path.read_text()}</script>" for path in (CANVAS_SCRIPT, PAINT_SCRIPT))}
     server = {"server_name": HOST, "server_port": config.page.port, "share": False, "ssr_mode": False, "quiet": True}
     server |= {"app_kwargs": {"middleware": [Middleware(LocalRequests)]}, "state_session_capacity": SESSIONS}
     build_page(runs, config.output.batch_size, config.output.seed).launch(**style, **server, show_error=True)

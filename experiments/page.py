@@ -1,7 +1,7 @@
 """The demo page in gradio: settings, and tabs to sample, watch, inpaint, edit, and look at the attention.
 
-demo.py serves the page; page_components.py has the settings; layout_page.py, edit_page.py and look_page.py have tabs of
-their own; playground.py draws the images.
+demo.py serves the page; page_components.py has the settings; layout_page.py, panoptic_page.py, edit_page.py and
+look_page.py have tabs of their own; playground.py draws the images.
 """
 
 import math
@@ -28,6 +28,7 @@ from experiments.page_components import (
     open_upload,
     show_errors,
 )
+from experiments.panoptic_page import add_panoptic_tab
 from experiments.playground import DenoisingStep, Runs, WatchedSteps, enlarge_to_picture
 from train.data.transforms import as_uint8
 from train.logging import grid_image
@@ -161,6 +162,7 @@ def build_page(runs: Runs, most: int, seed: int | None) -> Any:
                 with gr.Tab("Inpaint"):
                     add_inpaint_tab(settings, gallery)
                 add_layout_tab(settings, loaded)
+                add_panoptic_tab(settings, loaded)
                 add_edit_tab(settings, loaded, gallery)
                 add_look_tab(settings, loaded)
         page.load(settings.list_runs, None, [settings.run, settings.step], show_progress="hidden")

@@ -32,6 +32,7 @@ from experiments.harness.layout_edits import (
     read_layout,
     read_layout_names,
 )
+from experiments.harness.painted_maps import PaintedMap, painted_vocabulary, row_of
 from models.conditioning import Conditioner
 from models.conditions.image import MASK
 from models.conditions.metadata import UNKNOWN
@@ -43,6 +44,7 @@ from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
 from train.datasets._channels import PICTURES
 from train.datasets._decode import to_supported_mode
 from train.hint_files import make_hint
+from train.layout_files import LayoutVocabulary
 from train.loop import Batch
 from train.samplers._guidance import IMAGES
 from train.samplers._metadata import MetadataFields
@@ -106,6 +108,7 @@ class Request:
     count: int = 1  # number of images
     seed: int = 0  # image i of a seed is always the same
     layout: Layout | None = None  # None: that of the data
+    painted: PaintedMap | None = None  # None: segments of the data
     prompt: str = ""  # what all images show; "": captions of the data
     negative: str = ""  # what guidance moves away from; "": the null
     metadata: Mapping[str, str | float] = field(default_factory=dict)  # by field; others are of the data
@@ -145,6 +148,11 @@ class Playground:
         if FIELDS[0] not in sampler.conditions or more:
             return None
         return read_layout_names(self.trained.sampler.network, self.trained.dataset("val"), str(self.trained.run))
+
+    @cached_property
+    def map_vocabulary(self) -> LayoutVocabulary | None:
+        """The classes of painted maps; None if the model does not read them."""
+        return painted_vocabulary(self.trained)
 
     @property
     def reads_prompts(self) -> bool:
@@ -224,6 +232,8 @@ class Playground:
         source, classes = self.source, dict(self.classes)
         if request.layout is not None:
             source = source.with_values(**layout_fields(request.layout, bool(self.layout_names.colors)))
+        if request.painted is not None:
+            source = source.with_values(**row_of(request.painted, self.map_vocabulary))
         if request.prompt:
             source = source.with_values(**{CAPTION: request.prompt})
         if request.metadata:

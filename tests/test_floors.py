@@ -40,7 +40,7 @@ CONCEPTS = {
 }
 COMMANDS_THAT_MAY_BE_IMPORTED = {  # the page of demo.py
     *("experiments.playground", "experiments.page_components", "experiments.layout_page", "experiments.page"),
-    *("experiments.edit_descriptions", "experiments.edit_page", "experiments.look_page"),
+    *("experiments.edit_descriptions", "experiments.edit_page", "experiments.look_page", "experiments.panoptic_page"),
 }
 CANDIDATES = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
 SCRIPTS = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CANDIDATES if "__main__" in p.read_text()}

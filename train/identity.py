@@ -25,6 +25,7 @@ NOT_IDENTITY = EXECUTION | PLACES | {
 }  # fmt: skip
 NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {
     "allow", "batch_size", "prompts", "models", "lora", "textual_inversion", "control_files",
+    "maps", "instances",
 }  # fmt: skip
 OTHER = {  # what a difference of these means, whose values are hashes or long
     "data_fingerprint": "--data_dir: other images",
@@ -38,6 +39,8 @@ OTHER = {  # what a difference of these means, whose values are hashes or long
     "condition_sha256": "--condition_file: other content",
     "hint_sha256": "--hint: other content",
     "layouts_sha256": "--layouts: other content",
+    "maps_sha256": "--maps: other content",
+    "instances_sha256": "--instances: other content",
     "prompts_sha256": "--prompts: other content",
     "models_sha256": "--models: other weights",
     "given_images": "--image: other images",

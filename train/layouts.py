@@ -168,8 +168,15 @@ def write_layouts(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVoc
         entries = [json.dumps(describe_objects(layout, vocabulary)) for layout in layouts]
         write_text(path, "[\n" + ",\n".join(entries) + "\n]\n")
         return path
+    return write_maps(folder, layouts, vocabulary, "layouts")
+
+
+def write_maps(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVocabulary, name: str) -> Path:
+    """Writes the segments of layouts as COCO's panoptic JSON, <folder>/<name>.json, with its maps in <folder>/<name>/;
+    returns the path of the JSON file."""
     images, annotations = [], []
-    for number, (name, row) in enumerate(layouts, 1):
+    for number, layout in enumerate(layouts, 1):
+        row, file = layout.row, f"{layout.name}.png"
         ids = row["panoptic"].as_subclass(Tensor).numpy()
         present = {*np.unique(ids).tolist()}
         rows = zip(row["segment_id"].tolist(), row["segment_class"].tolist(), strict=True)
@@ -177,11 +184,12 @@ def write_layouts(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVoc
         words = dict(zip(row["box_id"].tolist(), row["box_words"], strict=True)) if "box_words" in row else {}
         segments = [each | ({"words": words[each["id"]]} if words.get(each["id"]) else {}) for each in segments]
         ids = np.where(np.isin(ids, [each["id"] for each in segments]), ids, 0)
-        with atomic_write(folder / "layouts" / f"{name}.png") as scratch:
+        with atomic_write(folder / name / file) as scratch:
             Image.fromarray(panoptic.encode(ids, "coco")).save(scratch, format="PNG")
-        images.append({"id": number, "file_name": f"{name}.png", "height": ids.shape[0], "width": ids.shape[1]})
-        annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": segments})
+        images.append({"id": number, "file_name": file, "height": ids.shape[0], "width": ids.shape[1]})
+        annotations.append({"image_id": number, "file_name": file, "segments_info": segments})
     categories = json.loads(encode_categories(vocabulary.categories))
+    path = folder / f"{name}.json"
     write_text(path, json.dumps({"images": images, "annotations": annotations, "categories": categories}) + "\n")
     return path
 

@@ -162,16 +162,18 @@ def draw_map(pixels: Pixels, item: dict[str, Any], names: Sequence[str]) -> Imag
     """Draws the panoptic or semantic map of an item, or else its masks, over its image; None without any.
 
     Colours are those of the classes, and black lines part the segments; what is unlabelled is as the image is.
+    Instances of a panoptic map have their words, if there are any, others the names of their classes.
     """
     segments, class_of = read_segments(item)
     if segments is None:
         return None
-    canvas, labels = pixels.astype(np.float64), []
+    canvas, labels, words = pixels.astype(np.float64), [], read_words(item)
     for each, number in class_of.items():
         inside, color = segments == each, class_color(number)
         canvas[inside] += STRENGTH * (np.array(color) - canvas[inside])
         if inside.mean() >= LEAST_SHARE:
-            labels.append(Label(class_name(number, names), color, *central_pixel(inside), float(inside.sum())))
+            text = words.get(each) or class_name(number, names)
+            labels.append(Label(text, color, *central_pixel(inside), float(inside.sum())))
     edges = np.zeros(segments.shape, bool)
     edges[1:] |= segments[1:] != segments[:-1]
     edges[:, 1:] |= segments[:, 1:] != segments[:, :-1]
@@ -199,6 +201,13 @@ def read_segments(item: dict[str, Any]) -> tuple[np.ndarray | None, dict[int, in
     for i, (mask, number) in enumerate(zip(item["masks"].numpy(), of_boxes, strict=True), 1):
         segments[mask > 0], classes[-i] = -i, number
     return segments, classes
+
+
+def read_words(item: dict[str, Any]) -> dict[int, str]:
+    """Returns the words of the instances of a panoptic map, by their ids; {} without any."""
+    if not {"panoptic", "box_id", "box_words"} <= item.keys():
+        return {}
+    return dict(zip(numbers(item["box_id"]), item["box_words"], strict=True))
 
 
 def central_pixel(inside: np.ndarray) -> tuple[float, float]:

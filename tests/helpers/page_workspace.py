@@ -33,6 +33,7 @@ DISTANCE = "--features pixels --no_amp"
 SMALL = {  # flags for a second's work, by script
     "get_samples.py": SAMPLING,
     "run_layout_to_image.py": "--n_seeds 1 --sample_steps 2 --no_amp",
+    "run_panoptic_to_image.py": "--n_seeds 1 --sample_steps 2 --no_amp",
     "generate_big_samples.py": "--shape 6 5 --n_samples 1 --sample_steps 2 --no_amp",
     "inpaint.py": "--n_images 2 --sample_steps 2 --no_amp",
     "edit.py": "--n_images 2 --sample_steps 2 --no_amp",
