@@ -115,7 +115,7 @@ def paired_images(
             with swap, counted_rows(network) as rows:
                 batch[name] = model.draw(indices, seed, options, source.draw(seed, indices))["image"]
             if name == SAMPLES:
-                batch["rows"] = (rows / len(indices)).expand(len(indices), -1)
+                batch["rows"] = (rows / len(indices)).repeat(len(indices), 1)
         return batch
 
     return draw

@@ -93,8 +93,8 @@ def test_distances_are_those_of_all_weights():
     network = make_network(spread=0)
     for layer in network.values():
         for part in (layer.expand, layer.contract):
-            part.weight[1], part.weight[2] = 0, 2 * part.weight[0]
-    expected = torch.tensor([[0, 2**0.5, 0.4**0.5], [2**0.5, 0, 2**0.5], [0.4**0.5, 2**0.5, 0]])
+            part.weight[1], part.weight[2] = -part.weight[0], 2 * part.weight[0]
+    expected = torch.tensor([[0, 2, 0.4**0.5], [2, 0, 3 * 0.4**0.5], [0.4**0.5, 3 * 0.4**0.5, 0]])
     assert torch.allclose(distances(network), expected.double(), atol=1e-6)
 
 
@@ -131,7 +131,7 @@ def logs(tmp_path_factory):
     data = "--dataset shapes --img_size 16 --shapes_count 24 --shapes_kinds large --no_amp"
     model = "--conditions text objects --objects_regions segments --text_width 32 --text_layers 1"
     experts = "--attn_block_type transformer --experts disc,square sky,sand"
-    steps = "--process flow --batch_size 4 --train_steps 2 --lr 0.05 --steps_per_eval 0 --sample_steps 2"
+    steps = "--total_steps 20 --batch_size 4 --train_steps 4 --lr 0.02 --warmup_iters 0 --steps_per_eval 0 --no_ema"
     flags = f"--sampler ddpm {UNET} {data} {model} {experts} {steps} --log_dir tiny"
     call("train_sampler.py", f"--logs_root {folder} {flags}")
     return folder
@@ -139,7 +139,7 @@ def logs(tmp_path_factory):
 
 @pytest.mark.usefixtures("tiny_judges")
 def test_the_command_measures_a_run(logs, capsys):
-    flags = "--sampler ddpm --dataset shapes --load_dir tiny --no_amp --n_images 6 --batch_size 4"
+    flags = "--sampler ddpm --dataset shapes --load_dir tiny --no_amp --n_images 6 --batch_size 4 --sample_steps 4"
     call(SCRIPT, f"--logs_root {logs} {flags} --swap_experts 0 2 --log_dir out")
     results, out = json.loads((logs / "out" / "results.json").read_text()), capsys.readouterr().out
     groups = ["all", "disc, square", "sky, sand", REST]

@@ -48,9 +48,9 @@ def compare(logs: Path, flags: str, name: str) -> dict:
     return json.loads((logs / name / "results.json").read_text())
 
 
-def refused(logs: Path, flags: str, capfd) -> str:
+def refused(logs: Path, flags: str, capfd, model: str = MODEL) -> str:
     with pytest.raises(SystemExit) as stop:
-        call(SCRIPT, f"--logs_root {logs} {TINY} {flags}")
+        call(SCRIPT, f"--logs_root {logs} {TINY.replace(MODEL, model)} {flags}")
     assert stop.value.code == 2
     return re.sub(r"[\s│╭╰╮╯─]+", " ", capfd.readouterr().err)  # without frame and line breaks
 
@@ -114,14 +114,18 @@ def test_what_cannot_be_compared_is_refused(logs, capfd):
     messages = {
         "--arms wordz": "got arms ['wordz'], wanted one or more of text, words, experts, router",
         "--seeds experts": "got 'experts' in seeds, wanted ARM=COUNT",
-        "--conditions text": "got experts of groups of classes without a condition of regions",
-        "--conditions objects": "wanted captions and regions: pass --conditions text region_words",
         "--n_images 1001": "the validation split has 1000: pass --n_images N",
         "--guidance 2 --region_guidance 3": "got region_guidance, but maps are held-out ones",
         "--load_dir x": "leave --load_dir, --hooks, --resume out",
     }
     for flags, message in messages.items():
         assert message in refused(logs, flags, capfd), flags
+    models = {
+        "--conditions text": "got experts of groups of classes without a condition of regions",
+        "--conditions objects": "wanted captions and regions: pass --conditions text region_words",
+    }
+    for model, message in models.items():
+        assert message in refused(logs, "", capfd, model), model
     assert not list(logs.glob("compare_panoptic*"))
 
 
