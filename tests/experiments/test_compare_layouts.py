@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from experiments import compare_layouts
 from experiments.compare_layouts import LayoutComparison, accuracy_of, compare_arms, table_rows
-from experiments.metrics.layout import arms, bench, judges
+from experiments.metrics.layout import arms, bench, comparison
 from experiments.metrics.layout.arms import ARMS, match_parameters, pixel_runs
 from experiments.metrics.layout.bench import Bench, Run, count_seeds, ordered_runs
 from helpers.tiny_runs import ROOT, call, parse_config
@@ -139,7 +139,7 @@ def test_other_settings_of_an_arm_are_refused(logs, monkeypatch, capfd):
 
 
 def test_training_and_evaluation_take_their_own_kinds(logs, monkeypatch):
-    kinds, sample, load = {}, Bench.sample, judges.load_judges
+    kinds, sample, load = {}, Bench.sample, comparison.load_judges
 
     def record(bench, *args):
         kinds["train"] = bench.train_images.dataset.config.shapes_kinds
@@ -151,7 +151,7 @@ def test_training_and_evaluation_take_their_own_kinds(logs, monkeypatch):
         return load(source, *args)
 
     monkeypatch.setattr(Bench, "sample", record)
-    monkeypatch.setattr(judges, "load_judges", record_judges)
+    monkeypatch.setattr(comparison, "load_judges", record_judges)
     compare(logs, "--arms none --shapes_kinds free small --eval_kinds nested occlusion", "d")
     assert kinds["train"] == ("free", "small") and kinds["held out"] == ("nested", "occlusion")
     assert kinds["judges"] == ("free", "small", "nested", "occlusion")
@@ -311,8 +311,8 @@ def test_the_best_arms_are_those_with_a_layout(tmp_path):
         str(i): {"arm": arm, "guidance": guidance, "figures": figures(value)}
         for i, (arm, value, guidance) in enumerate(rows)
     }
-    comparison = LayoutComparison(None, None, tmp_path, {"trained": {}, "measured": measured}, {})
-    assert comparison.best_arms(["none", "class_map", "map", "per_object"]) == ["map", "per_object", "class_map"]
+    results = LayoutComparison(None, None, tmp_path, {"trained": {}, "measured": measured}, {})
+    assert results.best_arms(["none", "class_map", "map", "per_object"]) == ["map", "per_object", "class_map"]
 
 
 def test_the_table_has_a_row_for_each_arm_and_guidance():
