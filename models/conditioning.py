@@ -219,18 +219,21 @@ class ConditionConfig:
         region_classes: int,
         metadata: Mapping[str, Sequence[str]] | None = None,
         numbers: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
+        things: Sequence[bool] = (),
     ) -> "ConditionConfig":
         """Returns the options with the number of classes of regions in the data (0: none) where they leave it to them.
 
-        `CLASSES` of a subclass names its option; others may take values of `metadata` and the ranges of `numbers` that
-        the data declare. ValueError for other options.
+        `CLASSES` of a subclass names its option; others may take values of `metadata`, the ranges of `numbers`, and the
+        `names` of the classes of regions with which of them are `things`, that the data declare. ValueError for other
+        options.
         """
-        names = [vars(base)["CLASSES"] for base in type(self).__mro__ if "CLASSES" in vars(base)]
-        for name in names:
+        options = [vars(base)["CLASSES"] for base in type(self).__mro__ if "CLASSES" in vars(base)]
+        for name in options:
             if getattr(self, name) and region_classes not in (0, getattr(self, name)):
                 got = f"got {name} {getattr(self, name)}"
                 raise ValueError(f"{got}, the data set has {region_classes}: leave --{name} out")
-        return replace(self, **{name: getattr(self, name) or region_classes for name in names})
+        return replace(self, **{name: getattr(self, name) or region_classes for name in options})
 
 
 class ConditionEncoder(nn.Module, ABC):
@@ -241,12 +244,14 @@ class ConditionEncoder(nn.Module, ABC):
       Vector;
     - `Config`, a `ConditionConfig` whose fields become flags; they begin with the condition's name, to avoid clashes;
     - `FIELDS`, the batch fields that the encoder reads; `fields` of the encoder, if they depend on its options;
-    - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none).
+    - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none);
+    - perhaps `SHARES`, the name of another condition, whose encoder `build` takes as a last argument, None without it.
 
     The raw condition is the field itself or, for several or ragged fields, a dict of them and their padding masks.
     """
 
     fields: tuple[str, ...] = ()  # batch fields that it reads; none: the FIELDS of its file
+    optional_fields: tuple[str, ...] = ()  # that it reads beside them, from batches that have them
     map_channels: int = 0  # C of its Map
     decoder_channels: int = 0  # C of its DecoderMap
     token_width: int = 0  # D of its Tokens

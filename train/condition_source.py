@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,10 @@ class ConditionSource:
     held_out: BatchSource | None = None
     rows: tuple[Row, ...] = ()
     metadata: tuple[str, ...] = ()  # those of `fields` that --metadata gives
+    optional: Mapping[str, str] = field(default_factory=dict)  # fields that may be left out, each with one of `fields`
 
     def __post_init__(self):
-        check_rows(self.rows, self.fields, self.n_classes)
+        check_rows(self.rows, (*self.fields, *self.optional), self.n_classes)
 
     def with_rows(self, rows: Sequence[Row]) -> "ConditionSource":
         """Returns a source with other rows. ValueError for fields that the sampler does not take."""
@@ -66,7 +67,8 @@ class ConditionSource:
         batch = collate(rows) if rows else {}
         missing = [name for name in self.fields if name not in batch]
         if {*missing} - {"label"} or (missing and self.class_frequencies is None):
-            batch |= self.from_held_out(missing, indices)
+            further = [name for name, owner in self.optional.items() if owner in missing and name not in batch]
+            batch |= self.from_held_out(missing, indices, further)
         elif missing:
             rng = Streams([seed_of(seed, "label", i) for i in indices])
             batch["label"] = rng.categorical(self.class_frequencies.log().expand(len(indices), -1))
@@ -80,8 +82,9 @@ class ConditionSource:
             return None
         return torch.tensor([self.held_out.item_index(i % len(self.held_out)) for i in indices])
 
-    def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
-        """Returns fields of held-out items, cycled through; ValueError if they do not have one."""
+    def from_held_out(self, names: Sequence[str], indices: Sequence[int], optional: Sequence[str] = ()) -> Batch:
+        """Returns fields of held-out items, cycled through, and those of `optional` that they have; ValueError if they
+        lack one of the others."""
         if self.held_out is None:
             raise ValueError(f"got no {', '.join(names)} to sample with: pass them in {self.where_to_pass(names)}")
         items = self.held_out[[i % len(self.held_out) for i in indices]]
@@ -91,7 +94,8 @@ class ConditionSource:
                 f"held-out images have no {', '.join(missing)}: add them to the items of the data set or in the "
                 f"function of --adapt, or pass them in {self.where_to_pass(missing)}"
             )
-        return {name: value for name, value in items.items() if name.removesuffix("_mask") in names or name in names}
+        wanted = {*names, *optional}
+        return {name: value for name, value in items.items() if name.removesuffix("_mask") in wanted or name in wanted}
 
     def where_to_pass(self, names: Sequence[str]) -> str:
         """Returns the flags that give fields of these names, for an error message."""

@@ -79,6 +79,11 @@ class SamplerRun:
         return self.model.sampler.conditions
 
     @property
+    def optional_conditions(self) -> tuple[str, ...]:
+        """Further fields of the conditions, which may be left out: keywords, too, such as box_words."""
+        return tuple(self.model.sampler.optional_conditions)
+
+    @property
     def n_classes(self) -> int:
         """The number of classes; 0 for a sampler without them."""
         return self.model.sampler.n_classes
@@ -145,7 +150,7 @@ class SamplerRun:
             raise ValueError(f"{got}: pass batch_size={n}")
         names = setting_names(self.settings)
         parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step", "negative", "recorder"}
-        check_keywords("sample", keywords, {*names, *self.conditions}, parameters)
+        check_keywords("sample", keywords, {*names, *self.conditions, *self.optional_conditions}, parameters)
         settings = {name: value for name, value in keywords.items() if name in names}
         conditions = {name: value for name, value in keywords.items() if name not in names}
         options = with_settings(self.settings, self.model.sampler.process, settings)
@@ -217,14 +222,16 @@ class SamplerRun:
             raise ValueError("latents are continuous and have no likelihood in bits: load a model of pixels or codes")
         check_whole_number(1, nfe=nfe, batch_size=batch_size)
         check_whole_number(0, seed=seed)
-        check_keywords("log_likelihood", conditions, {*self.conditions}, {"images", "seed", "nfe", "batch_size"})
+        known = {*self.conditions, *self.optional_conditions}
+        check_keywords("log_likelihood", conditions, known, {"images", "seed", "nfe", "batch_size"})
         self._check_scored(images)
         if missing := [name for name in self.conditions if conditions.get(name) is None and name != "label"]:
             raise ValueError(f"got no {', '.join(missing)}, which {model.run.name} is conditioned on: pass them")
         if self.n_classes and "label" not in conditions:
             conditions["label"] = None
         rows = self._rows(conditions, len(images)) if conditions else []
-        source = ConditionSource(self.conditions, self.n_classes, rows=tuple(rows))
+        optional = model.sampler.optional_conditions
+        source = ConditionSource(self.conditions, self.n_classes, rows=tuple(rows), optional=optional)
         bounds = []
         for indices in torch.arange(len(images)).split(batch_size):
             data = self._data(images[indices]) | (source.draw(seed, indices.tolist()) or {})

@@ -216,7 +216,8 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Batch
 def preview_source(sampler: LearnedSampler, rows: Sequence[Row], held_out: BatchSource) -> ConditionSource:
     """Returns the conditions of sample images during training: `rows` or, without them, the classes or those of
     held-out items, in turn."""
-    source = ConditionSource(sampler.conditions, sampler.n_classes, held_out=held_out)
+    fields = sampler.conditions, sampler.n_classes
+    source = ConditionSource(*fields, held_out=held_out, optional=sampler.optional_conditions)
     class_rows = [{"label": label} for label in range(sampler.n_classes)]
     return source.with_rows(rows or class_rows) if rows or {*sampler.conditions} == {"label"} else source
 

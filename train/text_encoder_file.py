@@ -124,10 +124,10 @@ def with_options_of_file(options: ConditionConfig) -> ConditionConfig:
 
     ValueError if others are given beside it.
     """
-    if not isinstance(options, text.Config) or not options.text_encoder:
+    if not isinstance(options, text.EncoderOptions) or not options.text_encoder:
         return options
     encoder = read_options(options.text_encoder)
-    defaults = {field.name: field.default for field in dataclasses.fields(text.Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(text.EncoderOptions)}
     own = {flag: getattr(encoder, name, defaults[flag]) for name, flag in options.encoder_flags.items()}
     for flag, value in own.items():
         given = getattr(options, flag)
@@ -151,7 +151,7 @@ def read_options(path: str) -> TextEncoderConfig | BertConfig:
 def load_text_encoder(network: nn.Module, options: ConditionConfig) -> frozenset[str]:
     """Fills the text encoder of a network with the weights of --text_encoder, if it is given; returns the keys of these
     weights in the network's state_dict."""
-    if not isinstance(options, text.Config) or not options.text_encoder:
+    if not isinstance(options, text.EncoderOptions) or not options.text_encoder:
         return frozenset()
     return fill_text_encoder(network, options.text_encoder)
 
@@ -167,7 +167,7 @@ def fill_text_encoder(network: nn.Module, path: str | Path) -> frozenset[str]:
 
 def text_provenance(options: ConditionConfig) -> dict[str, str]:
     """Returns what a run records of --text_encoder: the hash of its content, not its path; {} without one."""
-    if not isinstance(options, text.Config) or not options.text_encoder:
+    if not isinstance(options, text.EncoderOptions) or not options.text_encoder:
         return {}
     return {"text_sha256": content_hash(options.text_encoder)}
 
@@ -181,7 +181,7 @@ def content_hash(path: str) -> str:
 def text_location(options: ConditionConfig, run: Path, logs_root: str) -> dict[str, str]:
     """Returns what a run records beside `text_provenance` if its checkpoints leave the frozen text encoder out: where
     it is (see `recorded_path`)."""
-    if not isinstance(options, text.Config) or not options.text_encoder:
+    if not isinstance(options, text.EncoderOptions) or not options.text_encoder:
         return {}
     path = options.text_encoder
     is_packaged = path == MINILM
@@ -210,7 +210,7 @@ def reopen_text_encoder(run: Path, origin: Mapping[str, Any], network: nn.Module
 def open_text_cache(options: ConditionConfig, logs_root: str, network: nn.Module) -> TextCache | None:
     """Returns the cache of embeddings by the encoder of --text_encoder; None without one, and where the encoder in the
     network is another one: adapters or new words learn in it, or it was fine-tuned. All ranks must call it."""
-    if not isinstance(options, text.Config) or not options.text_encoder:
+    if not isinstance(options, text.EncoderOptions) or not options.text_encoder:
         return None
     encoder, captions = read_text_encoder(options.text_encoder), find_captions(network)
     own, learns = captions.encoder.state_dict(), any(p.requires_grad for p in captions.encoder.parameters())

@@ -99,14 +99,16 @@ class TrainedSampler:
         return ({"condition_image": HintMaker(kind, self.hints)} if kind else {}) | self.hint_makers
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
-        """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
+        """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing
+        that is not optional."""
         names, item = [name for name in self.sampler.conditions if name != "label"], choose_caption(item)
         if names and self.adapt is not None:
             with temporary_seed(seed_of(0, "adapt", index)):
                 item = apply_adapt(self.adapt, View()(item))  # a copy: the function may change it
         if missing := sorted({*names} - {*item}):
             raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
-        return {name: item[name] for name in names}
+        optional = [name for name in self.sampler.optional_conditions if name in item]
+        return {name: item[name] for name in (*names, *optional)}
 
     def read_rows(self, condition_file: str | None, flag: str = "condition_file") -> list[Row]:
         """Returns the rows of a --condition_file, or of the file of another flag, [] without one, with the classes as
@@ -178,7 +180,12 @@ class TrainedSampler:
                 raise ValueError(f"got class_sampling uniform for the classes, but {reason}: leave it out")
             frequencies = (frequencies > 0).double()
         source = ConditionSource(
-            sampler.conditions, sampler.n_classes, frequencies, held_out, metadata=self.metadata_fields
+            sampler.conditions,
+            sampler.n_classes,
+            frequencies,
+            held_out,
+            metadata=self.metadata_fields,
+            optional=sampler.optional_conditions,
         )
         return source.with_rows(rows)
 

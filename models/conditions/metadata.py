@@ -62,13 +62,19 @@ class Config(ConditionConfig):
         return {field: values[field] for field in self.metadata_fields or values} if values else {}
 
     def for_data(
-        self, region_classes: int, metadata: Values | None = None, numbers: Mapping[str, Any] | None = None
+        self,
+        region_classes: int,
+        metadata: Values | None = None,
+        numbers: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
+        things: Sequence[bool] = (),
     ) -> "Config":
         """Returns the options with the fields and values that data declare, where they leave them to the data.
 
         ValueError for a field that the data do not have, and if they have a value that is not among those given.
         """
-        options, own, declared = super().for_data(region_classes, metadata, numbers), self.values, dict(metadata or {})
+        options = super().for_data(region_classes, metadata, numbers, names, things)
+        own, declared = self.values, dict(metadata or {})
         words = []
         for field in own or self.metadata_fields or declared:
             if declared and field not in {**declared, **own}:

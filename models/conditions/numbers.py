@@ -96,12 +96,14 @@ class Config(ConditionConfig):
         region_classes: int,
         metadata: Mapping[str, Sequence[str]] | None = None,
         numbers: Mapping[str, NumberField] | None = None,
+        names: Sequence[str] = (),
+        things: Sequence[bool] = (),
     ) -> "Config":
         """Returns the options with the fields and ranges that data declare, where they leave them to the data.
 
         ValueError for a field whose range is not known.
         """
-        options, own = super().for_data(region_classes, metadata, numbers), self.known_ranges
+        options, own = super().for_data(region_classes, metadata, numbers, names, things), self.known_ranges
         known = {**(numbers or {}), **own}
         fields = self.numbers_fields or (own if PRESETS[self.numbers_preset] else known)
         complete = replace(options, numbers_ranges=tuple(format_range(*each) for each in known.items()))

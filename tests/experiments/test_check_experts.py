@@ -129,7 +129,7 @@ def logs(tmp_path_factory):
     """A tiny run with three experts on maps of 16 x 16."""
     folder = tmp_path_factory.mktemp("logs")
     data = "--dataset shapes --img_size 16 --shapes_count 24 --shapes_kinds large --no_amp"
-    model = "--conditions text objects --objects_regions segments --text_width 32 --text_layers 1"
+    model = "--conditions text region_words --text_width 16 --text_layers 1"
     experts = "--attn_block_type transformer --experts disc,square sky,sand"
     steps = "--total_steps 20 --batch_size 4 --train_steps 4 --lr 0.02 --warmup_iters 0 --steps_per_eval 0 --no_ema"
     flags = f"--sampler ddpm {UNET} {data} {model} {experts} {steps} --log_dir tiny"

@@ -16,7 +16,7 @@ from train.trained_sampler import TrainedSampler
 
 pytestmark = pytest.mark.usefixtures("tiny_judges")
 SCRIPT = "experiments/compare_panoptic.py"
-MODEL = "--conditions text objects --objects_regions segments --text_width 32 --text_layers 1"
+MODEL = "--conditions text region_words --text_width 16 --text_layers 1"
 TINY = (
     f"--dataset shapes --img_size 16 --shapes_count 24 --shapes_kinds large --sampler ddpm {UNET} {MODEL} "
     "--attn_block_type transformer --experts disc,square sky,sand --process flow --train_steps 2 --batch_size 4 "
@@ -67,15 +67,16 @@ def test_each_arm_is_a_part_of_the_model(logs, trained_names, monkeypatch, capsy
     results = compare(logs, "--seeds experts=2 --guidance 2", "a")
     assert trained_names == ["text_0", "words_0", "experts_0", "router_0", "experts_1"]
     settings = {name: each["settings"] for name, each in results["trained"].items()}
-    assert settings["text_0"]["conditions"] == ["text"] and settings["words_0"]["conditions"] == ["text", "objects"]
+    assert settings["text_0"]["conditions"] == ["text"] and settings["words_0"]["conditions"] == ["text", "region_words"]
     experts = {name: (len(each["experts"]), each["router_experts"]) for name, each in settings.items()}
     assert experts == {
         **{"text_0": (0, 0), "words_0": (0, 0), "experts_0": (2, 0), "experts_1": (2, 0)},
         **{"router_0": (0, 3)},
     }
-    assert "panoptic" not in fields["text_0"] and {"caption", "panoptic"} <= fields["experts_0"] & fields["router_0"]
+    assert "panoptic" not in fields["text_0"]
+    assert {"caption", "panoptic", "box_words"} <= fields["words_0"] & fields["experts_0"] & fields["router_0"]
     counts = {name: each["parameters"] for name, each in results["trained"].items()}
-    assert counts["text_0"] < counts["words_0"] < counts["experts_0"] < counts["router_0"]
+    assert counts["text_0"] == counts["words_0"] < counts["experts_0"] < counts["router_0"]
     check_files(results, logs / "a", capsys.readouterr().out)
 
 
@@ -122,7 +123,7 @@ def test_what_cannot_be_compared_is_refused(logs, capfd):
         assert message in refused(logs, flags, capfd), flags
     models = {
         "--conditions text": "got experts of groups of classes without a condition of regions",
-        "--conditions objects": "wanted captions and regions: pass --conditions text region_words",
+        "--conditions region_words": "wanted captions and regions: pass --conditions text region_words",
     }
     for model, message in models.items():
         assert message in refused(logs, "", capfd, model), model

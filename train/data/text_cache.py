@@ -44,18 +44,27 @@ class TextCache:
 
         ValueError for a file that cannot be read or written.
         """
+        length, tokenizer = self.encoder.config.length, self.encoder.tokenizer
+        rows = self.look_up([caption_chunks(caption, length, tokenizer, self.pad_id) for caption in captions])
+        values, mask = pad_tokens(rows, self.width, 1 if self.pad_id is not None else MULTIPLE)
+        return {"caption": values, "caption_mask": mask}
+
+    def words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns the tokens (B, M, D) of texts without the start, end and padding of their chunks, which may be none,
+        padded with zeros, and which are no padding, (B, M); M is rounded up. ValueError as above."""
+        length, tokenizer = self.encoder.config.length, self.encoder.tokenizer
+        chunks = [caption_chunks(text, length, tokenizer) for text in texts]
+        rows = []
+        for own, tokens in zip(chunks, self.look_up(chunks), strict=True):
+            rows.append(torch.cat([part[1:-1] for part in tokens.split([*map(len, own)])]))
+        return pad_tokens(rows, self.width, MULTIPLE)
+
+    def look_up(self, captions: Sequence[Chunks]) -> list[Tensor]:
+        """Returns `read`; ValueError for a file that cannot be read or written."""
         try:
-            length, tokenizer = self.encoder.config.length, self.encoder.tokenizer
-            rows = self.read([caption_chunks(caption, length, tokenizer, self.pad_id) for caption in captions])
+            return self.read(captions)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} cannot be used ({error}): free disk space, or delete the file") from error
-        longest = max(map(len, rows))
-        rounded = longest if self.pad_id is not None else longest + -longest % MULTIPLE
-        values = torch.zeros(len(rows), rounded, self.width)
-        for row, tokens in zip(values, rows, strict=True):
-            row[: len(tokens)] = tokens
-        mask = torch.arange(values.shape[1]) < torch.tensor([len(tokens) for tokens in rows])[:, None]
-        return {"caption": values, "caption_mask": mask}
 
     def read(self, captions: Sequence[Chunks]) -> list[Tensor]:
         """Returns the tokens (M, D) of captions; encodes and keeps those that the file lacks."""
@@ -80,6 +89,17 @@ class TextCache:
     def encode(self, chunks: Chunks) -> Tensor:
         """Returns the tokens (M, D) of a caption."""
         return torch.cat([self.encoder(torch.tensor([chunk])).tokens[0] for chunk in chunks])
+
+
+def pad_tokens(rows: Sequence[Tensor], width: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """Pads tokens (M, D) with zeros to the longest, whose length is rounded up to a multiple, at least one: (B, M, D),
+    and where they are no padding, (B, M)."""
+    lengths = torch.tensor([len(tokens) for tokens in rows])
+    longest = max(1, int(lengths.max()))
+    values = torch.zeros(len(rows), longest + -longest % multiple, width)
+    for row, tokens in zip(values, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return values, torch.arange(values.shape[1]) < lengths[:, None]
 
 
 def find_all(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -48,6 +48,11 @@ class LearnedSampler(ABC):
     def conditions(self) -> tuple[str, ...]:
         """The batch fields that the network is conditioned on."""
 
+    @property
+    def optional_conditions(self) -> dict[str, str]:
+        """The batch fields that conditions read where a batch has them, each with the one that it belongs to."""
+        return {}
+
     @abstractmethod
     def loss(self, network: nn.Module, batch: Batch, streams: TrainingStreams) -> Loss:
         """Returns the loss of a batch encoded by the space, with outputs x0, x_t, t, prediction and loss.

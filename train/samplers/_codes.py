@@ -28,7 +28,13 @@ from train.control import weigh_hints
 from train.data.streams import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, LearnedSampler, check_finite, select_solver
-from train.samplers._conditions import check_image_input, draw_drops, fields_by_condition, raw_conditions
+from train.samplers._conditions import (
+    check_image_input,
+    draw_drops,
+    fields_by_condition,
+    optional_by_condition,
+    raw_conditions,
+)
 from train.samplers._foreground import foreground_loss
 from train.samplers._guidance import Chain, check_nulls, guidance_chain
 from train.samplers._transformer import TransformerConfig
@@ -91,8 +97,17 @@ class CodeSampler(LearnedSampler):
         return fields_by_condition(self.network.encoders)
 
     @property
+    def optional_of(self) -> dict[str, tuple[str, ...]]:
+        """The batch fields that each condition reads where a batch has them."""
+        return optional_by_condition(self.network.encoders)
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         return tuple(field for fields in self.fields_of.values() for field in fields)
+
+    @property
+    def optional_conditions(self) -> dict[str, str]:
+        return {field: self.fields_of[name][0] for name, fields in self.optional_of.items() for field in fields}
 
     # Conditions
 
@@ -280,7 +295,7 @@ class DiscreteSampler(CodeSampler):
         x0 = batch["codes"]
         t = to_device(self.times(streams, len(x0)), x0.device)
         x_t = self.corrupt(x0, t, streams("mask"))
-        raw = raw_conditions(self.fields_of, batch)
+        raw = raw_conditions(self.fields_of, batch, self.optional_of)
         logits = self.predict(
             network, x_t, t, raw, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
@@ -359,7 +374,7 @@ class DiscreteSampler(CodeSampler):
         It is estimated from `nfe` network calls per example; None computes all of its terms.
         """
         check_nulls(self.config, self.conditions, batch, self.n_classes)
-        condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
+        condition = network.encode(raw_conditions(self.fields_of, batch, self.optional_of), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe
         )

@@ -12,6 +12,7 @@ from diffusion.rng import Streams, seed_of
 from models.conditioning import Conditioner
 from models.conditions.metadata import NULL, to_numbers
 from models.conditions.numbers import MISSING, RangeCheck
+from models.conditions.region_words import RegionWords, WordRule, arrange, different_texts, tokenize_words
 from models.conditions.text import find_captions, tokenize
 from models.prompts import PromptTokenizer
 from models.regions import check_region_fields
@@ -128,6 +129,29 @@ class TokenizedCaptions(ConditionFields):
         return {"caption": ids, "caption_mask": mask}
 
 
+@dataclass(frozen=True)
+class TokenizedWords(ConditionFields):
+    """The words of regions as ids (B, T, C, L) of the T different texts of each image, which of them are read, and the
+    text of each region, (B, R); with a cache of embeddings as tokens (B, T, M, D).
+
+    They are fields of their own: `tokenize_words` has their names. ValueError for another number of words than regions.
+    """
+
+    rule: WordRule
+    length: int
+    tokenizer: PromptTokenizer
+    cache: TextCache | None = None
+
+    def read(self, batch: Batch, positions: list[int]) -> Batch:
+        if f"{self.rule.kind}_class" not in batch:
+            return {}
+        found = self.rule.read(batch, batch.get("file_name"))
+        if self.cache is None:
+            return tokenize_words(found, self.length, self.tokenizer)
+        places = different_texts(found)
+        return arrange(found, *self.cache.words([*places]), places)
+
+
 def draw_field_drops(
     seed: int, stream: str, positions: Sequence[int], fields: Iterable[str], drop: float
 ) -> dict[str, Tensor]:
@@ -149,11 +173,14 @@ def with_condition_fields(
         if isinstance(encoders, Conditioner) and encoders.region_encoders:
             fields = frozenset().union(*fields_by_condition(encoders.region_encoders).values())
             source = CheckedRegions(source, fields, encoders.region_limits)
-    if (words := find_metadata(network)) is not None:
-        source = NumberedMetadata(source, words.values, words.field_drop, seed)
+    if (metadata := find_metadata(network)) is not None:
+        source = NumberedMetadata(source, metadata.values, metadata.field_drop, seed)
     if (numbers := find_numbers(network)) is not None:
         source = CheckedNumbers(source, RangeCheck(numbers.ranges), numbers.field_drop, seed)
+    words = next((each for each in network.modules() if isinstance(each, RegionWords)), None)
+    if words is not None:
+        source = TokenizedWords(source, words.rule, words.captions.length, words.tokenizer, cache)
     captions = find_captions(network)
-    if captions is None:
+    if captions is None or (words is not None and words.own is captions):  # nothing reads the captions of images
         return source
     return TokenizedCaptions(source, captions.length, captions.tokenizer, captions.pad_id, cache)

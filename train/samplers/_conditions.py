@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
@@ -60,10 +61,14 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
     """
     if "label" in config.conditions:
         raise ValueError("got 'label' among --conditions: use --class_conditional for classes")
-    encoders = {}
-    for name in (*config.conditions, *(["label"] if n_classes else [])):
-        module = load_plugin("models.conditions", name, "condition")
-        encoders[name] = module.build(plugin_options(config.condition_options, module.Config), width, n_classes)
+    names, encoders = (*config.conditions, *(["label"] if n_classes else [])), {}
+    modules = {name: load_plugin("models.conditions", name, "condition") for name in names}
+    for name in sorted(modules, key=lambda name: hasattr(modules[name], "SHARES")):  # those that share parts are last
+        module = modules[name]
+        shared = [encoders.get(module.SHARES)] if hasattr(module, "SHARES") else []
+        options = plugin_options(config.condition_options, module.Config)
+        encoders[name] = module.build(options, width, n_classes, *shared)
+    encoders = {name: encoders[name] for name in modules}
     check_named_fields(encoders)
     return encoders
 
@@ -109,7 +114,8 @@ def with_declared_values(config: SamplerConfig, train: Dataset, *others: Dataset
         for field, values in getattr(dataset, "metadata_values", {}).items():
             metadata[field] = tuple(dict.fromkeys((*metadata.get(field, ()), *values)))
     names, numbers = getattr(train, "region_classes", ()), getattr(train, "number_fields", {})
-    options = with_options_of_file(config.condition_options.for_data(len(names), metadata, numbers))
+    regions = names, getattr(train, "region_things", ())
+    options = with_options_of_file(config.condition_options.for_data(len(names), metadata, numbers, *regions))
     return replace(config.with_class_numbers(names), condition_options=options)
 
 
@@ -137,10 +143,19 @@ def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, t
     }
 
 
-def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:
+def optional_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:
+    """Returns the batch fields that each condition reads where a batch has them, keyed by condition name."""
+    return {name: encoder.optional_fields for name, encoder in encoders.items() if encoder.optional_fields}
+
+
+def raw_conditions(
+    fields_of: Mapping[str, tuple[str, ...]],
+    batch: Batch | None,
+    optional_of: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> dict[str, Raw]:
     """Collects the encoders' inputs, keyed by condition name: a field, or a dict of several fields and padding masks.
 
-    ValueError if the batch lacks a field.
+    ValueError if the batch lacks a field that is not optional.
     """
     batch = batch or {}
     missing = sorted({field for fields in fields_of.values() for field in fields} - {*batch})
@@ -152,6 +167,7 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
         )
     raw = {}
     for name, fields in fields_of.items():
+        fields = (*fields, *(field for field in optional_of.get(name, ()) if field in batch))
         masks = [f"{field}_mask" for field in fields if f"{field}_mask" in batch]
         single = len(fields) == 1 and not masks
         raw[name] = batch[fields[0]] if single else {field: batch[field] for field in (*fields, *masks)}

@@ -16,12 +16,13 @@ acts on the others. In guess mode --guidance scales them like other conditions.
 """
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from models.conditioning import Conditioner
 from models.control import is_hint_field
 from train.loop import Batch
-from train.samplers._conditions import ConditionsConfig, Raw, drop_flag, raw_conditions
+from train.samplers._conditions import ConditionsConfig, Raw, drop_flag, optional_by_condition, raw_conditions
 from train.sampling_config import GUIDANCE_SCALES, SamplingConfig
 
 IMAGES = ("image", "images")  # conditions that --image_guidance scales
@@ -61,7 +62,7 @@ def guidance_chain(
     guided = {name: names for name, names in fields_of.items() if name not in encoders.hints or options.control_guess}
     steps = scaled_steps(guided, encoders.region_encoders, options)
     fields = [field for names in guided.values() for field in names]
-    first = negative_conditions(fields_of, negative)
+    first = negative_conditions(fields_of, negative, optional_by_condition(encoders))
     first = {} if options.guidance == 1 else first
     weaker = {name: value for name, value in first.items() if name not in encoders.region_encoders}
     for i, step in enumerate(steps):
@@ -70,7 +71,7 @@ def guidance_chain(
         remedy = "pass --guidance 1" if step.setting == "guidance" else f"leave --{step.setting} out"
         check_scale(config, f"{step.setting} {step.scale}", step.scale, fields, batch, remedy, nulls)
     check_nulls(config, fields, batch, n_classes)
-    raw = raw_conditions(fields_of, batch) if batch else {}
+    raw = raw_conditions(fields_of, batch, optional_by_condition(encoders)) if batch else {}
     hints = {} if options.control_guess else {name: raw[name] for name in encoders.hints if name in raw}
     weaker, chain = hints | weaker, [hints | first]
     for step in steps:
@@ -104,16 +105,22 @@ def scaled_steps(
     return [ScaledStep(setting, scales[setting], own[setting]) for setting in order if setting in own]
 
 
-def negative_conditions(fields_of: Mapping[str, tuple[str, ...]], negative: Batch | None) -> dict[str, Raw]:
+def negative_conditions(
+    fields_of: Mapping[str, tuple[str, ...]],
+    negative: Batch | None,
+    optional_of: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> dict[str, Raw]:
     """Returns the inputs of the encoders of the conditions that `negative` has, by condition; others are null.
 
     ValueError for fields of no condition, and for a condition that has only some of its fields.
     """
     given = {field.removesuffix("_mask") for field in negative or ()}
-    if unknown := sorted(given - {field for names in fields_of.values() for field in names}):
+    known = {name: {*fields, *optional_of.get(name, ())} for name, fields in fields_of.items()}
+    if unknown := sorted(given - {field for names in known.values() for field in names}):
         accepted = ", ".join(field for names in fields_of.values() for field in names) or "none"
         raise ValueError(f"got the negative condition {', '.join(unknown)}, this sampler takes: {accepted}")
-    return raw_conditions({name: fields for name, fields in fields_of.items() if given & {*fields}}, negative)
+    named = {name: fields for name, fields in fields_of.items() if given & known[name]}
+    return raw_conditions(named, negative, optional_of)
 
 
 def check_scale(

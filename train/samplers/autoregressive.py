@@ -70,7 +70,7 @@ class AutoregressiveSampler(CodeSampler):
         """
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
-        raw = raw_conditions(self.fields_of, batch)
+        raw = raw_conditions(self.fields_of, batch, self.optional_of)
         logits = self.predict(
             network, x0, t, raw, drop=draw_drops(self.config, self.network.encoders, streams, len(x0))
         )
@@ -128,7 +128,7 @@ class AutoregressiveSampler(CodeSampler):
         x0 = batch["codes"]
         with torch.no_grad():
             t = torch.zeros(len(x0), device=x0.device)
-            logits = self.predict(network, x0, t, raw_conditions(self.fields_of, batch))
+            logits = self.predict(network, x0, t, raw_conditions(self.fields_of, batch, self.optional_of))
         return self.process.likelihood(logits, x0)
 
 

@@ -40,6 +40,7 @@ from train.samplers._conditions import (
     draw_drops,
     fields_by_condition,
     make_encoders,
+    optional_by_condition,
     raw_conditions,
 )
 from train.samplers._foreground import foreground_loss
@@ -207,8 +208,17 @@ class GaussianSampler(LearnedSampler):
         return fields_by_condition(self.network.encoders)
 
     @property
+    def optional_of(self) -> dict[str, tuple[str, ...]]:
+        """The batch fields that each condition reads where a batch has them."""
+        return optional_by_condition(self.network.encoders)
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         return tuple(field for fields in self.fields_of.values() for field in fields)
+
+    @property
+    def optional_conditions(self) -> dict[str, str]:
+        return {field: self.fields_of[name][0] for name, fields in self.optional_of.items() for field in fields}
 
     def predict(
         self,
@@ -241,7 +251,7 @@ class GaussianSampler(LearnedSampler):
         x0, (t, weight) = batch["x0"], self.times(streams, len(batch["x0"]), network.training)
         noise = streams.noise(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw = raw_conditions(self.fields_of, batch)
+        raw = raw_conditions(self.fields_of, batch, self.optional_of)
         drop = draw_drops(self.config, self.network.encoders, streams, len(x0))
         output = self.predict(network, x_t, t, raw, drop=drop)
         loss_of = partial(self.process.loss, output, x0, noise, t, **self.loss_options)
@@ -352,7 +362,7 @@ class GaussianSampler(LearnedSampler):
             raise ValueError("latents are continuous and have no likelihood in bits: use a model of pixels")
         check_nulls(self.config, self.conditions, batch, self.n_classes)
         x0 = batch["x0"]
-        condition = network.encode(raw_conditions(self.fields_of, batch), x0)
+        condition = network.encode(raw_conditions(self.fields_of, batch, self.optional_of), x0)
         denoise = self.conditional_denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:

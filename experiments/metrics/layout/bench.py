@@ -113,7 +113,9 @@ class Bench:
 
     def layouts(self, model: TrainedSampler) -> ConditionSource:
         """Returns the source of the held-out layouts, in the form that a network reads."""
-        return ConditionSource(model.sampler.conditions, model.sampler.n_classes, held_out=self.held_out)
+        sampler = model.sampler
+        fields = sampler.conditions, sampler.n_classes
+        return ConditionSource(*fields, held_out=self.held_out, optional=sampler.optional_conditions)
 
     def check_sampling(self, run: Run, guidance: float) -> None:
         """Samples an image up to its first step. ValueError, before hours of training, for what cannot be sampled."""
