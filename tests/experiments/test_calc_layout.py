@@ -70,7 +70,7 @@ def test_regions_of_maps_are_measured_by_group_of_classes(logs, capsys):
 
 
 def test_groups_that_the_data_do_not_have_are_refused(logs, capfd):
-    assert "--class_groups, did you mean ring" in refused(logs, f"{SHAPES} --class_groups rings", capfd)
+    assert "in --class_groups, did you mean 'ring'?" in refused(logs, f"{SHAPES} --class_groups rings", capfd)
     assert "got class 12 in --class_groups, wanted 0 to 9" in refused(logs, f"{SHAPES} --class_groups 12", capfd)
 
 
