@@ -126,9 +126,10 @@ class Comparison(ABC):
     def save_picture(self, order: Order, names: Sequence[str] = (), *, maps: bool = False) -> None:
         """Saves a picture of some layouts, as `pair_images` shows them, with the sample of the first run of each arm,
         and the real scene."""
-        columns, real = {}, self.judged.real
-        for name, each in sorted(self.results["measured"].items(), key=lambda item: order(item[1])):
-            heading = each["arm"] if each["guidance"] == 1 else f"{each['arm']}, {each['guidance']:g}"
+        columns, real, measured = {}, self.judged.real, self.results["measured"]
+        alike = len({each["guidance"] for each in measured.values()}) == 1
+        for name, each in sorted(measured.items(), key=lambda item: order(item[1])):
+            heading = each["arm"] if alike or each["guidance"] == 1 else f"{each['arm']}, {each['guidance']:g}"
             if heading not in columns:
                 columns[heading] = read_samples(self.folder / f"{name}.npz", None)["image"]
         columns[REAL_SCENES] = grey_to_rgb(real.images)

@@ -4,6 +4,7 @@ Shapes: N images of H x W pixels, R regions in all, K classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ class Estimate(NamedTuple):
 MapFigures = dict[str, dict[str, int | Estimate | None]]  # by group, by figure
 
 
-class MapRegions(NamedTuple):
+@dataclass(frozen=True)
+class MapRegions:
     """The regions of the maps of N images: things, each for itself, and the pixels of each other class."""
 
     labels: Tensor  # (N, H, W) int64: the region that a pixel shows, or NO_REGION
