@@ -139,8 +139,10 @@ class Playground:
 
     @cached_property
     def layout_names(self) -> LayoutNames | None:
-        """The names of the classes and colours of boxes; None if the model reads no boxes, or masks too."""
-        if FIELDS[0] not in self.trained.sampler.conditions or "masks" in self.trained.sampler.conditions:
+        """The names of the classes and colours of boxes; None if the model reads no boxes, or masks or words too."""
+        sampler = self.trained.sampler
+        more = "masks" in sampler.conditions or "box_words" in sampler.optional_conditions
+        if FIELDS[0] not in sampler.conditions or more:
             return None
         return read_layout_names(self.trained.sampler.network, self.trained.dataset("val"), str(self.trained.run))
 

@@ -40,6 +40,7 @@ from train.registry import did_you_mean
 
 BOX_FIELDS = ("boxes", "masks", "box_class", "box_color")
 SEGMENT_FIELDS = ("panoptic", "segment_id", "segment_class")
+WORD_FIELDS = ("box_id", "box_words")  # that a model may read beside them: the words of instances
 REMEDY = "pass a .json file, or a folder of .txt files or .png maps, as --layouts"
 LISTED = 12  # names in a message
 ROUNDING = 1e-3  # by which a fraction in a file may be outside the image
@@ -182,7 +183,7 @@ def read_entry(number: int, entry: Any, vocabulary: LayoutVocabulary) -> Item:
         raise ValueError(f"{got}, wanted an object with boxes and classes, or masks in place of boxes")
     name = file_stem(f"{entry.get('name', f'layout_{number:03d}')}.json")
     with naming(f"layout {number}, {name}" if "name" in entry else f"layout {number}"):
-        own = {"boxes", "masks", "classes", "colors", "size", "name"}
+        own = {"boxes", "masks", "classes", "colors", "words", "size", "name"}
         others = {key: value for key, value in entry.items() if key not in own}
         if unknown := sorted(others.keys() - {*vocabulary.fields, "label"} | others.keys() & {*SEGMENT_FIELDS}):
             hint = did_you_mean(unknown[0], [*own, *vocabulary.fields])
@@ -195,6 +196,8 @@ def read_entry(number: int, entry: Any, vocabulary: LayoutVocabulary) -> Item:
         fields["box_class"] = read_numbers(entry, "classes", vocabulary.classes, "class", n)
         if "colors" in entry:
             fields["box_color"] = read_numbers(entry, "colors", vocabulary.colors, "color", n)
+        if "words" in entry or "box_words" in vocabulary.fields:
+            fields["box_words"] = read_words(entry.get("words", [""] * n), n)
         if isinstance(entry.get("label"), str) and vocabulary.n_classes:
             others["label"] = class_index(entry["label"], vocabulary.n_classes, vocabulary.class_names)
         return name, fields | others
@@ -246,6 +249,14 @@ def read_numbers(entry: Mapping[str, Any], key: str, names: Sequence[str], what:
     return Ragged(torch.tensor([number_of(value, names, what) for value in values], dtype=torch.int64))
 
 
+def read_words(words: Any, count: int) -> list[str]:
+    """Returns the words of `count` regions, "" for none; ValueError for another number, and for what is no text."""
+    if not isinstance(words, list) or len(words) != count or not all(isinstance(each, str) for each in words):
+        got = f"{len(words)} words" if isinstance(words, list) else f"words {words!r}"
+        raise ValueError(f'got {got} for {count} regions, wanted a text for each: "" for the name of its class')
+    return list(words)
+
+
 # COCO's JSON
 
 
@@ -271,7 +282,7 @@ def read_instances(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
 
 
 def read_panoptic(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
-    """Reads COCO's panoptic JSON, and the maps in the folder of its name."""
+    """Reads COCO's panoptic JSON, and the maps in the folder of its name; a segment may have "words" of its own."""
     content, categories = read_listed(path, ("file_name", "segments_info"))
     items = []
     for key, image in content.images.items():
@@ -280,8 +291,17 @@ def read_panoptic(path: Path, vocabulary: LayoutVocabulary) -> list[Item]:
             colors = read_colors(file, None)
             with naming(file):
                 fields = panoptic_fields(panoptic.decode(colors, "coco"), categories, segment_rows(row))
-                items.append((file_stem(image["file_name"]), renumber_fields(fields, categories, vocabulary)))
+                fields = renumber_fields(fields, categories, vocabulary)
+                if "box_words" in vocabulary.fields:
+                    fields |= words_of_segments(row["segments_info"], fields["segment_id"])
+                items.append((file_stem(image["file_name"]), fields))
     return items
+
+
+def words_of_segments(listed: Sequence[Mapping[str, Any]], ids: Tensor) -> dict[str, Any]:
+    """Returns the words of the segments with these ids, things and stuff, as fields of instances."""
+    words = {int(each["id"]): each.get("words", "") for each in listed}
+    return {"box_id": Ragged(ids), "box_words": read_words([words[each] for each in ids.tolist()], len(ids))}
 
 
 def read_listed(path: Path, keys: Sequence[str]) -> tuple[CocoFile, Categories]:

@@ -1,6 +1,6 @@
 """Layouts of images to generate: read from files, as rows of conditions, and written so that they can be read again.
 
-    layouts.json            [{"boxes": [[x0, y0, x1, y1], ...], "classes": ["disc", ...]}, ...]
+    layouts.json            [{"boxes": [[x0, y0, x1, y1], ...], "classes": ["disc", ...]}, ...], perhaps with "words"
                             or "masks" in place of "boxes", as in COCO's JSON, with the "size" of their image
     instances_val.json      COCO's instances, or its panoptic JSON beside the folder panoptic_val/ of its maps
     folder/a.txt            lines x,y,w,h,class name (LayoutDiffuse)
@@ -37,6 +37,7 @@ from train.layout_files import (
     BOX_FIELDS,
     REMEDY,
     SEGMENT_FIELDS,
+    WORD_FIELDS,
     LayoutVocabulary,
     list_files,
     name_of,
@@ -67,6 +68,7 @@ def trained_vocabulary(trained: TrainedSampler, size: tuple[int, int] | None = N
     ValueError if it reads no regions.
     """
     fields = [name for name in trained.sampler.conditions if name != "label"]
+    fields += [name for name in WORD_FIELDS if name in trained.sampler.optional_conditions]
     if not {"boxes", "masks", "panoptic"} & {*fields}:
         reads = ", ".join(trained.sampler.conditions) or "no conditions"
         raise ValueError(
@@ -80,9 +82,9 @@ def read_layouts(path: str | Path, vocabulary: LayoutVocabulary) -> list[Layout]
     """Reads the layouts in a file or a folder; each row has all fields of regions that the model reads.
 
     In a JSON list, boxes are fractions of the generated image, or pixels of an image of "size": [height, width], and
-    masks are polygons or run lengths of pixels of such an image. An entry may have "colors", a "name", a "label" (the
-    number or name of the image's class), and other fields of the model. FileNotFoundError, ValueError: there is
-    nothing, or it cannot be used; the message names the image.
+    masks are polygons or run lengths of pixels of such an image. An entry may have "colors", "words" of the regions, a
+    "name", a "label" (the number or name of the image's class), and other fields of the model. FileNotFoundError,
+    ValueError: there is nothing, or it cannot be used; the message names the image.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():
@@ -172,6 +174,8 @@ def write_layouts(folder: Path, layouts: Sequence[Layout], vocabulary: LayoutVoc
         present = {*np.unique(ids).tolist()}
         rows = zip(row["segment_id"].tolist(), row["segment_class"].tolist(), strict=True)
         segments = [{"id": i, "category_id": vocabulary.categories.ids[c]} for i, c in rows if i in present]
+        words = dict(zip(row["box_id"].tolist(), row["box_words"], strict=True)) if "box_words" in row else {}
+        segments = [each | ({"words": words[each["id"]]} if words.get(each["id"]) else {}) for each in segments]
         ids = np.where(np.isin(ids, [each["id"] for each in segments]), ids, 0)
         with atomic_write(folder / "layouts" / f"{name}.png") as scratch:
             Image.fromarray(panoptic.encode(ids, "coco")).save(scratch, format="PNG")
@@ -197,4 +201,6 @@ def describe_objects(layout: Layout, vocabulary: LayoutVocabulary) -> dict[str, 
     entry = {"name": layout.name, **shapes, "classes": classes}
     if "box_color" in row:
         entry["colors"] = [name_of(number, vocabulary.colors) for number in row["box_color"][inside].tolist()]
+    if "box_words" in row:
+        entry["words"] = [words for words, kept in zip(row["box_words"], inside.tolist(), strict=True) if kept]
     return entry | {name: value for name, value in row.items() if isinstance(value, str)}

@@ -18,6 +18,7 @@ from train.distributed import pick_device
 from train.registry import did_you_mean
 from train.samplers import Process
 
+LISTS = ("box_words",)  # fields of which one image has a list of texts
 KINDS = {
     **{bool: "True or False", int: "a whole number", float: "a number", str: "a string", NoneType: "None"},
     **{tuple: "a list of numbers"},
@@ -148,13 +149,15 @@ def is_image_field(name: str) -> bool:
 
 
 def per_image(name: str, value: Any, n: int) -> list[Any]:
-    """Returns a value per image: lists, label tensors and batches of images must hold n; other values apply to all."""
+    """Returns a value per image: lists, label tensors and batches of images must hold n; other values apply to all,
+    and so does a list of words of one of LISTS."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if name == "label" and isinstance(value, Tensor | range):
         value = value.tolist() if isinstance(value, Tensor) else list(value)
     is_batch = is_image_field(name) and isinstance(value, Tensor) and value.ndim == 4
-    if not is_batch and not isinstance(value, list | tuple):
+    is_row = name in LISTS and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    if is_row or (not is_batch and not isinstance(value, list | tuple)):
         return [value] * n
     if len(value) != n:
         raise ValueError(f"got {len(value)} values of {name} for {n} images, wanted one for all of them, or {n}")

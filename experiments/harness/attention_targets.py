@@ -15,6 +15,7 @@ from experiments.harness.editing import encode_images
 from models.attention_recorder import MapRecorder
 from models.conditioning import RegionEncoder
 from models.conditions.metadata import UNKNOWN, MetadataEncoder
+from models.conditions.region_words import RegionWords
 from models.conditions.text import CaptionEncoder, distinct_words, tokens_of_words
 from models.heat_maps import share_of_tokens
 from models.regions import find_present, kind_of_regions
@@ -53,6 +54,8 @@ def find_targets(
             continue
         if isinstance(encoder, CaptionEncoder):
             own = [word_targets(name, encoder, caption, words) for caption in batch["caption"]]
+        elif isinstance(encoder, RegionWords):
+            own = text_targets(name, encoder, batch, words)
         elif isinstance(encoder, RegionEncoder) and not words:
             own = region_targets(name, encoder, batch, model.region_classes)
         elif isinstance(encoder, MetadataEncoder) and not words:
@@ -75,6 +78,15 @@ def word_targets(name: str, encoder: CaptionEncoder, caption: str | Tensor, word
         raise ValueError("got captions that are encoded already, whose words are not known: pass --prompt TEXT")
     words = words or distinct_words(caption, encoder.tokenizer)
     return [Target(word, name, tuple(tokens_of_words(caption, word, encoder))) for word in words]
+
+
+def text_targets(name: str, encoder: RegionWords, batch: Batch, words: Sequence[str]) -> list[list[Target]]:
+    """Returns the different texts of the regions of each image or, of these words, those that the texts have."""
+    rows = encoder.tokens_of_texts(batch)
+    if words:
+        of_words = [encoder.tokens_of_words(batch, word) for word in words]
+        rows = [dict(zip(words, own, strict=True)) for own in zip(*of_words, strict=True)]
+    return [[Target(text, name, tuple(tokens)) for text, tokens in own.items() if tokens] for own in rows]
 
 
 def region_targets(name: str, encoder: RegionEncoder, batch: Batch, class_names: Sequence[str]) -> list[list[Target]]:

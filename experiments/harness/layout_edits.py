@@ -102,6 +102,9 @@ def read_layout_names(network: nn.Module, dataset: Dataset, run: str) -> LayoutN
     if "box_class" not in limits or masks:
         got = f"{run} reads {'masks' if masks else 'no boxes'}"
         raise ValueError(f"{got}: pass a run with --conditions layout, boxes, objects or location_words, of boxes")
+    if any("box_words" in encoder.optional_fields for encoder in conditioner.region_encoders.values()):
+        got = f"{run} reads words of regions, which edits do not know"
+        raise ValueError(f"{got}: pass a run without --conditions region_words, or change the words of --layouts")
     palette = tuple(getattr(dataset, "palette", ()))[: limits.get("box_color", 0)]
     return LayoutNames(
         classes=number_names(getattr(dataset, "region_classes", ()), limits["box_class"]),

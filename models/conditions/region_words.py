@@ -3,7 +3,8 @@
 The prompt of the whole image is the condition `text`, whose text encoder this one shares. Equal words are one group of
 tokens, whose membership names all regions that read it.
 
-Shapes: R regions, T different texts of an image, C chunks of a text, L tokens of a chunk, M = C L.
+Shapes: R regions, T different texts of an image, C chunks of a text, L tokens of a chunk with its start and end, M =
+C (L - 2) tokens of a text that are read, perhaps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -178,14 +179,13 @@ def different_texts(found: RegionTexts) -> dict[str, int]:
 
 
 def tokenize_words(found: RegionTexts, length: int, tokenizer: PromptTokenizer) -> dict[str, Tensor]:
-    """Returns the ids of words, (B, T, C, L), and which are read, as `arrange` does: not start, end and padding."""
+    """Returns the ids of words, (B, T, C, L), and which between the first and the last are words, (B, T, C, L - 2), as
+    `arrange` does."""
     places = different_texts(found)
     ids, mask = tokenize([*places], length, tokenizer)
-    inside = mask.clone()
-    inside[..., 0] = False
-    inside[..., :-1] &= mask[..., 1:]
-    inside[..., -1] = False
-    return arrange(found, ids, inside, places)
+    longest = max(3, int(mask.sum(-1).max()))  # a place to read at least
+    inside = mask[..., 2:longest]  # what has two tokens before it, a start and another: as many as stand between
+    return arrange(found, ids[..., :longest], inside, places)
 
 
 class RegionWords(RegionEncoder):
@@ -247,20 +247,23 @@ class RegionWords(RegionEncoder):
         else:
             fields = self.tokenize(raw)
             words, mask, numbers = (each.to(device) for each in fields.values())
-        values = words if words.is_floating_point() else self.encode(words)
+        values = words if words.is_floating_point() else self.encode(words)[..., 1:-1, :].flatten(2, 3)
         return values, mask.flatten(2), numbers
 
     def tokenize(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the ids of the words of a batch, which are read, and the number of each region's text."""
+        """Returns the ids of the words of a batch, which are read, and the number of each region's text; see
+        `tokenize_words`."""
         return tokenize_words(self.rule.read(batch), self.captions.length, self.tokenizer)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Encodes ids (B, T, C, L), equal texts once where that costs no wait for a device: (B, T, M, D)."""
+        """Encodes ids (B, T, C, L), equal texts once where that costs no wait for a device: (B, T, C, L, D)."""
         texts = ids.flatten(0, 1)
         if self.training and ids.device.type == "cpu" and not torch.compiler.is_compiling():
             texts, places = texts.unique(dim=0, return_inverse=True)
-            return self.captions.encode_ids(texts)[places].unflatten(0, ids.shape[:2])
-        return self.captions.encode_ids(texts).unflatten(0, ids.shape[:2])  # elsewhere it encodes equal chunks once
+            tokens = self.captions.encode_ids(texts)[places]
+        else:
+            tokens = self.captions.encode_ids(texts)  # in sampling it encodes equal chunks once
+        return tokens.view(*ids.shape, -1)
 
     def tokens_of_texts(self, batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
         """Returns the tokens that each text of each image has, by their numbers in the condition; of raw texts."""

@@ -70,6 +70,39 @@ def test_a_list_has_boxes_classes_and_colors_in_its_order(tmp_path):
     assert batch["boxes"].shape == (2, 2, 4) and batch["boxes_mask"].tolist() == [[True, True], [False, False]]
 
 
+def test_a_list_has_words_of_its_regions(tmp_path):
+    """Layouts without words stand beside others; what is outside the image keeps none when it is written."""
+    entries = [ENTRY | {"words": ["a blue ring", ""]}, ENTRY, {"boxes": [], "classes": [], "colors": [], "words": []}]
+    vocabulary = of_shapes((*BOXES, "box_words"))
+    layouts = read_layouts(save(tmp_path, entries), vocabulary)
+    assert [layout.row["box_words"] for layout in layouts] == [["a blue ring", ""], ["", ""], []]
+    again = read_layouts(write_layouts(tmp_path / "again", layouts, vocabulary), vocabulary)
+    assert [layout.row["box_words"] for layout in again] == [layout.row["box_words"] for layout in layouts]
+    assert "box_words" not in read_layouts(save(tmp_path, entries), of_shapes(BOXES))[0].row
+    wide = {"boxes": [[-20, 2, -12, 9], [2, 1, 29, 6]], "classes": [0, 1], "words": ["gone", "here"], "size": [10, 30]}
+    layouts = read_layouts(save(tmp_path, [wide]), vocabulary)
+    (again,) = read_layouts(write_layouts(tmp_path / "wide", layouts, vocabulary), vocabulary)
+    assert layouts[0].row["box_words"] == ["gone", "here"] and again.row["box_words"] == ["here"]
+
+
+def test_written_words_of_segments_are_read_again(tmp_path, written):
+    """Of things by their ids, and of stuff where a file has them; maps alone have none."""
+    vocabulary = of_shapes((*SEGMENTS, "box_id", "box_words"))
+    layouts = read_layouts(written / "mamoe/panoptic/val", vocabulary)
+    assert all("box_words" not in layout.row and "box_id" in layout.row for layout in layouts)
+    rows = [layout.row | {"box_words": [f"thing {i}" for i in layout.row["box_id"].tolist()]} for layout in layouts]
+    layouts = [layout._replace(row=row) for layout, row in zip(layouts, rows, strict=True)]
+    path = write_layouts(tmp_path / "maps", layouts, vocabulary)
+    for one, other in zip(rows, read_layouts(path, vocabulary), strict=True):
+        words = dict(zip(other.row["box_id"].tolist(), other.row["box_words"], strict=True))
+        assert {i: each for i, each in words.items() if each} == {i: f"thing {i}" for i in one["box_id"].tolist()}
+        assert {*words} == {*other.row["segment_id"].tolist()}
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segments_info"][-1]["words"] = "a wide sky"
+    path.write_text(json.dumps(content))
+    assert "a wide sky" in read_layouts(path, vocabulary)[0].row["box_words"]
+
+
 def test_the_label_of_a_layout_is_a_number_or_a_name(tmp_path):
     labels = ["hat", "2", 0, None]
     path = save(tmp_path, [ENTRY | {"label": label} for label in labels])
@@ -263,6 +296,9 @@ REFUSED = {
     "number": ([{"boxes": [[0, 0, 1, 1]], "classes": [10]}], "got the class 10, wanted .* a number from 0 to 9"),
     "true": ([{"boxes": [[0, 0, 1, 1]], "classes": [True]}], "got the class True"),
     "count": ([{"boxes": [[0, 0, 1, 1]], "classes": []}], "got 0 classes for 1 boxes"),
+    "words": ([{"boxes": [[0, 0, 1, 1]], "classes": [0], "words": ["a", "b"]}], "got 2 words for 1 regions, wanted"),
+    "no words": ([{"boxes": [[0, 0, 1, 1]], "classes": [0], "words": "a"}], "got words 'a' for 1 regions"),
+    "number as words": ([{"boxes": [[0, 0, 1, 1]], "classes": [0], "words": [3]}], "got 1 words for 1 regions"),
     "corners": ([{"boxes": [[0, 0, 1]], "classes": [0]}], r"wanted a list of \[x0, y0, x1, y1\]"),
     "empty box": ([{"boxes": [[0.5, 0, 0.5, 1]], "classes": [0], "name": "thin"}], "thin: got boxes .* x0 < x1"),
     "nan": ([{"boxes": [[0.5, 0, float("nan"), 1]], "classes": [0]}], "wanted fractions from 0 to 1"),

@@ -92,6 +92,14 @@ def test_fields_are_spread_by_themselves():
         condition_rows({"label": [0, 1], "words": ["a", "b", "c"]}, 2, 3)
 
 
+def test_words_of_the_regions_of_an_image_are_a_list():
+    one, each = ["a car", ""], [["a car"], ["sky", "sand"]]
+    assert condition_rows({"box_words": one}, 2, 0) == [{"box_words": one}] * 2
+    assert condition_rows({"box_words": each}, 2, 0) == [{"box_words": words} for words in each]
+    with pytest.raises(ValueError, match="got 2 values of box_words for 3 images"):
+        condition_rows({"box_words": each}, 3, 0)
+
+
 def test_bounds_of_whole_numbers():
     check_whole_number(1, n=1, steps=None)
     with pytest.raises(TypeError, match="got n 0.5, wanted a whole number"):
