@@ -47,6 +47,7 @@ from experiments.metrics.layout.obedience import ALL, OBJECTS, check_judges, ope
 from models.ranges import SEED, check_ranges
 from train.cli.files import read_run_config
 from train.cli.parse import BaseSettings, run_script, to_dict
+from train.condition_source import Row
 from train.config import DataConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.datasets import DatasetConfig, content_fingerprint
@@ -189,12 +190,16 @@ def open_drawn_layouts(settings: LayoutConfig, samples: dict[str, Tensor], sourc
     """Opens samples whose layouts are in the file beside them. ValueError: it does not have them."""
     path, (H, W) = layouts_beside(settings), source.size
     numbers = samples["layout"][: settings.n_images].tolist()
-    fields = ("boxes", "box_class", "box_words")
+    fields = ("boxes", "box_class")
     with naming(path):
         of_boxes = isinstance(parse_json(read_text(path, "keep it beside the samples")), list)
     if not of_boxes:  # but of COCO's panoptic maps
         fields += ("box_id", "panoptic", "segment_id", "segment_class")
     rows = [layout.row for layout in read_layouts(path, vocabulary_of(source.dataset, fields, source.size))]
+    if not of_boxes:
+        fields = ("panoptic", "segment_id", "segment_class", "box_id", "box_words")
+        worded = read_layouts(path, vocabulary_of(source.dataset, fields, source.size))
+        rows = [with_words(row, layout.row) for row, layout in zip(rows, worded, strict=True)]
     images = match_data_channels(samples["image"], source.config)[: settings.n_images].contiguous()
     if len(numbers) != len(images) or not 0 <= min(numbers) <= max(numbers) < len(rows):
         raise ValueError(f"{path} has {len(rows)} layouts, but the samples are of others: draw them with it again")
@@ -204,6 +209,12 @@ def open_drawn_layouts(settings: LayoutConfig, samples: dict[str, Tensor], sourc
     real = sorted(fixed_subset(len(source), settings.n_images))
     given = join_layouts(parts).take(numbers)
     return Judged(samples_name(Path(settings.samples)), images, real, source, given, numbers)
+
+
+def with_words(row: Row, worded: Row) -> Row:
+    """Returns the fields of a map with the words of its things; those of `worded` are of all its segments."""
+    words = dict(zip(worded["box_id"].tolist(), worded["box_words"], strict=True))
+    return row | {"box_words": [words[each] for each in row["box_id"].tolist()]}
 
 
 def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache: Path, folder: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from experiments.metrics.layout import obedience
 from helpers.tiny_runs import DDPM, call
 from train.data.transforms import to_item
 from train.datasets import shapes
+from train.layout_files import vocabulary_of
+from train.layouts import Layout, write_layouts
 from train.trained_sampler import TrainedSampler
 
 pytestmark = pytest.mark.usefixtures("tiny_judges")
@@ -162,6 +164,21 @@ def test_samples_may_bring_their_own_layouts(logs, samples, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(SCRIPT, f"--logs_root {logs} --min_judge 0 {SHAPES} --samples {path}")
     assert "has 2 layouts, but the samples are of others" in capsys.readouterr().err
+
+
+def test_maps_of_a_file_name_colours_by_their_words(logs, samples, tmp_path):
+    dataset = shapes.build(shapes.Config(), "val")
+    items = [dataset.read_at_size(index, (16, 16)) for index in range(3)]
+    fields = ("panoptic", "segment_id", "segment_class", "box_id", "box_words")
+    rows = [Layout(f"map_{i}", {field: item[field] for field in fields}) for i, item in enumerate(items)]
+    write_layouts(tmp_path, rows, vocabulary_of(dataset, fields, (16, 16)))
+    images = np.stack([np.array(item["image"]) for item in items])
+    np.savez(tmp_path / "samples.npz", arr_0=images, layout=np.arange(3))
+    maps = measure(logs, f"{SHAPES} --samples {tmp_path / 'samples.npz'}", "worded")["maps"]
+    assert maps["samples"]["all"]["colour"][0] > 0.9 > maps["wrong layouts"]["all"]["colour"][0]
+    (tmp_path / "layouts.json").write_text((tmp_path / "layouts.json").read_text().replace("red ", "pink "))
+    fewer = measure(logs, f"{SHAPES} --samples {tmp_path / 'samples.npz'}", "less_worded")["maps"]["samples"]["all"]
+    assert fewer["colour"][0] > 0.9 and fewer["regions"] == maps["samples"]["all"]["regions"]
 
 
 def test_another_detector_adds_its_average_precision(logs, samples, tmp_path):
