@@ -48,6 +48,7 @@ from experiments.metrics.layout.map_obedience import (
     REGIONS,
     Groups,
     MapFigures,
+    estimate_words,
     name_groups,
 )
 from experiments.metrics.layout.obedience import feature_distance
@@ -255,7 +256,7 @@ class PanopticComparison(Comparison):
         results.update(yardsticks=yardsticks, judges=self.judged.hashes)
         write_results(self.folder, results)
         rows = table_rows(results["trained"], results["measured"], yardsticks)
-        by_group = group_rows(results["measured"], yardsticks, [name for name in self.groups if name != EVERY])
+        by_group = group_rows(results["measured"], yardsticks)
         regions = yardsticks[REAL_SCENES]["maps"][EVERY][REGIONS]
         notes = [
             f"{len(real.items):,} held-out maps with {regions:,} regions; guidance {self.bench.sampling.guidance:g}",
@@ -285,40 +286,43 @@ def runs_by_arm(measured: Results) -> list[tuple[str, list[dict[str, Any]]]]:
 def table_rows(trained: Results, measured: Results, yardsticks: dict[str, Measured]) -> list[tuple[str, ...]]:
     """Returns the rows of the table, one for each arm between the yardsticks; the first is its heading."""
     rows = [("arm", "runs", "parameters", "s/step", *FIGURES, FD)]
-    rows.append((REAL_SCENES, "", "", "", *format_figures([yardsticks[REAL_SCENES]], EVERY)))
+    rows.append((REAL_SCENES, "", "", "", *format_figures([yardsticks[REAL_SCENES]])))
     for arm, group in runs_by_arm(measured):
         runs = [trained[each["run"]] for each in group]
         seconds = mean(60 * run["minutes"] / run["steps"] for run in runs)
         cost = f"{runs[0]['parameters']:,}", f"{seconds:.2f}"
-        rows.append((arm, str(len(group)), *cost, *format_figures([each["figures"] for each in group], EVERY)))
-    return [*rows, (WRONG, "", "", "", *format_figures([yardsticks[WRONG]], EVERY))]
+        rows.append((arm, str(len(group)), *cost, *format_figures([each["figures"] for each in group])))
+    return [*rows, (WRONG, "", "", "", *format_figures([yardsticks[WRONG]]))]
 
 
-def group_rows(measured: Results, yardsticks: dict[str, Measured], groups: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns the rows of the table by group of classes: for each arm its mIoU, class and colour in each group."""
-    rows = [("arm", *(f"{name}, {group}" for group in groups for name in FIGURES))]
+def group_rows(measured: Results, yardsticks: dict[str, Measured]) -> list[tuple[str, ...]]:
+    """Returns the rows of the table by group of classes: for each arm its figures in each group that has them."""
+    real = yardsticks[REAL_SCENES]["maps"]
+    columns = [(group, name) for group in real for name in FIGURES if group != EVERY and real[group][name] is not None]
+    rows = [("arm", *(f"{name}, {group}" for group, name in columns))]
     runs = {REAL_SCENES: [yardsticks[REAL_SCENES]]}
     runs |= {arm: [each["figures"] for each in group] for arm, group in runs_by_arm(measured)}
     for arm, figures in (runs | {WRONG: [yardsticks[WRONG]]}).items():
-        rows.append((arm, *(cell for group in groups for cell in format_figures(figures, group)[: len(FIGURES)])))
+        rows.append((arm, *(format_figure(figures, group, name) for group, name in columns)))
     return rows
 
 
-def format_figures(runs: Sequence[Measured], group: str) -> list[str]:
-    """Formats the figures of maps of the runs of an arm in a group of classes, and their FD."""
-    cells = []
-    for name in FIGURES:
-        values = [run["maps"][group][name] for run in runs]
-        cells.append("-" if None in values else format_runs([value for value, _ in values], values[0][1]))
+def format_figures(runs: Sequence[Measured]) -> list[str]:
+    """Formats the figures of all classes of the runs of an arm, and their FD."""
     values = [run[FD] for run in runs]
-    return [*cells, "-" if None in values else mean_and_deviation(values)]
+    return [
+        *(format_figure(runs, EVERY, name) for name in FIGURES),
+        "-" if None in values else mean_and_deviation(values),
+    ]
 
 
-def format_runs(values: list[float], error: float | None) -> str:
+def format_figure(runs: Sequence[Measured], group: str, name: str) -> str:
     """Formats a figure of several runs with their deviation, or of one with its standard error over images."""
-    if len(values) > 1 or error is None:
-        return mean_and_deviation(values)
-    return f"{values[0]:.3f} ± {error:.3f}"
+    estimates = [run["maps"][group][name] for run in runs]
+    if None in estimates:
+        return "-"
+    values = [value for value, _ in estimates]
+    return estimate_words(estimates[0]) if len(values) == 1 else mean_and_deviation(values)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from experiments import compare_panoptic
-from experiments.compare_panoptic import ARMS, PanopticComparison, format_figures, group_rows, table_rows
+from experiments.compare_panoptic import ARMS, PanopticComparison, format_figure, format_figures, group_rows, table_rows
 from experiments.metrics.layout.bench import Bench
 from helpers.tiny_runs import UNET, call
 from train.trained_sampler import TrainedSampler
@@ -137,9 +137,9 @@ def figures(value: float | None, error: float = 0.01) -> dict:
 
 
 def test_several_runs_have_their_deviation_one_that_of_images():
-    assert format_figures([figures(0.5)], "all") == ["0.500 ± 0.010", "0.500 ± 0.010", "-", "1.000"]
-    assert format_figures([figures(0.4), figures(0.6)], "disc")[0] == f"0.500 ± {0.02**0.5:.3f}"
-    assert format_figures([figures(0.5, None)], "all")[0] == "0.500"
+    assert format_figures([figures(0.5)]) == ["0.500 ± 0.010", "0.500 ± 0.010", "-", "1.000"]
+    assert format_figure([figures(0.4), figures(0.6)], "disc", "mIoU") == f"0.500 ± {0.02**0.5:.3f}"
+    assert format_figure([figures(0.5, None)], "all", "class") == "0.500"
 
 
 def test_the_tables_have_a_row_for_each_arm():
@@ -152,9 +152,9 @@ def test_the_tables_have_a_row_for_each_arm():
     yardsticks = {"real scenes": figures(1.0), "real scenes, wrong maps": figures(0.1)}
     rows = table_rows(trained, measured, yardsticks)
     assert [row[:4] for row in rows[2:-1]] == [("text", "2", "1,000", "3.00"), ("words", "1", "1,000", "2.00")]
-    groups = group_rows(measured, yardsticks, ["disc"])
-    assert groups[0] == ("arm", "mIoU, disc", "class, disc", "colour, disc") and len(groups) == 5
-    assert {len(row) for row in rows} == {8} and {len(row) for row in groups} == {4}
+    groups = group_rows(measured, yardsticks)
+    assert groups[0] == ("arm", "mIoU, disc", "class, disc") and len(groups) == 5  # discs have no colours here
+    assert {len(row) for row in rows} == {8} and {len(row) for row in groups} == {3}
 
 
 def test_the_distance_is_that_of_features_of_whole_images(monkeypatch):
