@@ -20,7 +20,7 @@ from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
 from experiments.harness.folders import choose_results_folder, deleted_if_refused
 from experiments.harness.report import table
 from experiments.harness.results import load_results, write_results
-from experiments.metrics.layout.arms import ARMS, code_run, pixel_runs
+from experiments.metrics.layout.arms import ARMS, code_run, order_of, pixel_runs
 from experiments.metrics.layout.bench import Bench, Run, count_seeds, ordered_runs
 from experiments.metrics.layout.comparison import (
     PICTURE,
@@ -301,12 +301,6 @@ class LayoutComparison(Comparison):
         self.save_picture(order_of)
         files = [str(self.folder / name) for name in ("results.json", "table.md", PICTURE)]
         return "\n".join([table(rows), "", *notes, "", *files])
-
-
-def order_of(measured: dict[str, Any]) -> tuple[bool, int, float, int]:
-    """Returns by what samples are sorted: the arms of pixels first, in the order of ARMS, then those of codes."""
-    name, on_codes, _ = measured["arm"].partition(" on codes")
-    return bool(on_codes), [*ARMS].index(name), measured["guidance"], measured["seed"]
 
 
 def table_rows(trained: Results, measured: Results, yardsticks: dict[str, Figures]) -> list[tuple[str, ...]]:

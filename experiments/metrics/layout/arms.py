@@ -141,3 +141,10 @@ def code_run(bench: Bench, arm: str, wanted: int, layers: int, heads: int, toler
     settings = match_parameters(settings_of, range(step, WIDEST, step), count, wanted)
     check_parameters({f"{arm} on codes": count(settings)}, wanted, tolerance)
     return Run(f"{arm} on codes", seed, settings, space, f"{arm}_on_codes_{bench.first_stage.weights[:8]}_{seed}")
+
+
+def order_of(measured: dict[str, Any]) -> tuple[bool, int, float, int]:
+    """Returns by what samples are sorted: the arms of pixels first, in the order of ARMS, then those of codes; those of
+    an arm by guidance and seed."""
+    name, on_codes, _ = measured["arm"].partition(" on codes")
+    return bool(on_codes), [*ARMS].index(name), measured["guidance"], measured["seed"]
