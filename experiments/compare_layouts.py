@@ -28,6 +28,7 @@ from experiments.metrics.layout.comparison import (
     Comparison,
     Judged,
     Results,
+    check_fresh,
     load_judged,
     markdown_table,
     open_held_out,
@@ -196,10 +197,7 @@ def check_settings(sampler: SamplerConfig, training: TrainingConfig, sampling: S
     for name, value in {"conditions": sampler.conditions, "adapt": sampler.adapt, "region_attention": regions}.items():
         if value:
             raise ValueError(f"got {name} {value}, but every arm has settings of its own: leave --{name} out")
-    if training.load_dir is not None or training.hooks or training.resume != "auto":
-        raise ValueError(
-            "every run of a comparison starts from scratch and without hooks: leave --load_dir, --hooks, --resume out"
-        )
+    check_fresh(training)
     if sampling.guidance != 1 or sampling.condition_file is not None:
         given = f"guidance {sampling.guidance:g}" if sampling.guidance != 1 else "a condition_file"
         raise ValueError(f"got {given}, but layouts are held-out ones, and guidance is 1 or --strong_guidance")

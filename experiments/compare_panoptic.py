@@ -25,6 +25,7 @@ from experiments.metrics.layout.comparison import (
     Comparison,
     Judged,
     Results,
+    check_fresh,
     load_judged,
     markdown_table,
     open_held_out,
@@ -162,12 +163,11 @@ def check_settings(sampler: SamplerConfig, training: TrainingConfig, sampling: S
     """Raises ValueError for settings that do not describe a panoptic model, or would make runs unequal."""
     if sampler.sampler != "ddpm":
         raise ValueError(f"got sampler {sampler.sampler}, wanted ddpm: a UNet that reads maps and words")
+    if sampler.adapt:
+        raise ValueError(f"got adapt {sampler.adapt}, which comparisons do not apply: leave --adapt out")
     if not sampler.experts:
         raise ValueError("got no experts, of which an arm has some: pass --experts with groups of classes")
-    if training.load_dir is not None or training.hooks or training.resume != "auto":
-        raise ValueError(
-            "every run of a comparison starts from scratch and without hooks: leave --load_dir, --hooks, --resume out"
-        )
+    check_fresh(training)
     if sampling.condition_file is not None or sampling.region_guidance is not None:
         given = "a condition_file" if sampling.condition_file is not None else "region_guidance"
         raise ValueError(f"got {given}, but maps are held-out ones, and all arms have one scale: pass --guidance alone")

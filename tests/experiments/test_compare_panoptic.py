@@ -118,6 +118,7 @@ def test_what_cannot_be_compared_is_refused(logs, capfd):
         "--seeds experts": "got 'experts' in seeds, wanted ARM=COUNT",
         "--n_images 1001": "the validation split has 1000: pass --n_images N",
         "--guidance 2 --region_guidance 3": "got region_guidance, but maps are held-out ones",
+        "--adapt mine.grey": "got adapt mine.grey, which comparisons do not apply",
         "--load_dir x": "leave --load_dir, --hooks, --resume out",
     }
     for flags, message in messages.items():

@@ -18,7 +18,7 @@ from experiments.metrics.layout.layout_pictures import draw_rows, pair_images, s
 from experiments.metrics.layout.layouts import Layouts
 from experiments.metrics.layout.obedience import Measurement, check_judges, open_measurement, wrong_layouts
 from train.cli.parse import flatten_group
-from train.config import DataConfig
+from train.config import DataConfig, TrainingConfig
 from train.data.loading import TrainingImages
 from train.data.transforms import grey_to_rgb
 from train.datasets import DatasetConfig
@@ -39,6 +39,14 @@ class Judged(NamedTuple):
     wrong: Layouts  # of the same images, each that of another
     names: Sequence[str]  # of the classes, by number
     hashes: dict[str, str]  # of the judges
+
+
+def check_fresh(training: TrainingConfig) -> None:
+    """Raises ValueError for settings with which runs would not start from scratch, or have side effects."""
+    if training.load_dir is not None or training.hooks or training.resume != "auto":
+        raise ValueError(
+            "every run of a comparison starts from scratch and without hooks: leave --load_dir, --hooks, --resume out"
+        )
 
 
 def open_held_out(data: DataConfig, reader: DatasetConfig, n_images: int) -> TrainingImages:
