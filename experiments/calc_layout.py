@@ -20,10 +20,12 @@ from experiments.harness.folders import choose_results_folder, deleted_if_refuse
 from experiments.harness.images import match_data_channels, read_samples
 from experiments.harness.report import table
 from experiments.harness.results import load_results, write_results
+from experiments.metrics.layout import map_obedience
 from experiments.metrics.layout.detections import read_detections
 from experiments.metrics.layout.judges import (
     VERSION,
     Scenes,
+    color_names_of,
     judge_split,
     load_judges,
     load_scenes,
@@ -32,10 +34,20 @@ from experiments.metrics.layout.judges import (
 )
 from experiments.metrics.layout.layout_pictures import draw_rows, pair_images, save_picture
 from experiments.metrics.layout.layouts import BUCKETS, Layouts, join_layouts, read_layout
+from experiments.metrics.layout.map_obedience import (
+    CLASS,
+    COLOR,
+    MIOU,
+    REGIONS,
+    MapFigures,
+    estimate_words,
+    name_groups,
+)
 from experiments.metrics.layout.obedience import ALL, OBJECTS, check_judges, open_measurement, wrong_layouts
 from models.ranges import SEED, check_ranges
 from train.cli.files import read_run_config
 from train.cli.parse import BaseSettings, run_script, to_dict
+from train.condition_source import Row
 from train.config import DataConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.datasets import DatasetConfig, content_fingerprint
@@ -46,6 +58,7 @@ from train.identity import results_identity
 from train.layout_files import vocabulary_of
 from train.layouts import layouts_provenance, read_layouts
 from train.runs import open_run, run_lock
+from train.samplers._experts import read_groups
 
 PICTURE = "layouts_samples.png"
 REAL = "real"  # as --samples: the real scenes of the layouts
@@ -74,6 +87,9 @@ class LayoutConfig:
     min_judge: float | None = None
     """Share of real crops that the judge must recognise, or the command refuses; by default 0.95 where a data set has
     a split for judges, as shapes, and otherwise twice what it recognises under wrong layouts."""
+    class_groups: tuple[str, ...] = ()
+    """Groups of classes for which regions of maps are measured apart, as in disc,ring square; by default those of
+    --experts of the run that drew the samples."""
     judge_seed: int = 0
     """Random seed of the judges."""
 
@@ -180,14 +196,25 @@ def open_drawn_layouts(settings: LayoutConfig, samples: dict[str, Tensor], sourc
     if not of_boxes:  # but of COCO's panoptic maps
         fields += ("box_id", "panoptic", "segment_id", "segment_class")
     rows = [layout.row for layout in read_layouts(path, vocabulary_of(source.dataset, fields, source.size))]
+    if not of_boxes:
+        fields = ("panoptic", "segment_id", "segment_class", "box_id", "box_words")
+        worded = read_layouts(path, vocabulary_of(source.dataset, fields, source.size))
+        rows = [with_words(row, layout.row) for row, layout in zip(rows, worded, strict=True)]
     images = match_data_channels(samples["image"], source.config)[: settings.n_images].contiguous()
     if len(numbers) != len(images) or not 0 <= min(numbers) <= max(numbers) < len(rows):
         raise ValueError(f"{path} has {len(rows)} layouts, but the samples are of others: draw them with it again")
     sides = torch.tensor([W, H, W, H])
-    parts = [read_layout({**row, "boxes": row["boxes"].as_subclass(Tensor) * sides}, (H, W)) for row in rows]
+    colors = color_names_of(source)
+    parts = [read_layout({**row, "boxes": row["boxes"].as_subclass(Tensor) * sides}, (H, W), colors) for row in rows]
     real = sorted(fixed_subset(len(source), settings.n_images))
     given = join_layouts(parts).take(numbers)
     return Judged(samples_name(Path(settings.samples)), images, real, source, given, numbers)
+
+
+def with_words(row: Row, worded: Row) -> Row:
+    """Returns the fields of a map with the words of its things; those of `worded` are of all its segments."""
+    words = dict(zip(worded["box_id"].tolist(), worded["box_words"], strict=True))
+    return row | {"box_words": [words[each] for each in row["box_id"].tolist()]}
 
 
 def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache: Path, folder: Path) -> dict[str, Any]:
@@ -195,6 +222,7 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
 
     ValueError: the judges do not recognise real scenes well enough, or the layouts are too few or too much alike.
     """
+    names, groups = judging.dataset.region_classes, read_class_groups(settings, judging)
     start, cpu = time.perf_counter(), time.process_time()
     judges = load_judges(judging, cache, settings.judge_seed)
     trained = {"seconds_judges": time.perf_counter() - start, "cpu_seconds_judges": time.process_time() - cpu}
@@ -211,13 +239,16 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
     if images is not None:
         figures = {SAMPLES: measurement(images, asked, external)} | figures
     figures[WRONG] = measurement(real.images if images is None else images, wrong, external)
+    maps = {} if images is None else {SAMPLES: measurement.of_maps(images, asked, groups)}
+    maps[REAL_SCENES] = measurement.of_maps(real.images, real.layouts, groups)
+    maps[WRONG] = measurement.of_maps(real.images if images is None else images, wrong, groups)
     columns = {} if images is None else {SAMPLES: images}
     columns |= {REAL_SCENES: real.images} if judged.given is None else {}
     rows, headings = pair_images(asked, [*columns.values()]), ("layout", *columns)
-    names, palette = judging.dataset.region_classes, measurement.palette or ()
-    save_picture(folder / PICTURE, draw_rows(rows, size, names, palette, headings))
+    save_picture(folder / PICTURE, draw_rows(rows, size, names, measurement.palette or (), headings))
     return {
         "figures": figures,
+        "maps": {kind: each for kind, each in maps.items() if each is not None},
         "check": check,
         "reference_objects": len(measurement.reference.classes) if measurement.reference is not None else 0,
         "n_images": asked.count,
@@ -233,6 +264,15 @@ def measure(settings: LayoutConfig, judged: Judged, judging: ImageSource, cache:
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
     }
+
+
+def read_class_groups(settings: LayoutConfig, judging: ImageSource) -> dict[str, tuple[int, ...]]:
+    """Returns the groups of classes of regions by name. ValueError for classes that the data do not have."""
+    names = judging.dataset.region_classes
+    groups = read_groups(settings.class_groups, names, "class_groups")
+    if wrong := [number for group in groups for number in group if number >= len(names)]:
+        raise ValueError(f"got class {wrong[0]} in --class_groups, wanted 0 to {len(names) - 1}")
+    return name_groups(groups, names)
 
 
 def load_layouts(judged: Judged) -> tuple[Scenes, Tensor | None]:
@@ -264,6 +304,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     lines = [
         f"{images} of {results['dataset']}, {of}, {size}",
         table(rows),
+        *map_lines(results.get("maps", {}), kinds),
         "",
         *(f"{name}: {meaning}" for name, meaning in MEANINGS.items() if name in figures[REAL_SCENES][ALL]),
         "buckets: " + "; ".join(f"{name}: {meaning}" for name, meaning in BUCKETS.items()),
@@ -274,6 +315,22 @@ def report(results: dict[str, Any], folder: Path) -> str:
         *([str(folder / PICTURE)] if (folder / PICTURE).is_file() else []),  # not of an earlier version
     ]
     return "\n".join(lines)
+
+
+def map_lines(maps: dict[str, MapFigures], kinds: Sequence[str]) -> list[str]:
+    """Formats the table of the regions of maps: for each figure the rows of images, for each group a column. [] without
+    maps."""
+    kinds = [kind for kind in kinds if kind in maps]
+    if not kinds:
+        return []
+    groups = [*maps[kinds[0]]]
+    rows = [("regions of maps", "", *groups)]
+    rows.append((REGIONS, "", *(f"{maps[kinds[0]][group][REGIONS]:,}" for group in groups)))
+    for name in (CLASS, COLOR, MIOU):
+        for kind in kinds if any(maps[kinds[0]][group][name] is not None for group in groups) else ():
+            cells = [estimate_words(maps[kind][group][name]) for group in groups]
+            rows.append((name if kind == kinds[0] else "", kind, *cells))
+    return ["", table(rows), "", *(f"{name}: {meaning}" for name, meaning in map_obedience.MEANINGS.items())]
 
 
 def number(value: float | None) -> str:
@@ -298,6 +355,8 @@ def settings_of_samples(argv: list[str], section: str) -> BaseSettings:
         return BaseSettings({})
     stored = read_run_config(path)
     values = stored.get("data", {}) | stored.get("reader", {})
+    if experts := stored.get("sampler", {}).get("experts"):
+        values["class_groups"] = experts
     if given.get("dataset", values.get("dataset")) != values.get("dataset"):
         return BaseSettings({})
     return BaseSettings({key: value for key, value in values.items() if not is_shell_command(value)}, path)

@@ -13,54 +13,55 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import _root
-import numpy as np
-import torch
 from torch import Tensor
 
 from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig
 from experiments.harness.folders import choose_results_folder, deleted_if_refused
-from experiments.harness.images import GRID_IMAGES, read_samples, save_grid
 from experiments.harness.report import table
 from experiments.harness.results import load_results, write_results
-from experiments.metrics.layout.arms import ARMS, Bench, Run, count_seeds, ordered_runs
-from experiments.metrics.layout.judges import VERSION, Scenes, judge_split, load_judges, load_scenes, open_scenes
-from experiments.metrics.layout.layout_pictures import draw_rows, pair_images, save_picture
+from experiments.metrics.layout.arms import ARMS, code_run, order_of, pixel_runs
+from experiments.metrics.layout.bench import Bench, Run, count_seeds, ordered_runs
+from experiments.metrics.layout.comparison import (
+    PICTURE,
+    REAL_SCENES,
+    Comparison,
+    Judged,
+    Results,
+    check_fresh,
+    load_judged,
+    markdown_table,
+    open_held_out,
+)
+from experiments.metrics.layout.judges import VERSION
 from experiments.metrics.layout.layouts import BUCKETS
 from experiments.metrics.layout.obedience import (
     ALL,
     CROP_ACCURACY,
     OBJECTS,
     Figures,
-    Measurement,
-    check_judges,
-    open_measurement,
-    wrong_layouts,
 )
 from models.ranges import FINITE, MILLION, SEED, check_ranges
 from train.cli.files import run_folder
-from train.cli.parse import first_stage_data, flatten_group, run_script
+from train.cli.parse import first_stage_data, run_script
 from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import ImageSource, TrainingImages, build_dataset
-from train.data.transforms import grey_to_rgb
+from train.data.loading import ImageSource, build_dataset
 from train.datasets import DatasetConfig, content_fingerprint
-from train.files import atomic_write, write_text
+from train.files import write_text
 from train.first_stage import load_vqgan_stage
-from train.identity import comparison_identity, find_differences, format_differences
+from train.identity import comparison_identity
 from train.runs import open_run, run_lock
 
 CODES = "codes"  # the conditions of the best arm, for an absorbing sampler of a VQGAN's codes
 TESTED = ("per_object", "mean_prompt", "overlap")  # the first is better than the second in this bucket
 BEYOND = 2  # standard errors
 FREE = {"arms", "seeds", "guided_arms", "strong_guidance", "ae_weights"}  # may differ in a folder: names of runs tell
-PICTURE = "layouts.png"
-REAL_SCENES, WRONG = "real scenes", "real scenes, wrong layouts"
+WRONG = "real scenes, wrong layouts"
 FIGURES = ("colour", "AP50", "spurious", "crop FD", "mIoU")  # over all objects, beside the crop accuracy
 NOTES = (
     "accuracy: share of the objects whose crop is taken for their class, and of those in each bucket, ± standard error "
     "(binomial, or over several runs if that is larger); the other figures are of all objects"
 )
-Results = dict[str, dict[str, Any]]  # by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class ComparisonConfig:
         if len({*self.arms}) < len(self.arms) or {*self.arms} - {*known} or not self.pixel_arms:
             wanted = f"one or more of {', '.join(ARMS)}, each once, and {CODES} beside them"
             raise ValueError(f"got arms {list(self.arms)}, wanted {wanted}")
-        count_seeds(self.seeds)
+        count_seeds(self.seeds, ARMS)
 
     @property
     def pixel_arms(self) -> list[str]:
@@ -137,16 +138,6 @@ class Config:
     output: FolderConfig
 
 
-class Judged(NamedTuple):
-    """What the samples of all runs are measured with."""
-
-    measurement: Measurement
-    real: Scenes  # the held-out scenes
-    names: Sequence[str]  # of the classes, by number
-    yardsticks: dict[str, Figures]  # of the real scenes, under their own and under wrong layouts
-    hashes: dict[str, str]  # of the judges
-
-
 def main(config: Config) -> None:
     c, output = config.comparison, config.output
     check_settings(config.sampler, config.training, config.sampling, guided=c.guided_arms > 0)
@@ -160,9 +151,11 @@ def main(config: Config) -> None:
     with run_lock(folder), deleted_if_refused(folder):
         open_run(folder, config, provenance, identity)
         print(f"results: {folder}", flush=True)
-        judged = load_judged(bench, c, Path(root).expanduser() / ".cache" / "judges")
-        comparison = Comparison(bench, judged, folder, load_results(folder) or {"trained": {}, "measured": {}})
-        counts = count_seeds(c.seeds)
+        reader, cache = judging_reader(config.reader, c.eval_kinds), Path(root).expanduser() / ".cache" / "judges"
+        judged = load_judged(bench, reader, c.n_images, c.min_judge, c.judge_seed, cache)
+        results = load_results(folder) or {"trained": {}, "measured": {}}
+        comparison = LayoutComparison(bench, judged, folder, results, make_yardsticks(judged))
+        counts = count_seeds(c.seeds, ARMS)
         for arm, number in ordered_runs(c.pixel_arms, counts):
             comparison.run(runs[arm].with_seed(config.training.seed + number), 1.0)
         best = comparison.best_arms(c.pixel_arms)
@@ -176,7 +169,7 @@ def main(config: Config) -> None:
 def open_runs(bench: Bench, c: ComparisonConfig) -> dict[str, Run]:
     """Returns the first run of each arm of pixels. ValueError, before hours of training, if networks are of unequal
     size, or cannot sample with these settings; also on codes, where any of the arms may be the best."""
-    runs = bench.pixel_runs(c.pixel_arms, c.parameter_tolerance)
+    runs = pixel_runs(bench, c.pixel_arms, c.parameter_tolerance)
     for run in runs.values():
         conditional = bool(run.settings.conditions)
         bench.check_sampling(run, c.strong_guidance if c.guided_arms and conditional else 1.0)
@@ -188,7 +181,7 @@ def open_runs(bench: Bench, c: ComparisonConfig) -> dict[str, Run]:
 def open_code_run(bench: Bench, run: Run, c: ComparisonConfig) -> Run:
     """Returns the run of an arm's conditions on codes, of as many parameters as its run on pixels."""
     wanted = bench.count(run.settings, run.space)
-    return bench.code_run(run.arm, wanted, c.code_layers, c.code_heads, c.parameter_tolerance)
+    return code_run(bench, run.arm, wanted, c.code_layers, c.code_heads, c.parameter_tolerance)
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
@@ -204,10 +197,7 @@ def check_settings(sampler: SamplerConfig, training: TrainingConfig, sampling: S
     for name, value in {"conditions": sampler.conditions, "adapt": sampler.adapt, "region_attention": regions}.items():
         if value:
             raise ValueError(f"got {name} {value}, but every arm has settings of its own: leave --{name} out")
-    if training.load_dir is not None or training.hooks or training.resume != "auto":
-        raise ValueError(
-            "every run of a comparison starts from scratch and without hooks: leave --load_dir, --hooks, --resume out"
-        )
+    check_fresh(training)
     if sampling.guidance != 1 or sampling.condition_file is not None:
         given = f"guidance {sampling.guidance:g}" if sampling.guidance != 1 else "a condition_file"
         raise ValueError(f"got {given}, but layouts are held-out ones, and guidance is 1 or --strong_guidance")
@@ -229,9 +219,6 @@ def prepare(config: Config) -> Bench:
         first = load_vqgan_stage(run, step, world.device, config.training.amp, logs_root=output.logs_root)
         first.check_fits(data)
     images = build_dataset(data, config.reader, "train")
-    held_out = open_scenes(data, with_kinds(config.reader, c.eval_kinds), "val")
-    if len(held_out) < c.n_images:
-        raise ValueError(f"got n_images {c.n_images}, the validation split has {len(held_out)}: pass --n_images N")
     return Bench(
         sampler=config.sampler,
         data=data,
@@ -239,7 +226,7 @@ def prepare(config: Config) -> Bench:
         training=config.training,
         sampling=config.sampling,
         train_images=ImageSource(images, data, margin=data.crop_margin),
-        held_out=TrainingImages(held_out, seed=0, first_caption=True),
+        held_out=open_held_out(data, with_kinds(config.reader, c.eval_kinds), c.n_images),
         first_stage=first,
         world=world,
         sampled_at_once=c.generated_at_once,
@@ -261,79 +248,31 @@ def with_kinds(reader: DatasetConfig, kinds: Sequence[str]) -> DatasetConfig:
         raise ValueError(f"--eval_kinds: {error}") from error
 
 
-def load_judged(bench: Bench, c: ComparisonConfig, cache: Path) -> Judged:
-    """Loads the held-out scenes and the judges, which are trained unless they are in the folder `cache`.
+def judging_reader(reader: DatasetConfig, eval_kinds: Sequence[str]) -> DatasetConfig:
+    """Returns the options of the scenes that judges are trained on: the kinds of training and of the held-out ones."""
+    return with_kinds(reader, tuple(dict.fromkeys((*reader.shapes_kinds, *eval_kinds))) if eval_kinds else ())
 
-    Judges are trained on the kinds of scenes of the training and of the held-out scenes. ValueError: they do not
-    recognise real scenes well enough.
-    """
-    source, kinds = bench.held_out.source, ()
-    if c.eval_kinds:
-        kinds = tuple(dict.fromkeys((*bench.reader.shapes_kinds, *c.eval_kinds)))
-    items = []
-    for number in range(c.n_images):
-        bench.held_out[[number]]  # an unreadable scene is replaced when it is read
-        items.append(bench.held_out.item_index(number))
-    real = load_scenes(source, items, "held-out scenes")
-    judging = open_scenes(bench.data, with_kinds(bench.reader, kinds), judge_split(bench.data))
-    judges = load_judges(judging, cache, c.judge_seed)
-    measurement = open_measurement(judges, judging, c.judge_seed)
-    wrong = wrong_layouts(real.layouts, torch.tensor(real.items))
-    check_judges(measurement, real, wrong, c.min_judge, judging.config)
-    yardsticks = {REAL_SCENES: measurement(real.images, real.layouts), WRONG: measurement(real.images, wrong)}
-    return Judged(measurement, real, judging.dataset.region_classes, yardsticks, judges.hashes)
+
+def make_yardsticks(judged: Judged) -> dict[str, Figures]:
+    """Returns the figures of the real scenes, under their own and under wrong layouts."""
+    real, measurement = judged.real, judged.measurement
+    return {REAL_SCENES: measurement(real.images, real.layouts), WRONG: measurement(real.images, judged.wrong)}
 
 
 # Runs and their results
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The runs of a comparison; each is trained and measured once, and kept in the folder."""
+class LayoutComparison(Comparison):
+    """The comparison of ways to give layouts."""
 
-    bench: Bench
-    judged: Judged
-    folder: Path
-    results: Results  # "trained" by name of a run, "measured" by name of its samples
+    yardsticks: dict[str, Figures]  # of the real scenes, under their own and under wrong layouts
 
-    def run(self, run: Run, guidance: float) -> None:
-        """Trains a run and measures its samples, unless the results have it. ValueError: with other settings."""
-        trained, measured = self.results["trained"], self.results["measured"]
-        weights, name = self.folder / f"{run.name}.safetensors", samples_name(run.name, guidance)
-        if run.name in trained:
-            self.check_unchanged(run)
-        if name in measured and (self.folder / f"{name}.npz").is_file():
-            return
-        if run.name not in trained or not weights.is_file():
-            trained[run.name] = self.bench.train(run, weights)
-            write_results(self.folder, self.results)  # an interrupted comparison resumes with what is missing
-        images = self.bench.sample(run, weights, guidance, len(self.judged.real.items))
-        self.save_samples(name, images)
-        figures = self.judged.measurement(images, self.judged.real.layouts)
-        known = {"arm": run.arm, "seed": run.seed, "guidance": guidance, "run": run.name}
-        measured[name] = {**known, "figures": figures}
-        write_results(self.folder, self.results)
-        print(f"{name}: {CROP_ACCURACY} {figures[ALL][CROP_ACCURACY]:.3f}", flush=True)
+    def measure(self, images: Tensor) -> Figures:
+        return self.judged.measurement(images, self.judged.real.layouts)
 
-    def check_unchanged(self, run: Run) -> None:
-        """Raises ValueError if a run was trained with other settings of its arm."""
-        there = self.results["trained"][run.name]["settings"]
-        now = {key: value for key, value in flatten_group(run.settings).items() if key in there}
-        if differences := find_differences({"settings": there}, {"settings": now}, comparison_identity):
-            text = format_differences(differences)
-            raise ValueError(f"{self.folder} holds {run.name} with other settings ({text}): pass another --log_dir")
-
-    def save_samples(self, name: str, images: Tensor) -> None:
-        """Saves samples uint8 (N, C, H, W) as calc_layout.py reads them, and the first of them as a picture."""
-        pixels = grey_to_rgb(images).permute(0, 2, 3, 1).numpy()
-        with atomic_write(self.folder / f"{name}.npz") as scratch, scratch.open("wb") as file:
-            np.savez(file, arr_0=pixels, held_out=np.array(self.judged.real.items))
-        save_grid(self.folder / f"{name}.png", images[:GRID_IMAGES])
-
-    def figures_of(self, arm: str, guidance: float = 1.0) -> list[Figures]:
-        """Returns what was measured of each run of an arm."""
-        measured = self.results["measured"].values()
-        return [each["figures"] for each in measured if (each["arm"], each["guidance"]) == (arm, guidance)]
+    def describe(self, figures: Figures) -> str:
+        return f"{CROP_ACCURACY} {figures[ALL][CROP_ACCURACY]:.3f}"
 
     def best_arms(self, arms: Sequence[str]) -> list[str]:
         """Returns those arms that give a layout, by their crop accuracy over all objects, the highest first."""
@@ -346,7 +285,7 @@ class Comparison:
 
     def report(self) -> str:
         """Writes the results, the table and the picture of layouts; returns what to print."""
-        results, yardsticks = self.results, self.judged.yardsticks
+        results, yardsticks = self.results, self.yardsticks
         rows = table_rows(results["trained"], results["measured"], yardsticks)
         test = compare_arms(*(self.figures_of(arm) for arm in TESTED[:2]), TESTED[2])
         results.update(yardsticks=yardsticks, judges=self.judged.hashes, test=test)
@@ -356,34 +295,10 @@ class Comparison:
             f"{len(self.judged.real.items):,} held-out layouts with {objects:,} objects; {NOTES}",
             *([] if test is None else [test["text"]]),
         ]
-        markdown = [f"| {' | '.join(cells)} |" for cells in (rows[0], ("---",) * len(rows[0]), *rows[1:])]
-        write_text(self.folder / "table.md", "\n".join([*markdown, "", *notes]) + "\n")
-        self.save_picture()
+        write_text(self.folder / "table.md", "\n".join([markdown_table(rows), "", *notes]) + "\n")
+        self.save_picture(order_of)
         files = [str(self.folder / name) for name in ("results.json", "table.md", PICTURE)]
         return "\n".join([table(rows), "", *notes, "", *files])
-
-    def save_picture(self) -> None:
-        """Saves a picture of some layouts with the sample of the first run of each arm, and the real scene."""
-        columns, real = {}, self.judged.real
-        for name, each in sorted(self.results["measured"].items(), key=lambda item: order_of(item[1])):
-            heading = each["arm"] if each["guidance"] == 1 else f"{each['arm']}, {each['guidance']:g}"
-            if heading not in columns:
-                columns[heading] = read_samples(self.folder / f"{name}.npz", None)["image"]
-        columns[REAL_SCENES] = grey_to_rgb(real.images)
-        rows, headings = pair_images(real.layouts, [*columns.values()]), ("layout", *columns)
-        size, palette = tuple(real.images.shape[2:]), self.judged.measurement.palette or ()
-        save_picture(self.folder / PICTURE, draw_rows(rows, size, self.judged.names, palette, headings))
-
-
-def samples_name(run: str, guidance: float) -> str:
-    """Returns the name of the samples of a run."""
-    return run if guidance == 1 else f"{run}_guidance_{guidance:g}"
-
-
-def order_of(measured: dict[str, Any]) -> tuple[bool, int, float, int]:
-    """Returns by what samples are sorted: the arms of pixels first, in the order of ARMS, then those of codes."""
-    name, on_codes, _ = measured["arm"].partition(" on codes")
-    return bool(on_codes), [*ARMS].index(name), measured["guidance"], measured["seed"]
 
 
 def table_rows(trained: Results, measured: Results, yardsticks: dict[str, Figures]) -> list[tuple[str, ...]]:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.calc_layout import settings_of_samples
 from experiments.metrics.layout import obedience
 from helpers.tiny_runs import DDPM, call
 from train.data.transforms import to_item
 from train.datasets import shapes
+from train.layout_files import vocabulary_of
+from train.layouts import Layout, write_layouts
 from train.trained_sampler import TrainedSampler
 
 pytestmark = pytest.mark.usefixtures("tiny_judges")
@@ -50,6 +53,41 @@ def test_real_scenes_are_measured_beside_wrong_layouts(logs, capsys):
     assert "real scenes" in out and "occluded" in out
     call(SCRIPT, f"--logs_root {logs} --min_judge 0 --log_dir real {SHAPES} --n_images 20")
     assert capsys.readouterr().out.split("\n", 1)[1] == out.split("\n", 1)[1]  # reported again, not measured
+
+
+def test_regions_of_maps_are_measured_by_group_of_classes(logs, capsys):
+    results = measure(logs, f"{SHAPES} --n_images 20 --class_groups disc,ring sky", "groups")
+    maps, out = results["maps"], capsys.readouterr().out
+    assert maps.keys() == results["figures"].keys() == {"real scenes", "wrong layouts"}
+    assert list(maps["real scenes"]) == ["all", "disc, ring", "sky", "other classes"]
+    regions = [each["regions"] for each in maps["real scenes"].values()]
+    assert regions[0] == sum(regions[1:]) and min(regions) > 0
+    assert maps["real scenes"]["all"]["mIoU"][0] == pytest.approx(results["figures"]["real scenes"]["all"]["mIoU"])
+    assert maps["real scenes"]["all"]["colour"][0] > 0.9 > 0.5 > maps["wrong layouts"]["all"]["colour"][0]
+    assert maps["real scenes"]["sky"]["colour"] is None and "regions of maps" in out and "disc, ring" in out
+    call(
+        SCRIPT, f"--logs_root {logs} --min_judge 0 --log_dir groups {SHAPES} --n_images 20 --class_groups disc,ring sky"
+    )
+    assert capsys.readouterr().out.split("\n", 1)[1] == out.split("\n", 1)[1]  # reported again, not measured
+
+
+def test_groups_that_the_data_do_not_have_are_refused(logs, capfd):
+    assert "in --class_groups, did you mean 'ring'?" in refused(logs, f"{SHAPES} --class_groups rings", capfd)
+    assert "got class 12 in --class_groups, wanted 0 to 9" in refused(logs, f"{SHAPES} --class_groups 12", capfd)
+
+
+def test_groups_are_those_of_the_experts_of_the_run(tmp_path):
+    sampler = {"experts": ["0,4", "6"]}
+    for name, content in (
+        ("run", {"data": {"dataset": "shapes", "img_size": 16}, "sampler": sampler}),
+        ("samples", {"model": {"load_dir": "run"}, "output": {"logs_root": str(tmp_path)}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(json.dumps(content))
+    argv = ["--samples", str(tmp_path / "samples" / "samples.npz")]
+    assert settings_of_samples(argv, "calc_layout").values["class_groups"] == ["0,4", "6"]
+    argv += ["--dataset", "digits"]
+    assert "class_groups" not in settings_of_samples(argv, "calc_layout").values
 
 
 def test_a_poor_judge_is_refused_with_the_remedy(logs, capfd):
@@ -126,6 +164,21 @@ def test_samples_may_bring_their_own_layouts(logs, samples, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(SCRIPT, f"--logs_root {logs} --min_judge 0 {SHAPES} --samples {path}")
     assert "has 2 layouts, but the samples are of others" in capsys.readouterr().err
+
+
+def test_maps_of_a_file_name_colours_by_their_words(logs, samples, tmp_path):
+    dataset = shapes.build(shapes.Config(), "val")
+    items = [dataset.read_at_size(index, (16, 16)) for index in range(3)]
+    fields = ("panoptic", "segment_id", "segment_class", "box_id", "box_words")
+    rows = [Layout(f"map_{i}", {field: item[field] for field in fields}) for i, item in enumerate(items)]
+    write_layouts(tmp_path, rows, vocabulary_of(dataset, fields, (16, 16)))
+    images = np.stack([np.array(item["image"]) for item in items])
+    np.savez(tmp_path / "samples.npz", arr_0=images, layout=np.arange(3))
+    maps = measure(logs, f"{SHAPES} --samples {tmp_path / 'samples.npz'}", "worded")["maps"]
+    assert maps["samples"]["all"]["colour"][0] > 0.9 > maps["wrong layouts"]["all"]["colour"][0]
+    (tmp_path / "layouts.json").write_text((tmp_path / "layouts.json").read_text().replace("red ", "pink "))
+    fewer = measure(logs, f"{SHAPES} --samples {tmp_path / 'samples.npz'}", "less_worded")["maps"]["samples"]["all"]
+    assert fewer["colour"][0] > 0.9 and fewer["regions"] == maps["samples"]["all"]["regions"]
 
 
 def test_another_detector_adds_its_average_precision(logs, samples, tmp_path):

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from experiments import compare_layouts
-from experiments.compare_layouts import Comparison, accuracy_of, compare_arms, table_rows
-from experiments.metrics.layout import arms, judges
-from experiments.metrics.layout.arms import ARMS, Bench, count_seeds, match_parameters, ordered_runs
+from experiments.compare_layouts import LayoutComparison, accuracy_of, compare_arms, table_rows
+from experiments.metrics.layout import arms, bench, comparison
+from experiments.metrics.layout.arms import ARMS, match_parameters, pixel_runs
+from experiments.metrics.layout.bench import Bench, Run, count_seeds, ordered_runs
 from helpers.tiny_runs import ROOT, call, parse_config
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource
@@ -138,7 +139,7 @@ def test_other_settings_of_an_arm_are_refused(logs, monkeypatch, capfd):
 
 
 def test_training_and_evaluation_take_their_own_kinds(logs, monkeypatch):
-    kinds, sample, load = {}, Bench.sample, judges.load_judges
+    kinds, sample, load = {}, Bench.sample, comparison.load_judges
 
     def record(bench, *args):
         kinds["train"] = bench.train_images.dataset.config.shapes_kinds
@@ -150,7 +151,7 @@ def test_training_and_evaluation_take_their_own_kinds(logs, monkeypatch):
         return load(source, *args)
 
     monkeypatch.setattr(Bench, "sample", record)
-    monkeypatch.setattr(judges, "load_judges", record_judges)
+    monkeypatch.setattr(comparison, "load_judges", record_judges)
     compare(logs, "--arms none --shapes_kinds free small --eval_kinds nested occlusion", "d")
     assert kinds["train"] == ("free", "small") and kinds["held out"] == ("nested", "occlusion")
     assert kinds["judges"] == ("free", "small", "nested", "occlusion")
@@ -206,7 +207,7 @@ def preset_bench(monkeypatch, tmp_path) -> Bench:
 
 def test_the_arms_of_the_preset_have_equal_networks(monkeypatch, tmp_path):
     bench = preset_bench(monkeypatch, tmp_path)
-    runs = bench.pixel_runs(list(ARMS), 0.05)  # ValueError beyond
+    runs = pixel_runs(bench, list(ARMS), 0.05)  # ValueError beyond
     counts = {name: bench.count(run.settings, run.space) for name, run in runs.items()}
     assert 1.8e6 < counts["none"] < 2.1e6
     assert max(counts.values()) / min(counts.values()) < 1.06
@@ -220,17 +221,17 @@ def test_the_arms_of_the_preset_have_equal_networks(monkeypatch, tmp_path):
 
 
 def test_all_random_numbers_of_a_run_are_of_its_seed(monkeypatch, tmp_path):
-    bench, seen = preset_bench(monkeypatch, tmp_path), []
-    bench = replace(bench, training=replace(bench.training, batch_size=4))
+    tiny, seen = preset_bench(monkeypatch, tmp_path), []
+    tiny = replace(tiny, training=replace(tiny.training, batch_size=4))
 
     def record(state, batches, step, *, seed, **options):
         seen.append((seed, step.training.seed, next(batches)[0]["image"], state.modules["network"].state_dict()))
 
-    monkeypatch.setattr(arms, "fit", record)
-    settings = arms.pixel_settings(bench.sampler, ARMS["none"], bench.train_images.dataset)(32)
-    run = arms.Run("none", 0, settings, PixelSpace(bench.data), "none_0")
+    monkeypatch.setattr(bench, "fit", record)
+    settings = arms.pixel_settings(tiny.sampler, ARMS["none"], tiny.train_images.dataset)(32)
+    run = Run("none", 0, settings, PixelSpace(tiny.data), "none_0")
     for seed in (0, 1, 1):
-        bench.train(run.with_seed(seed), tmp_path / "weights.safetensors")
+        tiny.train(run.with_seed(seed), tmp_path / "weights.safetensors")
     first, second, again = seen
     assert [each[:2] for each in seen] == [(0, 0), (1, 1), (1, 1)]
     assert not torch.equal(first[2], second[2]) and torch.equal(second[2], again[2])
@@ -267,7 +268,7 @@ def test_the_nearest_number_of_parameters_is_chosen():
 
 
 def test_first_seeds_of_all_arms_come_first():
-    assert count_seeds(["map=2", "none=3"]) == {"map": 2, "none": 3}
+    assert count_seeds(["map=2", "none=3"], ARMS) == {"map": 2, "none": 3}
     order = ordered_runs(["none", "map", "per_object"], {"map": 2, "none": 3, "box_tokens": 9})
     assert order == [*(("none", 0), ("map", 0), ("per_object", 0)), ("none", 1), ("map", 1), ("none", 2)]
 
@@ -310,8 +311,8 @@ def test_the_best_arms_are_those_with_a_layout(tmp_path):
         str(i): {"arm": arm, "guidance": guidance, "figures": figures(value)}
         for i, (arm, value, guidance) in enumerate(rows)
     }
-    comparison = Comparison(None, None, tmp_path, {"trained": {}, "measured": measured})
-    assert comparison.best_arms(["none", "class_map", "map", "per_object"]) == ["map", "per_object", "class_map"]
+    results = LayoutComparison(None, None, tmp_path, {"trained": {}, "measured": measured}, {})
+    assert results.best_arms(["none", "class_map", "map", "per_object"]) == ["map", "per_object", "class_map"]
 
 
 def test_the_table_has_a_row_for_each_arm_and_guidance():

@@ -43,12 +43,14 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/check_classes.py": "--no_amp",
     "experiments/check_data.py": "--check_items 2 --sheet_items 1",
     "experiments/check_digits.py": "--no_amp",
+    "experiments/check_experts.py": f"{SAMPLE} --n_images 2",
     "experiments/check_metadata.py": f"{SAMPLE} --n_samples 2",
     "experiments/check_numbers.py": f"{SAMPLE} --n_samples 2",
     "experiments/check_scenes.py": f"{SAMPLE} --n_samples 1",
     "experiments/compare_attention.py": "--features pixels",
     "experiments/compare_edits.py": f"{SAMPLE} --n_images 2 --classes 1",
     "experiments/compare_layouts.py": "--n_images 4",
+    "experiments/compare_panoptic.py": "--n_images 4",
     "experiments/compare_quantizers.py": "--features pixels",
     "experiments/compare_samplers.py": f"{SAMPLE} --steps 2 --n_samples 4 --features pixels --log_dir new",
     "experiments/edit.py": f"{SAMPLE} --n_images 2 --label 1",
@@ -60,7 +62,7 @@ COMMANDS = {  # by script: flags that make it quick, but for those of the sample
     "experiments/make_panoptic.py": "",
     "experiments/reconstruct.py": "--n_images 2 --no_amp",
 }
-COMPARISONS = {f"experiments/compare_{what}.py" for what in ("attention", "layouts", "quantizers")}
+COMPARISONS = {f"experiments/compare_{what}.py" for what in ("attention", "layouts", "panoptic", "quantizers")}
 PARSED_ONLY = {"demo.py", *COMPARISONS}  # they take minutes
 SAMPLERS = {"absorbing": SAMPLER, "autoregressive": SAMPLER.replace("--sample_steps 4", ""), "ddpm": DDPM}
 LEFT_OUT = {  # minutes; the user's code; where files are written

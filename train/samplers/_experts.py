@@ -60,34 +60,37 @@ class ExpertsConfig(ForegroundConfig):
     def with_class_numbers(self, names: Sequence[str]) -> Self:
         """Returns the settings with the numbers of the classes of regions of a data set instead of their names, to be
         saved with the run. ValueError for other names."""
-        groups = PRESETS.get(self.experts[0], self.experts) if len(self.experts) == 1 else self.experts
-        return replace(self, experts=tuple(",".join(class_number(each, names) for each in split(g)) for g in groups))
+        groups = read_groups(self.experts, names)
+        return replace(self, experts=tuple(",".join(map(str, group)) for group in groups))
 
     def add_experts(self, network: nn.Module) -> None:
         """Replaces the feed-forward layers of a network by its experts, if it has any."""
         if self.experts:
-            numbered = self.with_class_numbers(())
-            groups = tuple(tuple(map(int, split(group))) for group in numbered.experts)
-            add_experts(network, ExpertOptions(groups=groups, rule=self.expert_rule))
+            add_experts(network, ExpertOptions(groups=read_groups(self.experts, ()), rule=self.expert_rule))
         if self.router_experts:
             options = {"groups": (), "learned": self.router_experts}
             options |= {"top": self.router_top, "rate": self.router_rate}
             add_experts(network, ExpertOptions(**options))
 
 
-def split(group: str) -> list[str]:
-    """Returns the classes of a group."""
-    return [word.strip() for word in group.split(",") if word.strip()]
+def read_groups(words: Sequence[str], names: Sequence[str], flag: str = "experts") -> tuple[tuple[int, ...], ...]:
+    """Returns the numbers of the classes of groups: words such as disc,ring of names or numbers, or that of a preset.
+
+    ValueError for other words, given to a `flag`.
+    """
+    words = PRESETS.get(words[0], words) if len(words) == 1 else words
+    groups = ([word.strip() for word in group.split(",") if word.strip()] for group in words)
+    return tuple(tuple(class_number(word, names, flag) for word in group) for group in groups)
 
 
-def class_number(word: str, names: Sequence[str]) -> str:
+def class_number(word: str, names: Sequence[str], flag: str) -> int:
     """Returns the number of a class, given as a number or a name; ValueError for another word."""
     if word in names:
-        return str(names.index(word))
+        return names.index(word)
     if word.isdecimal():
-        return word
+        return int(word)
     known = f"one of {', '.join(names)}" if names else "a number: the data set names no classes of regions"
-    raise ValueError(f"got the class {word} in --experts{did_you_mean(word, names)}, wanted {known}")
+    raise ValueError(f"got the class {word} in --{flag}{did_you_mean(word, names)}, wanted {known}")
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def judge_split(data: DataConfig) -> str:
 def load_scenes(source: ImageSource, indices: Sequence[int], name: str) -> Scenes:
     """Loads the scenes with these indices, but for unreadable images."""
     images, parts, items = [], [], []
+    color_names = color_names_of(source)
     with Progress(name, len(indices), "image") as bar:
         for index in indices:
             try:
@@ -88,11 +89,16 @@ def load_scenes(source: ImageSource, indices: Sequence[int], name: str) -> Scene
             finally:
                 bar.update(1)
             images.append(as_uint8(item["image"].as_subclass(Tensor)))
-            parts.append(read_layout(item, source.size))
+            parts.append(read_layout(item, source.size, color_names))
             items.append(index)
     if not images:
         raise ValueError(f"none of {len(indices)} images of {source.config.dataset} can be read")
     return Scenes(torch.stack(images), join_layouts(parts), items)
+
+
+def color_names_of(source: ImageSource) -> list[str]:
+    """Returns the names of the colours of a data set's objects, [] if they have none."""
+    return [name for name, _ in getattr(source.dataset, "palette", ())]
 
 
 def training_indices(source: ImageSource) -> list[int]:

@@ -25,7 +25,7 @@ from experiments.metrics.contact_sheet import (
     write_labels,
 )
 from experiments.metrics.layout.colors import Palette
-from experiments.metrics.layout.layouts import Layouts
+from experiments.metrics.layout.layouts import UNKNOWN, Layouts
 from models.regions import at_centres
 from train.condition_source import Row
 from train.data.transforms import to_picture
@@ -66,21 +66,30 @@ class PictureRows:
         return draw_rows(self.rows, known.size, known.classes, known.palette)
 
 
-def pair_images(layouts: Layouts, columns: Sequence[Tensor]) -> list[PictureRow]:
-    """Returns the first of N layouts, which get no names, each with its image of every column, uint8 (N, C, H, W)."""
+def pair_images(
+    layouts: Layouts, columns: Sequence[Tensor], names: Sequence[str] = (), *, maps: bool = False
+) -> list[PictureRow]:
+    """Returns the first of N layouts, each with its image of every column, uint8 (N, C, H, W).
+
+    They have `names`, if there are any, and are shown as `maps` of classes if there are such, or else by their boxes.
+    """
     return [
-        PictureRow(Layout("", regions_of(layouts, index)), [images[index] for images in columns])
+        PictureRow(
+            Layout(names[index] if names else "", regions_of(layouts, index, maps)), [each[index] for each in columns]
+        )
         for index in range(min(MOST_SHOWN, layouts.count))
     ]
 
 
-def regions_of(layouts: Layouts, index: int) -> Row:
-    """Returns the boxes of an image or, if no image has any, its map of classes, as fields of an item."""
-    if layouts.pixels is not None and not len(layouts):
+def regions_of(layouts: Layouts, index: int, maps: bool = False) -> Row:
+    """Returns the boxes of an image or, if no image has any or its map is wanted, the map of its classes, as fields of
+    an item."""
+    if layouts.pixels is not None and (maps or not len(layouts)):
         return {"semantic": layouts.pixels[index]}
     rows = layouts.rows_of(index)
     fields = {"boxes": layouts.boxes[rows], "box_class": layouts.classes[rows]}
-    return fields if layouts.colors is None else fields | {"box_color": layouts.colors[rows]}
+    known = layouts.colors is not None and bool((layouts.colors[rows] != UNKNOWN).all())
+    return fields | {"box_color": layouts.colors[rows]} if known else fields
 
 
 def draw_layout(row: Row, size: Size, names: Sequence[str], palette: Palette = ()) -> Image.Image:

@@ -1,5 +1,6 @@
 """Layouts of a set of images: their objects in one table, who owns each pixel, and the kinds of difficult objects."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 UNLABELLED = 255  # class of a pixel without one
+UNKNOWN = -1  # colour of an object whose words name none
 SMALL_AREA = 0.05  # of the image, of the box
 OCCLUDED_BELOW = 0.8  # visible share
 CONTACT_GAP = 0.045  # of the side, between the boxes of two objects of a class
@@ -31,7 +33,7 @@ class Layouts:
     classes: Tensor  # (M,) int64
     visible: Tensor  # (M,) float64, in [0, 1]: visible share
     crowd: Tensor  # (M,) bool: many objects in one box
-    colors: Tensor | None = None  # (M,) int64, in the palette of the data set
+    colors: Tensor | None = None  # (M,) int64, in the palette of the data set; UNKNOWN: none is named
     owner: Tensor | None = None  # (N, H, W) int16: which object of its image a pixel shows, counted from 0; -1: none
     pixels: Tensor | None = None  # (N, H, W) uint8: the class of each pixel, or UNLABELLED
 
@@ -78,11 +80,14 @@ class Layouts:
         return replace(self, count=len(order), image=image, **fields, **maps)
 
 
-def read_layout(item: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor | None]:
+def read_layout(
+    item: dict[str, Any], size: tuple[int, int], color_names: Sequence[str] = ()
+) -> dict[str, Tensor | None]:
     """Returns the fields of the `Layouts` of one item of a data set, transformed to `size` (height, width).
 
     Boxes are clipped to the image; those without area there are dropped. What is visible of an object is `box_visible`
-    if the item has it, else follows from the masks, of which later ones are in front, else all of it.
+    if the item has it, else follows from the masks, of which later ones are in front, else all of it. Its colour is
+    `box_color`, else that of `color_names` which its words, `box_words`, name.
     """
     H, W = size
     boxes = item["boxes"].as_subclass(Tensor).double() / torch.tensor([W, H, W, H]) if "boxes" in item else None
@@ -95,12 +100,32 @@ def read_layout(item: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor
     if "box_visible" in item:
         shown = item["box_visible"].as_subclass(Tensor).double()
     crowd = item["box_crowd"].as_subclass(Tensor).bool() if "box_crowd" in item else torch.zeros(len(boxes)).bool()
-    colors = item["box_color"].as_subclass(Tensor).long()[kept] if "box_color" in item else None
+    colors = read_colors(item, color_names)
+    colors = None if colors is None else colors[kept]
     if owner is not None:  # number the objects that are left
         numbers = torch.cat([torch.where(kept, kept.cumsum(0) - 1, -1), torch.tensor([-1])])  # the last is for -1
         owner = numbers[owner.long()].to(torch.int16)
     fields = {"boxes": boxes[kept], "classes": classes[kept], "visible": shown[kept], "crowd": crowd[kept]}
-    return fields | {"colors": colors, "owner": owner, "pixels": read_pixel_classes(item)}
+    return fields | {
+        "colors": colors,
+        "owner": owner,
+        "pixels": read_pixel_classes(item),
+    }
+
+
+def read_colors(item: dict[str, Any], names: Sequence[str]) -> Tensor | None:
+    """Returns the number of each object's colour (n,), or UNKNOWN; None if the item names no colours."""
+    if "box_color" in item:
+        return item["box_color"].as_subclass(Tensor).long()
+    if "box_words" not in item or not names:
+        return None
+    return torch.tensor([named_color(words, names) for words in item["box_words"]], dtype=torch.long)
+
+
+def named_color(words: str, names: Sequence[str]) -> int:
+    """Returns the number of the first colour that is a word of `words`, or UNKNOWN."""
+    found = [names.index(word) for word in re.findall(r"\w+", words.lower()) if word in names]
+    return found[0] if found else UNKNOWN
 
 
 def find_owners(item: dict[str, Any], size: tuple[int, int], n: int) -> tuple[Tensor | None, Tensor]:

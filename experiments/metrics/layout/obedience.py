@@ -24,7 +24,8 @@ from experiments.metrics.layout.judges import (
     load_scenes,
     training_indices,
 )
-from experiments.metrics.layout.layouts import SMALL_AREA, UNLABELLED, Layouts, find_buckets
+from experiments.metrics.layout.layouts import SMALL_AREA, UNKNOWN, UNLABELLED, Layouts, find_buckets
+from experiments.metrics.layout.map_obedience import Groups, MapFigures, measure_maps
 from experiments.metrics.layout.scene_network import detect, segment
 from train.config import DataConfig
 from train.data.loading import ImageSource
@@ -92,8 +93,8 @@ class Measurement:
             crops = cut_crops(images, layouts.image, layouts.boxes)
             parts += [self.of_crops(crops, layouts, buckets), self.trained_on(images, layouts)]
         if self.palette is not None and layouts.colors is not None and layouts.owner is not None:
-            right = nearest_colors(images, layouts, self.palette) == layouts.colors
-            parts.append({name: {"colour": share(right[rows & kept])} for name, rows in buckets.items()})
+            right, named = nearest_colors(images, layouts, self.palette) == layouts.colors, layouts.colors != UNKNOWN
+            parts.append({name: {"colour": share(right[rows & kept & named])} for name, rows in buckets.items()})
         if self.judges.scenes.objects is not None:
             parts.append(of_detections(detect(self.judges.scenes, images), layouts, buckets))
         if external is not None:
@@ -103,6 +104,14 @@ class Measurement:
             predicted = segment(self.judges.scenes, images)
             parts.append(of_pixels(predicted, layouts, buckets, self.n_classes))
         return {name: figures[name] | {k: v for part in parts for k, v in part[name].items()} for name in buckets}
+
+    def of_maps(self, images: Tensor, layouts: Layouts, groups: Groups) -> MapFigures | None:
+        """Returns the figures of the regions of panoptic maps by group of classes, see `measure_maps`; None for layouts
+        without maps of classes."""
+        if layouts.pixels is None or self.judges.scenes.pixels is None:
+            return None
+        predicted = segment(self.judges.scenes, images)
+        return measure_maps(images, layouts, predicted, groups, self.n_classes, self.palette)
 
     def recognise(self, images: Tensor, layouts: Layouts) -> tuple[str, float | None]:
         """Returns the figure by which judges are checked, and its value for images with these layouts: how often crops

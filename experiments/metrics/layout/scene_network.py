@@ -52,20 +52,25 @@ class SceneNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Maps images (B, C, H, W) in [0, 255] to heat maps with boxes (B, n_things + 4, h, w), of which the last four
         are the logarithm of the sides and the offset of the centre, in cells, and to logits of pixels (B, K, H, W)."""
-        x, (H, W) = images.float() / 127.5 - 1, images.shape[-2:]
-        if max(H, W) > MAX_SIDE:
-            size = [max(1, side * MAX_SIDE // max(H, W)) for side in (H, W)]
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-        fine = self.stem(x)  # (B, a, h, w)
-        middle = self.down_1(fine)
-        coarse = self.down_2(middle)
+        x = scale_pixels(images)
+        fine, middle, coarse = self.encode(x)
         middle = self.merge_2(middle + resize(self.up_2(coarse), middle))
         fine = self.merge_1(fine + resize(self.up_1(middle), fine))
         objects = None if self.objects is None else self.objects(fine)
         if self.pixels is None:
             return objects, None
         pixels = F.pixel_shuffle(self.pixels(fine), STRIDE)[..., : x.shape[2], : x.shape[3]]
-        return objects, pixels if pixels.shape[-2:] == (H, W) else resize(pixels, images)
+        return objects, pixels if pixels.shape[-2:] == images.shape[-2:] else resize(pixels, images)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps scaled pixels (B, C, H, W) to features of the three scales, the finest first."""
+        fine = self.stem(x)  # (B, a, h, w)
+        middle = self.down_1(fine)
+        return fine, middle, self.down_2(middle)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Maps images (B, C, H, W) in [0, 255] to the means of the coarsest features, (B, 64)."""
+        return self.encode(scale_pixels(images))[-1].mean((2, 3))
 
     def loss(self, images: Tensor, layouts: Layouts) -> Tensor:
         """Returns the loss of a batch of images (B, C, H, W) with their layouts."""
@@ -76,6 +81,15 @@ class SceneNetwork(nn.Module):
         if pixels is not None:
             total = total + F.cross_entropy(pixels, layouts.pixels.long(), ignore_index=UNLABELLED)
         return total
+
+
+def scale_pixels(images: Tensor) -> Tensor:
+    """Maps images (B, C, H, W) in [0, 255] to [-1, 1], reduced to MAX_SIDE pixels if they are larger."""
+    x, (H, W) = images.float() / 127.5 - 1, images.shape[-2:]
+    if max(H, W) > MAX_SIDE:
+        size = [max(1, side * MAX_SIDE // max(H, W)) for side in (H, W)]
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    return x
 
 
 def stage(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
@@ -177,6 +191,12 @@ def detect(network: SceneNetwork, images: Tensor) -> Detections:
 def segment(network: SceneNetwork, images: Tensor) -> Tensor:
     """Returns the most likely class of each pixel of images uint8 (N, C, H, W): uint8 (N, H, W)."""
     return torch.cat([network(batch)[1].argmax(1).to(torch.uint8) for batch in images.split(EVALUATED)])
+
+
+@torch.no_grad()
+def scene_features(network: SceneNetwork, images: Tensor) -> Tensor:
+    """Returns the features of images uint8 (N, C, H, W), by which sets of whole images are compared: (N, 64)."""
+    return torch.cat([network.features(batch) for batch in images.split(EVALUATED)])
 
 
 class Contents(NamedTuple):
