@@ -142,7 +142,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{"--repaint_jump": "more than two steps", "--strength_map": "a picture and its map"},
     **{
         "experiments/benchmark": "minutes of measuring",
-        **dict.fromkeys(("calc_layout.py", "shapes_layout", "tests/"), "minutes of training"),
+        **dict.fromkeys(("calc_layout.py", "shapes_layout", "shapes_panoptic", "tests/"), "minutes of training"),
         **dict.fromkeys(("digits_captions", "digits_numbers", "ablation/finetuning"), "minutes of training"),
         "digit_pairs": "minutes of training",
         "edit_layout.py": "a model of boxes",
