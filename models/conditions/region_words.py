@@ -3,7 +3,8 @@
 The prompt of the whole image is the condition `text`, whose text encoder this one shares. Equal words are one group of
 tokens, whose membership names all regions that read it.
 
-Shapes: R regions, T different texts of an image, C chunks of a text, L tokens of a chunk, M = C L.
+Shapes: R regions, T different texts of an image, C chunks of a text, L tokens of a chunk with its start and end, M =
+C (L - 2) tokens of a text that are read, perhaps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ class Config(EncoderOptions):
     masks: of the field of that name, and box_class."""
     region_words_names: tuple[str, ...] = ()
     """Words for each class of regions, by number; default: the names in the data set."""
+    region_words_classes: tuple[str, ...] = ()
+    """Names of the classes in the data set, which count as no words of an instance; default: those of the data set."""
     region_words_stuff: tuple[int, ...] = ()
     """Numbers of the classes that are stuff, not things; default: those of the data set."""
     region_words_everywhere: str = ""
@@ -63,8 +66,12 @@ class Config(EncoderOptions):
             got = f"got region_words_names of {len(own)} classes"
             raise ValueError(f"{got}, the data set has {region_classes}: name each, or leave --region_words_names out")
         stuff = tuple(number for number, is_thing in enumerate(things) if not is_thing)
-        stuff = self.region_words_stuff or stuff
-        return replace(options, region_words_names=own or tuple(names), region_words_stuff=stuff)
+        return replace(
+            options,
+            region_words_names=own or tuple(names),
+            region_words_classes=self.region_words_classes or tuple(names),
+            region_words_stuff=self.region_words_stuff or stuff,
+        )
 
     @property
     def rule(self) -> "WordRule":
@@ -73,6 +80,7 @@ class Config(EncoderOptions):
             mode=self.region_words_mode,
             regions=self.region_words_regions,
             names=self.region_words_names,
+            classes=self.region_words_classes or self.region_words_names,
             stuff=frozenset(self.region_words_stuff),
             everywhere=self.region_words_everywhere,
         )
@@ -94,9 +102,10 @@ class WordRule:
     stuff, that there are not.
     """
 
-    mode: Mode = "all"
+    mode: Mode
     regions: Shape = "segments"
-    names: tuple[str, ...] = ()  # of the classes, by number
+    names: tuple[str, ...] = ()  # the words for each class, by number
+    classes: tuple[str, ...] = ()  # the names of the classes in the data, by number
     stuff: frozenset[int] = frozenset()  # numbers of classes
     everywhere: str = ""  # words that all places read
 
@@ -118,8 +127,8 @@ class WordRule:
 
         Blank ones, and the name of the class, count as none given.
         """
-        name = self.names[number] if number < len(self.names) else ""
-        given = "" if given == name or not given.strip() else given
+        name, own = (each[number] if number < len(each) else "" for each in (self.names, self.classes))
+        given = "" if given == own or not given.strip() else given
         if self.mode == "instances":
             return given
         if self.mode != "all" and (number in self.stuff) != (self.mode == "background"):
@@ -163,45 +172,45 @@ class WordRule:
         return {place: of_id[each] for place, each in enumerate(batch["segment_id"][row].tolist()) if each in of_id}
 
 
-def arrange(found: RegionTexts, values: Tensor, mask: Tensor, places: Mapping[str, int]) -> dict[str, Tensor]:
+def arrange(words: RegionTexts, values: Tensor, mask: Tensor, places: Mapping[str, int]) -> dict[str, Tensor]:
     """Returns the fields WORDS (B, T, ...), its mask, and NUMBERS (B, R), from the `values` (U, ...) of all different
     texts and which of their tokens are read, `mask`; `places` are those of the texts, "" that of padding."""
-    longest = max(1, *map(len, found.texts))  # at least one, so that all ranks use the text encoder
-    rows = [[places[text] for text in own] + [places[""]] * (longest - len(own)) for own in found.texts]
+    longest = max(1, *map(len, words.texts))  # at least one, so that all ranks use the text encoder
+    rows = [[places[text] for text in own] + [places[""]] * (longest - len(own)) for own in words.texts]
     index = torch.tensor(rows)
-    return {WORDS: values[index], f"{WORDS}_mask": mask[index], NUMBERS: found.numbers}
+    return {WORDS: values[index], f"{WORDS}_mask": mask[index], NUMBERS: words.numbers}
 
 
-def different_texts(found: RegionTexts) -> dict[str, int]:
+def different_texts(words: RegionTexts) -> dict[str, int]:
     """Returns the place of each different text of a batch, of "" too, which pads the lists of an image."""
-    return {text: place for place, text in enumerate(dict.fromkeys([*sum(found.texts, []), ""]))}
+    return {text: place for place, text in enumerate(dict.fromkeys([*sum(words.texts, []), ""]))}
 
 
-def tokenize_words(found: RegionTexts, length: int, tokenizer: PromptTokenizer) -> dict[str, Tensor]:
-    """Returns the ids of words, (B, T, C, L), and which are read, as `arrange` does: not start, end and padding."""
-    places = different_texts(found)
+def tokenize_words(words: RegionTexts, length: int, tokenizer: PromptTokenizer) -> dict[str, Tensor]:
+    """Returns the ids of words, (B, T, C, L), and which between the first and the last are words, (B, T, C, L - 2), as
+    `arrange` does."""
+    places = different_texts(words)
     ids, mask = tokenize([*places], length, tokenizer)
-    inside = mask.clone()
-    inside[..., 0] = False
-    inside[..., :-1] &= mask[..., 1:]
-    inside[..., -1] = False
-    return arrange(found, ids, inside, places)
+    longest = max(3, int(mask.sum(-1).max()))  # a place to read at least
+    inside = mask[..., 2:longest]  # what has two tokens before it, a start and another: as many as stand between
+    return arrange(words, ids[..., :longest], inside, places)
 
 
 class RegionWords(RegionEncoder):
     """Encodes the words of regions as tokens, of which a region reads its own, and places without any region none.
 
     The start and the end of a text, and padding, are not read, whatever --text_padding. The null is no token at all.
-    The text encoder is that of `captions`; with `shared`, it is the part of another condition, which holds its weights.
+    The text encoder is that of `captions`; unless `owns_encoder`, it is part of another condition, which holds its
+    weights.
     """
 
     describes_regions = True
 
-    def __init__(self, captions: CaptionEncoder, rule: WordRule, shared: bool = False):
+    def __init__(self, captions: CaptionEncoder, rule: WordRule, owns_encoder: bool = True):
         super().__init__()
         self.rule, self.token_width = rule, captions.token_width
-        self.own = None if shared else captions
-        self.shared = [captions] if shared else []  # in a list: its weights are those of the other condition alone
+        self.own = captions if owns_encoder else None
+        self.other = [] if owns_encoder else [captions]  # in a list: its weights are those of that condition alone
         self.fields = FIELDS_OF[rule.regions]
         instances = ("box_id", "box_words") if rule.kind == "segment" else ("box_words",)
         self.optional_fields = (*instances, WORDS, NUMBERS)
@@ -210,7 +219,7 @@ class RegionWords(RegionEncoder):
     @property
     def captions(self) -> CaptionEncoder:
         """The encoder of texts."""
-        return self.shared[0] if self.own is None else self.own
+        return self.other[0] if self.own is None else self.own
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -247,29 +256,32 @@ class RegionWords(RegionEncoder):
         else:
             fields = self.tokenize(raw)
             words, mask, numbers = (each.to(device) for each in fields.values())
-        values = words if words.is_floating_point() else self.encode(words)
+        values = words if words.is_floating_point() else self.encode(words)[..., 1:-1, :].flatten(2, 3)
         return values, mask.flatten(2), numbers
 
     def tokenize(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the ids of the words of a batch, which are read, and the number of each region's text."""
+        """Returns the ids of the words of a batch, which are read, and the number of each region's text; see
+        `tokenize_words`."""
         return tokenize_words(self.rule.read(batch), self.captions.length, self.tokenizer)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Encodes ids (B, T, C, L), equal texts once where that costs no wait for a device: (B, T, M, D)."""
+        """Encodes ids (B, T, C, L), equal texts once where that costs no wait for a device: (B, T, C, L, D)."""
         texts = ids.flatten(0, 1)
         if self.training and ids.device.type == "cpu" and not torch.compiler.is_compiling():
             texts, places = texts.unique(dim=0, return_inverse=True)
-            return self.captions.encode_ids(texts)[places].unflatten(0, ids.shape[:2])
-        return self.captions.encode_ids(texts).unflatten(0, ids.shape[:2])  # elsewhere it encodes equal chunks once
+            tokens = self.captions.encode_ids(texts)[places]
+        else:
+            tokens = self.captions.encode_ids(texts)  # in sampling it encodes equal chunks once
+        return tokens.view(*ids.shape, -1)
 
     def tokens_of_texts(self, batch: Mapping[str, Any]) -> list[dict[str, list[int]]]:
         """Returns the tokens that each text of each image has, by their numbers in the condition; of raw texts."""
-        found, (_, mask, _) = self.rule.read(batch), self.tokenize(batch).values()
+        words, (_, mask, _) = self.rule.read(batch), self.tokenize(batch).values()
         read = mask.flatten(2)
         length = read.shape[2]
         return [
             {text: (read[row, i].nonzero()[:, 0] + i * length).tolist() for i, text in enumerate(own)}
-            for row, own in enumerate(found.texts)
+            for row, own in enumerate(words.texts)
         ]
 
     def tokens_of_words(self, batch: Mapping[str, Any], phrase: str) -> list[list[int]]:
@@ -287,5 +299,5 @@ def build(config: Config, width: int, n_classes: int, text: CaptionEncoder | Non
     """Builds the encoder, which shares the text encoder of the condition `text`, or has one of its own; it depends on
     neither the width of embeddings nor the number of classes of images."""
     if text is not None:
-        return RegionWords(text, config.rule, shared=True)
+        return RegionWords(text, config.rule, owns_encoder=False)
     return RegionWords(CaptionEncoder(config.build_encoder(), "empty", bool(config.text_encoder)), config.rule)

@@ -151,6 +151,7 @@ def test_names_and_stuff_are_those_of_the_data():
     assert config.for_data(3, names=("a", "b", "c"), things=(True, False, True)) == config == config.for_data(0)
     own = region_words.Config(region_words_names=("x", "y")).for_data(2, names=("a", "b"), things=(False, True))
     assert own.region_words_names == ("x", "y") and own.region_words_stuff == (0,)
+    assert own.rule.words_of(0, "a") == own.rule.words_of(0) == "x" and own.rule.words_of(0, "b") == "b"
     with pytest.raises(ValueError, match="got region_words_names of 2 classes, the data set has 3"):
         own.for_data(3, names=("a", "b", "c"))
 
@@ -413,7 +414,7 @@ def recorded_words(mode, instances=False, name=""):
     fields = {"panoptic": levels["instance_ids"][None], "segment_id": ids[None], "segment_class": classes[None]}
     if instances:
         fields |= {"box_id": torch.tensor([[*SPOKEN]]), "box_words": [[*SPOKEN.values()]]}
-    rule = WordRule(mode=mode, names=CLASSES, stuff=frozenset(range(11)), everywhere=name)
+    rule = WordRule(mode=mode, names=CLASSES, classes=CLASSES, stuff=frozenset(range(11)), everywhere=name)
     torch.manual_seed(0)
     captions = text.CaptionEncoder(TextEncoder(TextEncoderConfig(width=12, layers=1, heads=2)), "empty")
     found = rule.read(fields)

@@ -51,13 +51,13 @@ class TextCache:
 
     def words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns the tokens (B, M, D) of texts without the start, end and padding of their chunks, which may be none,
-        padded with zeros, and which are no padding, (B, M); M is rounded up. ValueError as above."""
+        padded with zeros to the longest, and which are no padding, (B, M). ValueError as above."""
         length, tokenizer = self.encoder.config.length, self.encoder.tokenizer
         chunks = [caption_chunks(text, length, tokenizer) for text in texts]
         rows = []
         for own, tokens in zip(chunks, self.look_up(chunks), strict=True):
             rows.append(torch.cat([part[1:-1] for part in tokens.split([*map(len, own)])]))
-        return pad_tokens(rows, self.width, MULTIPLE)
+        return pad_tokens(rows, self.width, 1)
 
     def look_up(self, captions: Sequence[Chunks]) -> list[Tensor]:
         """Returns `read`; ValueError for a file that cannot be read or written."""

@@ -159,10 +159,10 @@ def test_words_are_without_start_and_end_and_may_be_none(tmp_path, encoded):
     encoder = build()
     cache = TextCache(encoder, tmp_path)
     whole, (values, mask) = cache[CAPTIONS], cache.words(CAPTIONS)
-    assert len(encoded) == 3 and values.shape == (4, 176, 8) and mask.sum(1).tolist() == [3, 175, 0, 3]
+    assert len(encoded) == 3 and values.shape == (4, 175, 8) and mask.sum(1).tolist() == [3, 175, 0, 3]
     for row in (0, 3):
         assert torch.equal(values[row][mask[row]], whole["caption"][row, 1:4])
     inside = [*range(1, 76), *range(78, 153), *range(155, 180)]
     assert torch.equal(values[1][mask[1]], whole["caption"][1, inside]) and not values[~mask].any()
     read = TextCache(encoder, tmp_path, pad_id=49407)
-    assert torch.equal(read.words(CAPTIONS)[0], values) and read.words([""])[0].shape == (1, 8, 8)
+    assert torch.equal(read.words(CAPTIONS)[0], values) and read.words([""])[0].shape == (1, 1, 8)

@@ -128,7 +128,8 @@ class TarImages:
         self.shards = [(shards[i].name, shards[i].stamp) for i in shard_of]
         self.blocks = Blocks(tuple(sizes.tolist()), config.mix_shards)
         self.ends = np.cumsum(sizes)
-        self.sides = Sides(words=(("left", "right"),)) if config.caption_ext else None
+        has_words = config.caption_ext or "box_words" in config.json_fields
+        self.sides = Sides(words=(("left", "right"),)) if has_words else None
         self.n_classes, self.labels, self.class_names = 0, None, ()
         if config.label_from != "none":
             self.n_classes = 1 + max(int(shard.rows["label"].max()) for shard in shards)
