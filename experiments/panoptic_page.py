@@ -25,6 +25,9 @@ SHOW = "scene => { customElements.get('panoptic-canvas').show(scene) }"
 READ = "(painting, ...others) => [document.querySelector('panoptic-canvas').painting, ...others]"
 COLUMNS = 3  # of the gallery
 SAMPLE = "Sample this map"
+NO_SEGMENTS = (
+    "This run reads no segments. Choose one that was trained with `--conditions region_words`, or another tab."
+)
 HELP = (
     "Choose a class and paint. *New instance* begins another thing of the class. Regions without words of their own "
     "read the name of their class; grey is in no region. Without a prompt, the prompt is the names of the classes."
@@ -83,10 +86,11 @@ class Handlers:
         import gradio as gr
 
         if run == last_choice:
-            return [gr.skip()] * 4
-        play = self.settings.runs.open(run)
-        content = canvas_content(play)
-        return [gr.update(visible=content is not None), gr.update(visible=False), content, run]
+            return [gr.skip()] * 6
+        content = canvas_content(self.settings.runs.open(run))
+        reads = content is not None
+        areas = [gr.update(visible=visible) for visible in (reads, reads, not reads, False)]
+        return [*areas, content, run]
 
 
 def add_panoptic_tab(settings: Settings, loaded: Any) -> None:
@@ -96,18 +100,20 @@ def add_panoptic_tab(settings: Settings, loaded: Any) -> None:
     play = settings.runs.current
     first = canvas_content(play)
     with gr.Tab("Panoptic", visible=first is not None) as tab:
-        gr.Markdown(HELP)
-        with gr.Row():
-            with gr.Column(min_width=400):
-                gr.HTML("<panoptic-canvas></panoptic-canvas>")
-                with gr.Row():
-                    sample_button = gr.Button(SAMPLE, variant="primary", min_width=120)
-                    take = gr.Button("A map of the data", min_width=120)
-                with gr.Row():
-                    upload = gr.UploadButton("Open a painted picture", min_width=120)
-                    clear = gr.Button("Clear the map", min_width=120)
-            with gr.Column(min_width=320):
-                results = add_results(COLUMNS)
+        message = gr.Markdown(NO_SEGMENTS, visible=False)  # a tab that is open stays when another run is chosen
+        with gr.Column() as area:
+            gr.Markdown(HELP)
+            with gr.Row():
+                with gr.Column(min_width=400):
+                    gr.HTML("<panoptic-canvas></panoptic-canvas>")
+                    with gr.Row():
+                        sample_button = gr.Button(SAMPLE, variant="primary", min_width=120)
+                        take = gr.Button("A map of the data", min_width=120)
+                    with gr.Row():
+                        upload = gr.UploadButton("Open a painted picture", min_width=120)
+                        clear = gr.Button("Clear the map", min_width=120)
+                with gr.Column(min_width=320):
+                    results = add_results(COLUMNS)
         content = gr.JSON(first, visible=False)  # of the canvas, when it was shown
         painting = gr.Textbox(visible=False)  # the map on it, which READ fills in
         last_choice = gr.State(settings.run.value)
@@ -119,6 +125,6 @@ def add_panoptic_tab(settings: Settings, loaded: Any) -> None:
     take.click(handlers.take_map, settings.inputs, [content, settings.seed], **quietly).success(**show)
     upload.upload(handlers.open_picture, [upload, *model], content, **quietly).success(**show)
     clear.click(handlers.clear_map, model, content, **quietly).success(**show)
-    outputs = [tab, results.area, content, last_choice]
+    outputs = [tab, area, message, results.area, content, last_choice]
     loaded.success(handlers.pick_run, [settings.run, last_choice], outputs, **quietly).success(**show)
     tab.select(**show)

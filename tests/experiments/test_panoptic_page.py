@@ -194,5 +194,5 @@ def test_the_tab_is_there_for_models_of_segments_only(tab):
     turn_to(tab, "Panoptic")
     tab.locator("panoptic-canvas canvas").wait_for()
     choose(tab, "run", "boxes")  # while the tab is open
-    name.wait_for(state="hidden")
+    tab.get_by_text("This run reads no segments").wait_for()
     tab.locator("panoptic-canvas canvas").wait_for(state="hidden")
