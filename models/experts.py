@@ -109,7 +109,7 @@ def scratch_like(weight: Tensor, x: Tensor) -> Tensor | None:
 
 
 def cast_into(scratch: Tensor | None, weight: Tensor) -> Tensor:
-    """Returns a weight in the dtype of `scratch`, in its memory; as it is without."""
+    """Returns a weight (out, in) in the dtype of `scratch` (out, in), in its memory; as it is without."""
     return weight if scratch is None else scratch.copy_(weight)
 
 

@@ -70,7 +70,7 @@ FOREIGN = {
 READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
     "table.md",
-    *("classes.txt", "classnames.txt", "a.txt", "prompts.txt", "models.yaml"),
+    *("classes.txt", "classnames.txt", "a.txt", "prompts.txt", "models.yaml", "data.yaml"),
 }
 
 WITHOUT_LOGS = (

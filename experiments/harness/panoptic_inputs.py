@@ -87,7 +87,7 @@ class PanopticMapsConfig:
     n_seeds: int = 4
     """Images of each map."""
 
-    EVERYDAY = ("maps", "panoptic_encoding", "prompts", "prompt", "instances", "n_images", "n_seeds")
+    EVERYDAY = ("maps", "prompts", "instances")
     RANGES = {"n_images": COUNT, "n_seeds": COUNT}
 
     def __post_init__(self):

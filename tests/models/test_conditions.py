@@ -22,6 +22,7 @@ from models.conditioning import (
 )
 from models.conditions import image
 from models.conditions.label import LabelEncoder
+from models.conditions.text import EncoderOptions
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
 
@@ -51,6 +52,15 @@ RAW = {  # options of each encoder, and a batch of its raw field
     "metadata": (
         {"metadata_values": ("camera=front", "camera=back", "light=night")},
         {"camera": ["front", "back", "unknown", "back"], "light": torch.tensor([1, 0, 1, 1])},
+    ),
+    "region_words": (
+        {
+            "text_width": 12,
+            "text_layers": 1,
+            "region_words_regions": "boxes",
+            "region_words_names": ("disc", "a ring", "sky"),
+        },
+        LAYOUT | {"box_words": [["a red disc", ""], ["ring"]] * 2, "box_class_mask": LAYOUT["boxes_mask"]},
     ),
     "text": (
         {"text_width": 12, "text_layers": 1},
@@ -231,7 +241,10 @@ def test_options_are_flags_of_their_own_name(name):
     config = importlib.import_module(f"models.conditions.{name}").Config
     assert issubclass(config, ConditionConfig)
     names = {field.name for field in dataclasses.fields(config)}
-    assert all(each.startswith(f"{name}_") for each in names - {"condition_channels"})  # older than the rule
+    shared = (
+        {field.name for field in dataclasses.fields(EncoderOptions)} if issubclass(config, EncoderOptions) else set()
+    )
+    assert all(each.startswith(f"{name}_") for each in names - shared - {"condition_channels"})  # older than the rule
 
 
 # Encoders of regions

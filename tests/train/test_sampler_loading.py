@@ -42,7 +42,9 @@ def test_adapt_does_not_modify_the_item(trained_ddpm, tmp_path, monkeypatch):
     (tmp_path / "my_darker.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm), amp=False))
-    sampler = SimpleNamespace(conditions=("label", "dark_image"), config=SimpleNamespace(adapt="my_darker.darker"))
+    sampler = SimpleNamespace(
+        conditions=("label", "dark_image"), optional_conditions=(), config=SimpleNamespace(adapt="my_darker.darker")
+    )
     item = {"image": torch.full((1, 8, 8), 100, dtype=torch.uint8), "label": 3}
     row = replace(model, sampler=sampler).conditions_of(item, 0)
     assert row.keys() == {"dark_image"} and row["dark_image"].unique().tolist() == [50]

@@ -87,7 +87,7 @@ def error_message(capfd, script, flags):
         call(script, flags)
     assert stop.value.code == 2
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())
-    assert "Traceback" not in message and len(message) < 1000
+    assert "Traceback" not in message and len(message) < 1200
     return message
 
 
