@@ -21,13 +21,11 @@ from experiments.page_components import Results, Settings, add_results, open_upl
 from experiments.playground import Playground
 
 PAINT_SCRIPT = Path(__file__).with_name("panoptic_canvas.js")
-SHOW = "scene => { customElements.get('panoptic-canvas').show(scene) }"
+SHOW = "scene => { if (scene) customElements.get('panoptic-canvas').show(scene) }"
 READ = "(painting, ...others) => [document.querySelector('panoptic-canvas').painting, ...others]"
 COLUMNS = 3  # of the gallery
 SAMPLE = "Sample this map"
-NO_SEGMENTS = (
-    "This run reads no segments. Choose one that was trained with `--conditions region_words`, or another tab."
-)
+NO_SEGMENTS = "This run reads no segments. Choose one that was trained with `--conditions region_words`."
 HELP = (
     "Choose a class and paint. *New instance* begins another thing of the class. Regions without words of their own "
     "read the name of their class; grey is in no region. Without a prompt, the prompt is the names of the classes."
@@ -86,22 +84,22 @@ class Handlers:
         import gradio as gr
 
         if run == last_choice:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 5
         content = canvas_content(self.settings.runs.open(run))
         reads = content is not None
-        areas = [gr.update(visible=visible) for visible in (reads, reads, not reads, False)]
+        areas = [gr.update(visible=visible) for visible in (reads, not reads, False)]
         return [*areas, content, run]
 
 
 def add_panoptic_tab(settings: Settings, loaded: Any) -> None:
-    """Adds the tab, which only models that read segments have; `loaded` is the event of another run."""
+    """Adds the tab, with a canvas for models that read segments; `loaded` is the event of another run."""
     import gradio as gr
 
     play = settings.runs.current
     first = canvas_content(play)
-    with gr.Tab("Panoptic", visible=first is not None) as tab:
-        message = gr.Markdown(NO_SEGMENTS, visible=False)  # a tab that is open stays when another run is chosen
-        with gr.Column() as area:
+    with gr.Tab("Panoptic") as tab:
+        message = gr.Markdown(NO_SEGMENTS, visible=first is None)
+        with gr.Column(visible=first is not None) as area:
             gr.Markdown(HELP)
             with gr.Row():
                 with gr.Column(min_width=400):
@@ -125,6 +123,6 @@ def add_panoptic_tab(settings: Settings, loaded: Any) -> None:
     take.click(handlers.take_map, settings.inputs, [content, settings.seed], **quietly).success(**show)
     upload.upload(handlers.open_picture, [upload, *model], content, **quietly).success(**show)
     clear.click(handlers.clear_map, model, content, **quietly).success(**show)
-    outputs = [tab, area, message, results.area, content, last_choice]
+    outputs = [area, message, results.area, content, last_choice]
     loaded.success(handlers.pick_run, [settings.run, last_choice], outputs, **quietly).success(**show)
     tab.select(**show)

@@ -184,14 +184,13 @@ def test_maps_come_from_the_data_and_from_pictures(tab, tmp_path):
 
 
 @in_browser
-def test_the_tab_is_there_for_models_of_segments_only(tab):
-    name = tab.get_by_role("tab", name="Panoptic")
+def test_runs_without_segments_have_a_message_in_place_of_the_canvas(tab):
     turn_to(tab, "Sample")
     choose(tab, "run", "boxes")
-    name.wait_for(state="hidden")
-    choose(tab, "run", "scenes")
-    name.wait_for()
     turn_to(tab, "Panoptic")
+    tab.get_by_text("This run reads no segments").wait_for()
+    tab.locator("panoptic-canvas canvas").wait_for(state="hidden")
+    choose(tab, "run", "scenes")
     tab.locator("panoptic-canvas canvas").wait_for()
     choose(tab, "run", "boxes")  # while the tab is open
     tab.get_by_text("This run reads no segments").wait_for()
