@@ -94,6 +94,9 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     if not any(things):
         got = f"got {settings.n_images} images of {model.data.dataset} without words or boxes of objects"
         raise ValueError(f"{got}: train with --conditions text or boxes on data with masks, as digit_pairs or shapes")
+    if settings.best_layer and len(streams_of(model, things)) > 1:
+        got = "got best_layer for a model whose words and gated boxes are read by layers of their own"
+        raise ValueError(f"{got}: leave it out, or name layers with --map_layers")
     return ExperimentSetup((settings, images, things), draws=False)
 
 
@@ -190,9 +193,9 @@ def find_choices(settings: CheckMapsConfig, model: TrainedSampler, streams: Sequ
 
 
 def name_layers(choices: Choices, choice: int) -> str:
-    """Returns the names of the layers of a choice."""
-    named = [each[choice] for each in choices.values() if choice < len(each)]
-    return "; ".join("mean of layers" if layers is None else " ".join(layers) for layers in named)
+    """Returns the names of the layers of a choice; all streams have the same choices, or one alone."""
+    layers = next(iter(choices.values()))[choice]
+    return "mean of layers" if layers is None else " ".join(layers)
 
 
 def compared_images(
@@ -247,7 +250,9 @@ def record_things(
     for reads, options in choices.items():
         recorder = MapRecorder(reads, layers=settings.map_layers or None)
         pixels, maps = images.record(indices, recorder), recorder.maps()
-        others = find_targets(images.model, images.conditions(indices), len(indices), gated=reads == "gated")
+        others = []
+        if settings.relative:
+            others = find_targets(images.model, images.conditions(indices), len(indices), gated=reads == "gated")
         for choice, names in enumerate(options):
             whole = heat_maps(maps, names).cpu()
             whole = relative_heat(whole, others, maps.spans) if settings.relative else whole

@@ -108,7 +108,7 @@ class Config:
 
     EXAMPLES = (
         "python experiments/compare_edits.py --sampler {sampler} --guidance 3",
-        "python experiments/compare_edits.py --load_dir {sampler}_digits --methods flowedit:0.6 sdedit:0.6",
+        "python experiments/compare_edits.py --load_dir {sampler}_digits --methods sdedit:0.6 diffedit:0.8",
     )
 
     comparison: ComparisonConfig
@@ -262,9 +262,10 @@ def measure_round_trips(
             inverted = INVERSIONS[name](
                 ddim_steps(model, options, conditions, x0), x0, InversionConfig(method=name), rng
             )
-        errors = round_trip_errors(x0, inverted.back.nan_to_num(math.inf), model)
-        calls = {"calls": inverted.calls + inverted.calls_back}
-        return {key: errors[key] for key in ("latent_max", "pixels_max")} | calls
+        finite = inverted.back.isfinite().flatten(1).all(1).cpu()
+        errors = round_trip_errors(x0, inverted.back.nan_to_num(0, 0, 0), model)
+        largest = {key: errors[key].where(finite, math.inf) for key in ("latent_max", "pixels_max")}
+        return largest | {"calls": inverted.calls + inverted.calls_back}
 
     for name in INVERSIONS:
         parts = collect(f"round_trip_{name}", len(edits.inputs), partial(make_batch, name), batches)

@@ -46,11 +46,6 @@ class Moment(NamedTuple):
     image: Tensor  # uint8 (C, H, W): what the network predicts in this step; the final image for the mean
     heats: dict[str, Tensor]  # by layer and MEAN: (M, h, w) of M tokens, or (h w, h, w) of each code, over the codes
 
-    @property
-    def heat(self) -> Tensor:
-        """The mean of the layers."""
-        return self.heats[MEAN]
-
 
 @dataclass(frozen=True)
 class Attention:
@@ -114,12 +109,11 @@ def cell_at(place: Place, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def heats_of(maps: AttentionMaps, reads: Reads) -> dict[str, Tensor]:
-    """Returns the heat of the tokens of an image, (M, h, w), by layer and MEAN; of its codes (h w, h, w). Differential
-    attention keeps its sign."""
+    """Returns the heat of the tokens of an image, (M, h, w), by layer and MEAN; of its codes (h w, h, w), which take
+    more memory, MEAN alone. Differential attention keeps its sign."""
     if reads == "self":
-        layers = {name: layer[0].mean(0).cpu() for name, layer in maps.layers.items()}  # (h, w, h w)
-        layers = {MEAN: torch.stack([*layers.values()]).mean(0)} | layers
-        return {name: layer.flatten(0, 1).unflatten(1, layer.shape[:2]) for name, layer in layers.items()}
+        mean = torch.stack([layer[0].mean(0) for layer in maps.layers.values()]).mean(0).cpu()  # (h, w, h w)
+        return {MEAN: mean.flatten(0, 1).unflatten(1, mean.shape[:2])}
     signed = any((layer < 0).any() for layer in maps.layers.values())
     choices = {MEAN: None} | {name: [name] for name in maps.layers}
     return {name: heat_maps(maps, layers, signed=signed)[0].cpu() for name, layers in choices.items()}
@@ -218,7 +212,7 @@ class Handlers:
             last = attention.moments[-1].step
             slider, layers = gr.Slider(maximum=max(1, last), value=0), list(attention.moments[0].heats)
             layer = layer if layer in layers else MEAN
-            choice = gr.Dropdown(layers, value=layer, visible=len(layers) > 2)  # with one layer, its mean is itself
+            choice = gr.Dropdown(layers, value=layer, visible=len(layers) > 2)  # one layer alone is the mean
             return [attention, CENTRE, slider, choice, *self.show(attention, words, CENTRE, 0, layer), request.seed]
 
     def show(self, attention: Attention | None, words: str, place: Place, step: float | None, layer: str) -> list:

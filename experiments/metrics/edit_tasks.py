@@ -136,13 +136,16 @@ def edits_of_classes(model: TrainedSampler, n_images: int, n_others: int) -> Edi
 
 
 def real_images_of(labels: Sequence[int], model: TrainedSampler) -> Tensor | None:
-    """Returns held-out images of these classes, in turn, uint8 (M, C, H, W); None if a class has none."""
+    """Returns held-out images of these classes, in turn, uint8 (M, C, H, W); None if a class has none, or one cannot be
+    read."""
     dataset = model.dataset("val")
     of_class = {label: np.flatnonzero(dataset.labels == label).tolist() for label in {*labels}}
     if not all(of_class.values()):
         return None
     items = [of_class[label][number % len(of_class[label])] for number, label in enumerate(labels)]
-    return torch.cat([batch["image"] for batch in images_in_order(ImageSource(dataset, model.data), len(items), items)])
+    batches = images_in_order(ImageSource(dataset, model.data), len(items), items)  # without those that cannot be read
+    images = torch.cat([batch["image"] for batch in batches])
+    return images if len(images) == len(labels) else None
 
 
 def open_class_judge(model: TrainedSampler, labels: Tensor) -> "ClassJudge":
@@ -162,8 +165,12 @@ def open_class_judge(model: TrainedSampler, labels: Tensor) -> "ClassJudge":
 def edits_of_scenes(model: TrainedSampler, n_images: int, changes: Sequence[str], judge_folder: Path) -> Edits:
     """Returns edits of one thing of held-out scenes, to the conditions of the changed scenes. ValueError: the model
     does not read such changes."""
-    data, reader, fields = model.data, model.reader, model.sampler.conditions
-    readable = readable_changes(fields, data.captions)
+    data, reader = model.data, model.reader
+    fields = (*model.sampler.conditions, *model.sampler.optional_conditions)
+    if data.size[0] != data.size[1]:
+        got = f"got images of {data.size[0]} x {data.size[1]} of drawn scenes, which are square and cropped to them"
+        raise ValueError(f"{got}: compare edits of a run with --img_size alone")
+    readable = readable_changes(fields)
     changes = tuple(changes) or readable
     if unread := [change for change in changes if change not in readable] or ([] if readable else [*CHANGES]):
         reads = f"{model.run} reads {', '.join(fields)}"
@@ -182,7 +189,8 @@ def edits_of_scenes(model: TrainedSampler, n_images: int, changes: Sequence[str]
     def open_judge() -> Judge:
         every_scene = shapes.Config(shapes_seed=reader.shapes_seed)  # the judges of check_scenes.py
         judging = open_scenes(replace(data, captions="own"), every_scene, shapes.JUDGE_SPLIT)
-        return SceneJudge(load_judges(judging, judge_folder, JUDGE_SEED), edits, after.layouts, placed)
+        judges = load_judges(judging, judge_folder, JUDGE_SEED)
+        return SceneJudge(judges, edits, after.layouts, placed, COLOR in readable)
 
     images = InputImages(
         image=inputs.images,
@@ -257,10 +265,9 @@ def kinds_apart(reader: shapes.ScenesConfig) -> tuple[str, ...]:
     return tuple(kind for kind in APART if kind in reader.shapes_kinds) or APART[:1]
 
 
-def readable_changes(fields: Collection[str], captions: str) -> tuple[str, ...]:
-    """Returns the changes that a model with these fields of conditions, and with --captions own or templates, can be
-    asked for."""
-    colors = bool({"box_color", "box_words"} & {*fields}) or ("caption" in fields and captions == "own")
+def readable_changes(fields: Collection[str]) -> tuple[str, ...]:
+    """Returns the changes that a model with these fields of conditions can be asked for."""
+    colors = bool({"box_color", "box_words", "caption"} & {*fields})
     placed = bool(PLACES & {*fields})
     known = {COLOR: colors, CLASS: placed or "caption" in fields, MOVE: placed}
     return tuple(change for change in CHANGES if known[change])
@@ -367,6 +374,7 @@ class SceneJudge:
     edits: Sequence[SceneEdit]
     layouts: Layouts  # of the M scenes after the edits
     placed: bool  # whether the model knows the places of things; otherwise a thing counts wherever it is
+    colored: bool = True  # whether the model knows the colours of things; otherwise any counts
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -376,18 +384,19 @@ class SceneJudge:
     def __call__(self, images: Tensor) -> Shown:
         """Returns what images uint8 (M, 3, H, W) show of the things that were changed: the class, the colour, and both
         (ASKED), where a moved thing has left its old place. OTHERS is the share of the other things whose class and
-        colour are recognised at their boxes, NaN without any."""
+        colour are recognised at their boxes, NaN without any. Colours count only where the model knows them."""
         rows = self.layouts.first + torch.tensor([edit.number for edit in self.edits])
         crops = cut_crops(images, self.layouts.image, self.layouts.boxes)
         of_class = classify_crops(self.judges.crops, crops) == self.layouts.classes  # (things,)
         of_color = nearest_colors(images, self.layouts, PALETTE) == self.layouts.colors
+        of_color = of_color if self.colored else torch.ones_like(of_color)
         right = (of_class & of_color).double()
         total = torch.bincount(self.layouts.image, minlength=self.layouts.count)
         shown = torch.zeros(self.layouts.count, dtype=torch.float64).index_add_(0, self.layouts.image, right)
         others = {OTHERS: (shown - right[rows]) / (total - 1)}
         if self.placed:
-            asked = of_class[rows] & of_color[rows] & self.has_left(images)
-            return {ASKED: asked, CLASS: of_class[rows], COLOR: of_color[rows], **others}
+            asked, colors = of_class[rows] & of_color[rows] & self.has_left(images), {COLOR: of_color[rows]}
+            return {ASKED: asked, CLASS: of_class[rows], **(colors if self.colored else {}), **others}
         things = find_contents(self.judges.scenes, images).things  # (M, classes, colours)
         image, kind, color = torch.arange(len(rows)), self.layouts.classes[rows], self.layouts.colors[rows]
         found = {ASKED: things[image, kind, color] > 0, CLASS: things[image, kind].any(1)}

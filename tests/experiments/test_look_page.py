@@ -61,20 +61,20 @@ def test_the_mean_is_that_of_the_steps_over_the_sample(page):
     mean, *steps = attention.moments
     assert mean.step == 0 and [each.step for each in steps] == [1, 2, 3, 4]
     assert torch.equal(mean.image, play.draw(request)[0])
-    torch.testing.assert_close(torch.stack([each.heat for each in steps]).mean(0), mean.heat)
-    assert not torch.allclose(steps[0].heat, steps[-1].heat, atol=1e-5)
+    torch.testing.assert_close(torch.stack([each.heats[MEAN] for each in steps]).mean(0), mean.heats[MEAN])
+    assert not torch.allclose(steps[0].heats[MEAN], steps[-1].heats[MEAN], atol=1e-5)
 
 
 def test_maps_are_of_whole_words_and_phrases(page):
     play, request = page
     attention = look(play, request, WORDS)
     moment = attention.moments[0]
-    assert [name for name, _ in attention.maps(play, (), moment.heat)] == ["a", "red", "star", "redder", "ring"]
-    star, phrase = attention.maps(play, ["star", "a red star"], moment.heat)
+    assert [name for name, _ in attention.maps(play, (), moment.heats[MEAN])] == ["a", "red", "star", "redder", "ring"]
+    star, phrase = attention.maps(play, ["star", "a red star"], moment.heats[MEAN])
     assert (star[0], phrase[0]) == ("star", "a red star") and star[1].shape == (4, 4)
     assert not torch.equal(star[1], phrase[1])
     with pytest.raises(ValueError, match="got the word 'hat', wanted one of 'a red star"):
-        attention.maps(play, ["hat"], moment.heat)
+        attention.maps(play, ["hat"], moment.heats[MEAN])
 
 
 def test_words_are_checked_before_sampling(page, conditions):
@@ -96,8 +96,8 @@ def test_each_code_spreads_its_attention_over_all_codes():
     play, request = page_of(MODELS["absorbing"], sample_steps=4)
     attention = look(play, request, CODES)
     for moment in attention.moments:
-        assert moment.heat.shape == (16, 4, 4)
-        torch.testing.assert_close(moment.heat.sum((1, 2)), torch.ones(16))
+        assert moment.heats[MEAN].shape == (16, 4, 4)
+        torch.testing.assert_close(moment.heats[MEAN].sum((1, 2)), torch.ones(16))
 
 
 def test_a_clicked_code_is_framed_and_named():
@@ -126,7 +126,7 @@ def test_a_layer_is_shown_alone(page):
     averaged = [name for name in layers if not name.startswith("middle")]  # as in DAAM
     for moment in attention.moments:
         assert list(moment.heats) == [MEAN, *layers]
-        torch.testing.assert_close(torch.stack([moment.heats[name] for name in averaged]).mean(0), moment.heat)
+        torch.testing.assert_close(torch.stack([moment.heats[name] for name in averaged]).mean(0), moment.heats[MEAN])
     (mean,), (last,) = (draw_maps(play, attention, ["star"], CENTRE, 0, name)[1] for name in (MEAN, layers[-1]))
     assert mean[1] == last[1] == "star" and (mean[0].tobytes() != last[0].tobytes()) == (len(layers) > 1)
 

@@ -49,7 +49,7 @@ def planned():
 def model_with(conditions, captions="own", reader=READER, n_classes=0, **data):
     """A model as far as edits are planned for it."""
     row = lambda item, index: {name: choose_caption(item)[name] for name in conditions}  # noqa: E731
-    sampler = SimpleNamespace(conditions=conditions, n_classes=n_classes)
+    sampler = SimpleNamespace(conditions=conditions, optional_conditions={}, n_classes=n_classes)
     data = replace(DATA, captions=captions, **data)
     return SimpleNamespace(run="run", sampler=sampler, data=data, reader=reader, conditions_of=row)
 
@@ -135,12 +135,11 @@ def test_scenes_change_inside_the_regions_only(planned):
 
 
 def test_what_conditions_say_can_be_changed():
-    assert readable_changes(("caption",), "own") == (COLOR, CLASS)
-    assert readable_changes(("caption",), "templates") == (CLASS,)
-    assert readable_changes(BOXES, "own") == CHANGES
-    assert readable_changes(("boxes", "box_class"), "own") == (CLASS, MOVE)
-    assert readable_changes(("panoptic", "box_words"), "own") == CHANGES
-    assert readable_changes(("light",), "own") == ()
+    assert readable_changes(("caption",)) == (COLOR, CLASS)
+    assert readable_changes(BOXES) == CHANGES
+    assert readable_changes(("boxes", "box_class")) == (CLASS, MOVE)
+    assert readable_changes(("panoptic", "box_words")) == CHANGES
+    assert readable_changes(("light",)) == ()
 
 
 # Conditions of the targets
@@ -173,9 +172,9 @@ def test_layouts_differ_in_one_field_of_one_thing():
 
 def test_captions_by_template_keep_their_sentence():
     edits = plan_edits(model_with(("caption",), "templates"), 6, 3, (), Path("judges"))
-    sources = [edits.inputs.rows[image]["caption"] for image in edits.images_of(range(6))]
+    sources = [edits.inputs.rows[image]["caption"] for image in edits.images_of(range(12))]
     targets = [row["caption"] for row in edits.targets]
-    assert edits.changes == (CLASS,) and all(a != b for a, b in zip(sources, targets, strict=True))
+    assert edits.changes == (COLOR, CLASS) and all(a != b for a, b in zip(sources, targets, strict=True))
     assert all(text.startswith("this is ") for text in (*sources, *targets))
 
 
@@ -245,7 +244,7 @@ def test_real_images_are_of_the_classes_asked_for(monkeypatch):
 def judge_of(monkeypatch):
     """A function to a judge whose networks find what there is in these scenes, whatever the images."""
 
-    def make(edits, shown, placed):
+    def make(edits, shown, placed, colored=True):
         shown = load_scenes(edit_tasks.open_given_scenes(shown, DATA, READER), range(len(edits)), "shown")
         after = [edit.after for edit in edits]
         after = load_scenes(edit_tasks.open_given_scenes(after, DATA, READER), range(len(edits)), "after")
@@ -266,7 +265,7 @@ def judge_of(monkeypatch):
         monkeypatch.setattr(scene_network, "detect", lambda network, images: found)
         monkeypatch.setattr(scene_network, "segment", lambda network, images: there.pixels)
         judges = SimpleNamespace(crops=None, scenes=None, hashes={})
-        return SceneJudge(judges, edits, after.layouts, placed)(shown.images)
+        return SceneJudge(judges, edits, after.layouts, placed, colored)(shown.images)
 
     return make
 
@@ -291,6 +290,17 @@ def test_unchanged_scenes_show_nothing_of_it(planned, judge_of, placed):
     assert not shown[COLOR][of_color].any() and not shown[CLASS][of_class].any()
     assert shown[CLASS][of_color].all() and shown[COLOR][of_class].double().mean() > 0.7  # less of it in another shape
     assert (shown[OTHERS].nan_to_num(1.0) == 1).double().mean() > 0.9
+
+
+def test_colours_that_a_model_does_not_know_do_not_count(planned, judge_of):
+    edits = [edit for edit in planned if edit.change == COLOR]
+    shown = judge_of(edits, [edit.before for edit in edits], True, colored=False)
+    assert shown[ASKED].all() and COLOR not in shown
+
+
+def test_scenes_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match="got images of 32 x 64 of drawn scenes"):
+        plan_edits(model_with(("caption",), img_width=64), N, 3, (), Path("judges"))
 
 
 def test_a_thing_at_both_places_has_not_moved(planned, judge_of):
