@@ -94,10 +94,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     if not any(things):
         got = f"got {settings.n_images} images of {model.data.dataset} without words or boxes of objects"
         raise ValueError(f"{got}: train with --conditions text or boxes on data with masks, as digit_pairs or shapes")
-    if settings.best_layer and len(streams_of(model, things)) > 1:
-        got = "got best_layer for a model whose words and gated boxes are read by layers of their own"
-        raise ValueError(f"{got}: leave it out, or name layers with --map_layers")
-    return ExperimentSetup((settings, images, things), draws=False)
+    choices = find_choices(settings, model, streams_of(model, things))
+    return ExperimentSetup((settings, images, things, choices), draws=False)
 
 
 def find_things(model: TrainedSampler, images: RealImages, index: int) -> list[Thing]:
@@ -151,13 +149,13 @@ def measure(
     settings: CheckMapsConfig,
     images: RealImages,
     things: list[list[Thing]],
+    choices: Choices,
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
     """Records the maps, computes all figures and saves attention_maps.png. All ranks must call it; only the main rank
     gets the results."""
     is_main, most = batches.world.is_main, max(map(len, things))
-    choices = find_choices(settings, model, streams_of(model, things))
     draw = compared_images(settings, images, things, most, choices)
     parts = batches.resume("compared", range(settings.n_images), draw)
     parts = list(progress(parts, settings.n_images, "mapping", is_main))
@@ -185,10 +183,16 @@ def streams_of(model: TrainedSampler, things: Sequence[Sequence[Thing]]) -> list
 
 
 def find_choices(settings: CheckMapsConfig, model: TrainedSampler, streams: Sequence[Reads]) -> Choices:
-    """Returns the layers that maps may be averaged over: those of the settings and, for the best layer, each alone."""
+    """Returns the layers that maps may be averaged over: those of the settings and, for the best layer, each alone.
+
+    ValueError: words and gated boxes are read by layers of their own.
+    """
     given: list[tuple[str, ...] | None] = [settings.map_layers or None]
     if not settings.best_layer:
         return dict.fromkeys(streams, given)
+    if len(streams) > 1:
+        got = "got best_layer for a model whose words and gated boxes are read by layers of their own"
+        raise ValueError(f"{got}: leave it out, or name layers with --map_layers")
     return {reads: given + [(name,) for name in find_layers(model.sampler.network, reads)] for reads in streams}
 
 

@@ -15,6 +15,7 @@ from experiments.check_attention_maps import (
     box_mask,
     compared_images,
     compute_figures,
+    find_choices,
     find_things,
     is_named_once,
     report,
@@ -190,12 +191,10 @@ def test_the_command_compares_layers(logs, capsys):
         CheckMapsConfig(best_layer=True, map_layers=("a",))
 
 
-def test_layers_of_two_kinds_are_not_compared(logs, monkeypatch, capsys):
-    monkeypatch.setattr(check_attention_maps, "streams_of", lambda model, things: ["tokens", "gated"])
-    flags = f"--logs_root {logs} --sampler ddpm --load_dir both --n_images 6 --no_amp --log_dir two --best_layer"
-    with pytest.raises(SystemExit) as stop:
-        call("experiments/check_attention_maps.py", flags)
-    assert stop.value.code == 2 and "got best_layer for a model whose words" in capsys.readouterr().err
+def test_layers_of_two_kinds_are_not_compared(images):
+    assert find_choices(CheckMapsConfig(), images.model, ["tokens", "gated"]) == {"tokens": [None], "gated": [None]}
+    with pytest.raises(ValueError, match="got best_layer for a model whose words"):
+        find_choices(CheckMapsConfig(best_layer=True), images.model, ["tokens", "gated"])
 
 
 def test_models_without_words_and_boxes_are_refused(trained_ddpm, capsys):
