@@ -95,6 +95,9 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
     source = model.condition_source(config.sampling)
     if source.held_out_items([0]) is None:
         raise ValueError("got conditions that are not those of held-out images: leave --condition_file out")
+    if config.experts.n_images > len(source.held_out):
+        got = f"got n_images {config.experts.n_images} of {len(source.held_out)} held-out maps"
+        raise ValueError(f"{got}: pass a number up to {len(source.held_out)}, since a map counts once")
     open_scenes(model.data, model.reader, "val")  # ValueError without regions
     judge_folder = Path(config.output.logs_root).expanduser() / ".cache" / "judges"
     draw = paired_images(model, config.experts.swap_experts, config.output.seed, config.sampling, source)

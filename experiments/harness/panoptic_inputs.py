@@ -163,6 +163,11 @@ def list_maps(settings: PanopticMapsConfig) -> list[MapFile]:
     for one, other in zip(files, files[1:], strict=False):
         if one.name == other.name:
             raise ValueError(f"{one.path} and {other.path} have the same name but for signs: rename one of them")
+    by_key: dict[str, MapFile] = {}
+    for file in files:
+        if (first := by_key.setdefault(file.key, file)) is not file:
+            got = f"{first.path} and {file.path} have one name, by which prompts and words are found"
+            raise ValueError(f"{got}: rename one of them, or draw the folders one after the other")
     return files
 
 

@@ -158,3 +158,6 @@ def test_what_has_no_such_experts_is_refused(logs, capfd):
     with pytest.raises(SystemExit):
         call(SCRIPT, f"--logs_root {logs} --sampler ddpm --dataset shapes --load_dir tiny --swap_experts 0 3")
     assert "got swap_experts 0 3 of 3 experts, wanted two numbers from 0 to 2" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        call(SCRIPT, f"--logs_root {logs} --sampler ddpm --dataset shapes --load_dir tiny --n_images 1001")
+    assert "got n_images 1001 of 1000 held-out maps: pass a number up to 1000" in capfd.readouterr().err

@@ -144,16 +144,16 @@ def share_by_image(right: Tensor, counted: Tensor, image: Tensor, count: int) ->
 
 def jackknife(sums: Tensor, figure: Callable[[Tensor], Tensor]) -> Estimate | None:
     """Returns a figure of the total of sums (N, ...), one for each image, and its standard error by leaving out one
-    image at a time; None if it is not defined."""
+    image at a time; None if it is not defined. Images whose sums are 0 do not count."""
+    sums = sums[sums.flatten(1).any(1)]
     total = sums.sum(0)
     value = figure(total).item()
     if value != value:  # nan: nothing to measure
         return None
-    partial = figure(total - sums)  # (N,)
-    partial = partial[~partial.isnan()]
-    n = len(partial)
-    error = ((partial - partial.mean()).square().sum() * (n - 1) / n).sqrt().item() if n > 1 else None
-    return Estimate(value, error)
+    partial, n = figure(total - sums), len(sums)  # (n,)
+    if n < 2 or partial.isnan().any():
+        return Estimate(value, None)
+    return Estimate(value, ((partial - partial.mean()).square().sum() * (n - 1) / n).sqrt().item())
 
 
 def estimate_words(estimate: Sequence[float | None] | None) -> str:

@@ -112,6 +112,10 @@ def test_maps_in_subfolders_and_with_endings_are_found(folder):
     save_picture(folder / "maps" / "berlin_c_gtFine_panoptic.png", colors)
     with pytest.raises(ValueError, match="have the same name"):
         files_of(folder)
+    save_picture(folder / "maps" / "bonn" / "a.png", colors)
+    (folder / "maps" / "berlin_c_gtFine_panoptic.png").unlink()
+    with pytest.raises(ValueError, match="have one name, by which prompts and words are found"):
+        files_of(folder)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def test_regions_of_an_image_are_no_independent_answers():
     value, error = share_by_image(right, torch.ones(8) > 0, image, 4)
     assert value == 0.5 and error == pytest.approx(math.sqrt(0.25 / 3))  # of four answers, not eight
     assert share_by_image(right, torch.zeros(8) > 0, image, 4) is None
+    assert share_by_image(right, torch.ones(8) > 0, image, 40) == (value, error)  # images without regions say nothing
+    assert share_by_image(right, image == 3, image, 4) == (0.0, None)  # of one image, no error is known
 
 
 def test_groups_are_named_by_their_classes_and_the_rest_is_one():
