@@ -211,6 +211,8 @@ def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
 class ConditionConfig:
     """Options of conditions."""  # a subclass declares its RANGES; its __post_init__ calls super().__post_init__()
 
+    OF_DATA = ()  # of a subclass: options that describe the data, and that another data set replaces
+
     def __post_init__(self):
         check_ranges(self)
 
@@ -234,6 +236,11 @@ class ConditionConfig:
                 got = f"got {name} {getattr(self, name)}"
                 raise ValueError(f"{got}, the data set has {region_classes}: leave --{name} out")
         return replace(self, **{name: getattr(self, name) or region_classes for name in options})
+
+    @classmethod
+    def options_of_data(cls) -> set[str]:
+        """Returns the names of the options that describe the data, which runs on other data do not take over."""
+        return {name for base in cls.__mro__ for name in vars(base).get("OF_DATA", ())}
 
 
 class ConditionEncoder(nn.Module, ABC):

@@ -47,6 +47,7 @@ from train.first_stage import find_vqgan_run
 from train.identity import EXECUTION
 from train.registry import did_you_mean
 from train.runs import resumed_run
+from train.samplers._conditions import options_of_conditions
 
 NOT_TAKEN_OVER = {
     "log_dir": "where the run is now is typed",
@@ -143,10 +144,11 @@ def missing_group(cls: type, content: dict[str, Any]) -> str | None:
 
 def replaced_settings(groups: dict[str, Any], given: dict[str, Any]) -> set[str]:
     """Returns the keys in the groups of a run's config that belong to a data set, reader, quantizer or solver that is
-    not the given one."""
+    not the given one, and what options of conditions say of such a data set."""
     data, network, sampling, keys = groups["data"], groups.get("network"), groups.get("sampling"), set()
     if given["dataset"] not in (None, data.dataset):
         keys |= {"reader", *flatten_group(groups["reader"])}
+        keys |= options_of_conditions(groups["sampler"]).options_of_data() if "sampler" in groups else set()
     elif given["reader"] not in (None, data.reader or data.dataset):
         keys |= flatten_group(groups["reader"]).keys() - flag_names(DatasetConfig)
     if network is not None and given["quantizer"] not in (None, network.quantizer):

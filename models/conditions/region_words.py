@@ -51,6 +51,7 @@ class Config(EncoderOptions):
     trained network that gets them by --load_partial starts unchanged."""
 
     RANGES = {"region_words_stuff": "[0, 65536]"}
+    OF_DATA = ("region_words_names", "region_words_classes", "region_words_stuff")
 
     def for_data(
         self,

@@ -213,6 +213,20 @@ def test_data_that_are_given_are_not_those_of_the_base(logs):
         assert config.data.dataset == dataset and (dataset == "digits" or config.data.shift == 0)
 
 
+def test_names_of_classes_are_those_of_the_data_that_are_given(logs):
+    run = logs / "ddpm_digits"
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    words = {"names": ["road", "car"], "classes": ["road", "car"], "stuff": [0], "mode": "things"}
+    content["sampler"] |= {f"region_words_{name}": value for name, value in words.items()}
+    content["sampler"] |= {"conditions": ["region_words"], "attn_block_type": "transformer"}
+    content["data"]["dataset"] = "panoptic_folder"
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    for flags, names, stuff in (("", ("road", "car"), (0,)), ("--dataset shapes", (), ())):
+        options = parse(f"--logs_root {logs} --load_dir ddpm_digits {flags}").config.sampler.condition_options
+        assert (options.region_words_names, options.region_words_classes) == (names, names)
+        assert (options.region_words_stuff, options.region_words_mode) == (stuff, "things")
+
+
 def test_the_first_stage_is_that_of_the_base(logs):
     edit(logs / "vqgan_digits", img_size=24)
     own = (str(logs / "vqgan_digits"), 4)
