@@ -184,7 +184,7 @@ def test_maps_come_from_the_data_and_from_pictures(tab, tmp_path):
 
 
 @in_browser
-def test_runs_without_segments_have_a_message_in_place_of_the_canvas(tab):
+def test_runs_without_segments_have_a_message_instead(tab):
     turn_to(tab, "Sample")
     choose(tab, "run", "boxes")
     turn_to(tab, "Panoptic")
