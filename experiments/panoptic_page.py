@@ -21,7 +21,7 @@ from experiments.page_components import Results, Settings, add_results, open_upl
 from experiments.playground import Playground
 
 PAINT_SCRIPT = Path(__file__).with_name("panoptic_canvas.js")
-SHOW = "scene => { if (scene) customElements.get('panoptic-canvas').show(scene) }"
+SHOW = "scene => { customElements.get('panoptic-canvas').show(scene) }"
 READ = "(painting, ...others) => [document.querySelector('panoptic-canvas').painting, ...others]"
 COLUMNS = 3  # of the gallery
 SAMPLE = "Sample this map"

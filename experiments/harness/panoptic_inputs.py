@@ -11,6 +11,7 @@ import hashlib
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -160,7 +161,7 @@ def list_maps(settings: PanopticMapsConfig) -> list[MapFile]:
     keys = [posixpath.splitext(posixpath.basename(name))[0].removesuffix(settings.panoptic_ending) for name in names]
     pairs = zip(names, keys, strict=True)
     files = sorted((MapFile(folder / name, file_stem(name), key) for name, key in pairs), key=lambda file: file.name)
-    for one, other in zip(files, files[1:], strict=False):
+    for one, other in pairwise(files):
         if one.name == other.name:
             raise ValueError(f"{one.path} and {other.path} have the same name but for signs: rename one of them")
     by_key: dict[str, MapFile] = {}
@@ -230,7 +231,7 @@ def find_table(settings: PanopticMapsConfig, folder: Path, vocabulary: LayoutVoc
 
 def choose_encoding(settings: PanopticMapsConfig, files: Sequence[MapFile], table: SegmentTable) -> Encoding | None:
     """Returns the encoding of maps, None for grey levels that are classes; ValueError if it is not the one that the
-    settings name, or not to be told from the colours."""
+    settings name, or the colours leave it open."""
     folder, first = require_folder(settings.maps), [file.path for file in files[:MAPS_CHECKED]]
     if settings.panoptic_encoding is None and table.segments is None:
         return find_encoding(first, folder, table.categories)

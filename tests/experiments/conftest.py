@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.metrics.layout import crop_classifier, judges, obedience, scene_network
+from experiments.metrics.layout.bench import Bench
 from train.trained_sampler import TrainedSampler
 
 
@@ -26,3 +27,16 @@ def tiny_judges(monkeypatch):
     monkeypatch.setattr(scene_network, "RECIPE", scene_network.RECIPE._replace(steps=3, batch_size=8))
     monkeypatch.setattr(obedience, "CAS_RECIPE", obedience.CAS_RECIPE._replace(steps=2, batch_size=16))
     monkeypatch.setattr(judges, "SCENES", 40)
+
+
+@pytest.fixture
+def trained_names(monkeypatch):
+    """The names of the runs that are trained, in order."""
+    names, train = [], Bench.train
+
+    def record(bench, run, weights):
+        names.append(run.name)
+        return train(bench, run, weights)
+
+    monkeypatch.setattr(Bench, "train", record)
+    return names

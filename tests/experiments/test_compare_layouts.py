@@ -42,19 +42,6 @@ def logs(tmp_path_factory):
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.fixture
-def trained_names(monkeypatch):
-    """The names of the runs that are trained, in order."""
-    names, train = [], Bench.train
-
-    def record(bench, run, weights):
-        names.append(run.name)
-        return train(bench, run, weights)
-
-    monkeypatch.setattr(Bench, "train", record)
-    return names
-
-
 def compare(logs: Path, flags: str, name: str) -> dict:
     call(SCRIPT, f"--logs_root {logs} --log_dir {name} {TINY} {flags}")
     return json.loads((logs / name / "results.json").read_text())

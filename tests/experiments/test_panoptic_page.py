@@ -195,3 +195,4 @@ def test_runs_without_segments_have_a_message_instead(tab):
     choose(tab, "run", "boxes")  # while the tab is open
     tab.get_by_text("This run reads no segments").wait_for()
     tab.locator("panoptic-canvas canvas").wait_for(state="hidden")
+    assert not tab.get_by_role("button", name="Sample this map").is_visible()
