@@ -209,10 +209,10 @@ def test_unsupported_comparisons_are_refused(logs, capsys, flags, expected):
 
 
 def test_codes_are_compared_without_round_trips(trained):
-    compare(trained, "--n_images 2 --classes 1 --sample_steps 2 --log_dir codes")
-    results = read_results(trained / "codes")
+    compare(trained, "--n_images 2 --classes 1 --sample_steps 2 --log_dir compared_codes")
+    results = read_results(trained / "compared_codes")
     assert [each["method"] for each in results["methods"]] == ["sdedit", "diffedit"]
-    assert results["round_trips"] == {} and "round trip" not in (trained / "codes" / "table.md").read_text()
+    assert results["round_trips"] == {} and "round trip" not in (trained / "compared_codes" / "table.md").read_text()
 
 
 def test_scenes_are_edited_by_their_layouts(tmp_path, tiny_judges, monkeypatch):
