@@ -25,6 +25,7 @@ from models.transformer_block import TransformerBlock
 from models.unet_attention import SpatialTransformer
 
 LEAST_ROWS = 16  # of a product: for fewer, the sums of float32 on a CPU have another order
+ROW_COUNTS = 8  # of products of 16 bits on a CPU, from n to 2 n rows: each new shape costs a compilation of about 1 ms
 
 
 class StackedLinear(nn.Module):
@@ -63,11 +64,11 @@ class LoopProducts(torch.autograd.Function):
         out, scratch, bias = x.new_empty(len(x), weight.shape[1]), scratch_like(weight, x), bias.to(x.dtype)
         for expert, rows in spans(ends):
             own, transposed = x[rows], cast_into(scratch, weight[expert]).mT
-            if len(own) < LEAST_ROWS:
-                padded = F.pad(own, (0, 0, 0, LEAST_ROWS - len(own)))
-                out[rows] = torch.addmm(bias[expert], padded, transposed)[: len(own)]
-            else:
+            padded = pad_rows(own)
+            if padded is own:
                 torch.addmm(bias[expert], own, transposed, out=out[rows])
+            else:
+                out[rows] = torch.addmm(bias[expert], padded, transposed)[: len(own)]
         out[ends[-1] :] = 0
         return out
 
@@ -85,10 +86,13 @@ class LoopProducts(torch.autograd.Function):
             of_weight[[expert for expert in range(len(weight)) if expert not in own_rows]] = 0
         for expert, rows in own_rows.items():
             own = grad[rows]
-            if needs_x:
+            padded = pad_rows(own)
+            if needs_x and padded is own:
                 torch.mm(own, cast_into(scratch, weight[expert]), out=of_x[rows])
+            elif needs_x:
+                of_x[rows] = torch.mm(padded, cast_into(scratch, weight[expert]))[: len(own)]
             if needs_weight:
-                product = torch.mm(own.mT, x[rows], out=of_weight[expert] if scratch is None else scratch)
+                product = torch.mm(padded.mT, pad_rows(x[rows]), out=of_weight[expert] if scratch is None else scratch)
                 if scratch is not None:
                     of_weight[expert] = product
             if needs_bias:
@@ -101,6 +105,15 @@ def spans(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end > start:
             yield expert, slice(start, end)
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Returns rows (n, D) with zeros below, as many as a product of them has; the same tensor if they are enough."""
+    count = max(len(x), LEAST_ROWS)
+    if x.is_cpu and x.element_size() == 2:
+        step = max(LEAST_ROWS, 2 ** (count - 1).bit_length() // 2 // ROW_COUNTS)
+        count += -count % step
+    return x if count == len(x) else F.pad(x, (0, 0, 0, count - len(x)))
 
 
 def scratch_like(weight: Tensor, x: Tensor) -> Tensor | None:
@@ -159,7 +172,7 @@ class Experts(RoutedFeedForward):
         """The same, expert by expert.
 
         A row of float32 has the same bits however many others its expert has, on CPUs on which that holds for linear
-        layers of `LEAST_ROWS` rows and more.
+        layers of `LEAST_ROWS` rows and more: where several threads share a product, it may not.
         """
         ends = routing.ends.tolist()
         return self.contract.in_loop(self.activate(self.expand.in_loop(x, ends)), ends)
