@@ -233,7 +233,7 @@ def add_experts(network: nn.Module, options: ExpertOptions) -> list[str]:
     classes = count_classes(encoders) if isinstance(encoders, Conditioner) else 0
     if options.groups and not classes:
         got = "got experts of groups of classes without a condition of regions"
-        raise ValueError(f"{got}: pass --conditions layout, objects or boxes")
+        raise ValueError(f"{got}: pass --conditions layout, objects, boxes or region_words")
     blocks = {
         name: block
         for name, block in network.named_modules()

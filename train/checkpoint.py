@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.attention import GatedCrossAttention
 from models.conditioning import Conditioner
 from models.embeddings import GrowingEmbedding
 from models.experts import StackedLinear
@@ -344,16 +345,35 @@ def changed_keys(modules: dict[str, nn.Module], tensors: dict[str, Tensor], keys
     return {key for key in both if not torch.equal(full_tensor(current[key]).cpu().to(tensors[key]), tensors[key])}
 
 
+def refuse_closed_gates(module: nn.Module, missing: Collection[str], name: str) -> None:
+    """Raises ValueError if gates of attention that were `missing` in a partial load are frozen: they start at 0, and
+    what they let through would never be read."""
+    closed = [
+        part
+        for part, layer in module.named_modules()
+        if isinstance(layer, GatedCrossAttention)
+        and not layer.gate.requires_grad
+        and f"{name}.{part}.gate" in missing
+    ]
+    if closed:
+        part = "blocks.*.gated" if closed[0].startswith("blocks.") else closed[0].partition(".")[0]
+        got = f"got --train_only without {part}, which the run of --load_dir lacks and whose gates start at 0"
+        raise ValueError(f"{got}: what it reads would have no effect; add {part} to --train_only")
+
+
 def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[str, PartialLoadReport]:
     """Loads the weights and averages of a checkpoint that fit, and leaves the rest unchanged.
 
-    Returns the SHA-256 of the weights' file and a report of each key. ValueError if nothing fits.
+    Returns the SHA-256 of the weights' file and a report of each key. ValueError if nothing fits, and for gates of
+    attention that would stay closed.
     """
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
     tensors = read_tensors(path / WEIGHTS)
     reports = [load_matching(module, tensors, name) for name, module in state.modules.items()]
     report = PartialLoadReport(*(sum(keys, []) for keys in zip(*reports, strict=True)))
+    for name, module in state.modules.items():
+        refuse_closed_gates(module, report.missing, name)
     if not report.taken and not report.grown:
         raise ValueError(f"--load_partial found nothing in {path / WEIGHTS} that fits: pass a run of a similar network")
     averaged = read_tensors(path / EMA_WEIGHTS) if EMA_WEIGHTS in manifest else tensors

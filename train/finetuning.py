@@ -31,6 +31,7 @@ from train.checkpoint import (
     load_matching,
     module_tensors,
     read_tensors,
+    refuse_closed_gates,
     resolve_step,
     verify_checkpoint,
     write_checkpoint,
@@ -241,6 +242,7 @@ def fine_tune(
     learned = new if alone or train_only else frozenset()
     learned |= whole
     freeze_all_but(network, train_only, learned)
+    refuse_closed_gates(network, () if report is None else report.missing, name)
     parameters = network.named_parameters(remove_duplicate=False)
     frozen = {key: p.shape for key, p in parameters if not p.requires_grad and config.save != "full"}
     left_out = {key for key, shape in frozen.items() if key in tensors and shape == tensors[key].shape}

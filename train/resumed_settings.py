@@ -101,7 +101,7 @@ def given_settings(argv: list[str], explicit: dict[str, Any], section: str) -> d
     """Returns the settings that choose a run or its plug-ins, from the flags or else from `explicit`, the content of
     the --config files; None for those that are not given."""
     in_file = explicit | get_section(explicit, section)
-    keys = IDENTIFYING_FLAGS | {"solver", "resume"}
+    keys = IDENTIFYING_FLAGS | {"solver", "resume", "lora_rank"}
     return {key: first_given(peek_flag(argv, key), in_file.get(key)) for key in keys}
 
 
@@ -223,7 +223,7 @@ def base_run(cls: type, argv: list[str], given: dict[str, Any], logs_root: str) 
     """Returns the run of --load_dir, if it is one of this script and of the sampler that is given, if any, and all of
     its weights are to be loaded, or those that fit and adapters."""
     partial = any(word.replace("-", "_") == "__load_partial" for word in argv)
-    if (partial and peek_flag(argv, "lora_rank") is None) or given["load_dir"] is None:
+    if (partial and given["lora_rank"] is None) or given["load_dir"] is None:
         return None
     run = run_folder(logs_root, given["load_dir"])
     content = read_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else {}

@@ -102,7 +102,7 @@ ROUTED = "--conditions text region_words --region_words_gated --router_experts 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--save full", "--train_only experts", ROUTED])
+@pytest.mark.parametrize("flags", ["", "--save full", "--train_only gated_blocks", ROUTED])
 def test_a_resumed_larger_network_is_an_uninterrupted_one(logs, tmp_path, flags):
     own = f"{PANOPTIC if flags != ROUTED else ''} {LORA} --load_dir {logs}/text --steps_per_eval 0 {flags}"
     for name, steps in (("stopped", 1), ("whole", 3), ("stopped", 3)):
@@ -110,10 +110,20 @@ def test_a_resumed_larger_network_is_an_uninterrupted_one(logs, tmp_path, flags)
     for file in ("model.safetensors", "ema.safetensors"):
         one, other = (weights(tmp_path / name, 3, file) for name in ("stopped", "whole"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    gates = [value for key, value in one.items() if key.endswith(".gate")]  # the base has none: saved, also if frozen
-    assert gates and all(value.any() != ("train_only" in flags) for value in gates)
+    gates = [value for key, value in one.items() if key.endswith(".gate")]
+    assert gates and all(value.any() for value in gates)
     balances = [value for key, value in one.items() if key.endswith(".balance")]
     assert bool(balances) == (flags == ROUTED) and all(value.any() for value in balances)
     branch = f"--logs_root {tmp_path} --log_dir on --resume {checkpoint(tmp_path / 'whole', 3)} --train_steps 4"
     call("train_sampler.py", branch)
     assert weights(tmp_path / "on", 4).keys() == one.keys() and read_base(tmp_path / "on").partial
+
+
+@pytest.mark.parametrize("lora", [LORA, "--load_partial"])
+def test_gates_that_would_stay_closed_are_refused(logs, capsys, lora):
+    flags = f"{PANOPTIC} {lora} --load_dir text --train_steps 1 --train_only experts"
+    with pytest.raises(SystemExit) as stop:
+        train(logs, "closed", flags)
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stop.value.code == 2 and "add gated_blocks to --train_only" in error and not (logs / "closed").exists()
+    train(logs, f"open{len(lora)}", f"{flags} gated_blocks")

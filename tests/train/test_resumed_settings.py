@@ -236,7 +236,7 @@ def test_the_first_stage_is_that_of_the_base(logs):
         assert config.data.img_size == size and config.sampler.sampler == "ddpm"
 
 
-def test_other_samplers_and_partial_loads_take_nothing_over(logs):
+def test_other_samplers_and_partial_loads_take_nothing_over(logs, tmp_path):
     edit(logs / "ddpm_digits", schedule="cosine", img_size=8)
     for flags in ("--sampler absorbing", "--load_partial --dataset folder"):
         config = parse(f"--logs_root {logs} --load_dir ddpm_digits {flags}").config
@@ -244,6 +244,9 @@ def test_other_samplers_and_partial_loads_take_nothing_over(logs):
     adapters = "--load_partial --lora_rank 2 --dataset folder"  # what they are added to is the network of the base
     config = parse(f"--logs_root {logs} --load_dir ddpm_digits {adapters}").config
     assert config.data.img_size == 8 and config.sampler.schedule == "cosine" and config.training.load_partial
+    (file := tmp_path / "mine.yaml").write_text("dataset: folder\nddpm: {lora_rank: 2}\n")
+    config = parse(f"--logs_root {logs} --load_dir ddpm_digits --sampler ddpm --config {file} --load_partial").config
+    assert config.data.img_size == 8 and config.sampler.schedule == "cosine"
 
 
 def test_code_of_the_base_must_be_given_again(logs, tmp_path, monkeypatch, capfd):
