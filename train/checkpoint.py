@@ -351,9 +351,7 @@ def refuse_closed_gates(module: nn.Module, missing: Collection[str], name: str) 
     closed = [
         part
         for part, layer in module.named_modules()
-        if isinstance(layer, GatedCrossAttention)
-        and not layer.gate.requires_grad
-        and f"{name}.{part}.gate" in missing
+        if isinstance(layer, GatedCrossAttention) and not layer.gate.requires_grad and f"{name}.{part}.gate" in missing
     ]
     if closed:
         part = "blocks.*.gated" if closed[0].startswith("blocks.") else closed[0].partition(".")[0]

@@ -67,8 +67,7 @@ class ConditionSource:
         batch = collate(rows) if rows else {}
         missing = [name for name in self.fields if name not in batch]
         if {*missing} - {"label"} or (missing and self.class_frequencies is None):
-            given = {owner for name, owner in self.optional.items() if name in batch}
-            further = [name for name, owner in self.optional.items() if owner in missing and owner not in given]
+            further = [name for name, owner in self.optional.items() if owner in missing and name not in batch]
             batch |= self.from_held_out(missing, indices, further)
         elif missing:
             rng = Streams([seed_of(seed, "label", i) for i in indices])

@@ -220,7 +220,7 @@ class RegionWords(RegionEncoder):
         self.other = [] if owns_encoder else [captions]  # in a list: its weights are those of that condition alone
         self.fields = FIELDS_OF[rule.regions]
         instances = ("box_id", "box_words") if rule.kind == "segment" else ("box_words",)
-        self.optional_fields = (*instances, WORDS, NUMBERS)
+        self.optional_fields, self.prepared_fields = instances, (WORDS, NUMBERS)
         self.limits = {self.fields[-1]: len(rule.names)} if rule.names else {}
 
     @property

@@ -33,6 +33,7 @@ from train.samplers._conditions import (
     draw_drops,
     fields_by_condition,
     optional_by_condition,
+    optional_conditions,
     raw_conditions,
 )
 from train.samplers._foreground import foreground_loss
@@ -107,7 +108,7 @@ class CodeSampler(LearnedSampler):
 
     @property
     def optional_conditions(self) -> dict[str, str]:
-        return {field: self.fields_of[name][0] for name, fields in self.optional_of.items() for field in fields}
+        return optional_conditions(self.network.encoders)
 
     # Conditions
 

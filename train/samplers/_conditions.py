@@ -145,7 +145,14 @@ def fields_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, t
 
 def optional_by_condition(encoders: Mapping[str, ConditionEncoder]) -> dict[str, tuple[str, ...]]:
     """Returns the batch fields that each condition reads where a batch has them, keyed by condition name."""
-    return {name: encoder.optional_fields for name, encoder in encoders.items() if encoder.optional_fields}
+    fields = {name: (*encoder.optional_fields, *encoder.prepared_fields) for name, encoder in encoders.items()}
+    return {name: own for name, own in fields.items() if own}
+
+
+def optional_conditions(encoders: Mapping[str, ConditionEncoder]) -> dict[str, str]:
+    """Returns the batch fields that may be given beside those of a condition, each with the first of these."""
+    needed = fields_by_condition(encoders)
+    return {field: needed[name][0] for name, encoder in encoders.items() for field in encoder.optional_fields}
 
 
 def raw_conditions(

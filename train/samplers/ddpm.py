@@ -41,6 +41,7 @@ from train.samplers._conditions import (
     fields_by_condition,
     make_encoders,
     optional_by_condition,
+    optional_conditions,
     raw_conditions,
 )
 from train.samplers._foreground import foreground_loss
@@ -223,7 +224,7 @@ class GaussianSampler(LearnedSampler):
 
     @property
     def optional_conditions(self) -> dict[str, str]:
-        return {field: self.fields_of[name][0] for name, fields in self.optional_of.items() for field in fields}
+        return optional_conditions(self.network.encoders)
 
     def predict(
         self,

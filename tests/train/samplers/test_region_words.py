@@ -174,9 +174,7 @@ def test_wrong_words_name_their_image():
 def test_fields_of_words_are_optional(kind):
     sampler = build(kind)
     assert sampler.conditions == ("panoptic", "segment_id", "segment_class", "caption")
-    assert sampler.optional_conditions == dict.fromkeys(
-        ("box_id", "box_words", region_words.WORDS, region_words.NUMBERS), "panoptic"
-    )
+    assert sampler.optional_conditions == dict.fromkeys(("box_id", "box_words"), "panoptic")
     batch = collate(rows(*OTHERS))
     plain = {name: value for name, value in batch.items() if not name.startswith("box_")}
     raw, full = (raw_conditions(sampler.fields_of, each, sampler.optional_of) for each in (plain, batch))
@@ -268,8 +266,12 @@ def test_words_come_with_their_regions():
     drawn = source.with_rows([{"caption": "mine"}]).draw(0, [0, 1])
     assert drawn["caption"] == ["mine"] * 2 and drawn["box_words"] == [["held", "out", "", ""]] * 2
     assert "box_id_mask" in drawn and "panoptic" in drawn
-    drawn = source.with_rows([{"box_words": ["mine"]}]).draw(0, [0])
-    assert drawn["box_words"] == [["mine"]] and "box_id" not in drawn  # no words of others beside those given
+    drawn = source.with_rows([{"box_words": ["a", "b", "c", "d"]}]).draw(0, [0])
+    assert drawn["box_words"] == [["a", "b", "c", "d"]]  # of the instances of the held-out map
+    assert torch.equal(drawn["box_id"], held_out[[0]]["box_id"]) and torch.equal(
+        drawn["panoptic"], held_out[[0]]["panoptic"]
+    )
+    assert sample(sampler, "ddpm", drawn, seeds=[0]).isfinite().all()
     names = ("panoptic", "segment_id", "segment_class")
     row = {name: value for name, value in rows({})[0].items() if name in names}
     drawn = source.with_rows([row]).draw(0, [0])
