@@ -145,13 +145,12 @@ class PanopticCanvas extends HTMLElement {
   }
 
   keep() {
-    this.undone.push([this.ids.slice(), JSON.stringify(this.regions), this.selected]);
+    this.undone.push([this.ids.slice(), [...this.regions], this.selected]);  // not copies of regions: words stay
     if (this.undone.length > MOST_UNDONE) this.undone.shift();
   }
 
   undo() {
-    const [ids, regions, selected] = this.undone.pop();
-    Object.assign(this, { ids, regions: JSON.parse(regions), selected });
+    [this.ids, this.regions, this.selected] = this.undone.pop();
     this.refresh();
   }
 

@@ -132,7 +132,8 @@ def find_base(
         raise ValueError(f"got {flag} with {others[0]}: train one after the other, each from the same --load_dir RUN")
     if flag not in ("", "--text_new_tokens") and training.load_dir is None:
         raise ValueError(f"got {flag} without trained weights: pass --load_dir RUN, or leave it out")
-    whole = [each for each in (flag, *others) if each and (training.load_optim or each != "--lora_rank")]
+    partial = {"--lora_rank", "--text_new_tokens"} if config.lora_rank and not training.load_optim else set()
+    whole = [each for each in (flag, *others) if each and each not in partial]
     if whole and (training.load_partial or training.load_optim):
         other = "load_partial" if training.load_partial else "load_optim"
         raise ValueError(f"got --{other} with {whole[0]}, which change a whole network: leave one of them out")
@@ -268,22 +269,21 @@ def load_base(
     if base is None or not base.needed:
         add_new_words(network, words)
         return {}, None if base is None else base.report
-    if base.partial:
-        tensors = read_base_tensors(base, name, network)
-        report = load_matching(network, {f"{name}.{key}": value for key, value in tensors.items()}, name)
-        if not report.taken:
-            raise ValueError(f"--load_partial found nothing in {base.run} that fits: pass a run of a similar network")
-        return tensors, report
-    has_words = read_words(base.run, words)
+    has_words, report = read_words(base.run, words), None
     if has_words:
         add_new_words(network, words)
     tensors = read_base_tensors(base, name, network)
-    source = checkpoint_path(base.run, base.step) / base.file
-    loaded = {f"{name}.{key}" for key in text_keys}
-    load_into_module(network, {f"{name}.{key}": value for key, value in tensors.items()}, name, source, loaded)
+    named = {f"{name}.{key}": value for key, value in tensors.items()}
+    if base.partial:
+        report = load_matching(network, named, name)
+        if not report.taken:
+            raise ValueError(f"--load_partial found nothing in {base.run} that fits: pass a run of a similar network")
+    else:
+        source = checkpoint_path(base.run, base.step) / base.file
+        load_into_module(network, named, name, source, {f"{name}.{key}" for key in text_keys})
     if not has_words:
         add_new_words(network, words)
-    return tensors, None
+    return tensors, report
 
 
 def read_words(run: Path, words: Sequence[str]) -> bool:

@@ -123,6 +123,9 @@ def test_maps_are_painted_pixel_by_pixel(tab):
     assert (ids == np.where(expected == 2, 0, expected)).all() and regions[1] is None
     tab.get_by_label("words of region 3").fill("a red disc ")
     assert [region and region["words"] for region in map_on(tab)[1]] == ["", None, "a red disc "]
+    tab.get_by_label("undo the last stroke").click()  # of the removal; the words were typed since
+    ids, regions = map_on(tab)
+    assert np.array_equal(ids, expected) and [region["words"] for region in regions] == ["", "", "a red disc "]
     select(tab, "class to paint", "sky")
     assert tab.get_by_label("new instance").is_disabled()  # stuff has one region
     turn_to(tab, "Sample")

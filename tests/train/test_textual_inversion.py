@@ -176,6 +176,14 @@ def test_a_run_with_words_may_be_a_base(logs, data, tmp_path):
     torch.testing.assert_close(encode(load(run), "<hat> <cat-toy>"), encode(load(logs / "words"), "<hat> <cat-toy>"))
 
 
+def test_a_smaller_base_keeps_its_words(logs, data, tmp_path):
+    flags = f"--load_partial {LORA} --router_experts 2 --lr 1e-9 --train_steps 1"
+    train(tmp_path, data, "own", f"{flags} --load_dir {logs}/words --text_new_tokens <cat-toy> <hat>")
+    torch.testing.assert_close(encode(load(tmp_path / "own"), "<hat>"), encode(load(logs / "words"), "<hat>"))
+    train(tmp_path, data, "new", f"{flags} --load_dir {logs}/base --text_new_tokens <hat>")
+    assert weights(tmp_path / "new", 1)[KEY].shape == (1, 8)
+
+
 REFUSED = {
     f"--conditions text {WORDS}": "without a trained text encoder: pass --load_dir RUN or --text_encoder FILE",
     "--load_dir base --text_new_tokens dog": "got the new word 'dog', which is in the vocabulary",
