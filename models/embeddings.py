@@ -13,7 +13,7 @@ from models.tables import cached_tables, kron, mixed_radix
 
 
 class GrowingEmbedding(nn.Embedding):
-    """An embedding to which a partial load may add rows (see `train.checkpoint.load_matching`).
+    """An embedding to which a partial load may add rows (see `train.partial_load.load_matching`).
 
     Numbers keep their vectors; with `null_last`, the vector of the last row, the null or mask token, stays last.
     """

@@ -24,14 +24,11 @@ from train.checkpoint import (
     EMA_WEIGHTS,
     WEIGHTS,
     CheckpointData,
-    PartialLoadReport,
     checkpoint_path,
     gather_to_cpu,
     load_into_module,
-    load_matching,
     module_tensors,
     read_tensors,
-    refuse_closed_gates,
     resolve_step,
     verify_checkpoint,
     write_checkpoint,
@@ -47,6 +44,7 @@ from train.files import sha256
 from train.loop import TrainState
 from train.lora_files import adapter_tensors, save_tensors
 from train.optim import NEW_TOKENS, freeze_all_but, is_selected
+from train.partial_load import PartialLoadReport, load_matching, refuse_closed_gates
 from train.runs import read_run, resumed_run, run_lock, write_config
 from train.text_encoder_file import reopen_text_encoder
 from train.textual_inversion import EMBEDDINGS, add_new_words, parse_words, write_embeddings

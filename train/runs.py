@@ -20,10 +20,8 @@ from filelock import FileLock, Timeout
 from models.conditions.text import MINILM
 from train.checkpoint import (
     WEIGHTS,
-    PartialLoadReport,
     checkpoint_path,
     load_checkpoint,
-    load_partial_checkpoint,
     load_train_state,
     resolve_step,
     saved_steps,
@@ -39,6 +37,7 @@ from train.files import missing_folders, sha256, write_text
 from train.identity import Difference, Differences, Identity, find_differences, format_differences, run_identity
 from train.loop import TrainState
 from train.lr_schedule import constant_steps
+from train.partial_load import PartialLoadReport, format_report, load_partial_checkpoint
 from train.posthoc_ema import drop_snapshots_after
 
 LOCK = ".lock"
@@ -336,14 +335,6 @@ def load_initial_weights(
     for counter in state.counters.values():
         counter.load_state_dict({})
     return provenance
-
-
-def format_report(report: PartialLoadReport) -> str:
-    """Returns the report as text, one line per key."""
-    lines = [f"{len(report.taken)} tensors loaded"]
-    for kind in PartialLoadReport._fields:
-        lines += [f"  {kind}: {key}" for key in getattr(report, kind)]
-    return "\n".join(lines)
 
 
 class ResumePoint(NamedTuple):

@@ -1,23 +1,18 @@
-"""Words of regions: which region reads what, merged and shared tokens, and the arrays of public code (MaMoE)."""
+"""Words of regions: which region reads what, merged and shared tokens. Public code: test_words_of_public_code.py."""
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models.attention import CrossAttention
-from models.conditioning import Condition, Conditioner, Tokens
+from models.conditioning import Condition, Conditioner
 from models.conditions import objects, region_words, text
-from models.conditions.region_words import RegionWords, WordRule, arrange, different_texts
-from models.regions import Regions
-from models.text_encoder import TextEncoder, TextEncoderConfig
+from models.conditions.region_words import WordRule
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
 
-SPATIAL = Path(__file__).parents[1] / "fixtures" / "spatial"
 NAMES = ("red disc", "traffic_light", "sky", "sand")
 SMALL = {"text_width": 16, "text_layers": 1, "text_heads": 2}
 LONG = " ".join(["a red star and a blue ring"] * 25)  # 150 words
@@ -380,6 +375,14 @@ def test_new_words_of_the_encoder_are_read():
     assert condition.streams["region_words"].mask[0, tokens].all()
 
 
+def test_other_conditions_of_regions_stand_beside_words():
+    encoder, captions = build(shared=True)
+    encoders = {"text": captions, "objects": objects.ObjectsEncoder(4, 16, "segments"), "region_words": encoder}
+    network = random_unet(encoders)
+    fields = {name: value for name, value in scenes().items() if not name.startswith("box")}
+    assert torch.isfinite(run(network, {"text": ["a", "b"], "objects": fields, "region_words": scenes()})).all()
+
+
 # Tokens by name, for maps of attention
 
 
@@ -390,97 +393,6 @@ def test_tokens_of_words_are_those_of_all_texts_that_have_them():
     red = encoder.tokens_of_words(fields, "Red")
     assert red == [[texts[0]["a red car"][1], texts[0]["red disc"][0]], []]
     assert encoder.tokens_of_words(fields, "red car") == [texts[0]["a red car"][1:], []]
-
-
-# Against public code
-
-
-def recorded(name):
-    return {key: torch.from_numpy(value) for key, value in np.load(SPATIAL / f"{name}.npz").items()}
-
-
-GLOBAL = "global_prompt_tokens"
-KNOWN = {0: "road", 2: "building", 10: "sky", 11: "person", 13: "car", 17: "motorcycle"}
-CLASSES = tuple(KNOWN.get(number, str(number)) for number in range(18))
-SPOKEN = {12: "an old building", 24001: "a man", 26001: "a red car"}  # stand for the instances' prompts, by id
-
-
-def recorded_words(mode, instances=False, name=""):
-    """The panoptic map of public code, and its prompts as tokens by this mode: a condition of one image."""
-    prompts, levels = recorded("mamoe_words"), recorded("prompts_of_segments")
-    ids = levels["instance_ids"].unique()
-    ids = ids[ids != 0].long()
-    classes = torch.stack([levels["class_ids"][levels["instance_ids"] == each][0].long() for each in ids])
-    fields = {"panoptic": levels["instance_ids"][None], "segment_id": ids[None], "segment_class": classes[None]}
-    if instances:
-        fields |= {"box_id": torch.tensor([[*SPOKEN]]), "box_words": [[*SPOKEN.values()]]}
-    rule = WordRule(mode=mode, names=CLASSES, classes=CLASSES, stuff=frozenset(range(11)), everywhere=name)
-    torch.manual_seed(0)
-    captions = text.CaptionEncoder(TextEncoder(TextEncoderConfig(width=12, layers=1, heads=2)), "empty")
-    found = rule.read(fields)
-    places = different_texts(found)
-    known = {words: f"class_prompt_tokens.{number}" for number, words in KNOWN.items()}
-    known |= {words: f"instance_prompt_tokens.{key}" for key, words in SPOKEN.items()} | {name: "name_tokens"}
-    rows = [prompts[known[each]] if each else torch.zeros(0, 12) for each in places]
-    values = torch.stack([torch.cat([row, torch.zeros(4 - len(row), 12)]) for row in rows])
-    mask = torch.arange(4) < torch.tensor([len(row) for row in rows])[:, None]
-    encoder = RegionWords(captions, rule).eval()
-    raw, x = fields | arrange(found, values, mask, places), torch.zeros(1, 3, 64, 128)
-    return Condition({"words": encoder(raw, x, None, Regions.from_fields(raw))}, Regions.from_fields(raw)), prompts
-
-
-def assert_same_tokens(tokens, seen, expected_tokens, expected_seen):
-    """Assert that the tokens that any place sees are the expected ones, seen in the same places; in any order."""
-    own = [(*token.tolist(), *places.tolist()) for token, places in zip(tokens, seen.T, strict=True) if places.any()]
-    theirs = [(*t.tolist(), *places.tolist()) for t, places in zip(expected_tokens, expected_seen.T, strict=True)]
-    assert sorted(own) == sorted(theirs)
-
-
-@pytest.mark.parametrize("grid", [(8, 16), (4, 8), (2, 4), (1, 2)])
-@pytest.mark.parametrize("mode", ["all", "all_instances", "all_name", "all_name_instances", "background", "things"])
-def test_words_are_seen_where_public_code_shows_them(mode, grid):
-    """All its modes that run. The image's prompt is a stream of its own; published `things` hides it from things, and
-    needs maps without stuff."""
-    plain = mode.partition("_")[0]
-    condition, prompts = recorded_words(plain, "instances" in mode, "cityscapes" if "name" in mode else "")
-    seen, values, count = condition.attention_mask(*grid, "nearest")[0], condition.tokens().values[0], grid[0] * grid[1]
-    tokens, expected = prompts[f"{mode}.tokens.{count}"], prompts[f"{mode}.seen.{count}"]
-    if mode in ("background", "things"):
-        everywhere = prompts[GLOBAL]
-        assert torch.equal(tokens[:5], everywhere) and expected[:, :5].all() == (mode == "background")
-        tokens, expected = tokens[5:], expected[:, 5:]
-    assert_same_tokens(values, seen, tokens, expected)
-
-
-def test_masked_attention_to_words_is_that_of_public_code():
-    """Two images in a batch, one with the image's prompt and words of instances; blind places as they should be."""
-    f = recorded("mamoe_cross_attention")
-    one, prompts = recorded_words("all", instances=True)
-    other, _ = recorded_words("all")
-    whole = Tokens(prompts[GLOBAL][None])
-    one = Condition({"text": whole, **one.streams}, one.regions)
-    other = Condition({"text": Tokens(whole.values, torch.zeros(1, 5).bool()), **other.streams}, other.regions)
-    condition = Condition.cat([one, other])
-    layer = CrossAttention(40, int(f["heads"]), context_width=12)
-    weights = {name: f[f"weights.to_{name}.weight"] for name in "qkv"}
-    state = {"q.weight": weights["q"], "q.bias": torch.zeros(40), "kv.bias": torch.zeros(80)}
-    state |= {"kv.weight": torch.cat([weights["k"], weights["v"]])}
-    state |= {f"proj.{name}": f[f"weights.to_out.0.{name}"] for name in ("weight", "bias")}
-    layer.load_state_dict(state)
-    out = layer(f["x"], condition.tokens().values, condition.attention_mask(8, 16, "nearest"))
-    for row in range(2):
-        blind, right = f[f"blind_{row}"], f[f"right_out_{row}"]
-        assert torch.allclose(out[row], right, rtol=0, atol=1e-5)
-        assert torch.allclose(out[row][~blind], f["out"][row][~blind], rtol=0, atol=1e-5)
-    assert f["blind_1"].any() and not torch.allclose(out[1][f["blind_1"]], f["out"][1][f["blind_1"]], atol=0.1)
-
-
-def test_other_conditions_of_regions_stand_beside_words():
-    encoder, captions = build(shared=True)
-    encoders = {"text": captions, "objects": objects.ObjectsEncoder(4, 16, "segments"), "region_words": encoder}
-    network = random_unet(encoders)
-    fields = {name: value for name, value in scenes().items() if not name.startswith("box")}
-    assert torch.isfinite(run(network, {"text": ["a", "b"], "objects": fields, "region_words": scenes()})).all()
 
 
 # Gated

@@ -207,7 +207,7 @@ def test_products_of_16_bits_have_few_shapes():
 
 
 @pytest.mark.parametrize("rule", ["nearest", "avg_pool"])
-def test_experts_are_those_of_public_code(rule):
+def test_experts_are_those_of_public_code(rule, agrees):
     """With their weights, and the dispatch and weights that they recorded."""
     public = {name: torch.from_numpy(value) for name, value in np.load(SPATIAL / "mamoe_experts.npz").items()}
     weights = {
@@ -226,7 +226,7 @@ def test_experts_are_those_of_public_code(rule):
     x = public["x"].flatten(0, 1)
     for compute in (experts.compute_in_loop, experts.compute_grouped):
         out = combine(compute(x.index_select(0, routing.rows), routing), routing)
-        assert torch.allclose(out.view(2, 128, 16), public[f"out_{rule}"], rtol=0, atol=1e-5)
+        assert agrees(out.view(2, 128, 16), public[f"out_{rule}"], f"mamoe experts, {rule}, {compute.__name__}")
 
 
 def test_rows_are_counted_in_training_alone():

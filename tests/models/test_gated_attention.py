@@ -14,7 +14,7 @@ from models.kv_cache import KVCache
 from models.streams import GatedTokens
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
-from train.checkpoint import load_matching
+from train.partial_load import load_matching
 
 SIZE, CODES, WIDTH = (4, 6), 9, 16
 KINDS = pytest.mark.parametrize("kind", [UNet, Transformer, CausalTransformer])

@@ -14,7 +14,7 @@ from models.conditions import image, layout
 from models.streams import DecoderMap
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
-from train.checkpoint import load_matching
+from train.partial_load import load_matching
 
 SIZE = (8, 12)
 LAYOUT = {

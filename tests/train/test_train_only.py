@@ -17,8 +17,9 @@ from models.embeddings import GrowingEmbedding
 from models.experts import ExpertOptions, add_experts
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
-from train.checkpoint import checkpoint_path, load_matching
+from train.checkpoint import checkpoint_path
 from train.optim import freeze_all_but, is_selected, scale_learning_rates
+from train.partial_load import load_matching
 from vq.quantizers.nearest import NearestQuantizer
 
 RUN = (

@@ -8,8 +8,8 @@ from torch import nn
 
 from diffusion.rng import Streams
 from models.conditions import numbers
-from train.checkpoint import load_matching
 from train.data.streams import TrainingStreams
+from train.partial_load import load_matching
 from train.samplers import absorbing, autoregressive
 from train.samplers.absorbing import AbsorbingSampler
 from train.samplers.autoregressive import AutoregressiveSampler

@@ -13,9 +13,9 @@ from models.experts import ExpertOptions, add_experts, experts_of
 from models.router import ClassRouter
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
-from train.checkpoint import load_matching
 from train.distributed import DistContext
 from train.ema import EMA
+from train.partial_load import load_matching
 from train.samplers import absorbing, ddpm
 from train.samplers._conditions import ConditionsConfig, with_declared_values
 from train.samplers._experts import PRESETS, describe_use, settle_experts
