@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +14,11 @@ from train.cli.files import run_folder
 from train.cli.parse import Source, run_script
 from train.config import FineTuningConfig, SecondStageConfig
 from train.data.hints import HintsConfig
-from train.data.loading import build_splits, with_declared_range
+from train.data.loading import BatchSource, build_splits, with_declared_range
 from train.data.shuffle import check_balance
+from train.datasets import Dataset
 from train.finetuning import (
+    Base,
     find_base,
     hint_makers,
     saves_text_encoder,
@@ -25,7 +28,7 @@ from train.finetuning import (
     write_merged_run,
 )
 from train.loggers import require_logger
-from train.loop import Timer
+from train.loop import Timer, TrainState
 from train.progress import experiment_commands, print_next
 from train.resumed_settings import read_base_settings, read_resumed_settings
 from train.runs import open_or_resume, resumed_provenance, resumed_run, run_context
@@ -69,12 +72,9 @@ def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
     require_logger(logging.logger)
     with run_context(run, training) as world:
-        hints = config.hints
-        sampler_config = with_hint_channels(config.sampler, hints.condition_image, config.data.n_channels)
         images = build_splits(config.data, config.reader, world)
-        data = with_declared_range(config.data, images["train"])
-        config = replace(config, data=data, sampler=with_declared_values(sampler_config, *images.values()))
-        resumed = resumed_provenance(run, training.resume)
+        config = with_declared_settings(config, images)
+        data, hints, resumed = config.data, config.hints, resumed_provenance(run, training.resume)
         space = open_space(config, resumed, images["train"], world)
         frequencies, recorded = class_frequencies(images["train"]), recorded_class_names(resumed, run)
         names = images["train"].class_names or recorded
@@ -92,30 +92,18 @@ def main(config: Config) -> None:
         shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
         opened = run, 0, sampler, space, data, config.reader, shares, "", world, training.amp, names
         model = TrainedSampler(*opened, hint_makers=hint_makers(tuning, hints), hints=hints)
-        adapt = model.adapt
         if logging.steps_per_FD:
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = model.with_hints(model.read_rows(config.sampling.condition_file), config.sampling)
         rows = model.with_metadata(rows, config.sampling)
         check_sampling(model, state, config.sampling, rows, images["val"])
-        options = options_of_conditions(config.sampler)
         provenance = space.provenance | {"class_frequencies": frequencies, "class_names": list(names)}
-        provenance |= text_provenance(options) | ({"base": base.record(run, logging.logs_root)} if base else {})
-        provenance |= {"load_report": state.load_report} if state.load_report else {}
-        provenance |= start_provenance(tuning, resumed, is_new)
-        provenance |= {} if save_text else text_location(options, run, logging.logs_root)
+        provenance |= weights_provenance(config, state, base, save_text) | start_provenance(tuning, resumed, is_new)
         open_or_resume(run, config, state, world, provenance, images["train"])
-        draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images
-        sources = {
-            split: space.source(images[split], split, data, seed, world, adapt, balance)
-            for split, (seed, balance) in draws.items()
-        }
-        cache = open_text_cache(options, logging.logs_root, sampler.network)
-        for split, seed in (("train", training.seed), ("val", None)):
-            sources[split] = with_condition_fields(sources[split], sampler.network, seed, cache)
+        sources = open_sources(config, model, images)
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows, names)
-        workers = space.workers(data) if adapt is None else data.num_workers  # items are read
+        workers = space.workers(data) if model.adapt is None else data.num_workers  # items are read
         loading = {"workers": workers, "prefetch": data.prefetch, "tokens": space.tokens}
         if loading["workers"] and sampler.noise_shape is not None:
             sources["train"] = WithNoise(sources["train"], training.seed, sampler.noise_shape)
@@ -135,6 +123,36 @@ def main(config: Config) -> None:
         if world.is_main:
             name = config.sampler.sampler
             print_next(experiment_commands(run, name, data.dataset, logging.logs_root, training.ema))
+
+
+def with_declared_settings(config: Config, images: Mapping[str, Dataset]) -> Config:
+    """Returns the settings with what the images of both splits declare of themselves: their range, and the values of
+    their conditions."""
+    sampler = with_hint_channels(config.sampler, config.hints.condition_image, config.data.n_channels)
+    data = with_declared_range(config.data, images["train"])
+    return replace(config, data=data, sampler=with_declared_values(sampler, *images.values()))
+
+
+def weights_provenance(config: Config, state: TrainState, base: Base | None, save_text: bool) -> dict[str, Any]:
+    """Returns what config.yaml records of weights that the run does not learn: the base and what of it fitted, and the
+    text encoder, with its place unless checkpoints have it too."""
+    options, root = options_of_conditions(config.sampler), config.logging.logs_root
+    provenance = text_provenance(options) | ({"base": base.record(config.run, root)} if base else {})
+    provenance |= {"load_report": state.load_report} if state.load_report else {}
+    return provenance | ({} if save_text else text_location(options, config.run, root))
+
+
+def open_sources(config: Config, model: TrainedSampler, images: Mapping[str, Dataset]) -> dict[str, BatchSource]:
+    """Returns the batches of both splits, with their conditions as the network reads them."""
+    training, network = config.training, model.sampler.network
+    draws = {"train": (training.seed, training.balance_classes), "val": (0, 0.0)}  # all validate on the same images
+    sources = {
+        split: model.space.source(images[split], split, config.data, seed, model.world, model.adapt, balance)
+        for split, (seed, balance) in draws.items()
+    }
+    cache = open_text_cache(options_of_conditions(config.sampler), config.logging.logs_root, network)
+    seeds = {"train": training.seed, "val": None}
+    return {split: with_condition_fields(sources[split], network, seed, cache) for split, seed in seeds.items()}
 
 
 if __name__ == "__main__":

@@ -79,10 +79,13 @@ def test_two_processes_train_the_same_absorbing_sampler(logs, two, parallel):
 
 EXPERTS = "--dataset shapes --shapes_count 24 --conditions layout --condition_drop 0.3 --attn_block_type transformer"
 EXPERTS += " --experts disc,square sky --expert_rule share"
+WORDS = "--dataset shapes --shapes_count 24 --attn_block_type transformer --text_width 8 --conditions"
+PROMPTED = f"{WORDS} text region_words --region_words_gated --experts disc,square sky --condition_drop 0.3"
+FEW_WORDS = f"{WORDS} region_words --condition_drop 0.9"  # most batches of a process have none
 ROUTED = "--attn_block_type transformer --router_experts 3 --router_top 2 --router_rate 0.1"
 DDPM_CASES = [(BY_LOSS, "ddp"), (LOW_DISCREPANCY, "fsdp"), (BY_LOSS, "fsdp"), (LOW_DISCREPANCY, "ddp")]
 DDPM_CASES += [(REGIONS, parallel) for parallel in PARALLEL]
-DDPM_CASES += [(flags, parallel) for flags in (EXPERTS, ROUTED) for parallel in PARALLEL]
+DDPM_CASES += [(flags, parallel) for flags in (EXPERTS, ROUTED, PROMPTED, FEW_WORDS) for parallel in PARALLEL]
 
 
 @pytest.mark.parametrize(
