@@ -231,6 +231,9 @@ def add_experts(network: nn.Module, options: ExpertOptions) -> list[str]:
     """
     encoders = dict(network.named_children()).get("encoders")
     classes = count_classes(encoders) if isinstance(encoders, Conditioner) else 0
+    if options.groups and isinstance(encoders, Conditioner) and encoders.region_encoders and not classes:
+        got = "got experts of groups of classes for regions whose classes have no names"
+        raise ValueError(f"{got}: pass --region_words_names NAME ...")
     if options.groups and not classes:
         got = "got experts of groups of classes without a condition of regions"
         raise ValueError(f"{got}: pass --conditions layout, objects, boxes or region_words")

@@ -22,6 +22,7 @@ from models.blocks import FeedForward, ResBlock
 from models.embeddings import TimeEmbedding
 from models.ranges import POSITIVE, SIZE, check_ranges
 from models.registry import did_you_mean
+from models.router import LearnedRouter
 from models.sdpa import upcast
 
 GROUPS = ("attention", "feed_forward", "projections", "convolutions", "time", "text")
@@ -204,10 +205,10 @@ def slices_of(parent: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> dic
 
 
 def layers_of(network: nn.Module) -> dict[str, tuple[nn.Module, nn.Linear | nn.Conv2d]]:
-    """Returns the layers that may have adapters, with their parents, by name."""
+    """Returns the layers that may have adapters, with their parents, by name. Learned routers learn as a whole."""
     layers = {}
     for path, parent in network.named_modules():
-        for name, layer in parent.named_children():
+        for name, layer in () if isinstance(parent, LearnedRouter) else parent.named_children():
             if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
                 layers[f"{path}.{name}".removeprefix(".")] = (parent, layer)
     return layers

@@ -6,7 +6,7 @@ what learns; the frozen rest stays in the base, which config.yaml names by its p
 the text encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 
 With --load_partial the base of adapters is a smaller network, such as one without experts. Parameters that it lacks, or
-that grew from its own, learn beside the adapters, unless --train_only names what does.
+that grew from its own, learn beside the adapters, unless --train_only names what does, and have none themselves.
 """
 
 import os
@@ -228,17 +228,18 @@ def fine_tune(
     tensors, report = load_base(network, config.text_new_tokens, base, name, text_keys)
     if config.differential:
         make_differential(network, config.differential, config.differential_in)
-    whole = frozenset() if train_only else new_parameters(network, report, name) - {*text_keys}
+    new = new_parameters(network, report, name) - {*text_keys}
+    whole = frozenset() if train_only else new
     if config.lora_rank:
-        add_adapters(network, config, whole)
+        add_adapters(network, config, new)
     if config.load_control:
         add_start_of_branch(network, config.load_control, "" if base is None else base.sha256)
     else:
         config.add_branch(network)
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
     alone = config.lora_rank or (config.control and config.control_lock)
-    new = frozenset(key for key in added if alone or config.control or is_selected(key, [NEW_TOKENS]))
-    learned = new if alone or train_only else frozenset()
+    extra = frozenset(key for key in added if alone or config.control or is_selected(key, [NEW_TOKENS]))
+    learned = extra if alone or train_only else frozenset()
     learned |= whole
     freeze_all_but(network, train_only, learned)
     refuse_closed_gates(network, () if report is None else report.missing, name)

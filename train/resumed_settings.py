@@ -64,6 +64,7 @@ TELLING = {"sampler", "network"}  # groups of a config.yaml that only one of the
 ONLY_RESUMING = EXECUTION - {"resume"} | {"train_steps"}  # flags that say nothing about what a new run would train
 DOTTED = {"optimizer", "hooks"}  # training settings that may be dotted paths; any setting of a sampler may but
 DATA = {"text_encoder", "text_added_words", "metadata_values", "numbers_ranges"}  # read, not run
+DATA |= {"region_words_names", "region_words_classes", "region_words_everywhere", "experts"}
 
 
 def read_resumed_settings(cls: type, argv: list[str], section: str) -> RunSettings | None:
@@ -213,7 +214,10 @@ def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings
         stage = ["--ae_load_dir", first["ae_load_dir"]] if "ae_load_dir" in first else []
         data |= first_stage_data(["--sampler", sampler, *stage, *argv], sampler).values
     dropped = replaced_settings(groups, given) | {"adapt"}  # which changes items, not what the network is
-    settings = flatten_group(config.sampler) | flatten_group(config.hints) | first | data
+    network = config.sampler
+    if given["dataset"] not in (None, config.data.dataset):  # whose classes have other numbers
+        network = network.with_class_names(getattr(network.condition_options, "region_words_classes", ()))
+    settings = flatten_group(network) | flatten_group(config.hints) | first | data
     values = {key: value for key, value in settings.items() if key not in dropped}
     code = {key: value for key, value in find_code([config.sampler, config.reader]).items() if key in values}
     return BaseSettings({key: value for key, value in values.items() if key not in code}, run / "config.yaml", code)

@@ -2,11 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from models.experts import experts_of
 from train.cli.files import read_config, resolve_data_dir
 from train.cli.parse import Source
 from train.config import ROOT, DataConfig, TrainingConfig
@@ -56,7 +59,23 @@ def print_start(
         print(f"classes: {', '.join([*class_names[:NAMED_CLASSES], *more])}")
     print(f"device: {describe_device(world)}, {precision}")
     print(f"model: {model}; parameters: {', '.join(sizes)}")
+    for line in filter(None, (describe_experts(each, dtype) for each in state.modules.values())):
+        print(line)
     print(f"steps: {training.train_steps:,} of {training.batch_size} images, {epochs:,.1f} epochs", flush=True)
+
+
+def describe_experts(network: nn.Module, dtype: torch.dtype) -> str:
+    """Returns how many experts a network has, and how their products are computed in this dtype; "" without any."""
+    layers = experts_of(network)
+    if not layers:
+        return ""
+    layer = next(iter(layers.values()))
+    weight = layer.contract.bias
+    half = nullcontext() if dtype == torch.float32 else torch.autocast(weight.device.type, dtype=dtype)
+    with half:
+        products = layer.products(torch.empty(0, weight.shape[1], device=weight.device))
+    way = {"grouped": "in one grouped product", "loop": "in a loop"}[products]
+    return f"experts: {layer.router.count} in each of {len(layers)} layers, computed {way}"
 
 
 def describe_device(world: DistContext) -> str:

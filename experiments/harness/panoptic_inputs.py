@@ -218,10 +218,14 @@ def open_reader(settings: PanopticMapsConfig, files: Sequence[MapFile], vocabula
 
 
 def find_table(settings: PanopticMapsConfig, folder: Path, vocabulary: LayoutVocabulary) -> SegmentTable:
-    """Reads the classes of the maps, and their segments if they are of coco. FileNotFoundError: a file is missing."""
+    """Reads the classes of the maps, and their segments if they are of coco. FileNotFoundError: a file is missing;
+    ValueError: there are two."""
     path = Path(settings.panoptic_json or f"{folder}.json").expanduser()
     wanted = settings.panoptic_encoding == "coco" or settings.panoptic_json is not None
     if wanted or (settings.panoptic_encoding is None and path.is_file()):
+        if settings.categories is not None:
+            got = f"got --categories beside {path}, which has the classes of maps of coco"
+            raise ValueError(f"{got}: leave it out, or pass another --panoptic_encoding")
         return SegmentTable(*read_segments(path))
     if settings.categories is not None:
         return SegmentTable(read_categories(Path(), str(Path(settings.categories).expanduser())))

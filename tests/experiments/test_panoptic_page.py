@@ -39,7 +39,7 @@ def logs(tmp_path_factory):
     logs = tmp_path_factory.mktemp("panoptic_page")
     tiny = f"--logs_root {logs} --sampler ddpm {UNET} --batch_size 4 --total_steps 20 --sample_steps 3 --train_steps 4"
     tiny += f" --dataset shapes --img_size {SIZE} --shapes_count 20 --no_amp --lr 0.01 --ema_beta 0 --warmup_iters 1"
-    reads = "--conditions text region_words layout --layout_regions segments"
+    reads = "--conditions text region_words layout --layout_regions segments --experts disc,ring sky"
     call("train_sampler.py", f"{tiny} --steps_per_eval 0 {reads} {TEXT} --log_dir scenes")
     call("train_sampler.py", f"{tiny} --steps_per_eval 0 --conditions layout --log_dir boxes")
     return logs

@@ -110,6 +110,25 @@ def test_grouped_products_are_those_of_the_loop(router, dtype):
         assert all((each - first).abs().max() <= error * (1 + first.abs().max()) for each in others)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_grouped_products_on_cuda_are_those_of_the_loop(router, monkeypatch):
+    """Outputs and gradients, also of the last expert, which has no rows where all cells have a region."""
+    experts, _ = make_experts(router=router, dtype=torch.float32, width=64)
+    experts.cuda()
+    x, fields = torch.randn(2, *GRID, 64, device="cuda"), {name: value.cuda() for name, value in BOXES.items()}
+    results = []
+    for way in ("grouped", "loop"):
+        monkeypatch.setattr(Experts, "products", lambda self, x, way=way: way)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = experts(leaf, Cells(Regions.from_fields(fields), GRID))
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [leaf, *experts.expand.parameters()])])
+    for got, wanted in zip(*results, strict=True):
+        assert got.isfinite().all() and (got - wanted).abs().max() <= 0.05 * (1 + wanted.abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("learns", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
 def test_products_in_a_loop_have_the_gradients_of_autograd(dtype, learns, monkeypatch):
@@ -299,6 +318,7 @@ def call(network):
 OPTIONS = [
     ExpertOptions(groups=GROUPS),
     ExpertOptions(groups=GROUPS, rule="share"),
+    ExpertOptions(groups=((0, 1, 2),)),
     ExpertOptions(groups=(), learned=3),
     ExpertOptions(groups=(), learned=3, top=2),
 ]
@@ -321,6 +341,23 @@ def test_a_network_is_unchanged_at_first_and_learns_everywhere(make, options):
     for name in names:
         grads = {key: p.grad for key, p in network.get_submodule(name).named_parameters()}
         assert all(grad is not None and grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("make", NETWORKS)
+def test_a_network_with_experts_keeps_images_apart(make, options):
+    network = make()
+    add_experts(network, options)
+    spread(network)
+    (name,), g = network.encoders, torch.Generator().manual_seed(1)
+    if isinstance(network, UNet):
+        inputs = torch.randn(2, 3, 8, 12, generator=g).double(), torch.tensor([3.0, 700.0]).double()
+    else:
+        inputs = (torch.randint(0, 5, (2, *GRID), generator=g),)
+    both = network(*inputs, {name: BOXES})
+    for row in (slice(0, 1), slice(1, 2)):
+        alone = network(*(each[row] for each in inputs), {name: {key: value[row] for key, value in BOXES.items()}})
+        assert (alone - both[row]).abs().max() < 1e-12 * both.abs().max()
 
 
 @pytest.mark.parametrize("make", [unet, transformer])
@@ -364,6 +401,10 @@ def test_networks_without_regions_or_layers_are_refused():
     with pytest.raises(ValueError, match="without a condition of regions: pass --conditions layout"):
         add_experts(before, ExpertOptions(groups=GROUPS))
     assert before.state_dict().keys() == old.keys()
+    unnamed = transformer()
+    unnamed.encoders["objects"].limits = {}
+    with pytest.raises(ValueError, match="for regions whose classes have no names: pass --region_words_names"):
+        add_experts(unnamed, ExpertOptions(groups=GROUPS))
     add_experts(before, ExpertOptions(groups=(), learned=2))  # needs none
     with pytest.raises(ValueError, match="got experts for a UNet without transformer blocks: pass --attn_block_type"):
         add_experts(unet("softmax"), ExpertOptions(groups=(), learned=2))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.attention import CrossAttention
+from models.experts import ExpertOptions, add_experts
 from models.lora import (
     WHOLE,
     Adapter,
@@ -175,6 +176,12 @@ def test_targets_may_be_parts_and_patterns(network):
     assert select_layers(network, ["down_blocks.*.conv1"]) and select_layers(network, ["middle_blocks.1"])
     with pytest.raises(ValueError, match="got --lora_targets atention, which names no layer.*attention"):
         select_layers(network, ["atention"])
+
+
+def test_learned_routers_have_no_adapters(network):
+    add_experts(network, ExpertOptions(groups=(), learned=2))
+    chosen = select_layers(network, ["down_blocks", "attention"])
+    assert chosen and not [name for name in chosen if ".router." in name]
 
 
 def test_adapters_of_other_shapes_and_names_twice_are_refused():

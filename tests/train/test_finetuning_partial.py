@@ -1,5 +1,7 @@
 """Adapters of a network that is larger than its base: a model of captions that also gets regions and experts."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -126,4 +128,7 @@ def test_gates_that_would_stay_closed_are_refused(logs, capsys, lora):
         train(logs, "closed", flags)
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and "add gated_blocks to --train_only" in error and not (logs / "closed").exists()
-    train(logs, f"open{len(lora)}", f"{flags} gated_blocks")
+    run = train(logs, f"open{len(lora)}", f"{flags} gated_blocks")
+    assert re.search(r"^experts: 3 in each of \d+ layers, computed in a loop$", capsys.readouterr().out, re.M)
+    adapted = [key for key in weights(run, 1) if ".adapters." in key]
+    assert bool(adapted) == (lora == LORA) and not [key for key in adapted if "gated" in key or "experts" in key]

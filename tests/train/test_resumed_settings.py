@@ -14,7 +14,7 @@ import train_sampler
 import train_vqgan
 from helpers.run_asserts import assert_close, weights
 from helpers.tiny_runs import ROOT, call
-from models.conditions import metadata, text
+from models.conditions import metadata, region_words, text
 from train.checkpoint import checkpoint_path, saved_steps
 from train.cli import parse as cli
 from train.config import TrainingConfig
@@ -219,10 +219,13 @@ def test_names_of_classes_are_those_of_the_data_that_are_given(logs):
     words = {"names": ["road", "car"], "classes": ["road", "car"], "stuff": [0], "mode": "things"}
     content["sampler"] |= {f"region_words_{name}": value for name, value in words.items()}
     content["sampler"] |= {"conditions": ["region_words"], "attn_block_type": "transformer"}
+    content["sampler"]["experts"] = ["1", "0"]
     content["data"]["dataset"] = "panoptic_folder"
     (run / "config.yaml").write_text(yaml.safe_dump(content))
     for flags, names, stuff in (("", ("road", "car"), (0,)), ("--dataset shapes", (), ())):
-        options = parse(f"--logs_root {logs} --load_dir ddpm_digits {flags}").config.sampler.condition_options
+        sampler = parse(f"--logs_root {logs} --load_dir ddpm_digits {flags}").config.sampler
+        options = sampler.condition_options
+        assert sampler.experts == (("car", "road") if flags else ("1", "0"))
         assert (options.region_words_names, options.region_words_classes) == (names, names)
         assert (options.region_words_stuff, options.region_words_mode) == (stuff, "things")
 
@@ -344,10 +347,13 @@ def test_every_flag_that_takes_a_dotted_path_is_code():
 
 
 def test_files_and_values_of_conditions_are_no_code():
+    words = dict.fromkeys(("region_words_names", "region_words_classes"), ("St. Bernard", "sky"))
     for module, options in (
         (text, text.Config(text_encoder="my.safetensors")),
         (metadata, metadata.Config(metadata_values=("lens=f1.8", "lens=f2.0"))),
+        (region_words, region_words.Config(region_words_everywhere="in the zoo of St. Gallen.", **words)),
     ):
         name = module.__name__.rpartition(".")[2]
-        sampler = ddpm.Config(conditions=(name,), condition_options=options, attn_block_type="my.Own")
+        named = {"conditions": (name,), "condition_options": options, "experts": ("St. Bernard", "sky")}
+        sampler = ddpm.Config(**named, attn_block_type="my.Own")
         assert find_code([sampler]).keys() == {"attn_block_type"}

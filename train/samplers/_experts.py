@@ -63,6 +63,14 @@ class ExpertsConfig(ForegroundConfig):
         groups = read_groups(self.experts, names)
         return replace(self, experts=tuple(",".join(map(str, group)) for group in groups))
 
+    def with_class_names(self, names: Sequence[str]) -> Self:
+        """Returns the settings with the names of classes instead of their numbers, for another data set; as they are if
+        not all have one."""
+        groups = read_groups(self.experts, ())
+        if max((number for group in groups for number in group), default=len(names)) >= len(names):
+            return self
+        return replace(self, experts=tuple(",".join(names[number] for number in group) for group in groups))
+
     def add_experts(self, network: nn.Module) -> None:
         """Replaces the feed-forward layers of a network by its experts, if it has any."""
         if self.experts:
@@ -84,11 +92,12 @@ def read_groups(words: Sequence[str], names: Sequence[str], flag: str = "experts
 
 
 def class_number(word: str, names: Sequence[str], flag: str) -> int:
-    """Returns the number of a class, given as a number or a name; ValueError for another word."""
-    if word in names:
-        return names.index(word)
+    """Returns the number of a class, given as a number or a name; ValueError for another word. A number is that of a
+    class also where others have numbers for names, since runs are saved with numbers."""
     if word.isdecimal():
         return int(word)
+    if word in names:
+        return names.index(word)
     known = f"one of {', '.join(names)}" if names else "a number: the data set names no classes of regions"
     raise ValueError(f"got the class {word} in --{flag}{did_you_mean(word, names)}, wanted {known}")
 

@@ -71,6 +71,9 @@ def test_a_run_keeps_the_numbers_of_classes():
     config = ConditionsConfig(experts=("sky, disc", "1"))
     assert with_declared_values(config, data).experts == ("2,0", "1")
     assert with_declared_values(config, data).with_class_numbers(()).experts == ("2,0", "1")
+    numbered = SimpleNamespace(region_classes=("1", "2", "3"))  # a number is that of a class, not its name
+    first = with_declared_values(ConditionsConfig(experts=("2",)), numbered)
+    assert first.experts == ("2",) and with_declared_values(first, numbered) == first
     for preset, count in (("cityscapes_2", 2), ("cityscapes_5", 5), ("cityscapes_10", 10)):
         groups = ConditionsConfig(experts=(preset,)).with_class_numbers(data.region_classes).experts
         assert groups == PRESETS[preset] and len(groups) == count - 1
