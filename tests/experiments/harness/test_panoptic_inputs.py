@@ -141,7 +141,7 @@ def test_maps_that_fit_no_list_are_refused(folder):
     with pytest.raises(ValueError, match=r"a.png: got the class 'lorry', wanted one of vegetation, car"):
         files_of(folder, panoptic_encoding="coco")
     with pytest.raises(ValueError, match="got --categories beside .*maps.json, which has the classes"):
-        files_of(folder, categories="mine.txt")
+        files_of(folder, panoptic_encoding=None, categories="mine.txt")
 
 
 def test_folders_without_maps_are_refused(tmp_path):
