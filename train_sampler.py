@@ -71,6 +71,8 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     training, logging, run = config.training, config.logging, config.run
     require_logger(logging.logger)
+    sampler_config = with_hint_channels(config.sampler, config.hints.condition_image, config.data.n_channels)
+    config = replace(config, sampler=sampler_config)
     with run_context(run, training) as world:
         images = build_splits(config.data, config.reader, world)
         config = with_declared_settings(config, images)
@@ -128,9 +130,8 @@ def main(config: Config) -> None:
 def with_declared_settings(config: Config, images: Mapping[str, Dataset]) -> Config:
     """Returns the settings with what the images of both splits declare of themselves: their range, and the values of
     their conditions."""
-    sampler = with_hint_channels(config.sampler, config.hints.condition_image, config.data.n_channels)
     data = with_declared_range(config.data, images["train"])
-    return replace(config, data=data, sampler=with_declared_values(sampler, *images.values()))
+    return replace(config, data=data, sampler=with_declared_values(config.sampler, *images.values()))
 
 
 def weights_provenance(config: Config, state: TrainState, base: Base | None, save_text: bool) -> dict[str, Any]:

@@ -259,7 +259,7 @@ class ConditionEncoder(nn.Module, ABC):
 
     fields: tuple[str, ...] = ()  # batch fields that it reads; none: the FIELDS of its file
     optional_fields: tuple[str, ...] = ()  # that it reads beside them, from batches that have them
-    prepared_fields: tuple[str, ...] = ()  # that it reads instead of others, where they were made with the data
+    prepared_fields: tuple[str, ...] = ()  # made of other fields while data are loaded, and read instead of them
     map_channels: int = 0  # C of its Map
     decoder_channels: int = 0  # C of its DecoderMap
     token_width: int = 0  # D of its Tokens

@@ -205,7 +205,7 @@ def slices_of(parent: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> dic
 
 
 def layers_of(network: nn.Module) -> dict[str, tuple[nn.Module, nn.Linear | nn.Conv2d]]:
-    """Returns the layers that may have adapters, with their parents, by name. Learned routers learn as a whole."""
+    """Returns the layers that may have adapters, with their parents, by name. Learned routers have none."""
     layers = {}
     for path, parent in network.named_modules():
         for name, layer in () if isinstance(parent, LearnedRouter) else parent.named_children():

@@ -67,12 +67,20 @@ class ConditionSource:
         batch = collate(rows) if rows else {}
         missing = [name for name in self.fields if name not in batch]
         if {*missing} - {"label"} or (missing and self.class_frequencies is None):
-            further = [name for name, owner in self.optional.items() if owner in missing and name not in batch]
-            batch |= self.from_held_out(missing, indices, further)
+            batch |= self.from_held_out(missing, indices, self.further_fields(batch))
         elif missing:
             rng = Streams([seed_of(seed, "label", i) for i in indices])
             batch["label"] = rng.categorical(self.class_frequencies.log().expand(len(indices), -1))
         return batch or None
+
+    def further_fields(self, batch: Batch) -> list[str]:
+        """Returns the optional fields that are those of held-out items if the fields of their condition are. After one
+        that is given, there are none: words of others do not belong to the ids of a row."""
+        further, given = [], {owner for owner in self.optional.values() if owner in batch}
+        for name, owner in self.optional.items():
+            given |= {owner} if name in batch else set()
+            further += [] if owner in given else [name]
+        return further
 
     def held_out_items(self, indices: Sequence[int]) -> Tensor | None:
         """Returns the indices (B,) in the validation split of the items that gave the conditions `draw` returned for

@@ -6,7 +6,7 @@ what learns; the frozen rest stays in the base, which config.yaml names by its p
 the text encoder, and is loaded from there. The weights of a base are its averaged ones, if it kept any.
 
 With --load_partial the base of adapters is a smaller network, such as one without experts. Parameters that it lacks, or
-that grew from its own, learn beside the adapters, unless --train_only names what does, and have none themselves.
+that grew from its own, learn beside the adapters, unless --train_only names what does; what learns has no adapters.
 """
 
 import os
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from models.conditions.text import find_captions
 from models.differential import make_differential
 from models.lora import LoRAOptions, adapt, adapters_of, merge, select_layers, unmerge
 from train.checkpoint import (
@@ -43,8 +44,8 @@ from train.distributed import DistContext
 from train.files import sha256
 from train.loop import TrainState
 from train.lora_files import adapter_tensors, save_tensors
-from train.optim import NEW_TOKENS, freeze_all_but, is_selected
-from train.partial_load import PartialLoadReport, load_matching, refuse_closed_gates
+from train.optim import NEW_TOKENS, freeze_all_but, is_selected, name_experts
+from train.partial_load import PartialLoadReport, load_matching, new_parameters, refuse_closed_gates
 from train.runs import read_run, resumed_run, run_lock, write_config
 from train.text_encoder_file import reopen_text_encoder
 from train.textual_inversion import EMBEDDINGS, add_new_words, parse_words, write_embeddings
@@ -228,10 +229,10 @@ def fine_tune(
     tensors, report = load_base(network, config.text_new_tokens, base, name, text_keys)
     if config.differential:
         make_differential(network, config.differential, config.differential_in)
-    new = new_parameters(network, report, name) - {*text_keys}
-    whole = frozenset() if train_only else new
+    parts, new = name_experts(network, train_only), new_parameters(network, report, name) - {*text_keys}
+    whole = frozenset(key for key in new if is_selected(key, parts))
     if config.lora_rank:
-        add_adapters(network, config, new)
+        add_adapters(network, config, whole)
     if config.load_control:
         add_start_of_branch(network, config.load_control, "" if base is None else base.sha256)
     else:
@@ -239,8 +240,7 @@ def fine_tune(
     added = frozenset(key for key, _ in network.named_parameters() if key not in before)
     alone = config.lora_rank or (config.control and config.control_lock)
     extra = frozenset(key for key in added if alone or config.control or is_selected(key, [NEW_TOKENS]))
-    learned = extra if alone or train_only else frozenset()
-    learned |= whole
+    learned = whole | (extra if alone or train_only else frozenset())
     freeze_all_but(network, train_only, learned)
     refuse_closed_gates(network, () if report is None else report.missing, name)
     parameters = network.named_parameters(remove_duplicate=False)
@@ -251,15 +251,6 @@ def fine_tune(
     return FineTuned(learned, loaded, left_out, report)
 
 
-def new_parameters(network: nn.Module, report: PartialLoadReport | None, name: str) -> frozenset[str]:
-    """Returns the parameters that a smaller base lacks, that grew from its own, or whose shapes are others."""
-    if report is None:
-        return frozenset()
-    entries = [*report.missing, *report.grown, *report.misshapen]
-    keys = {entry.partition(":")[0].removeprefix(f"{name}.") for entry in entries}
-    return frozenset(key for key, p in network.named_parameters() if key in keys and p.requires_grad)
-
-
 def load_base(
     network: nn.Module, words: Sequence[str], base: Base | None, name: str, text_keys: Collection[str]
 ) -> tuple[dict[str, Tensor], PartialLoadReport | None]:
@@ -268,7 +259,7 @@ def load_base(
     if base is None or not base.needed:
         add_new_words(network, words)
         return {}, None if base is None else base.report
-    has_words, report = read_words(base.run, words), None
+    has_words, report = find_captions(network) is not None and read_words(base.run, words), None
     if has_words:
         add_new_words(network, words)
     tensors = read_base_tensors(base, name, network)

@@ -37,10 +37,10 @@ def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[st
     tensors = read_tensors(path / WEIGHTS)
     reports = [load_matching(module, tensors, name) for name, module in state.modules.items()]
     report = PartialLoadReport(*(sum(keys, []) for keys in zip(*reports, strict=True)))
-    for name, module in state.modules.items():
-        refuse_closed_gates(module, report.missing, name)
     if not report.taken and not report.grown:
         raise ValueError(f"--load_partial found nothing in {path / WEIGHTS} that fits: pass a run of a similar network")
+    for name, module in state.modules.items():
+        refuse_closed_gates(module, report.missing, name)
     averaged = read_tensors(path / EMA_WEIGHTS) if EMA_WEIGHTS in manifest else tensors
     for name, average in state.averages.items():
         load_matching(average.module, averaged, name)
@@ -127,6 +127,15 @@ def saved_columns(module: nn.Module, count: int, total: int, keys: Collection[st
             columns += range(start, start + encoder.map_channels)
         start += encoder.map_channels
     return columns if len(columns) == count else None
+
+
+def new_parameters(network: nn.Module, report: PartialLoadReport | None, name: str) -> frozenset[str]:
+    """Returns the parameters that a smaller base lacks, that grew from its own, or whose shapes are others."""
+    if report is None:
+        return frozenset()
+    entries = [*report.missing, *report.grown, *report.misshapen]
+    keys = {entry.partition(":")[0].removeprefix(f"{name}.") for entry in entries}
+    return frozenset(key for key, p in network.named_parameters() if key in keys and p.requires_grad)
 
 
 def refuse_closed_gates(module: nn.Module, missing: Collection[str], name: str) -> None:

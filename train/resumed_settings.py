@@ -48,6 +48,7 @@ from train.identity import EXECUTION
 from train.registry import did_you_mean
 from train.runs import resumed_run
 from train.samplers._conditions import options_of_conditions
+from train.samplers._experts import ExpertsConfig
 
 NOT_TAKEN_OVER = {
     "log_dir": "where the run is now is typed",
@@ -215,8 +216,9 @@ def read_base_settings(cls: type, argv: list[str], section: str) -> BaseSettings
         data |= first_stage_data(["--sampler", sampler, *stage, *argv], sampler).values
     dropped = replaced_settings(groups, given) | {"adapt"}  # which changes items, not what the network is
     network = config.sampler
-    if given["dataset"] not in (None, config.data.dataset):  # whose classes have other numbers
-        network = network.with_class_names(getattr(network.condition_options, "region_words_classes", ()))
+    if isinstance(network, ExpertsConfig) and given["dataset"] not in (None, config.data.dataset):
+        options = options_of_conditions(network)  # classes have other numbers there
+        network = network.with_class_names(getattr(options, "region_words_classes", ()))
     settings = flatten_group(network) | flatten_group(config.hints) | first | data
     values = {key: value for key, value in settings.items() if key not in dropped}
     code = {key: value for key, value in find_code([config.sampler, config.reader]).items() if key in values}
@@ -227,7 +229,7 @@ def base_run(cls: type, argv: list[str], given: dict[str, Any], logs_root: str) 
     """Returns the run of --load_dir, if it is one of this script and of the sampler that is given, if any, and all of
     its weights are to be loaded, or those that fit and adapters."""
     partial = any(word.replace("-", "_") == "__load_partial" for word in argv)
-    if (partial and given["lora_rank"] is None) or given["load_dir"] is None:
+    if (partial and given["lora_rank"] in (None, 0, "0")) or given["load_dir"] is None:
         return None
     run = run_folder(logs_root, given["load_dir"])
     content = read_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else {}

@@ -1,6 +1,7 @@
 """The start of a training: what is trained and on what, when it will end, and what suits the machine better."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import datetime, timedelta
@@ -66,16 +67,15 @@ def print_start(
 
 def describe_experts(network: nn.Module, dtype: torch.dtype) -> str:
     """Returns how many experts a network has, and how their products are computed in this dtype; "" without any."""
-    layers = experts_of(network)
+    layers = [*experts_of(network).values()]
     if not layers:
         return ""
-    layer = next(iter(layers.values()))
-    weight = layer.contract.bias
-    half = nullcontext() if dtype == torch.float32 else torch.autocast(weight.device.type, dtype=dtype)
-    with half:
-        products = layer.products(torch.empty(0, weight.shape[1], device=weight.device))
-    way = {"grouped": "in one grouped product", "loop": "in a loop"}[products]
-    return f"experts: {layer.router.count} in each of {len(layers)} layers, computed {way}"
+    device = layers[0].contract.bias.device
+    with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype):
+        ways = Counter(each.products(torch.empty(0, each.contract.bias.shape[1], device=device)) for each in layers)
+    words = {"grouped": "in one grouped product", "loop": "in a loop"}
+    counts = ", ".join(f"{count} {words[way]}" for way, count in sorted(ways.items()))
+    return f"experts: {layers[0].router.count} in each of {len(layers)} layers, computed {counts}"
 
 
 def describe_device(world: DistContext) -> str:

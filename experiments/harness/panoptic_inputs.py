@@ -219,7 +219,7 @@ def open_reader(settings: PanopticMapsConfig, files: Sequence[MapFile], vocabula
 
 def find_table(settings: PanopticMapsConfig, folder: Path, vocabulary: LayoutVocabulary) -> SegmentTable:
     """Reads the classes of the maps, and their segments if they are of coco. FileNotFoundError: a file is missing;
-    ValueError: there are two."""
+    ValueError: there are two lists of classes."""
     path = Path(settings.panoptic_json or f"{folder}.json").expanduser()
     wanted = settings.panoptic_encoding == "coco" or settings.panoptic_json is not None
     if wanted or (settings.panoptic_encoding is None and path.is_file()):

@@ -114,11 +114,12 @@ def test_grouped_products_are_those_of_the_loop(router, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_grouped_products_on_cuda_are_those_of_the_loop(router, monkeypatch):
-    """Outputs and gradients, also of the last expert, which has no rows where all cells have a region."""
+    """Outputs and gradients, also of experts without rows: all cells have a region of the first group."""
     experts, _ = make_experts(router=router, dtype=torch.float32, width=64)
     experts.cuda()
-    x, fields = torch.randn(2, *GRID, 64, device="cuda"), {name: value.cuda() for name, value in BOXES.items()}
-    results = []
+    fields = {"boxes": torch.tensor([[[0, 0, 1.0, 1]]]), "box_class": torch.tensor([[0]])}
+    fields = {name: value.expand(2, *value.shape[1:]).cuda() for name, value in fields.items()}
+    x, results = torch.randn(2, *GRID, 64, device="cuda"), []
     for way in ("grouped", "loop"):
         monkeypatch.setattr(Experts, "products", lambda self, x, way=way: way)
         leaf = x.clone().requires_grad_()

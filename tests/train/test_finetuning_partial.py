@@ -104,7 +104,9 @@ ROUTED = "--conditions text region_words --region_words_gated --router_experts 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--save full", "--train_only gated_blocks", ROUTED])
+@pytest.mark.parametrize(
+    "flags", ["", "--save full", "--train_only gated_blocks", "--train_only experts gated_blocks", ROUTED]
+)
 def test_a_resumed_larger_network_is_an_uninterrupted_one(logs, tmp_path, flags):
     own = f"{PANOPTIC if flags != ROUTED else ''} {LORA} --load_dir {logs}/text --steps_per_eval 0 {flags}"
     for name, steps in (("stopped", 1), ("whole", 3), ("stopped", 3)):
@@ -129,6 +131,6 @@ def test_gates_that_would_stay_closed_are_refused(logs, capsys, lora):
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and "add gated_blocks to --train_only" in error and not (logs / "closed").exists()
     run = train(logs, f"open{len(lora)}", f"{flags} gated_blocks")
-    assert re.search(r"^experts: 3 in each of \d+ layers, computed in a loop$", capsys.readouterr().out, re.M)
+    assert re.search(r"^experts: 3 in each of \d+ layers, computed \d+ in a loop$", capsys.readouterr().out, re.M)
     adapted = [key for key in weights(run, 1) if ".adapters." in key]
     assert bool(adapted) == (lora == LORA) and not [key for key in adapted if "gated" in key or "experts" in key]

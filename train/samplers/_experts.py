@@ -65,9 +65,11 @@ class ExpertsConfig(ForegroundConfig):
 
     def with_class_names(self, names: Sequence[str]) -> Self:
         """Returns the settings with the names of classes instead of their numbers, for another data set; as they are if
-        not all have one."""
+        not all have one, or one that would be read as something else."""
         groups = read_groups(self.experts, ())
-        if max((number for group in groups for number in group), default=len(names)) >= len(names):
+        clear = {i for i, name in enumerate(names) if names.count(name) == 1 and name == name.strip() != ""}
+        clear = {i for i in clear if "," not in names[i] and not names[i].isdecimal()}
+        if not {number for group in groups for number in group} <= clear:
             return self
         return replace(self, experts=tuple(",".join(names[number] for number in group) for group in groups))
 

@@ -66,6 +66,20 @@ def test_settings_that_do_not_fit_together_are_refused(message):
             kind(**WRONG[message])
 
 
+def test_groups_are_named_for_other_data_where_names_are_clear():
+    config = ConditionsConfig(experts=("2,0", "1"))
+    assert config.with_class_names(("road", "sky", "a car")).experts == ("a car,road", "sky")
+    for names in (
+        (),
+        ("road", "sky"),
+        ("3", "1", "2"),
+        ("a,b", "sky", "car"),
+        ("car", "sky", "car"),
+        ("sky", " ", "x"),
+    ):
+        assert config.with_class_names(names) == config
+
+
 def test_a_run_keeps_the_numbers_of_classes():
     data = SimpleNamespace(region_classes=("disc", "traffic light", "sky"))
     config = ConditionsConfig(experts=("sky, disc", "1"))

@@ -273,6 +273,7 @@ def test_words_come_with_their_regions():
     )
     assert sample(sampler, "ddpm", drawn, seeds=[0]).isfinite().all()
     names = ("panoptic", "segment_id", "segment_class")
+    assert "box_words" not in source.with_rows([{"box_id": rows({})[0]["box_id"]}]).draw(0, [0])
     row = {name: value for name, value in rows({})[0].items() if name in names}
     drawn = source.with_rows([row]).draw(0, [0])
     assert "box_words" not in drawn and drawn["caption"] == ["a face"]
