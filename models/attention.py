@@ -229,7 +229,10 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
         """x (B, *grid, D), context (B, M, context_width) or its `keys_values`, mask as in `Attention` -> as x."""
-        out = self.cross(self.norm(x), context, mask)
+        return self.apply_gate(self.cross(self.norm(x), context, mask))
+
+    def apply_gate(self, out: Tensor) -> Tensor:
+        """Multiplies what `cross` returned by the tanh of the gate."""
         return self.gate.tanh().to(out.dtype) * out
 
 

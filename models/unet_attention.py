@@ -168,7 +168,8 @@ class GatedBlock(ConditionBlock):
         context = None if condition is None else condition.context(*x.shape[2:], GatedTokens)
         if context is None:
             raise ValueError("got no gated tokens for a block that reads them: encode the condition, nulls included")
-        return rearrange(self.attention(rearrange(x, "b c h w -> b h w c"), *context), "b h w c -> b c h w")
+        out = self.attention.cross(self.attention.norm(rearrange(x, "b c h w -> b h w c")), *context)
+        return self.attention.apply_gate(rearrange(out, "b h w c -> b c h w"))  # FSDP2 takes no view for an output
 
 
 class NoAttention(ConditionBlock):

@@ -13,7 +13,7 @@ from train.data.formats import panoptic
 
 QUICK = "--no_amp --device cpu --sample_steps 2 --batch_size 4"
 TEXT = "--attn_block_type transformer --text_width 16 --text_layers 1 --text_heads 2"
-READS = "--conditions text region_words --experts car vegetation"
+READS = "--conditions text region_words"
 
 
 @pytest.fixture(scope="module")

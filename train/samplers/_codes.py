@@ -26,6 +26,7 @@ from models.ranges import COUNT, NOT_NEGATIVE
 from train.config import SamplingConfig
 from train.control import weigh_hints
 from train.data.streams import TrainingStreams
+from train.distributed import is_sharded
 from train.loop import Batch, Outputs
 from train.samplers import ConditionInput, LearnedSampler, check_finite, select_solver
 from train.samplers._conditions import (
@@ -132,7 +133,8 @@ class CodeSampler(LearnedSampler):
             return Condition.cat(parts)  # the keys of all their tokens would be large
         conditions = Condition.cat(encoded)
         has_tokens = self.network.encoders.token_width or self.network.encoders.gated_width
-        return network.with_keys(conditions) if has_tokens else conditions
+        # blocks of a sharded network have their weights in their own calls alone
+        return network.with_keys(conditions) if has_tokens and not is_sharded(network) else conditions
 
     def predict(
         self,
