@@ -23,8 +23,10 @@ def logs(tmp_path_factory):
 
 
 def flags_of(logs, sampler, steps, name):
+    sizes = SAMPLER.replace("steps 4", "steps 16")  # codes of a grid, which an autoregressive sampler draws one by one
     run = f"--ae_load_dir {logs}/vqgan --lr 0.01 --steps_per_checkpoint 1 --keep_last 0 --ema_beta 0"
-    return f"--logs_root {logs} --sampler {sampler} {DATA} {SAMPLER.replace('steps 4', 'steps 16')} {run} {READS} --train_steps {steps} --log_dir {name}"
+    run += f" --train_steps {steps} --log_dir {name}"
+    return f"--logs_root {logs} --sampler {sampler} {DATA} {sizes} {run} {READS}"
 
 
 @pytest.mark.parametrize("sampler", ["absorbing", "autoregressive"])
