@@ -1,18 +1,16 @@
 """Attention layers against explicit formulas, map by map; masks, causality, dropout and rejected arguments."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.mamoe_attention import load_masked_attention
 from models.attention import (
     ATTENTION_TYPES,
-    CrossAttention,
     DiffAttentionV1,
     DiffAttentionV2,
     FullAttention,
@@ -303,14 +301,7 @@ def test_only_cross_attention_takes_a_context(kind):
 
 def masked_cross_attention():
     """A layer, two prompts padded to one length and their masks, of MaMoE's reference code; and its outputs."""
-    f = np.load(Path(__file__).parents[1] / "fixtures" / "spatial" / "mamoe_cross_attention.npz")
-    f = {name: torch.from_numpy(f[name]) for name in f.files}
-    layer = CrossAttention(40, int(f["heads"]), context_width=12)
-    weights = {name: f[f"weights.to_{name}.weight"] for name in "qkv"}
-    state = {"q.weight": weights["q"], "q.bias": torch.zeros(40), "kv.bias": torch.zeros(80)}
-    state |= {"kv.weight": torch.cat([weights["k"], weights["v"]])}
-    state |= {f"proj.{name}": f[f"weights.to_out.0.{name}"] for name in ("weight", "bias")}
-    layer.load_state_dict(state)
+    layer, f = load_masked_attention()
     context, mask = torch.zeros(2, 15, 12), torch.zeros(2, 128, 15, dtype=torch.bool)
     for i in range(2):
         count = len(f[f"tokens_{i}"])

@@ -99,9 +99,8 @@ def test_equal_prompts_are_seen_where_any_of_their_segments_is(mode, rule, grid,
     ids = ids[ids != 0].long()
     classes = torch.stack([prompts["class_ids"][prompts["instance_ids"] == each][0].long() for each in ids])
     words = classes.unique()
-    regions = Regions(
-        present=torch.ones(1, len(ids)).bool(), id_maps=prompts["instance_ids"][None], instance_ids=ids[None]
-    )
+    present, maps = torch.ones(1, len(ids)).bool(), prompts["instance_ids"][None]
+    regions = Regions(present=present, id_maps=maps, instance_ids=ids[None])
     tokens = Tokens(torch.zeros(1, len(words), 2), None, (words[:, None] == classes)[None])
     seen = Condition({"words": tokens}, regions).attention_mask(*grid, rule)[0]
     expected = torch.zeros_like(seen)

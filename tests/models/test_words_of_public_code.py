@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.attention import CrossAttention
+from helpers.mamoe_attention import load_masked_attention
 from models.conditioning import Condition, Tokens
 from models.conditions import text
 from models.conditions.region_words import RegionWords, WordRule, arrange, different_texts
@@ -76,19 +76,13 @@ def test_words_are_seen_where_public_code_shows_them(mode, grid, agrees):
 
 def test_masked_attention_to_words_is_that_of_public_code(agrees):
     """Two images in a batch, one with the image's prompt and words of instances; blind places as they should be."""
-    f = recorded("mamoe_cross_attention")
+    layer, f = load_masked_attention()
     one, prompts = recorded_words("all", instances=True)
     other, _ = recorded_words("all")
     whole = Tokens(prompts[GLOBAL][None])
     one = Condition({"text": whole, **one.streams}, one.regions)
     other = Condition({"text": Tokens(whole.values, torch.zeros(1, 5).bool()), **other.streams}, other.regions)
     condition = Condition.cat([one, other])
-    layer = CrossAttention(40, int(f["heads"]), context_width=12)
-    weights = {name: f[f"weights.to_{name}.weight"] for name in "qkv"}
-    state = {"q.weight": weights["q"], "q.bias": torch.zeros(40), "kv.bias": torch.zeros(80)}
-    state |= {"kv.weight": torch.cat([weights["k"], weights["v"]])}
-    state |= {f"proj.{name}": f[f"weights.to_out.0.{name}"] for name in ("weight", "bias")}
-    layer.load_state_dict(state)
     out = layer(f["x"], condition.tokens().values, condition.attention_mask(8, 16, "nearest"))
     for row in range(2):
         blind, right = f[f"blind_{row}"], f[f"right_out_{row}"]
